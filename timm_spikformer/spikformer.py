@@ -1,0 +1,519 @@
+""" Spikformer and Spikformer V2
+
+Spiking vision transformers: every activation between layers is a spike, or a small integer sum of spikes.
+
+`Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket` - https://arxiv.org/abs/2401.02020
+`Spikformer: When Spiking Neural Network Meets Transformer` - https://arxiv.org/abs/2209.15425
+
+The authors have released code for V1 only, https://github.com/ZK-Zhou/spikformer. V1 follows it. V2 is built from the
+paper and its published parameter counts; the docstrings say where a choice is this project's.
+"""
+import contextlib
+import re
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.fx
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size
+from torch import Tensor, nn
+
+from .layers import SpikingBlock
+from .stems import STEMS
+
+__all__ = ['Spikformer']
+
+
+@torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
+def _to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
+    """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T."""
+    if x.ndim != 4 and x.ndim != 5:
+        raise ValueError(
+            f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got {x.ndim} dimensions: {x.shape}.')
+    if x.shape[-3] != in_chans:
+        raise ValueError(f'Expected {in_chans} channels (in_chans), got {x.shape[-3]} in an input of {x.shape}.')
+    if x.shape[-2] % patch_size != 0 or x.shape[-1] % patch_size != 0:
+        raise ValueError(
+            f'Height and width must be multiples of the patch size {patch_size}, got an input of {x.shape}.')
+    if x.ndim == 4:
+        return x.unsqueeze(0), time_steps
+    return x.transpose(0, 1), x.shape[1]
+
+
+@contextlib.contextmanager
+def _frozen_bn_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise as usual, but leave the running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def _checkpoint(module: nn.Module, *args: Any) -> Tensor:
+    """Gradient checkpointing whose recomputation does not update the BN statistics a second time."""
+    if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
+        return checkpoint(module, *args, use_reentrant=False)
+    context_fn = lambda: (contextlib.nullcontext(), _frozen_bn_statistics(module))  # noqa: E731
+    return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
+
+
+class Spikformer(nn.Module):
+    """ Spikformer, a spiking vision transformer
+
+    A stem of four convolutional stages, encoder blocks of spiking self-attention and spiking MLP, and a linear
+    classifier on the mean over time and tokens.
+
+    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; what is the same at all of them, the
+    first convolution and its BN, is computed once. Event or video input `[B, T, C, H, W]` brings its own number of
+    steps. Weights depend neither on the number of steps nor on the size of the image, which may be any multiple of the
+    patch. The membranes live inside one forward call: there is no state to reset.
+    """
+
+    def __init__(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: int = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            stem: str = 'scs',
+            stem_strides: Optional[Sequence[int]] = None,
+            embed_dim: int = 512,
+            depth: int = 8,
+            num_heads: int = 8,
+            mlp_ratio: float = 4.,
+            time_steps: int = 4,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Nominal input size. The model takes any; a given one is checked against the patch size.
+            patch_size: Pixels per token and side: 1, 2, 4, 8 or 16.
+            in_chans: Number of input channels.
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Pooling over tokens, '' for none.
+            stem: 'scs' (Spiking Convolutional Stem, V2) or 'sps' (Spiking Patch Splitting, V1).
+            stem_strides: Stride, 1 or 2, of each of the four stages of the stem. By default the last ones reduce.
+            embed_dim: Width of the encoder.
+            depth: Number of encoder blocks.
+            num_heads: Number of attention heads. The published parameter counts do not depend on it; 8 at width 512
+                is V1's.
+            mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+            time_steps: Number of time steps for which an image is presented.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout of the spikes that leave the linear layers, drawn anew at each time step.
+            drop_path_rate: Stochastic depth rate of the last block; it drops a branch at all time steps together.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if stem not in STEMS:
+            raise ValueError(f'Unknown stem {stem!r}, expected one of {", ".join(map(repr, STEMS))}.')
+        if depth < 0:
+            raise ValueError(f'depth must not be negative, got {depth}.')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        self.num_features = self.embed_dim = embed_dim
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.set_time_steps(time_steps)
+
+        self.stem = STEMS[stem](in_chans, embed_dim, patch_size, stem_strides, **dd)
+        dpr = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(*[
+            SpikingBlock(
+                embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                proj_drop=proj_drop_rate,
+                drop_path=dpr[i],
+                **dd,
+            )
+            for i in range(depth)
+        ])
+        self.head = ClassifierHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        # one level per stage of the stem, but for the last: the encoder runs on it, so its output is the level
+        self.num_levels = len(self.stem.widths)
+        self.feature_info = []
+        reduction = 1
+        for i, (num_chs, stride) in enumerate(zip(self.stem.widths, self.stem.strides)):
+            reduction *= stride
+            is_last = i == self.num_levels - 1
+            self.feature_info.append(
+                dict(num_chs=num_chs, reduction=reduction, module='blocks' if is_last else f'stem.stages.{i}'))
+
+        if img_size is not None:
+            self._check_img_size(img_size)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as V1 does: PyTorch's scale for convolutions and the encoder, no bias, a small classifier.
+
+        BN keeps every neuron's current at unit variance, so in train mode neurons fire at every depth.
+        """
+        for name, m in self.named_modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)):
+                m.reset_parameters()
+            if isinstance(m, nn.Linear):
+                if name.startswith('head'):
+                    nn.init.trunc_normal_(m.weight, std=.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def _check_img_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+        size = to_2tuple(img_size)
+        if any(s < self.patch_size or s % self.patch_size for s in size):
+            raise ValueError(f'img_size must be a positive multiple of the patch size {self.patch_size}, got {img_size}.')
+        return size
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Record another nominal input size. No weight depends on it."""
+        update_model_input_size(self, self._check_img_size(img_size))
+
+    @torch.jit.ignore
+    def set_time_steps(self, time_steps: int) -> None:
+        """Present images for another number of time steps, from the next forward on; exported with the model."""
+        if not isinstance(time_steps, int) or time_steps < 1:
+            raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+        self.time_steps = time_steps
+        update_model_args(self, time_steps=time_steps)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return set()  # timm leaves out BN and biases by their shape, and there is nothing else
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=[(r'^blocks\.(\d+)', None)],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
+        self.head_hidden_size = self.head.num_features
+
+    def _encode(self, x: Tensor, take_indices: List[int], num_levels: int) -> Tuple[Tensor, List[Tensor]]:
+        """The features of the last of the levels that are run, and of those to take: `[B, C, H, W]`, mean over time."""
+        x, time_steps = _to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
+        intermediates = []
+        for i, stage in enumerate(self.stem.stages):
+            if i < num_levels:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = _checkpoint(stage, x, time_steps)
+                else:
+                    x = stage(x, time_steps)
+                if i < self.num_levels - 1 and i in take_indices:
+                    intermediates.append(x.mean(0))
+
+        if num_levels == self.num_levels:
+            H, W = x.shape[-2:]
+            x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
+            for block in self.blocks:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = _checkpoint(block, x)
+                else:
+                    x = block(x)
+            x = x.transpose(2, 3).unflatten(3, (H, W))
+
+        x = x.mean(0)
+        if self.num_levels - 1 in take_indices:
+            intermediates.append(x)
+        return x, intermediates
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """ Forward features that returns intermediates.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            indices: Take last n levels if int, all if None, select matching indices if sequence. The first three are
+                stages of the stem, the fourth is the encoder's output.
+            norm: Apply norm layer to compatible intermediates (there is none)
+            stop_early: Stop iterating over blocks when last desired intermediate hit
+            output_fmt: Shape of intermediate feature outputs
+            intermediates_only: Only return intermediate features
+        Returns:
+            The final features and the intermediates, `[B, C, H, W]` each, averaged over time
+        """
+        assert output_fmt == 'NCHW', 'Output format must be NCHW.'
+        take_indices, max_index = feature_take_indices(self.num_levels, indices)
+        num_levels = max_index + 1 if stop_early else len(self.stem.stages)
+        x, intermediates = self._encode(x, take_indices, num_levels)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """ Prune layers not required for specified intermediates.
+        """
+        take_indices, max_index = feature_take_indices(self.num_levels, indices)
+        prune_end = max_index < self.num_levels - 1
+        if prune_end:
+            self.stem.stages = self.stem.stages[:max_index + 1]
+            self.blocks = nn.Sequential()
+            # the head is sized for the encoder's output, so it goes too
+            self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` or sequences `[B, T, C, H, W]` to features `[B, D, H / patch, W / patch]`."""
+        x, _ = self._encode(x, [], len(self.stem.stages))
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+# (pattern, replacement) for the keys of the authors' V1 code and of spikingjelly's Spikformer
+_KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r'^patch_embed\.proj_(conv|bn)(\d)\.', r'stem.stages.\2.proj.\1.'),
+    (r'^patch_embed\.proj_(conv|bn)\.', r'stem.stages.0.proj.\1.'),
+    (r'^patch_embed\.rpe_(conv|bn)\.', r'stem.stages.3.pos_embed.\1.'),
+    (r'^block\.(\d+)\.(attn|mlp)\.(q|k|v|proj|fc1|fc2)_(?:conv|linear)\.', r'blocks.\1.\2.\3.linear.'),
+    (r'^block\.(\d+)\.(attn|mlp)\.(q|k|v|proj|fc1|fc2)_bn\.', r'blocks.\1.\2.\3.bn.'),
+    (r'^patch_embed\.stages\.(\d)\.conv_bn\.block\.0\.', r'stem.stages.\1.proj.conv.'),
+    (r'^patch_embed\.stages\.(\d)\.conv_bn\.block\.1\.', r'stem.stages.\1.proj.bn.'),
+    (r'^patch_embed\.positional_encoding\.conv_bn\.block\.0\.', r'stem.stages.3.pos_embed.conv.'),
+    (r'^patch_embed\.positional_encoding\.conv_bn\.block\.1\.', r'stem.stages.3.pos_embed.bn.'),
+    (r'^blocks\.(\d+)\.attn\.(qkv|proj)_conv_bn\.0\.', r'blocks.\1.attn.\2.linear.'),
+    (r'^blocks\.(\d+)\.attn\.(qkv|proj)_conv_bn\.1\.', r'blocks.\1.attn.\2.bn.'),
+    (r'^blocks\.(\d+)\.mlp\.(fc1|fc2)\.0\.', r'blocks.\1.mlp.\2.linear.'),
+    (r'^blocks\.(\d+)\.mlp\.(fc1|fc2)\.1\.', r'blocks.\1.mlp.\2.bn.'),
+    (r'^head\.(weight|bias)$', r'head.fc.\1'),
+)]
+_UNUSED_KEY = re.compile(r'^block\.\d+\.norm[12]\.')  # LayerNorms that V1 declares and never calls
+
+
+def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Join separate q, k, v. A bias, as in V1's CIFAR model, goes into the running mean of the BN that follows it."""
+    out = {}
+    for key, value in state_dict.items():
+        match = re.match(r'(blocks\.\d+\.attn\.)([qkv])\.(linear\.weight|linear\.bias|bn\..+)$', key)
+        if match is None:
+            out[key] = value
+            continue
+        prefix, name, rest = match.groups()
+        if name != 'q' or rest == 'linear.bias':
+            continue
+        parts = [state_dict[f'{prefix}{n}.{rest}'] for n in 'qkv']
+        if rest == 'bn.running_mean' and f'{prefix}q.linear.bias' in state_dict:
+            parts = [mean - state_dict[f'{prefix}{n}.linear.bias'] for n, mean in zip('qkv', parts)]
+        out[f'{prefix}qkv.{rest}'] = torch.cat(parts) if parts[0].ndim else parts[0]
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Convert checkpoints of the authors' V1 code and spikingjelly's Spikformer; those of this package pass through.
+
+    Takes a state dict, bare or under `state_dict` or `model`, with or without a `module.` prefix. Joining q, k, v and
+    moving their biases is exact. spikingjelly pools before the neuron and V1 after it, so a model trained there gives
+    equal outputs here at one time step only.
+
+    Raises:
+        ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted.
+    """
+    for key in ('state_dict', 'model'):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+
+    out = {}
+    for key, value in state_dict.items():
+        if _UNUSED_KEY.match(key):
+            continue
+        for pattern, replacement in _KEY_RULES:
+            key, found = pattern.subn(replacement, key)
+            if found:
+                break
+        if key.endswith('linear.weight'):
+            value = value.flatten(1)  # from a 1x1 convolution
+        out[key] = value
+    out = _fuse_qkv(out)
+
+    model_state = model.state_dict()
+    for key, expected in model_state.items():
+        if key.endswith('linear.bias'):
+            out.setdefault(key, torch.zeros_like(expected))  # spikingjelly's layers have none
+        if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
+            raise ValueError(
+                f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
+                f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
+                f'embed_dim, stem and patch_size that the checkpoint was trained with.')
+    return out
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (14, 14), 'crop_pct': 1.0,
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.stages.0.down.conv', 'classifier': 'head.fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2401.02020',
+        'paper_name': 'Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket',
+        'origin_url': 'https://github.com/ZK-Zhou/spikformer',
+        **kwargs
+    }
+
+
+def _cfg_v1(**kwargs) -> Dict[str, Any]:
+    return _cfg(**{
+        'first_conv': 'stem.stages.0.proj.conv', 'paper_ids': 'arXiv:2209.15425',
+        'paper_name': 'Spikformer: When Spiking Neural Network Meets Transformer',
+        **kwargs
+    })
+
+
+_CIFAR10 = dict(
+    num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8),
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+)
+
+default_cfgs = generate_default_cfgs({
+    'spikformer_v2_8_384.untrained': _cfg(),
+    'spikformer_v2_8_512.untrained': _cfg(),
+    'spikformer_v2_8_768.untrained': _cfg(),
+    'spikformer_v2_16_768.untrained': _cfg(),
+    'spikformer_v2_4_384_patch4_32.untrained': _cfg(**_CIFAR10),
+    'spikformer_v2_2_128_patch4_32.untrained': _cfg(**_CIFAR10),
+    'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
+
+    'spikformer_8_384.untrained': _cfg_v1(),
+    'spikformer_8_512.untrained': _cfg_v1(),
+    'spikformer_8_768.untrained': _cfg_v1(),
+    'spikformer_4_384_patch4_32.untrained': _cfg_v1(**_CIFAR10),
+})
+
+
+def _create_spikformer(variant: str, pretrained: bool = False, **kwargs) -> Spikformer:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model_with_cfg(
+        Spikformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+@register_model
+def spikformer_v2_8_384(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-8-384, 29.11 M parameters."""
+    model_args = dict(embed_dim=384, depth=8, num_heads=8)
+    return _create_spikformer('spikformer_v2_8_384', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_v2_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-8-512, 51.55 M parameters."""
+    model_args = dict(embed_dim=512, depth=8, num_heads=8)
+    return _create_spikformer('spikformer_v2_8_512', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_v2_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-8-768, a size between those that the paper reports."""
+    model_args = dict(embed_dim=768, depth=8, num_heads=12)
+    return _create_spikformer('spikformer_v2_8_768', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_v2_16_768(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-16-768, 172.28 M parameters, which the paper trains with one time step.
+
+    172.70 M is quoted in places. No structure fits it together with the counts of the two 8-layer models.
+    """
+    model_args = dict(embed_dim=768, depth=16, num_heads=12)
+    return _create_spikformer('spikformer_v2_16_768', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_v2_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-4-384 for 32x32 images, this project's counterpart of V1's CIFAR model."""
+    model_args = dict(patch_size=4, embed_dim=384, depth=4, num_heads=12)
+    return _create_spikformer('spikformer_v2_4_384_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_v2_2_128_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-2-128 for 32x32 images, small enough to train on a CPU: its stem reduces early."""
+    model_args = dict(patch_size=4, stem_strides=(2, 2, 1, 1), embed_dim=128, depth=2, num_heads=4)
+    return _create_spikformer('spikformer_v2_2_128_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_spikformer_v2(pretrained: bool = False, **kwargs) -> Spikformer:
+    """A tiny Spikformer V2 for unit tests."""
+    model_args = dict(embed_dim=64, depth=2, num_heads=2)
+    return _create_spikformer('test_spikformer_v2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_8_384(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer-8-384 (V1), 16.81 M parameters."""
+    model_args = dict(stem='sps', embed_dim=384, depth=8, num_heads=8)
+    return _create_spikformer('spikformer_8_384', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer-8-512 (V1), 29.68 M parameters."""
+    model_args = dict(stem='sps', embed_dim=512, depth=8, num_heads=8)
+    return _create_spikformer('spikformer_8_512', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer-8-768 (V1), 66.34 M parameters; heads as in the family's later models."""
+    model_args = dict(stem='sps', embed_dim=768, depth=8, num_heads=12)
+    return _create_spikformer('spikformer_8_768', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spikformer_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer-4-384 (V1) for 32x32 images, V1's CIFAR model."""
+    model_args = dict(stem='sps', patch_size=4, embed_dim=384, depth=4, num_heads=12)
+    return _create_spikformer('spikformer_4_384_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,137 @@
+"""The two stems: the Spiking Convolutional Stem of Spikformer V2 and Spiking Patch Splitting of Spikformer (V1).
+
+Both turn images `[T or 1, B, in_chans, H, W]` into feature maps `[T, B, embed_dim, H / patch_size, W / patch_size]` in
+four stages of widths D/8, D/4, D/2, D. `stem_strides` says which of the stages halve the resolution.
+"""
+import math
+from typing import List, Optional, Sequence
+
+from torch import Tensor, nn
+
+from .layers import ConvBNLIF
+
+__all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
+
+_NUM_STAGES = 4
+
+
+def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = None) -> List[int]:
+    """Strides of the four stages; by default the last ones reduce, as in V1's CIFAR model.
+
+    Reducing early instead is several times cheaper: most of a stem's arithmetic is at its highest resolutions.
+    """
+    if stem_strides is None:
+        num_reductions = int(math.log2(patch_size)) if patch_size > 0 else 0
+        if 2 ** num_reductions != patch_size or num_reductions > _NUM_STAGES:
+            raise ValueError(f'patch_size must be 1, 2, 4, 8 or 16, got {patch_size}.')
+        return [1] * (_NUM_STAGES - num_reductions) + [2] * num_reductions
+    strides = list(stem_strides)
+    if len(strides) != _NUM_STAGES or any(s not in (1, 2) for s in strides) or math.prod(strides) != patch_size:
+        raise ValueError(
+            f'stem_strides must be {_NUM_STAGES} values of 1 or 2 whose product is patch_size={patch_size}, '
+            f'got {stem_strides}.')
+    return strides
+
+
+class SpikingConvStage(nn.Module):
+    """2x2 stride-2 (or 3x3 stride-1) convolution - BN - LIF, then `x + contract(expand(x))` with 3x3 convolutions."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int = 2,
+            is_last: bool = False,
+            expand_ratio: float = 4.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        hidden_chs = int(out_chs * expand_ratio)
+        self.down = ConvBNLIF(in_chs, out_chs, kernel_size=2 if stride == 2 else 3, stride=stride, **dd)
+        self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
+        self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
+
+    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+        x = self.down(x, time_steps)
+        return x + self.contract(self.expand(x, time_steps), time_steps)
+
+
+class SpikingPatchStage(nn.Module):
+    """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes where the stage reduces.
+
+    The last stage adds V1's conditional position embedding, `x + LIF(BN(conv3x3(x)))`.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int = 2,
+            is_last: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.proj = ConvBNLIF(in_chs, out_chs, **dd)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
+        self.pos_embed = ConvBNLIF(out_chs, out_chs, **dd) if is_last else None
+
+    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+        x = self.proj(x, time_steps)
+        B = x.shape[1]
+        x = self.pool(x.flatten(0, 1)).unflatten(0, (-1, B))
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x, time_steps)
+        return x
+
+
+class _Stem(nn.Module):
+    """Four stages, `stages`, each `(x, time_steps) -> x`; `strides` and `widths` describe them."""
+    stage_cls = SpikingConvStage
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            embed_dim: int = 512,
+            patch_size: int = 16,
+            stem_strides: Optional[Sequence[int]] = None,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if embed_dim % 8 != 0:
+            raise ValueError(f'embed_dim must be divisible by 8, the narrowest stage having embed_dim / 8 channels, '
+                             f'got {embed_dim}.')
+        self.strides = resolve_strides(patch_size, stem_strides)
+        self.widths = [embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
+        in_chs = [in_chans] + self.widths[:-1]
+        self.stages = nn.ModuleList([
+            self.stage_cls(in_chs[i], self.widths[i], self.strides[i], is_last=i == _NUM_STAGES - 1, **dd)
+            for i in range(_NUM_STAGES)
+        ])
+
+    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+        for stage in self.stages:
+            x = stage(x, time_steps)
+        return x
+
+
+class SpikingConvStem(_Stem):
+    """Spiking Convolutional Stem (SCS) of V2.
+
+    One residual block of ratio 4 per stage, no pooling and no position embedding: the structure that the published
+    parameter counts imply. That the residual adds spikes, and the order convolution - BN - LIF, follow V1.
+    """
+    stage_cls = SpikingConvStage
+
+
+class SpikingPatchSplitting(_Stem):
+    """Spiking Patch Splitting (SPS) of V1; it pools after the neuron, as the authors' code does."""
+    stage_cls = SpikingPatchStage
+
+
+STEMS = {'scs': SpikingConvStem, 'sps': SpikingPatchSplitting}
