@@ -93,7 +93,6 @@ class SpikingSelfAttention(nn.Module):
     `lif(proj(LIF_0.5(q k^T v * 0.125)))` per head, with spikes q, k, v. They come from one product, which equals three
     with a BN each. The scale does not depend on the width of a head, as in V1.
     """
-    scale = 0.125
 
     def __init__(
             self,
@@ -108,6 +107,7 @@ class SpikingSelfAttention(nn.Module):
         if dim % num_heads != 0:
             raise ValueError(f'embed_dim must be divisible by num_heads, got embed_dim={dim} and num_heads={num_heads}.')
         self.num_heads = num_heads
+        self.scale = 0.125
         self.qkv = LinearBNLIF(dim, 3 * dim, bias=False, **dd)
         self.attn_lif = LIF(v_threshold=0.5)
         self.proj = LinearBNLIF(dim, dim, **dd)

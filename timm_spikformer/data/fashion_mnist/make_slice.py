@@ -1,0 +1,45 @@
+"""Make the slice of Fashion-MNIST that the package ships, from the full set in its original IDX files.
+
+    python make_slice.py DIR [--output .]
+
+DIR holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`. The slice is the first 600 training and the first 100 test
+images of each class, in their original order: the same bytes on every run.
+"""
+import argparse
+import gzip
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+CLASSES = [
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot',
+]
+
+
+def read_split(folder: Path, name: str, num_per_class: int) -> Dataset:
+    with gzip.open(folder / f'{name}-images-idx3-ubyte.gz') as f:
+        images = np.frombuffer(f.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+    with gzip.open(folder / f'{name}-labels-idx1-ubyte.gz') as f:
+        labels = np.frombuffer(f.read(), np.uint8, offset=8)
+    chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:num_per_class] for c in range(len(CLASSES))]))
+    return Dataset.from_dict(
+        {'image': [PILImage.fromarray(images[i]) for i in chosen], 'label': labels[chosen].tolist()},
+        features=Features({'image': Image(), 'label': ClassLabel(names=CLASSES)}),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('folder', type=Path, help='folder of the IDX files')
+    parser.add_argument('--output', type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    for name, source, num_per_class in (('train', 'train', 600), ('test', 't10k', 100)):
+        split = read_split(args.folder, source, num_per_class)
+        split.to_parquet(args.output / f'{name}.parquet')
+        print(f'{name}: {len(split)} images')
+
+
+if __name__ == '__main__':
+    main()
