@@ -1,0 +1,70 @@
+"""What makes a spiking network worth comparing: real images, calibrated BN, neurons that fire."""
+from pathlib import Path
+from typing import Dict
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_spikformer
+from timm_spikformer import LIF
+
+FASHION_MNIST = Path(timm_spikformer.__file__).parent / 'data' / 'fashion_mnist'
+
+
+def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:
+    """Mean output of every neuron layer in one forward of `model`."""
+    rates = {}
+    hooks = [
+        m.register_forward_hook(lambda m, args, out, name=name: rates.__setitem__(name, out.float().mean().item()))
+        for name, m in model.named_modules()
+        if isinstance(m, LIF)
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rates
+
+
+def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
+    """Set BN's running statistics to those of `x`; return the model in eval mode, every neuron layer firing."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain average over the forwards
+    model.train()
+    with torch.no_grad():
+        for part in x.chunk(2):
+            model(part)
+    for m in norms:
+        m.momentum = 0.1
+    model.eval()
+    assert_live(model, x)
+    return model
+
+
+def assert_live(model: nn.Module, x: Tensor) -> None:
+    rates = firing_rates(model, x)
+    assert rates and min(rates.values()) > 0., f'silent neurons: {[n for n, r in rates.items() if not r > 0.]}'
+
+
+@pytest.fixture(scope='session')
+def images() -> Tensor:
+    """16 real images as RGB, normalised, `[16, 3, 64, 64]`."""
+    split = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))[:16]['image']
+    x = torch.from_numpy(np.stack([np.asarray(image.resize((64, 64))) for image in split])).float()
+    return ((x / 255 - 0.286) / 0.353).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+
+
+@pytest.fixture(params=['test_spikformer_v2', 'tiny_v1'])
+def model(request: pytest.FixtureRequest, images: Tensor) -> nn.Module:
+    """A small V2 and a small V1 model, calibrated, in eval mode."""
+    torch.manual_seed(0)
+    kwargs = dict(stem='sps') if request.param == 'tiny_v1' else {}
+    return calibrate(timm.create_model('test_spikformer_v2', num_classes=10, **kwargs), images)

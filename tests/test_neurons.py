@@ -1,0 +1,159 @@
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor
+
+from timm_spikformer import LIF, lif
+from timm_spikformer.neurons import _lif_eager, _lif_traceable
+
+DTYPES = (torch.float32, torch.bfloat16)
+BACK_ENDS = dict(eager=_lif_eager, traceable=_lif_traceable)
+
+
+def reference(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
+    """spikingjelly's own node, one step at a time in PyTorch, on a float32 membrane."""
+    node = neuron.LIFNode(
+        tau=tau, decay_input=True, v_threshold=v_threshold, v_reset=0., detach_reset=True, step_mode='s',
+        surrogate_function=surrogate.Sigmoid(alpha=alpha))
+    return torch.stack([node(current.float()) for current in x]).to(x.dtype)
+
+
+def run(fn, x: Tensor, grad: Tensor, **kwargs):
+    x = x.clone().requires_grad_()
+    spikes = fn(x, **kwargs)
+    spikes.backward(grad)
+    return spikes.detach(), x.grad
+
+
+@pytest.mark.parametrize('time_steps', [1, 2, 4, 7])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('kwargs', [{}, dict(v_threshold=0.5), dict(tau=3., alpha=2.)], ids=str)
+@pytest.mark.parametrize('back_end', BACK_ENDS)
+def test_agrees_with_spikingjelly(time_steps, dtype, kwargs, back_end):
+    torch.manual_seed(0)
+    x = torch.randn(time_steps, 3, 5, 7).mul(2).to(dtype)
+    grad = torch.randn_like(x)
+    kwargs = dict(dict(tau=2., v_threshold=1., alpha=4.), **kwargs)
+    expected, expected_grad = run(reference, x, grad, **kwargs)
+    spikes, x_grad = run(BACK_ENDS[back_end], x, grad, **kwargs)
+    assert 0.05 < expected.float().mean() < 0.5
+    assert spikes.dtype == dtype and torch.equal(spikes, expected)
+    # a bfloat16 gradient is a rounded float32 one, so it may differ by its last bit
+    rtol = 1e-6 if dtype == torch.float32 else 2 ** -7
+    torch.testing.assert_close(x_grad, expected_grad, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('time_steps', [1, 2, 4, 7])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_cuda_kernels_agree_with_cpu(time_steps, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(time_steps, 3, 5, 7).mul(2).to(dtype)
+    grad = torch.randn_like(x)
+    expected, expected_grad = run(lif, x, grad)
+    spikes, x_grad = run(lif, x.cuda(), grad.cuda())
+    assert expected.float().mean() > 0.05
+    assert torch.equal(spikes.cpu(), expected)
+    torch.testing.assert_close(x_grad.cpu(), expected_grad, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('time_steps', [1, 3])
+def test_gradient_is_that_of_the_smooth_form(time_steps):
+    """The surrogate's own smooth form: the spike is replaced by the sigmoid, what was a spike being a constant."""
+    torch.manual_seed(0)
+    x = torch.randn(time_steps, 11, dtype=torch.float64).mul(2).requires_grad_()
+    with torch.no_grad():
+        not_reset = 1 - lif(x)
+
+    def smooth(x: Tensor) -> Tensor:
+        v, out = torch.zeros_like(x[0]), []
+        for t, current in enumerate(x):
+            h = v + (current - v) / 2
+            out.append(torch.sigmoid(4 * (h - 1)))
+            v = h * not_reset[t]
+        return torch.stack(out)
+
+    class Neuron(torch.autograd.Function):
+        """The value of the smooth form with the neuron's gradient."""
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return smooth(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                return torch.autograd.grad(lif(x), x, grad)
+
+    assert 0 < not_reset.mean() < 1
+    assert torch.autograd.gradcheck(smooth, (x,))
+    assert torch.autograd.gradcheck(Neuron.apply, (x,))
+
+
+def test_membrane_is_float32_for_half_input_and_under_autocast():
+    # h = 0.5039, 0.7598, 0.9971, 0.9985: bfloat16, in steps of 0.0039, would round the last one up to the threshold
+    x = torch.tensor([1.0078125, 1.015625, 1.234375, 1.0], dtype=torch.bfloat16)[:, None]
+    assert not lif(x).any() and not _lif_traceable(x, 2., 1., 4.).any()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not lif(x).any() and lif(x).dtype == torch.bfloat16
+        assert lif(x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('back_end', BACK_ENDS)
+def test_spikes_at_the_threshold(back_end):
+    assert BACK_ENDS[back_end](torch.tensor([[2.0, 1.9999]]), 2., 1., 4.).tolist() == [[1., 0.]]
+
+
+def test_keeps_memory_format():
+    x = torch.randn(2, 3, 4, 5, 6).mul(2)
+    channels_last = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    spikes = lif(channels_last)
+    assert spikes.stride() == channels_last.stride()
+    assert spikes.any() and torch.equal(spikes, lif(x))
+
+
+def test_expanded_input():
+    x = torch.randn(1, 3, 5).mul(2)
+    grad = torch.randn(4, 3, 5)
+    spikes, x_grad = run(lambda x: lif(x.expand(4, -1, -1)), x, grad)
+    expected, expected_grad = run(lambda x: lif(x.repeat(4, 1, 1)), x, grad)
+    assert spikes.any() and torch.equal(spikes, expected)
+    torch.testing.assert_close(x_grad, expected_grad)
+
+
+def test_saves_one_tensor():
+    saved = []
+    x = torch.randn(4, 8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lif(x)
+    assert [t.shape for t in saved] == [x.shape]
+
+
+def test_no_state():
+    node = LIF()
+    assert not node.state_dict()
+    x = torch.randn(2, 9).mul(2)
+    first = node(x)
+    assert first.any() and torch.equal(node(x), first)
+    assert torch.equal(copy.deepcopy(node)(x), first)
+
+
+def test_every_compiler_gives_the_same_spikes():
+    node = LIF()
+    x = torch.randn(4, 3, 8).mul(2)
+    spikes = node(x)
+    assert spikes.any()
+    assert torch.equal(torch.jit.script(node)(x), spikes)
+    assert torch.equal(torch.jit.trace(node, (x,))(x), spikes)
+    assert torch.equal(torch.export.export(node, (x,)).module()(x), spikes)
+    assert torch.equal(torch.compile(node, fullgraph=True)(x), spikes)
+    graph = torch.fx.symbolic_trace(node)
+    assert torch.equal(graph(x), spikes) and torch.equal(torch.jit.script(graph)(x), spikes)
+
+
+def test_bad_tau():
+    with pytest.raises(ValueError, match='tau must be greater than 1'):
+        LIF(tau=0.5)
