@@ -176,7 +176,8 @@ class Spikformer(nn.Module):
     def _check_img_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         size = to_2tuple(img_size)
         if any(s < self.patch_size or s % self.patch_size for s in size):
-            raise ValueError(f'img_size must be a positive multiple of the patch size {self.patch_size}, got {img_size}.')
+            raise ValueError(
+                f'img_size must be a positive multiple of the patch size {self.patch_size}, got {img_size}.')
         return size
 
     @torch.jit.ignore

@@ -1,0 +1,315 @@
+import pytest
+import timm
+import torch
+from conftest import LIF, assert_live, calibrate, firing_rates
+from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
+from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
+from timm.models._manipulate import group_parameters
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_spikformer.spikformer import checkpoint_filter_fn
+
+MODELS = timm.list_models('*spikformer*')
+
+# parameters, exactly for V2's published models; V1's are published to two decimals of a million
+PARAMS = dict(
+    spikformer_v2_8_384=29_111_272,
+    spikformer_v2_8_512=51_545_064,
+    spikformer_v2_16_768=172_278_760,
+)
+PARAMS_V1 = dict(spikformer_8_384=16.81, spikformer_8_512=29.68, spikformer_8_768=66.34)
+
+
+def num_params(name: str) -> int:
+    return sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+
+
+def test_registered_models():
+    assert len(MODELS) == 11
+    assert MODELS == timm.list_models(module='spikformer')
+    assert not timm.list_pretrained('*spikformer*')
+    for name in MODELS:
+        cfg = get_pretrained_cfg(name)
+        assert cfg.license == 'apache-2.0' and cfg.paper_ids.startswith('arXiv:') and cfg.origin_url
+        assert cfg.hf_hub_id is None
+
+
+@pytest.mark.parametrize('name', PARAMS)
+def test_published_parameter_counts(name):
+    assert num_params(name) == PARAMS[name]
+
+
+@pytest.mark.parametrize('name', PARAMS_V1)
+def test_published_parameter_counts_v1(name):
+    assert abs(num_params(name) / 1e6 - PARAMS_V1[name]) < 0.01
+
+
+def test_parameter_count_of_v1_for_cifar():
+    assert num_params('spikformer_4_384_patch4_32') / 1e6 == pytest.approx(9.3, abs=0.05)
+
+
+@pytest.mark.parametrize('name, total, stem, linears, attention', [
+    ('spikformer_v2_8_384', 11.51, 8.50, 2.77, 0.24),
+    ('spikformer_v2_8_512', 20.36, 15.12, 4.93, 0.31),
+])
+def test_dense_macs_per_time_step(name, total, stem, linears, attention):
+    """The figures count attention as (q k^T) v. q (k^T v), which runs here, is several times cheaper."""
+    model = timm.create_model(name, device='meta', time_steps=1).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    macs = {k: sum(v.values()) / 2e9 for k, v in counter.get_flop_counts().items()}
+    N, C = 14 * 14, model.embed_dim
+    qkv_orders = [2 * N * N * C * 8 / 1e9, 2 * N * (C // 8) * C * 8 / 1e9]
+    run_linears = sum(v for k, v in macs.items() if k.startswith('Spikformer.blocks.') and k.endswith('.linear'))
+    run_stem = sum(v for k, v in macs.items() if k.startswith('Spikformer.stem.') and k.endswith('.conv'))
+    assert run_stem == pytest.approx(stem, rel=0.005)
+    assert run_linears == pytest.approx(linears, rel=0.005)
+    assert qkv_orders[0] == pytest.approx(attention, abs=0.005)
+    assert run_stem + run_linears + qkv_orders[0] == pytest.approx(total, rel=0.005)
+    assert macs['Global'] == pytest.approx(run_stem + run_linears + qkv_orders[1] + C * 1000 / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(stem='sps')], ids=['v2', 'v1'])
+@pytest.mark.parametrize('time_steps', [1, 4])
+def test_neurons_fire_at_initialisation(kwargs, time_steps, images):
+    torch.manual_seed(0)
+    model = timm.create_model('test_spikformer_v2', embed_dim=128, depth=8, time_steps=time_steps, **kwargs).train()
+    rates = firing_rates(model, images)
+    assert len(rates) == (12 if not kwargs else 5) + 8 * 5
+    assert min(r for n, r in rates.items() if not n.endswith('attn_lif')) > 0.01
+    assert min(rates.values()) > 0  # its current is not normalised, and 16 tokens leave attention little to sum
+    assert max(rates.values()) < 0.3
+
+
+def test_init_weights_restores_what_to_empty_loses(images):
+    model = timm.create_model('test_spikformer_v2', device='meta').to_empty(device='cpu')
+    model.init_weights()
+    assert torch.equal(model.blocks[0].attn.qkv.bn.running_var, torch.ones(192))
+    assert_live(model.train(), images)
+    assert model.head.fc.weight.std() == pytest.approx(0.02, rel=0.1)
+
+
+# --- input
+
+
+@pytest.mark.parametrize('size', [(64, 64), (32, 80), 16])
+def test_any_multiple_of_the_patch(model, size):
+    H, W = (size, size) if isinstance(size, int) else size
+    assert model.forward_features(torch.randn(2, 3, H, W)).shape == (2, 64, H // 16, W // 16)
+
+
+def test_an_image_is_a_constant_sequence(model, images):
+    sequence = images.unsqueeze(1).expand(-1, 4, -1, -1, -1)
+    assert_live(model, images)
+    assert torch.equal(model(images), model(sequence))
+
+
+def test_a_sequence_overrides_time_steps(model, images):
+    model.set_time_steps(2)
+    rates = firing_rates(model, images[:1])
+    sequence = torch.stack([images, images.flip(0), images.roll(1, 0)], 1)
+    assert rates and not torch.equal(model(sequence), model(images))
+    seen = []
+    hook = model.stem.stages[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    model(sequence), model(images)
+    hook.remove()
+    assert seen == [3, 2]
+
+
+def test_time_steps_change_at_any_time_and_are_exported(model, images):
+    before = model(images)
+    model.set_time_steps(1)
+    assert not torch.equal(model(images), before)
+    model.set_time_steps(4)
+    assert torch.equal(model(images), before)
+    model.set_time_steps(3)
+    assert timm.models.get_model_args(model)['time_steps'] == 3
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(time_steps=0), 'time_steps must be an integer of at least 1, got 0'),
+    (dict(time_steps=2.5), 'time_steps must be an integer of at least 1, got 2.5'),
+    (dict(stem='conv'), "Unknown stem 'conv', expected one of 'scs', 'sps'"),
+    (dict(num_heads=5), 'embed_dim=64 and num_heads=5'),
+    (dict(img_size=70), 'img_size must be a positive multiple of the patch size 16, got 70'),
+    (dict(patch_size=7), 'patch_size must be 1, 2, 4, 8 or 16, got 7'),
+    (dict(depth=-1), 'depth must not be negative, got -1'),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_spikformer_v2', **kwargs)
+
+
+@pytest.mark.parametrize('shape, message', [
+    ((3, 64, 64), r'Expected images \[B, C, H, W\] or sequences \[B, T, C, H, W\], got 3 dimensions'),
+    ((1, 1, 64, 64), r'Expected 3 channels \(in_chans\), got 1'),
+    ((1, 4, 2, 64, 64), r'Expected 3 channels \(in_chans\), got 2'),
+    ((1, 3, 64, 60), 'multiples of the patch size 16, got an input of'),
+])
+def test_bad_input(shape, message):
+    model = timm.create_model('test_spikformer_v2')
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(shape))
+
+
+# --- timm's methods
+
+
+@pytest.mark.parametrize('name, channels, reductions', [
+    ('spikformer_v2_8_384', [48, 96, 192, 384], [2, 4, 8, 16]),
+    ('spikformer_8_384', [48, 96, 192, 384], [2, 4, 8, 16]),
+    ('spikformer_v2_4_384_patch4_32', [48, 96, 192, 384], [1, 1, 2, 4]),
+])
+def test_features_only_is_a_pyramid(name, channels, reductions):
+    model = timm.create_model(name, features_only=True, device='meta')
+    assert model.feature_info.channels() == channels and model.feature_info.reduction() == reductions
+    features = model(torch.empty(2, 3, 64, 64, device='meta'))
+    assert [f.shape for f in features] == [(2, c, 64 // r, 64 // r) for c, r in zip(channels, reductions)]
+
+
+def test_intermediates_are_averages_over_time(model, images):
+    taps = {}
+    for i, stage in enumerate(model.stem.stages[:3]):
+        stage.register_forward_hook(lambda m, args, out, i=i: taps.__setitem__(i, out.mean(0)))
+    final, intermediates = model.forward_intermediates(images)
+    assert len(intermediates) == 4 and torch.equal(intermediates[3], final)
+    assert torch.equal(final, model.forward_features(images))
+    for i in range(3):
+        assert intermediates[i].mean() > 0 and torch.equal(intermediates[i], taps[i])
+
+
+def test_group_matcher_puts_the_whole_stem_in_layer_0():
+    model = timm.create_model('test_spikformer_v2', device='meta')
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert {layer for name, layer in layers.items() if name.startswith('stem')} == {0}
+    assert {layer for name, layer in layers.items() if name.startswith('blocks.1')} == {2}
+    assert layers['head.fc.weight'] == 3
+
+
+def test_reset_classifier(model, images):
+    model.reset_classifier(7)
+    assert model(images).shape == (16, 7)
+    model.reset_classifier(0, '')
+    assert model(images).shape == (16, 64, 4, 4)
+
+
+def test_drop_rates_act_in_training_only(images):
+    torch.manual_seed(0)
+    kwargs = dict(drop_rate=0.2, proj_drop_rate=0.2, drop_path_rate=0.2, num_classes=10)
+    model = calibrate(timm.create_model('test_spikformer_v2', **kwargs), images)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+# --- checkpoints
+
+
+def authors_checkpoint(model, with_qkv_bias: bool):
+    """The state dict of a V1 model under the authors' names; with q/k/v biases and linears as in their CIFAR code."""
+    layer = 'linear' if with_qkv_bias else 'conv'
+    out = {}
+
+    def weight(x):
+        return x if with_qkv_bias else x[..., None, None]
+
+    for key, value in model.state_dict().items():
+        parts = key.split('.')
+        if parts[0] == 'stem':
+            name = 'rpe_' if parts[3] == 'pos_embed' else 'proj_'
+            suffix = '' if parts[3] == 'pos_embed' or parts[2] == '0' else parts[2]
+            out[f'patch_embed.{name}{parts[4]}{suffix}.{parts[5]}'] = value
+        elif parts[0] == 'blocks':
+            _, i, branch, unit, kind, what = parts
+            kind = layer if kind == 'linear' else 'bn'
+            if value.ndim == 2:
+                value = weight(value)
+            if unit == 'qkv':
+                for n, part in zip('qkv', value.chunk(3) if value.ndim else [value] * 3):
+                    if with_qkv_bias and what == 'running_mean':
+                        bias = torch.randn_like(part)
+                        out[f'block.{i}.{branch}.{n}_{layer}.bias'] = bias
+                        part = part + bias
+                    out[f'block.{i}.{branch}.{n}_{kind}.{what}'] = part
+            else:
+                out[f'block.{i}.{branch}.{unit}_{kind}.{what}'] = value
+            out[f'block.{i}.norm1.weight'] = torch.ones(64)
+        else:
+            out[key.replace('head.fc', 'head')] = value
+    return out
+
+
+@pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
+def test_authors_v1_checkpoint(tmp_path, images, wrapper, prefix, with_qkv_bias):
+    torch.manual_seed(0)
+    kwargs = dict(stem='sps', num_classes=10)
+    model = calibrate(timm.create_model('test_spikformer_v2', **kwargs), images)
+    checkpoint = {prefix + k: v for k, v in authors_checkpoint(model, with_qkv_bias).items()}
+    assert f'{prefix}block.1.attn.q_bn.running_var' in checkpoint
+    assert (f'{prefix}block.0.attn.v_linear.bias' in checkpoint) == with_qkv_bias
+    torch.save({wrapper: checkpoint, 'epoch': 3} if wrapper else checkpoint, tmp_path / 'checkpoint.pth.tar')
+    other = timm.create_model(
+        'test_spikformer_v2', pretrained=True, pretrained_cfg_overlay=dict(
+            file=str(tmp_path / 'checkpoint.pth.tar'), num_classes=10, first_conv='stem.stages.0.proj.conv'), **kwargs)
+    for (key, expected), value in zip(model.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=key)
+    if not with_qkv_bias:
+        assert torch.equal(other.eval()(images), model(images))
+
+
+def test_spikingjelly_checkpoint(images):
+    torch.manual_seed(0)
+    theirs = spikingjelly_spikformer.Spikformer(
+        T=1, img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=64, num_heads=2, depths=2)
+    calibrate_theirs = images[:, :, ::2, ::2]
+    for m in theirs.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.momentum = None
+    with torch.no_grad():
+        theirs.train()(calibrate_theirs)
+        spikingjelly_spikformer.functional.reset_net(theirs)
+        expected = theirs.eval()(calibrate_theirs)
+    ours = timm.create_model(
+        'test_spikformer_v2', stem='sps', patch_size=4, time_steps=1, num_classes=10).eval()
+    ours.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), ours))
+    assert_live(ours, calibrate_theirs)
+    torch.testing.assert_close(ours(calibrate_theirs), expected.reshape(-1, 10), rtol=1e-5, atol=1e-5)
+
+
+def test_own_checkpoint_passes_through(model):
+    state_dict = model.state_dict()
+    filtered = checkpoint_filter_fn(state_dict, model)
+    assert filtered.keys() == state_dict.keys()
+    assert all(torch.equal(filtered[k], v) for k, v in state_dict.items())
+
+
+def test_checkpoint_of_another_width():
+    state_dict = timm.create_model('test_spikformer_v2', embed_dim=128).state_dict()
+    model = timm.create_model('test_spikformer_v2')
+    with pytest.raises(ValueError, match=r'does not fit.*\(32, 16, 2, 2\).*\(16, 8, 2, 2\).*embed_dim=64'):
+        checkpoint_filter_fn(state_dict, model)
+
+
+def test_timm_checkpoint_round_trip(tmp_path, model, images):
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    other = timm.create_model(
+        'test_spikformer_v2', num_classes=10, stem='sps' if model.stem.stages[0]._get_name() == 'SpikingPatchStage'
+        else 'scs')
+    load_checkpoint(other, tmp_path / 'model.pth')
+    assert load_state_dict(tmp_path / 'model.pth').keys() == model.state_dict().keys()
+    assert sum(isinstance(m, LIF) for m in other.modules()) > 10
+    assert torch.equal(other.eval()(images), model(images))
+
+
+def test_in_chans_and_classes_adapt_a_checkpoint(tmp_path, images):
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    overlay = dict(file=str(tmp_path / 'model.pth'), num_classes=10)
+    other = timm.create_model(
+        'test_spikformer_v2', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=5)
+    torch.testing.assert_close(
+        other.stem.stages[0].down.conv.weight, model.stem.stages[0].down.conv.weight.sum(1, keepdim=True))
+    assert torch.equal(other.blocks[1].mlp.fc1.linear.weight, model.blocks[1].mlp.fc1.linear.weight)
+    assert other(images[:, :1]).shape == (16, 5)
