@@ -1,9 +1,9 @@
 import pytest
 import torch
+from conftest import firing_rates
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model.spikformer import SpikformerBlock
 
-from conftest import firing_rates
 from timm_spikformer.layers import (
     ConvBNLIF,
     LinearBNLIF,

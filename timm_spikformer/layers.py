@@ -1,4 +1,4 @@
-"""Layers of a spiking transformer: convolution or linear + BN + LIF, spiking self-attention, spiking MLP, encoder block.
+"""Layers of a spiking transformer: convolution or linear + BN + LIF, spiking self-attention and MLP, encoder block.
 
 Activations are time-major, `[T, B, ...]`. Weights see time as part of the batch; only neurons see it as time.
 
@@ -105,7 +105,8 @@ class SpikingSelfAttention(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if dim % num_heads != 0:
-            raise ValueError(f'embed_dim must be divisible by num_heads, got embed_dim={dim} and num_heads={num_heads}.')
+            raise ValueError(
+                f'embed_dim must be divisible by num_heads, got embed_dim={dim} and num_heads={num_heads}.')
         self.num_heads = num_heads
         self.scale = 0.125
         self.qkv = LinearBNLIF(dim, 3 * dim, bias=False, **dd)

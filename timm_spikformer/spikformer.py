@@ -44,23 +44,27 @@ def _to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -
 
 
 @contextlib.contextmanager
-def _frozen_bn_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise as usual, but leave the running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
+def _spare_bn_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BN update copies of its running statistics."""
+    buffers = [
+        (m, name, value)
+        for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        for name, value in m.named_buffers(recurse=False)
+    ]
+    for m, name, value in buffers:
+        setattr(m, name, value.clone())
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, name, value in buffers:
+            setattr(m, name, value)
 
 
 def _checkpoint(module: nn.Module, *args: Any) -> Tensor:
     """Gradient checkpointing whose recomputation does not update the BN statistics a second time."""
     if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
         return checkpoint(module, *args, use_reentrant=False)
-    context_fn = lambda: (contextlib.nullcontext(), _frozen_bn_statistics(module))  # noqa: E731
+    context_fn = lambda: (contextlib.nullcontext(), _spare_bn_statistics(module))  # noqa: E731
     return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
 
 
