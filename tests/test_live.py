@@ -175,7 +175,7 @@ def test_bf16_autocast_trains(model, images):
     target = torch.arange(len(images)) % 10
     losses = []
     model.train()
-    for _ in range(10):
+    for _ in range(30):
         with torch.autocast('cpu', torch.bfloat16):
             loss = nn.functional.cross_entropy(model(images).float(), target)
         optimizer.zero_grad()
