@@ -1,0 +1,1 @@
+"""Imported by create_model.py from beside it."""

@@ -1,0 +1,69 @@
+"""Scripts run through `python -m timm_spikformer`, alone and under the launchers, in processes of their own."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+SCRIPTS = Path(__file__).parent / 'scripts'
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+
+
+def run(*args, check=True):
+    env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, env=env, check=check, timeout=300)
+
+
+def lines(result):
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{')]
+
+
+@pytest.mark.parametrize('launcher, num_processes', [
+    ([], 1),
+    (TORCHRUN, 2),
+    (['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', '--num_machines', '1',
+      '--mixed_precision', 'no', '--dynamo_backend', 'no'], 1),
+], ids=['python', 'torchrun', 'accelerate launch'])
+def test_a_script_finds_the_models(launcher, num_processes):
+    script = str(SCRIPTS / 'create_model.py')
+    reports = lines(run(*launcher, '-m', 'timm_spikformer', script, '7'))
+    assert sorted(r.pop('rank') for r in reports) == list(range(num_processes))
+    assert all(r == dict(name='__main__', argv=[script, '7'], classes=7, neighbour='neighbour') for r in reports)
+
+
+def test_a_script_fails_without():
+    result = run(SCRIPTS / 'create_model.py', '7', check=False)
+    assert result.returncode != 0 and 'Unknown model' in result.stderr
+
+
+def test_no_script():
+    result = run('-m', 'timm_spikformer', check=False)
+    assert result.returncode != 0 and 'python -m timm_spikformer SCRIPT ARGS' in result.stderr
+    result = run('-m', 'timm_spikformer', 'nowhere.py', check=False)
+    assert result.returncode != 0 and "there is no script 'nowhere.py'" in result.stderr
+
+
+def test_two_ranks_of_ddp_end_with_equal_weights():
+    (report,) = lines(run(*TORCHRUN, '-m', 'timm_spikformer', SCRIPTS / 'train_ddp.py'))
+    assert report['world_size'] == 2 and report['equal'] and report['grads_equal'] and report['grad_norm'] > 0
+
+
+def test_sync_bn_conversion_keeps_the_model(model, images):
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in converted.modules())
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(converted(images), model(images))
+    for grad_checkpointing in (False, True):
+        converted.set_grad_checkpointing(grad_checkpointing)
+        for m in (model, converted):
+            m.train().zero_grad()
+            m(images).square().mean().backward()
+        for (name, p), q in zip(model.named_parameters(), converted.parameters()):
+            assert torch.equal(p.grad, q.grad), name
+        assert torch.equal(converted.blocks[0].mlp.fc1.bn.running_var, model.blocks[0].mlp.fc1.bn.running_var)
