@@ -272,7 +272,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     random_seed(args.seed)
     C, H, W = data.config['input_size']
     model = timm.create_model(
-        args.model, num_classes=len(data.classes), in_chans=C, img_size=(H, W), time_steps=args.time_steps)
+        args.model, num_classes=len(data.classes), in_chans=C, img_size=(H, W), time_steps=args.time_steps,
+        embed_dim=args.embed_dim, num_heads=max(1, args.embed_dim // 32))
     model = model.to(device=device, memory_format=torch.channels_last)
     print(
         f'{args.data or "Fashion-MNIST"}: {len(data.train):,} training and {len(data.test):,} test images of '
@@ -313,10 +314,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--output', metavar='DIR', default='output/demo', help='where checkpoint and model go (default: %(default)s)')
     add('--resume', action='store_true', help='go on from the last checkpoint in the output folder')
     add('--model', default='spikformer_v2_2_128_patch4_32', help='(default: %(default)s)')
+    add('--embed-dim', type=int, default=64, metavar='D', help='width, in heads of 32 (default: %(default)s)')
     add('--time-steps', type=int, default=1, metavar='T', help='(default: %(default)s)')
-    add('--epochs', type=int, default=5, metavar='N', help='(default: %(default)s)')
+    add('--epochs', type=int, default=10, metavar='N', help='(default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
-    add('--lr', type=float, default=5e-3, help='peak learning rate (default: %(default)s)')
+    add('--lr', type=float, default=1e-2, help='peak learning rate (default: %(default)s)')
     add('--weight-decay', type=float, default=0.05, help='(default: %(default)s)')
     add('--seed', type=int, default=0, help='(default: %(default)s)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)')
