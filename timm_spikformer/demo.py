@@ -236,6 +236,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: Data, resume: Option
 def save(model: nn.Module, data: Data, folder: Path) -> None:
     """Save for `timm.create_model('local-dir:...')`, load it back and compare."""
     partial = folder.with_name(folder.name + '.partial')
+    model = model.eval().to(memory_format=torch.contiguous_format)  # safetensors takes no other
     save_for_hf(
         model, str(partial), model_config=dict(label_names=data.classes), safe_serialization=True,
         data_config=data.config)
@@ -248,7 +249,7 @@ def save(model: nn.Module, data: Data, folder: Path) -> None:
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
     x = torch.randn(8, *data.config['input_size'], device=device)
     with torch.no_grad():
-        if not torch.equal(loaded(x), model.eval().to(memory_format=torch.contiguous_format)(x)):
+        if not torch.equal(loaded(x), model(x)):
             raise RuntimeError(f'The model saved in {folder} gives other logits than the trained one.')
 
 
@@ -263,7 +264,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         resume = torch.load(checkpoint, map_location='cpu', weights_only=True)
         resumed_args = {k: v for k, v in resume['args'].items() if k not in ('output', 'resume', 'device')}
         vars(args).update(resumed_args)
-        print(f'Going on from epoch {resume["epoch"] + 1} of {checkpoint}, with the arguments that it was started with.')
+        print(f'Going on after epoch {resume["epoch"] + 1} in {checkpoint}, with the arguments of that run.')
     args.output.mkdir(parents=True, exist_ok=True)
 
     start = time.time()
