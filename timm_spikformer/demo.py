@@ -171,7 +171,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: Data, resume: Option
         raise ValueError(
             f'There are {len(data.train)} training images, fewer than --batch-size {args.batch_size}.')
     optimizer = create_optimizer_v2(model, 'adamw', lr=args.lr, weight_decay=args.weight_decay)
-    ema = ModelEmaV3(model, decay=0.99)
+    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)  # so that the initial BN statistics are soon forgotten
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=1, warmup_lr=args.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
