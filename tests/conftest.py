@@ -1,5 +1,4 @@
 """What makes a spiking network worth comparing: real images, calibrated BN, neurons that fire."""
-from pathlib import Path
 from typing import Dict
 
 import datasets
@@ -9,27 +8,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import timm_spikformer
-from timm_spikformer import LIF
-
-FASHION_MNIST = Path(timm_spikformer.__file__).parent / 'data' / 'fashion_mnist'
+from timm_spikformer.demo import FASHION_MNIST, watch_firing
 
 
 def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:
     """Mean output of every neuron layer in one forward of `model`."""
-    rates = {}
-    hooks = [
-        m.register_forward_hook(lambda m, args, out, name=name: rates.__setitem__(name, out.float().mean().item()))
-        for name, m in model.named_modules()
-        if isinstance(m, LIF)
-    ]
+    monitor = watch_firing(model)
     try:
         with torch.no_grad():
             model(x)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return rates
+        monitor.remove_hooks()
+    return {name: monitor[name][0] for name in monitor.monitored_layers}
 
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 
-def train_step(model, x, channels_last=False):
+def train_step(model, x):
     torch.manual_seed(1)
     model.train()
     model.zero_grad()
@@ -111,7 +111,7 @@ def test_compile_trains(images, grad_checkpointing):
     torch._dynamo.reset()
     compiled_grads = train_step(torch.compile(other, fullgraph=True), images)
     compiled_grads = {name.removeprefix('_orig_mod.'): grad for name, grad in compiled_grads.items()}
-    # rounding differs, so a spike may flip in the training statistics: compare directions, exactly the BN counts
+    # rounding differs, so a spike may flip: compare directions
     for name in ('head.fc.weight', 'blocks.0.mlp.fc2.bn.weight', 'stem.stages.3.contract.conv.weight'):
         assert torch.cosine_similarity(grads[name].flatten(), compiled_grads[name].flatten(), 0) > 0.99, name
     for key, value in statistics(other).items():
@@ -175,7 +175,7 @@ def test_bf16_autocast_trains(model, images):
     target = torch.arange(len(images)) % 10
     losses = []
     model.train()
-    for _ in range(30):
+    for _ in range(60):
         with torch.autocast('cpu', torch.bfloat16):
             loss = nn.functional.cross_entropy(model(images).float(), target)
         optimizer.zero_grad()

@@ -1,12 +1,13 @@
 import pytest
 import timm
 import torch
-from conftest import LIF, assert_live, calibrate, firing_rates
+from conftest import assert_live, calibrate, firing_rates
 from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
 from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
 from timm.models._manipulate import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_spikformer import LIF
 from timm_spikformer.spikformer import checkpoint_filter_fn
 
 MODELS = timm.list_models('*spikformer*')

@@ -71,11 +71,12 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     if 'train' not in splits:
         raise ValueError(f'{folder} has no training split, only {", ".join(splits)}. {expected}')
 
+    columns = datasets.load_dataset(str(folder), split='train').features
+    if not isinstance(columns.get('image'), datasets.Image) or 'label' not in columns:
+        raise ValueError(f'{folder} has the columns {", ".join(columns) or "none"}. {expected}')
+    img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+
     def read(split: str) -> ImageDataset:
-        columns = datasets.load_dataset_builder(str(folder)).info.features or {}
-        if not isinstance(columns.get('image'), datasets.Image) or 'label' not in columns:
-            raise ValueError(f'{folder} has the columns {", ".join(columns) or "none"}. {expected}')
-        img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
         return create_dataset(f'hfds/{folder}', root=None, split=split, input_img_mode=img_mode)
 
     train = read('train')
@@ -141,11 +142,16 @@ def fit_linear(data: Data, device: torch.device) -> float:
         return accuracy(classifier(x), y)[0].item()
 
 
+def watch_firing(model: nn.Module) -> OutputMonitor:
+    """Record the firing rate, spikes per neuron and time step, of every neuron layer at every forward."""
+    return OutputMonitor(model, LIF, lambda spikes: spikes.float().mean().item())
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader) -> Tuple[float, Dict[str, float]]:
     """Test accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
     model.eval()
-    monitor = OutputMonitor(model, LIF, lambda spikes: spikes.float().mean().item())
+    monitor = watch_firing(model)
     top1, rates = AverageMeter(), {name: AverageMeter() for name in monitor.monitored_layers}
     for x, y in loader:
         monitor.clear_recorded_data()
@@ -183,7 +189,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: Data, resume: Option
         start_epoch = resume['epoch'] + 1
 
     num_images = len(loader) * args.batch_size
-    monitor = OutputMonitor(model, LIF, lambda spikes: spikes.float().mean().item())
+    monitor = watch_firing(model)
     monitor.disable()
     bar = tqdm(
         total=args.epochs * num_images,

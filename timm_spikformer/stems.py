@@ -41,7 +41,6 @@ class SpikingConvStage(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 2,
-            is_last: bool = False,
             expand_ratio: float = 4.,
             device=None,
             dtype=None,
@@ -61,7 +60,7 @@ class SpikingConvStage(nn.Module):
 class SpikingPatchStage(nn.Module):
     """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes where the stage reduces.
 
-    The last stage adds V1's conditional position embedding, `x + LIF(BN(conv3x3(x)))`.
+    With `pos_embed`, which the last stage is given: then `x + LIF(BN(conv3x3(x)))`.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class SpikingPatchStage(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 2,
-            is_last: bool = False,
             device=None,
             dtype=None,
     ):
@@ -77,7 +75,7 @@ class SpikingPatchStage(nn.Module):
         super().__init__()
         self.proj = ConvBNLIF(in_chs, out_chs, **dd)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
-        self.pos_embed = ConvBNLIF(out_chs, out_chs, **dd) if is_last else None
+        self.pos_embed = None
 
     def forward(self, x: Tensor, time_steps: int) -> Tensor:
         x = self.proj(x, time_steps)
@@ -110,7 +108,7 @@ class _Stem(nn.Module):
         self.widths = [embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
         in_chs = [in_chans] + self.widths[:-1]
         self.stages = nn.ModuleList([
-            self.stage_cls(in_chs[i], self.widths[i], self.strides[i], is_last=i == _NUM_STAGES - 1, **dd)
+            self.stage_cls(in_chs[i], self.widths[i], self.strides[i], **dd)
             for i in range(_NUM_STAGES)
         ])
 
@@ -130,8 +128,24 @@ class SpikingConvStem(_Stem):
 
 
 class SpikingPatchSplitting(_Stem):
-    """Spiking Patch Splitting (SPS) of V1; it pools after the neuron, as the authors' code does."""
+    """Spiking Patch Splitting (SPS) of V1; it pools after the neuron, as the authors' code does.
+
+    The last stage ends in V1's conditional position embedding.
+    """
     stage_cls = SpikingPatchStage
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            embed_dim: int = 512,
+            patch_size: int = 16,
+            stem_strides: Optional[Sequence[int]] = None,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(in_chans, embed_dim, patch_size, stem_strides, **dd)
+        self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, **dd)
 
 
 STEMS = {'scs': SpikingConvStem, 'sps': SpikingPatchSplitting}

@@ -31,4 +31,6 @@ if rank == 0:
     print(json.dumps(dict(
         world_size=dist.get_world_size(), equal=all(torch.equal(weights[0], w) for w in weights),
         grads_equal=all(torch.equal(grads[0], g) for g in grads), grad_norm=grads[0].norm().item())), flush=True)
+dist.barrier()
+del model  # its reducer uses the process group's threads, so it goes first
 dist.destroy_process_group()
