@@ -26,7 +26,7 @@ def num_params(name: str) -> int:
 
 
 def test_registered_models():
-    assert len(MODELS) == 11
+    assert len(MODELS) == 12
     assert MODELS == timm.list_models(module='spikformer')
     assert not timm.list_pretrained('*spikformer*')
     for name in MODELS:

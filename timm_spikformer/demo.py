@@ -23,6 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from .neurons import LIF
@@ -71,9 +72,16 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     if 'train' not in splits:
         raise ValueError(f'{folder} has no training split, only {", ".join(splits)}. {expected}')
 
-    columns = datasets.load_dataset(str(folder), split='train').features
-    if not isinstance(columns.get('image'), datasets.Image) or 'label' not in columns:
+    dataset = datasets.load_dataset(str(folder), split='train')
+    columns = dataset.features
+    if not isinstance(columns.get('image'), datasets.Image):
         raise ValueError(f'{folder} has the columns {", ".join(columns) or "none"}. {expected}')
+    # datasets gives no labels where all images lie in one folder
+    labels = set(dataset['label']) if 'label' in columns else set()
+    if len(labels) < 2:
+        raise ValueError(f'{folder} has images of one class only, or no labels, expected at least 2. {expected}')
+    names = columns['label']
+    classes = list(names.names) if isinstance(names, datasets.ClassLabel) else [str(i) for i in range(max(labels) + 1)]
     img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
 
     def read(split: str) -> ImageDataset:
@@ -86,12 +94,6 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         test = read('train')
         parts = train.reader.dataset.train_test_split(_HELD_OUT, seed=seed, stratify_by_column='label')
         train.reader.dataset, test.reader.dataset = parts['train'], parts['test']
-
-    names = train.reader.dataset.features['label']
-    labels = set(train.reader.dataset['label'])
-    classes = list(names.names) if isinstance(names, datasets.ClassLabel) else [str(i) for i in range(max(labels) + 1)]
-    if len(labels) < 2:
-        raise ValueError(f'{folder} has images of {len(labels)} class only, expected at least 2. {expected}')
     return Data(train, test, classes, config)
 
 
@@ -118,12 +120,15 @@ def check_batch(x: Tensor) -> None:
 
 
 def fit_linear(data: Data, device: torch.device) -> float:
-    """Test accuracy, in percent, of logistic regression on the same pixels, fitted by L-BFGS with unit L2 penalty."""
+    """Test accuracy, in percent, of logistic regression on the same pixels.
+
+    Pixels are of 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS.
+    """
+    mean, std = (torch.tensor(data.config[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
+
     def pixels(is_training: bool) -> Tuple[Tensor, Tensor]:
-        batches = [(x.flatten(1), y) for x, y in make_loader(data, 500, device, is_training)]
-        x, y = (torch.cat(parts) for parts in zip(*batches))
-        check_batch(x)
-        return x, y
+        batches = [((x * std + mean).flatten(1), y) for x, y in make_loader(data, 500, device, is_training)]
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
     x, y = pixels(is_training=True)
     classifier = nn.Linear(x.shape[1], len(data.classes), device=device)
@@ -154,6 +159,7 @@ def evaluate(model: nn.Module, loader) -> Tuple[float, Dict[str, float]]:
     monitor = watch_firing(model)
     top1, rates = AverageMeter(), {name: AverageMeter() for name in monitor.monitored_layers}
     for x, y in loader:
+        check_batch(x)
         monitor.clear_recorded_data()
         top1.update(accuracy(model(x), y)[0].item(), len(x))
         for name, meter in rates.items():
@@ -177,7 +183,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: Data, resume: Option
         raise ValueError(
             f'There are {len(data.train)} training images, fewer than --batch-size {args.batch_size}.')
     optimizer = create_optimizer_v2(model, 'adamw', lr=args.lr, weight_decay=args.weight_decay)
-    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)  # so that the initial BN statistics are soon forgotten
+    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=1, warmup_lr=args.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
@@ -236,6 +242,8 @@ def train(args: argparse.Namespace, model: nn.Module, data: Data, resume: Option
             f'firing rate {firing_rate:.3f}')
     bar.close()
     monitor.remove_hooks()
+    # running statistics lag behind, by hundreds of updates where they are averaged, and neurons fall silent for it
+    update_bn(make_loader(data, args.batch_size, device, is_training=True), ema.module, device)
     return ema.module
 
 
@@ -261,6 +269,11 @@ def save(model: nn.Module, data: Data, folder: Path) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Train, evaluate, save; the results are returned, and written to `results.json` in the output folder."""
+    models = timm.list_models(module='spikformer')
+    if args.model not in models:
+        raise ValueError(f'There is no Spikformer {args.model!r}, expected one of {", ".join(models)}.')
+    if args.epochs < 1:
+        raise ValueError(f'--epochs must be at least 1, got {args.epochs}.')
     args.output = Path(args.output)
     checkpoint = args.output / CHECKPOINT
     resume = None
@@ -274,13 +287,16 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     args.output.mkdir(parents=True, exist_ok=True)
 
     start = time.time()
-    device = torch.device(args.device)
+    datasets.disable_progress_bars()  # one bar is enough
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as e:
+        raise ValueError(f'--device: {e}') from e
     data = load_data(args.data and Path(args.data), args.model, args.seed)
     random_seed(args.seed)
     C, H, W = data.config['input_size']
     model = timm.create_model(
-        args.model, num_classes=len(data.classes), in_chans=C, img_size=(H, W), time_steps=args.time_steps,
-        embed_dim=args.embed_dim, num_heads=max(1, args.embed_dim // 32))
+        args.model, num_classes=len(data.classes), in_chans=C, img_size=(H, W), time_steps=args.time_steps)
     model = model.to(device=device, memory_format=torch.channels_last)
     print(
         f'{args.data or "Fashion-MNIST"}: {len(data.train):,} training and {len(data.test):,} test images of '
@@ -320,8 +336,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--data', metavar='DIR', help='image folder or parquet files (default: the shipped slice of Fashion-MNIST)')
     add('--output', metavar='DIR', default='output/demo', help='where checkpoint and model go (default: %(default)s)')
     add('--resume', action='store_true', help='go on from the last checkpoint in the output folder')
-    add('--model', default='spikformer_v2_2_128_patch4_32', help='(default: %(default)s)')
-    add('--embed-dim', type=int, default=64, metavar='D', help='width, in heads of 32 (default: %(default)s)')
+    add('--model', default='spikformer_v2_2_64_patch4_32', help='(default: %(default)s)')
     add('--time-steps', type=int, default=1, metavar='T', help='(default: %(default)s)')
     add('--epochs', type=int, default=10, metavar='N', help='(default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')

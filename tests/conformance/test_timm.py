@@ -1,0 +1,59 @@
+"""timm's own model tests, unmodified, over this project's models. They come with timm's source archive."""
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import timm
+
+TESTS_PER_MODEL = 11
+SMALL = ['test_spikformer_v2', 'spikformer_4_384_patch4_32', 'spikformer_v2_8_384']
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory) -> Path:
+    """timm's source archive of the installed version, unpacked."""
+    folder = tmp_path_factory.mktemp('timm')
+    # asking for an archive's name builds its metadata, for which timm's build backend must be there: pdm-backend
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '--no-build-isolation',
+         '-d', str(folder), f'timm=={timm.__version__}'],
+        check=True)
+    (archive,) = folder.glob('timm-*.tar.gz')
+    with tarfile.open(archive) as f:
+        f.extractall(folder, filter='data')
+    return folder / f'timm-{timm.__version__}'
+
+
+def run_timm_tests(source: Path, models: list, report: Path) -> ET.Element:
+    env = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), '.']), TORCH_BACKEND='spikformer_shim',
+        TIMEOUT='900', HF_HUB_OFFLINE='1')
+    subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', 'tests/test_models.py', '-k', ' or '.join(f'-{m}]' for m in models),
+         f'--junitxml={report}'],
+        cwd=source, env=env)
+    return ET.parse(report).getroot().find('testsuite')
+
+
+def check(suite: ET.Element, models: list) -> None:
+    for name in models:
+        count = sum(case.get('name').endswith(f'-{name}]') for case in suite)
+        assert count == TESTS_PER_MODEL, f'{count} tests ran for {name}'
+    assert int(suite.get('tests')) == TESTS_PER_MODEL * len(models)
+    assert [suite.get(k) for k in ('failures', 'errors', 'skipped')] == ['0', '0', '0']
+
+
+@pytest.mark.conformance
+def test_small_models(source, tmp_path):
+    check(run_timm_tests(source, SMALL, tmp_path / 'report.xml'), SMALL)
+
+
+@pytest.mark.conformance
+@pytest.mark.slow
+def test_other_models(source, tmp_path):
+    others = sorted(set(timm.list_models(module='spikformer')) - set(SMALL))
+    check(run_timm_tests(source, others, tmp_path / 'report.xml'), others)

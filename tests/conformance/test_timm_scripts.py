@@ -1,0 +1,186 @@
+"""timm's scripts, unmodified, run through `python -m timm_spikformer` on real images.
+
+The scripts are on no package index: TIMM_SCRIPTS names the root of a clone of timm's repository.
+"""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+
+from timm_spikformer.demo import FASHION_MNIST
+
+pytestmark = pytest.mark.scripts
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / 'recipes'
+MODEL = 'spikformer_v2_2_64_patch4_32'
+TRAIN = ['--model', MODEL, '--num-classes', 10, '--device', 'cpu', '-j', 1, '-b', 16, '--epochs', 1, '--opt', 'adamw',
+         '--lr', 1e-3, '--warmup-epochs', 0, '--experiment', 'run']
+
+
+def run_script(script: str, *args, launcher=('-m', 'timm_spikformer')) -> str:
+    """Run a script to its end; return what it wrote."""
+    folder = os.environ.get('TIMM_SCRIPTS')
+    if not folder or not (Path(folder) / 'train.py').is_file():
+        raise pytest.UsageError(f"Set TIMM_SCRIPTS to a clone of timm's repository, which has train.py; got {folder}.")
+    result = subprocess.run(
+        [sys.executable, *launcher, str(Path(folder) / script), *map(str, args)],
+        cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE='1'), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+def read_summary(output: Path) -> list:
+    with open(output / 'run' / 'summary.csv') as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """Image folders of 20 training and 5 validation images of each class."""
+    root = tmp_path_factory.mktemp('images')
+    for source, split, count in (('train', 'train', 20), ('test', 'validation', 5)):
+        images = datasets.Dataset.from_parquet(str(FASHION_MNIST / f'{source}.parquet'))
+        labels = np.asarray(images['label'])
+        for label in range(10):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in np.flatnonzero(labels == label)[:count]:
+                images[int(i)]['image'].save(root / split / str(label) / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def checkpoint(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp('output')
+    run_script('train.py', folder, *TRAIN, '--epochs', 2, '--model-kwargs', 'time_steps=1', '--output', output)
+    return output / 'run' / 'model_best.pth.tar'
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', '--amp-dtype', 'bfloat16'],
+    ['--model-ema', '--model-ema-decay', 0.9],
+    ['--grad-accum-steps', 2],
+    ['--channels-last'],
+    ['--layer-decay', 0.75],
+    ['--mixup', 0.8, '--cutmix', 1.0],
+    ['--grad-checkpointing'],
+    ['--torchcompile'],
+    ['--torchscript'],
+    ['--model-kwargs', 'time_steps=1'],
+    ['--model', 'test_spikformer_v2', '--img-size', 48],
+    ['--model', 'spikformer_4_384_patch4_32', '--model-kwargs', 'time_steps=1', 'depth=1', '--drop-path', 0.1],
+    ['--aa', 'rand-m9-mstd0.5-inc1', '--reprob', 0.25, '--drop', 0.1, '--clip-grad', 1.0],
+    ['--kd-model-name', 'test_vit', '--kd-distill-type', 'logit'],
+], ids=lambda options: ' '.join(map(str, options)))
+def test_train(options, folder, tmp_path):
+    log = run_script('train.py', folder, *TRAIN, *options, '--output', tmp_path)
+    (row,) = read_summary(tmp_path)
+    assert np.isfinite(list(row.values())).all() and 0 < row['train_loss'] < 10
+    assert 'graph break' not in log
+    saved = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False, map_location='cpu')
+    assert ('state_dict_ema' in saved) == ('--model-ema' in options)
+
+
+def test_train_with_device_modules(folder, tmp_path):
+    run_script('train.py', folder, *TRAIN, '--device-modules', 'timm_spikformer', '--output', tmp_path, launcher=())
+    assert len(read_summary(tmp_path)) == 1
+
+
+def test_train_on_two_ranks_with_sync_bn_statistics(folder, tmp_path):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '-m', 'timm_spikformer']
+    run_script(
+        'train.py', folder, *TRAIN, '--dist-bn', 'reduce', '--output', tmp_path, launcher=list(map(str, launcher)))
+    assert len(read_summary(tmp_path)) == 1
+
+
+def test_train_resumes(folder, tmp_path):
+    run_script('train.py', folder, *TRAIN, '--model-ema', '--output', tmp_path / 'a')
+    last = tmp_path / 'a' / 'run' / 'last.pth.tar'
+    log = run_script(
+        'train.py', folder, *TRAIN, '--model-ema', '--epochs', 2, '--resume', last, '--output', tmp_path / 'b')
+    assert 'Loaded checkpoint' in log
+    assert [row['epoch'] for row in read_summary(tmp_path / 'b')] == [1]
+
+
+def test_recipe_of_the_demo(tmp_path):
+    run_script(
+        'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 1, '--output', tmp_path,
+        '--experiment', 'run', launcher=())
+    (row,) = read_summary(tmp_path)
+    assert row['eval_top1'] > 50
+
+
+@pytest.mark.parametrize('recipe', sorted(p.name for p in RECIPES.glob('*.yaml') if p.stem != 'fashion_mnist'))
+def test_recipe(recipe, folder, tmp_path):
+    """The recipe as it is but for its model's size, its data and its device."""
+    is_cifar = recipe == 'cifar10.yaml'
+    model = [] if is_cifar else ['--img-size', 32]
+    run_script(
+        'train.py', folder, '-c', RECIPES / recipe, *model, '--dataset', '', '--device', 'cpu', '-j', 1, '-b', 4,
+        '--num-classes', 10, '--model-kwargs', 'time_steps=1', 'depth=1', 'embed_dim=96', '--epochs', 1,
+        '--warmup-epochs', 0, '--cooldown-epochs', 0, '--amp-dtype', 'bfloat16', '--output', tmp_path,
+        '--experiment', 'run', launcher=())
+    (row,) = read_summary(tmp_path)
+    assert 0 < row['train_loss'] < 10
+
+
+def test_recipes_name_their_models():
+    for path in RECIPES.glob('*.yaml'):
+        recipe = yaml.safe_load(path.read_text())
+        assert recipe['model'] in timm.list_models(module='spikformer')
+        assert recipe['device_modules'] == ['timm_spikformer']
+
+
+@pytest.mark.parametrize('options', [
+    [], ['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--torchscript'], ['--torchcompile'],
+], ids=lambda options: ' '.join(map(str, options)) or 'plain')
+def test_validate(options, folder, checkpoint, tmp_path):
+    results = tmp_path / 'results.json'
+    run_script(
+        'validate.py', folder, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--device', 'cpu',
+        '-j', 1, '-b', 25, '--model-kwargs', 'time_steps=1', '--results-file', results, '--results-format', 'json',
+        *options)
+    measured = json.loads(results.read_text())
+    measured = measured[0] if isinstance(measured, list) else measured
+    best = max(row['eval_top1'] for row in read_summary(checkpoint.parents[1]))
+    assert measured['top1'] == pytest.approx(best, abs=0.0 if not options else 4.0)
+
+
+@pytest.mark.parametrize('bench', ['infer', 'train'])
+def test_benchmark(bench, tmp_path):
+    log = run_script(
+        'benchmark.py', '--model', MODEL, '--bench', bench, '--device', 'cpu', '-b', 8, '--num-warm-iter', 1,
+        '--num-bench-iter', 3, '--model-kwargs', 'time_steps=1')
+    results = json.loads(log[log.index('--result\n') + len('--result\n'):log.rindex('}') + 1])
+    assert results[f'{bench}_samples_per_sec'] > 0 and results['param_count'] == 0.33
+
+
+def test_inference(folder, checkpoint, tmp_path):
+    run_script(
+        'inference.py', folder / 'validation', '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint,
+        '--device', 'cpu', '-j', 1, '-b', 25, '--model-kwargs', 'time_steps=1', '--results-dir', tmp_path,
+        '--results-file', 'predictions', '--label-type', 'name', '--topk', 1)
+    with open(tmp_path / 'predictions.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 50
+
+
+def test_onnx_export(checkpoint, tmp_path):
+    path = tmp_path / 'model.onnx'
+    run_script('onnx_export.py', path, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--dynamo')
+    model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    session = onnxruntime.InferenceSession(str(path))
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(x).numpy(), rtol=1e-4, atol=1e-4)
