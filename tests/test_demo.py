@@ -141,6 +141,13 @@ def test_parquet_without_a_test_split(folder, tmp_path):
     assert set(data.test.reader.dataset['label']) == {0, 1}
 
 
+def test_parquet_of_plain_integers(folder, tmp_path):
+    train = datasets.load_dataset(str(folder), split='train').cast_column('label', datasets.Value('int64'))
+    train.to_parquet(tmp_path / 'train.parquet')
+    data = demo.load_data(tmp_path, 'test_spikformer_v2')
+    assert data.classes == ['0', '1'] and len(data.test) == 10
+
+
 @pytest.mark.parametrize('files, message', [
     (None, 'is not a folder'),
     ({}, 'holds no images'),
@@ -166,6 +173,14 @@ def test_folder_of_one_class(tmp_path):
 def test_parquet_of_other_columns(tmp_path):
     datasets.Dataset.from_dict({'pixels': [[1, 2]], 'target': [0]}).to_parquet(tmp_path / 'train.parquet')
     with pytest.raises(SystemExit, match='columns pixels, target.*columns image and label'):
+        run_demo(tmp_path / 'out', '--data', tmp_path)
+
+
+def test_parquet_of_text_labels(folder, tmp_path):
+    train = datasets.load_dataset(str(folder), split='train')
+    train = train.cast_column('label', datasets.Value('string'))
+    train.to_parquet(tmp_path / 'train.parquet')
+    with pytest.raises(SystemExit, match="labels such as '0', expected integers or a ClassLabel"):
         run_demo(tmp_path / 'out', '--data', tmp_path)
 
 

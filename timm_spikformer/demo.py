@@ -79,9 +79,11 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     # datasets gives no labels where all images lie in one folder
     labels = set(dataset['label']) if 'label' in columns else set()
     if len(labels) < 2:
-        raise ValueError(f'{folder} has images of one class only, or no labels, expected at least 2. {expected}')
-    names = columns['label']
-    classes = list(names.names) if isinstance(names, datasets.ClassLabel) else [str(i) for i in range(max(labels) + 1)]
+        raise ValueError(f'{folder} has images of one class only, or no labels; 2 or more are needed. {expected}')
+    has_names = isinstance(columns['label'], datasets.ClassLabel)
+    if not has_names and not all(isinstance(label, int) for label in labels):
+        raise ValueError(f'{folder} has labels such as {min(labels)!r}, expected integers or a ClassLabel. {expected}')
+    classes = columns['label'].names if has_names else [str(i) for i in range(max(labels) + 1)]
     img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
 
     def read(split: str) -> ImageDataset:
@@ -92,7 +94,8 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         test = read(test_split)
     else:
         test = read('train')
-        parts = train.reader.dataset.train_test_split(_HELD_OUT, seed=seed, stratify_by_column='label')
+        stratify_by = 'label' if has_names else None
+        parts = train.reader.dataset.train_test_split(_HELD_OUT, seed=seed, stratify_by_column=stratify_by)
         train.reader.dataset, test.reader.dataset = parts['train'], parts['test']
     return Data(train, test, classes, config)
 

@@ -5,6 +5,7 @@ The scripts are on no package index: TIMM_SCRIPTS names the root of a clone of t
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,16 +29,24 @@ TRAIN = ['--model', MODEL, '--num-classes', 10, '--device', 'cpu', '-j', 1, '-b'
          '--lr', 1e-3, '--warmup-epochs', 0, '--experiment', 'run']
 
 
-def run_script(script: str, *args, launcher=('-m', 'timm_spikformer')) -> str:
-    """Run a script to its end; return what it wrote."""
-    folder = os.environ.get('TIMM_SCRIPTS')
-    if not folder or not (Path(folder) / 'train.py').is_file():
-        raise pytest.UsageError(f"Set TIMM_SCRIPTS to a clone of timm's repository, which has train.py; got {folder}.")
-    result = subprocess.run(
-        [sys.executable, *launcher, str(Path(folder) / script), *map(str, args)],
-        cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE='1'), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout + result.stderr
+@pytest.fixture(scope='module')
+def run_script(tmp_path_factory):
+    """A function that runs a script to its end and returns what it wrote."""
+    source = os.environ.get('TIMM_SCRIPTS')
+    if not source or not (Path(source) / 'train.py').is_file():
+        raise pytest.UsageError(f"Set TIMM_SCRIPTS to a clone of timm's repository (train.py is in it), got {source}.")
+    folder = tmp_path_factory.mktemp('scripts')  # away from the clone's own timm, which may be of another version
+    for script in Path(source).glob('*.py'):
+        shutil.copy(script, folder)
+
+    def run(script: str, *args, launcher=('-m', 'timm_spikformer')) -> str:
+        result = subprocess.run(
+            list(map(str, [sys.executable, *launcher, folder / script, *args])),
+            cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE='1'), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout + result.stderr
+
+    return run
 
 
 def read_summary(output: Path) -> list:
@@ -60,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def checkpoint(folder, tmp_path_factory) -> Path:
+def checkpoint(run_script, folder, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp('output')
     run_script('train.py', folder, *TRAIN, '--epochs', 2, '--model-kwargs', 'time_steps=1', '--output', output)
     return output / 'run' / 'model_best.pth.tar'
@@ -79,10 +88,9 @@ def checkpoint(folder, tmp_path_factory) -> Path:
     ['--model-kwargs', 'time_steps=1'],
     ['--model', 'test_spikformer_v2', '--img-size', 48],
     ['--model', 'spikformer_4_384_patch4_32', '--model-kwargs', 'time_steps=1', 'depth=1', '--drop-path', 0.1],
-    ['--aa', 'rand-m9-mstd0.5-inc1', '--reprob', 0.25, '--drop', 0.1, '--clip-grad', 1.0],
-    ['--kd-model-name', 'test_vit', '--kd-distill-type', 'logit'],
+    ['--aa', 'rand-m9-mstd0.5-mmax9-inc1', '--reprob', 0.25, '--drop', 0.1, '--clip-grad', 1.0],
 ], ids=lambda options: ' '.join(map(str, options)))
-def test_train(options, folder, tmp_path):
+def test_train(run_script, options, folder, tmp_path):
     log = run_script('train.py', folder, *TRAIN, *options, '--output', tmp_path)
     (row,) = read_summary(tmp_path)
     assert np.isfinite(list(row.values())).all() and 0 < row['train_loss'] < 10
@@ -91,19 +99,12 @@ def test_train(options, folder, tmp_path):
     assert ('state_dict_ema' in saved) == ('--model-ema' in options)
 
 
-def test_train_with_device_modules(folder, tmp_path):
+def test_train_with_device_modules(run_script, folder, tmp_path):
     run_script('train.py', folder, *TRAIN, '--device-modules', 'timm_spikformer', '--output', tmp_path, launcher=())
     assert len(read_summary(tmp_path)) == 1
 
 
-def test_train_on_two_ranks_with_sync_bn_statistics(folder, tmp_path):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '-m', 'timm_spikformer']
-    run_script(
-        'train.py', folder, *TRAIN, '--dist-bn', 'reduce', '--output', tmp_path, launcher=list(map(str, launcher)))
-    assert len(read_summary(tmp_path)) == 1
-
-
-def test_train_resumes(folder, tmp_path):
+def test_train_resumes(run_script, folder, tmp_path):
     run_script('train.py', folder, *TRAIN, '--model-ema', '--output', tmp_path / 'a')
     last = tmp_path / 'a' / 'run' / 'last.pth.tar'
     log = run_script(
@@ -112,16 +113,15 @@ def test_train_resumes(folder, tmp_path):
     assert [row['epoch'] for row in read_summary(tmp_path / 'b')] == [1]
 
 
-def test_recipe_of_the_demo(tmp_path):
+def test_recipe_of_the_demo(run_script, tmp_path):
     run_script(
-        'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 1, '--output', tmp_path,
+        'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 2, '--output', tmp_path,
         '--experiment', 'run', launcher=())
-    (row,) = read_summary(tmp_path)
-    assert row['eval_top1'] > 50
+    assert read_summary(tmp_path)[-1]['eval_top1'] > 50
 
 
 @pytest.mark.parametrize('recipe', sorted(p.name for p in RECIPES.glob('*.yaml') if p.stem != 'fashion_mnist'))
-def test_recipe(recipe, folder, tmp_path):
+def test_recipe(run_script, recipe, folder, tmp_path):
     """The recipe as it is but for its model's size, its data and its device."""
     is_cifar = recipe == 'cifar10.yaml'
     model = [] if is_cifar else ['--img-size', 32]
@@ -144,7 +144,7 @@ def test_recipes_name_their_models():
 @pytest.mark.parametrize('options', [
     [], ['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--torchscript'], ['--torchcompile'],
 ], ids=lambda options: ' '.join(map(str, options)) or 'plain')
-def test_validate(options, folder, checkpoint, tmp_path):
+def test_validate(run_script, options, folder, checkpoint, tmp_path):
     results = tmp_path / 'results.json'
     run_script(
         'validate.py', folder, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--device', 'cpu',
@@ -157,15 +157,16 @@ def test_validate(options, folder, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize('bench', ['infer', 'train'])
-def test_benchmark(bench, tmp_path):
+def test_benchmark(run_script, bench, tmp_path):
     log = run_script(
         'benchmark.py', '--model', MODEL, '--bench', bench, '--device', 'cpu', '-b', 8, '--num-warm-iter', 1,
-        '--num-bench-iter', 3, '--model-kwargs', 'time_steps=1')
+        '--num-bench-iter', 5, '--model-kwargs', 'time_steps=1')
     results = json.loads(log[log.index('--result\n') + len('--result\n'):log.rindex('}') + 1])
-    assert results[f'{bench}_samples_per_sec'] > 0 and results['param_count'] == 0.33
+    num_params = sum(p.numel() for p in timm.create_model(MODEL, device='meta').parameters())
+    assert results[f'{bench}_samples_per_sec'] > 0 and results['param_count'] == round(num_params / 1e6, 2)
 
 
-def test_inference(folder, checkpoint, tmp_path):
+def test_inference(run_script, folder, checkpoint, tmp_path):
     run_script(
         'inference.py', folder / 'validation', '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint,
         '--device', 'cpu', '-j', 1, '-b', 25, '--model-kwargs', 'time_steps=1', '--results-dir', tmp_path,
@@ -175,7 +176,7 @@ def test_inference(folder, checkpoint, tmp_path):
     assert len(rows) == 50
 
 
-def test_onnx_export(checkpoint, tmp_path):
+def test_onnx_export(run_script, checkpoint, tmp_path):
     path = tmp_path / 'model.onnx'
     run_script('onnx_export.py', path, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--dynamo')
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)).eval()
