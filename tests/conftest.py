@@ -1,5 +1,9 @@
 """What makes a spiking network worth comparing: real images, calibrated BN, neurons that fire."""
+import os
 from typing import Dict
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers share the cores; PyTorch reads this when it is imported
 
 import datasets
 import numpy as np

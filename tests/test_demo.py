@@ -65,9 +65,9 @@ def test_shipped_data():
 
 
 def test_linear_classifier_agrees_with_scikit_learn():
-    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.9 %."""
+    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.6 %."""
     data = demo.load_data(None, 'spikformer_v2_2_64_patch4_32')
-    assert demo.fit_linear(data, torch.device('cpu')) == pytest.approx(83.9, abs=0.3)
+    assert demo.fit_linear(data, torch.device('cpu')) == pytest.approx(83.6, abs=0.3)
 
 
 def test_results_and_the_folder_that_loads(finished, folder):
