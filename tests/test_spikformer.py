@@ -256,6 +256,8 @@ def test_authors_v1_checkpoint(tmp_path, images, wrapper, prefix, with_qkv_bias)
             file=str(tmp_path / 'checkpoint.pth.tar'), num_classes=10, first_conv='stem.stages.0.proj.conv'), **kwargs)
     for (key, expected), value in zip(model.state_dict().items(), other.state_dict().values()):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=key)
+    again = timm.create_model('test_spikformer_v2', checkpoint_path=tmp_path / 'checkpoint.pth.tar', **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), other.state_dict().values()))
     if not with_qkv_bias:
         assert torch.equal(other.eval()(images), model(images))
 

@@ -5,13 +5,53 @@ Activations are time-major, `[T, B, ...]`. Weights see time as part of the batch
 Source: section numbers of the paper are those of Spikformer V2, https://arxiv.org/abs/2401.02020; what the paper leaves
 open follows the authors' V1 code, https://github.com/ZK-Zhou/spikformer.
 """
+from typing import Optional, Tuple
+
+import torch
 import torch.fx
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .neurons import LIF
 
-__all__ = ['ConvBNLIF', 'LinearBNLIF', 'SpikingBlock', 'SpikingMLP', 'SpikingSelfAttention', 'spiking_attention']
+__all__ = [
+    'ConvBNLIF',
+    'LinearBNLIF',
+    'SpikingBlock',
+    'SpikingMLP',
+    'SpikingSelfAttention',
+    'Visible',
+    'keep_visible',
+    'spiking_attention',
+    'visible_rows',
+]
+
+# What is left of masked images: the tokens, [B, N'] in increasing order, and the width of the grid that they are of.
+Visible = Tuple[Tensor, int]
+
+
+def visible_rows(visible: Visible, x: Tensor) -> Tensor:
+    """Indices of the visible pixels of `x`, `[n * B, C, H, W]`, among its `n * B * H * W`: `[n * B * N' * p * p]`.
+
+    A token covers p x p pixels, where W is p times the width of the grid.
+    """
+    ids, width = visible
+    H, W = x.shape[-2:]
+    p = W // width
+    inside = torch.arange(p, device=x.device)
+    rows = (ids // width).unsqueeze(2) * p + inside  # [B, N', p]
+    cols = (ids % width).unsqueeze(2) * p + inside
+    pixels = (rows.unsqueeze(3) * W + cols.unsqueeze(2)).flatten(1)  # [B, N' * p * p]
+    pixels = pixels.repeat(x.shape[0] // ids.shape[0], 1)
+    return (pixels + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * (H * W)).flatten()
+
+
+def keep_visible(x: Tensor, visible: Visible) -> Tensor:
+    """`x`, `[n * B, C, H, W]`, with 0 at masked pixels, whatever they hold."""
+    n, _, H, W = x.shape
+    is_masked = torch.ones(n * H * W, dtype=torch.bool, device=x.device)
+    is_masked = is_masked.index_fill(0, visible_rows(visible, x), False)
+    return x.masked_fill(is_masked.view(n, 1, H, W), 0.)
 
 
 class ConvBNLIF(nn.Module):
@@ -20,6 +60,10 @@ class ConvBNLIF(nn.Module):
     An input with a single step stands for one that is the same at all T steps. It is convolved and normalised once: the
     result is exact, and so are the batch statistics, but for the factor n / (n - 1) of the running variance, where n
     then counts each value once, not T times.
+
+    Of masked images, only the visible pixels are normalised, by statistics of their own, and fire; the others are 0.
+    What comes in has to be 0 at masked pixels: then nothing of them reaches a visible one. As in SparK,
+    https://arxiv.org/abs/2301.03580.
     """
 
     def __init__(
@@ -45,9 +89,18 @@ class ConvBNLIF(nn.Module):
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         self.lif = LIF()
 
-    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         B = x.shape[1]
-        x = self.bn(self.conv(x.flatten(0, 1)))
+        x = self.conv(x.flatten(0, 1))
+        if visible is None:
+            x = self.bn(x)
+        else:
+            n, C, H, W = x.shape
+            rows = visible_rows(visible, x)
+            pixels = x.permute(0, 2, 3, 1).reshape(-1, C)
+            normed = self.bn(pixels.index_select(0, rows).unflatten(1, (C, 1, 1))).flatten(1)
+            x = torch.zeros_like(pixels, dtype=normed.dtype).index_copy(0, rows, normed)
+            x = x.unflatten(0, (n, H, W)).permute(0, 3, 1, 2)
         x = x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1)
         return self.lif(x)
 

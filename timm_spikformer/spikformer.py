@@ -28,7 +28,7 @@ __all__ = ['Spikformer']
 
 
 @torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
-def _to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
+def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
     """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T."""
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
@@ -60,7 +60,7 @@ def _spare_bn_statistics(module: nn.Module) -> Iterator[None]:
             setattr(m, name, value)
 
 
-def _checkpoint(module: nn.Module, *args: Any) -> Tensor:
+def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
     """Gradient checkpointing whose recomputation does not update the BN statistics a second time."""
     if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
         return checkpoint(module, *args, use_reentrant=False)
@@ -197,6 +197,14 @@ class Spikformer(nn.Module):
         self.time_steps = time_steps
         update_model_args(self, time_steps=time_steps)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        # `checkpoint_path` and `load_state_dict` take what `pretrained` takes
+        if not prefix:
+            converted = checkpoint_filter_fn(dict(state_dict), self)
+            state_dict.clear()
+            state_dict.update(converted)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
         return set()  # timm leaves out BN and biases by their shape, and there is nothing else
@@ -224,12 +232,12 @@ class Spikformer(nn.Module):
 
     def _encode(self, x: Tensor, take_indices: List[int], num_levels: int) -> Tuple[Tensor, List[Tensor]]:
         """The features of the last of the levels that are run, and of those to take: `[B, C, H, W]`, mean over time."""
-        x, time_steps = _to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
+        x, time_steps = to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
         intermediates = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = _checkpoint(stage, x, time_steps)
+                    x = checkpoint_once(stage, x, time_steps)
                 else:
                     x = stage(x, time_steps)
                 if i < self.num_levels - 1 and i in take_indices:
@@ -240,7 +248,7 @@ class Spikformer(nn.Module):
             x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
             for block in self.blocks:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = _checkpoint(block, x)
+                    x = checkpoint_once(block, x)
                 else:
                     x = block(x)
             x = x.transpose(2, 3).unflatten(3, (H, W))
@@ -356,7 +364,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
     Takes a state dict, bare or under `state_dict` or `model`, with or without a `module.` prefix. Joining q, k, v and
     moving their biases is exact. spikingjelly pools before the neuron and V1 after it, so a model trained there gives
-    equal outputs here at one time step only.
+    equal outputs here at one time step only. Of a masked autoencoder the encoder is taken, and the classifier of
+    `model` left as it is.
 
     Raises:
         ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted.
@@ -365,23 +374,28 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    model_state = model.state_dict()
+    if any(k.startswith('encoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
+        state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if k.startswith('encoder.')}
+        state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
 
     out = {}
+    is_foreign = False
     for key, value in state_dict.items():
         if _UNUSED_KEY.match(key):
             continue
         for pattern, replacement in _KEY_RULES:
             key, found = pattern.subn(replacement, key)
             if found:
+                is_foreign = True
                 break
         if key.endswith('linear.weight'):
             value = value.flatten(1)  # from a 1x1 convolution
         out[key] = value
     out = _fuse_qkv(out)
 
-    model_state = model.state_dict()
     for key, expected in model_state.items():
-        if key.endswith('linear.bias'):
+        if is_foreign and key.endswith('linear.bias'):
             out.setdefault(key, torch.zeros_like(expected))  # spikingjelly's layers have none
         if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
             raise ValueError(

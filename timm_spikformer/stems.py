@@ -8,7 +8,7 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF
+from .layers import ConvBNLIF, Visible, keep_visible
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
@@ -52,9 +52,9 @@ class SpikingConvStage(nn.Module):
         self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
         self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
 
-    def forward(self, x: Tensor, time_steps: int) -> Tensor:
-        x = self.down(x, time_steps)
-        return x + self.contract(self.expand(x, time_steps), time_steps)
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        x = self.down(x, time_steps, visible)
+        return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)
 
 
 class SpikingPatchStage(nn.Module):
@@ -77,17 +77,20 @@ class SpikingPatchStage(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
         self.pos_embed = None
 
-    def forward(self, x: Tensor, time_steps: int) -> Tensor:
-        x = self.proj(x, time_steps)
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        x = self.proj(x, time_steps, visible)
         B = x.shape[1]
-        x = self.pool(x.flatten(0, 1)).unflatten(0, (-1, B))
+        x = self.pool(x.flatten(0, 1))
+        if visible is not None:  # pooling has spread spikes to masked pixels
+            x = keep_visible(x, visible)
+        x = x.unflatten(0, (-1, B))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x, time_steps)
+            x = x + self.pos_embed(x, time_steps, visible)
         return x
 
 
 class _Stem(nn.Module):
-    """Four stages, `stages`, each `(x, time_steps) -> x`; `strides` and `widths` describe them."""
+    """Four stages, `stages`, each `(x, time_steps, visible) -> x`; `strides` and `widths` describe them."""
     stage_cls = SpikingConvStage
 
     def __init__(
@@ -112,9 +115,9 @@ class _Stem(nn.Module):
             for i in range(_NUM_STAGES)
         ])
 
-    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         for stage in self.stages:
-            x = stage(x, time_steps)
+            x = stage(x, time_steps, visible)
         return x
 
 

@@ -1,0 +1,314 @@
+"""Masked autoencoder around a Spikformer: spiking encoder of the visible patches, ANN decoder of all of them.
+
+The paper, https://arxiv.org/abs/2401.02020, says that pre-training masks and reconstructs in the style of MAE,
+https://arxiv.org/abs/2111.06377, with an asymmetric pair of spiking encoder and artificial decoder, and says no more.
+What it leaves open: masking, target and loss as in MAE; the stem under a mask as in SparK,
+https://arxiv.org/abs/2301.03580; size of the decoder as in later work of overlapping authors; the rest is this
+project's choice, as stated where it is made.
+"""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .layers import Visible, keep_visible
+from .spikformer import Spikformer, checkpoint_once, to_time_major
+
+__all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """Images `[B, C, H, W]` to patches `[B, N, C * p * p]`, row by row."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x: Tensor, patch_size: int, grid: Tuple[int, int]) -> Tensor:
+    """Patches `[B, N, C * p * p]` of a grid of N = h * w to images `[B, C, h * p, w * p]`."""
+    h, w = grid
+    x = x.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, (h, w))  # [B, h, w, C, p, p]
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _mean_and_std(patches: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of each patch, `[B, N, 1]`. The population's, so that predicting the mean costs a loss of 1 (MAE's: 1 - 1/n)."""
+    var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+class MAEDecoder(nn.Module):
+    """Patches `[B, N, out_features]` from features `[B, N', D]` of the visible ones.
+
+    LayerNorm and a linear map to the decoder's width; mask tokens where nothing is visible; fixed 2-D sin-cos
+    positions, computed for the grid at hand; transformer blocks; LayerNorm and a linear map to pixels.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            embed_dim: int = 256,
+            depth: int = 4,
+            num_heads: int = 4,
+            mlp_ratio: float = 4.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if embed_dim % 4 != 0 or embed_dim % num_heads != 0:
+            raise ValueError(
+                f'decoder_embed_dim must be divisible by 4, for positions, and by decoder_num_heads={num_heads}, '
+                f'got {embed_dim}.')
+        self.norm_in = nn.LayerNorm(in_features, **dd)
+        self.embed = nn.Linear(in_features, embed_dim, **dd)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.blocks = nn.Sequential(*[
+            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, **dd) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.pred = nn.Linear(embed_dim, out_features, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As MAE does."""
+        nn.init.normal_(self.mask_token, std=.02)
+        for m in self.modules():
+            if isinstance(m, nn.LayerNorm):
+                m.reset_parameters()
+            elif isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, features: Tensor, ids: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """
+        Args:
+            features: Of the visible patches, `[B, N', D]`.
+            ids: Which patches these are, `[B, N']`, counted row by row.
+            grid: Height and width in patches.
+        """
+        features = self.embed(self.norm_in(features))
+        B, _, D = features.shape
+        x = self.mask_token.to(features.dtype).expand(B, grid[0] * grid[1], -1)
+        x = x.scatter(1, ids.unsqueeze(2).expand(-1, -1, D), features)
+        x = x + build_sincos2d_pos_embed(list(grid), D, device=x.device, dtype=x.dtype)
+        return self.pred(self.norm(self.blocks(x)))
+
+
+class SpikformerMAEOutput(NamedTuple):
+    """What a `SpikformerMAE` returns."""
+    loss: Tensor  # scalar: mean squared error over the masked patches
+    reconstruction: Tensor  # [B, C, H, W], every patch as the loss sees it: normalised where the target is
+    mask: Tensor  # [B, N] bool, True where a patch was masked
+
+
+class SpikformerMAE(nn.Module):
+    """Masked autoencoder for self-supervised pre-training of a Spikformer, V1 or V2.
+
+    Nothing of a masked pixel reaches the features of a visible patch: masked pixels are 0, each layer of the stem
+    normalises and fires at visible positions only, V1's pooled spikes are masked again, and the encoder's blocks see
+    the visible tokens only.
+
+    `encoder` is the model itself, and carries on after pre-training: `encoder.state_dict()` holds its own names. A
+    state dict of the whole loads into a Spikformer through timm, which drops the decoder.
+    """
+
+    def __init__(
+            self,
+            encoder: Spikformer,
+            mask_ratio: float = 0.75,
+            mask_unit: Optional[int] = None,
+            decoder_embed_dim: int = 256,
+            decoder_depth: int = 4,
+            decoder_num_heads: int = 4,
+            decoder_mlp_ratio: float = 4.,
+            norm_pix_loss: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            encoder: Spikformer, whose classifier is removed. Its time steps are those of pre-training; the paper's
+                figure is of models of one time step.
+            mask_ratio: Share of the units that is masked, in (0, 1).
+            mask_unit: Side in pixels of the squares that are masked, a multiple of the patch; by default the patch.
+            decoder_embed_dim: Width of the decoder.
+            decoder_depth: Number of its blocks.
+            decoder_num_heads: Number of its attention heads.
+            decoder_mlp_ratio: Width of its MLP's hidden layer over decoder_embed_dim.
+            norm_pix_loss: Reconstruct patches normalised by their own mean and standard deviation.
+        """
+        super().__init__()
+        if not isinstance(encoder, Spikformer):
+            raise TypeError(f'encoder must be a Spikformer, got {type(encoder).__name__}.')
+        if not 0. < mask_ratio < 1.:
+            raise ValueError(f'mask_ratio must be greater than 0 and less than 1, got {mask_ratio}.')
+        self.patch_size = encoder.patch_size
+        self.mask_unit = self.patch_size if mask_unit is None else mask_unit
+        if self.mask_unit < 1 or self.mask_unit % self.patch_size != 0:
+            raise ValueError(f'mask_unit must be a multiple of the patch size {self.patch_size}, got {mask_unit}.')
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+
+        encoder.reset_classifier(0, '')
+        self.encoder = encoder
+        self.decoder = MAEDecoder(
+            encoder.embed_dim,
+            encoder.in_chans * self.patch_size ** 2,
+            embed_dim=decoder_embed_dim,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            mlp_ratio=decoder_mlp_ratio,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return {'decoder.mask_token'}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the encoder, which holds nearly all of the activations."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def _mask_from_noise(self, noise: Optional[Tensor], x: Tensor) -> Tuple[Tensor, int]:
+        """Mask the units of highest noise: `[B, units]`, True is masked, and the number of visible ones."""
+        B, H, W = x.shape[0], x.shape[-2], x.shape[-1]
+        if H % self.mask_unit != 0 or W % self.mask_unit != 0:
+            raise ValueError(f'Height and width must be multiples of mask_unit={self.mask_unit}, got {H}x{W}.')
+        num_units = (H // self.mask_unit) * (W // self.mask_unit)
+        num_visible = int(num_units * (1. - self.mask_ratio))
+        if not 0 < num_visible < num_units:
+            raise ValueError(
+                f'An image of {num_units} units of {self.mask_unit}x{self.mask_unit} pixels cannot have a share of '
+                f'{self.mask_ratio} of them masked: {num_visible} would be visible.')
+        if noise is None:
+            noise = torch.rand(B, num_units, device=x.device)
+        elif noise.shape != (B, num_units):
+            raise ValueError(f'noise must be [{B}, {num_units}], a value for each unit, got {list(noise.shape)}.')
+        visible = noise.argsort(dim=1)[:, :num_visible]
+        return torch.ones_like(noise, dtype=torch.bool).scatter(1, visible, False), num_visible
+
+    def _check_mask(self, mask: Tensor, B: int) -> Tuple[Tensor, int]:
+        if mask.ndim != 2 or mask.shape[0] != B:
+            raise ValueError(f'bool_masked_pos must be [{B}, number of units], got {list(mask.shape)}.')
+        mask = mask.bool()
+        counts = mask.sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f'bool_masked_pos must mask the same number of units in every image, got {min(counts)} to '
+                f'{max(counts)}.')
+        if counts[0] in (0, mask.shape[1]):
+            raise ValueError(
+                f'bool_masked_pos must leave masked and visible units, got {counts[0]} of {mask.shape[1]} masked.')
+        return mask, mask.shape[1] - counts[0]
+
+    def make_mask(
+            self,
+            x: Tensor,
+            bool_masked_pos: Optional[Tensor] = None,
+            noise: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Tensor]:
+        """Which patches are masked, `[B, N]`, and the indices of the others in increasing order, `[B, N']`.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`.
+            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True is masked.
+            noise: Value for each unit of the model, `[B, units]`; those of the highest values are masked. Random if
+                neither is given.
+        """
+        if bool_masked_pos is not None and noise is not None:
+            raise ValueError('Expected bool_masked_pos or noise, got both.')
+        if bool_masked_pos is not None:
+            mask, num_visible = self._check_mask(bool_masked_pos.to(x.device), x.shape[0])
+        else:
+            mask, num_visible = self._mask_from_noise(noise, x)
+
+        h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        k = round((h * w / mask.shape[1]) ** 0.5)  # a unit covers k x k patches
+        if k < 1 or h % k != 0 or w % k != 0 or (h // k) * (w // k) != mask.shape[1]:
+            raise ValueError(
+                f'bool_masked_pos has {mask.shape[1]} values for each image, expected {h * w}, one for each patch of '
+                f'{h}x{w}, or one for each square of several patches.')
+        mask = mask.view(-1, h // k, w // k).repeat_interleave(k, 1).repeat_interleave(k, 2).flatten(1)
+        ids = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible * k ** 2]
+        return mask, ids
+
+    def encode(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Features of the visible patches, `[B, N', D]`, mean over time."""
+        encoder = self.encoder
+        x, time_steps = to_time_major(x, encoder.time_steps, encoder.in_chans, self.patch_size)
+        visible: Visible = (ids, x.shape[-1] // self.patch_size)
+
+        def run(module: nn.Module, *args) -> Tensor:
+            return checkpoint_once(module, *args) if encoder.grad_checkpointing else module(*args)
+
+        B = x.shape[1]
+        x = keep_visible(x.flatten(0, 1), visible).unflatten(0, (-1, B))
+        for stage in encoder.stem.stages:
+            x = run(stage, x, time_steps, visible)
+        x = x.flatten(3).transpose(2, 3)  # [T, B, N, D]
+        x = x.gather(2, ids.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
+        for block in encoder.blocks:
+            x = run(block, x)
+        return x.mean(0)
+
+    def forward(
+            self,
+            x: Tensor,
+            bool_masked_pos: Optional[Tensor] = None,
+            noise: Optional[Tensor] = None,
+    ) -> SpikformerMAEOutput:
+        """Mask, encode, decode, compare; arguments as of `make_mask`. The target of a sequence is its mean over time.
+
+        Raises:
+            ValueError: The input does not fit the encoder, or the mask does not fit the input, masks all or nothing,
+                or masks another number of patches in some image than in others.
+        """
+        mask, ids = self.make_mask(x, bool_masked_pos, noise)
+        features = self.encode(x, ids)
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        pred = self.decoder(features, ids, grid).float()
+
+        target = self._target_patches(x)
+        if self.norm_pix_loss:
+            mean, std = _mean_and_std(target)
+            target = (target - mean) / std
+        error = (pred - target).square().mean(-1)  # [B, N]
+        loss = (error * mask).sum() / mask.sum()
+        return SpikformerMAEOutput(loss, unpatchify(pred, self.patch_size, grid), mask)
+
+    def _target_patches(self, x: Tensor) -> Tensor:
+        if x.ndim == 5:
+            x = x.mean(1)
+        return patchify(x.float(), self.patch_size)
+
+    @torch.no_grad()
+    def reconstruct(
+            self,
+            x: Tensor,
+            bool_masked_pos: Optional[Tensor] = None,
+            noise: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """For people to look at: the input, masked (grey is 0), and with its masked patches reconstructed.
+
+        Where the target is normalised, predicted patches are given the mean and standard deviation of the true ones,
+        which a model does not predict: what it is shown for is their content.
+
+        Returns:
+            Three images `[B, C, H, W]`, on the scale of the input.
+        """
+        _, reconstruction, mask = self(x, bool_masked_pos, noise)
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        original = self._target_patches(x)
+        pred = patchify(reconstruction, self.patch_size)
+        if self.norm_pix_loss:
+            mean, std = _mean_and_std(original)
+            pred = pred * std + mean
+        is_masked = mask.unsqueeze(2)
+        return tuple(
+            unpatchify(patches, self.patch_size, grid)
+            for patches in (original, original.masked_fill(is_masked, 0.), torch.where(is_masked, pred, original)))
