@@ -53,7 +53,7 @@ def visible_outputs(mae, x, noise):
     mask, ids = mae.make_mask(x, noise=noise)
     outputs = []
     hooks = [stage.register_forward_hook(lambda *args: outputs.append(args[2])) for stage in mae.encoder.stem.stages]
-    features = mae.encode(x, ids)
+    features, _ = mae.encoder.forward_tokens(x, ids)
     for hook in hooks:
         hook.remove()
     keep = []
@@ -125,7 +125,7 @@ def test_features_equal_those_of_a_dense_masked_computation(images, noise):
     mae, x = make_mae('scs', images).double().train(), images.double()  # so that rounding flips no spike
     mask, ids = mae.make_mask(x, noise=noise)
     with torch.no_grad():
-        features = copy.deepcopy(mae).encode(x, ids)
+        features, _ = copy.deepcopy(mae).encoder.forward_tokens(x, ids)
         expected = dense_masked_encoder(copy.deepcopy(mae), x, mask)
     assert features.sum() > 0
     assert torch.equal(features, expected)

@@ -6,15 +6,14 @@ What it leaves open: masking, target and loss as in MAE; the stem under a mask a
 https://arxiv.org/abs/2301.03580; size of the decoder as in later work of overlapping authors; the rest is this
 project's choice, as stated where it is made.
 """
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .layers import Visible, keep_visible
-from .spikformer import Spikformer, checkpoint_once, to_time_major
+from .spikformer import Spikformer
 
 __all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
@@ -74,13 +73,18 @@ class MAEDecoder(nn.Module):
 
     def init_weights(self) -> None:
         """As MAE does."""
-        nn.init.normal_(self.mask_token, std=.02)
         for m in self.modules():
-            if isinstance(m, nn.LayerNorm):
-                m.reset_parameters()
-            elif isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+            self.init_layer(m)
+
+    def init_layer(self, m: nn.Module) -> None:
+        """Initialise one layer of this decoder, or, given itself, the mask token."""
+        if m is self:
+            nn.init.normal_(m.mask_token, std=.02)
+        elif isinstance(m, nn.LayerNorm):
+            m.reset_parameters()
+        elif isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
 
     def forward(self, features: Tensor, ids: Tensor, grid: Tuple[int, int]) -> Tensor:
         """
@@ -102,6 +106,7 @@ class SpikformerMAEOutput(NamedTuple):
     loss: Tensor  # scalar: mean squared error over the masked patches
     reconstruction: Tensor  # [B, C, H, W], every patch as the loss sees it: normalised where the target is
     mask: Tensor  # [B, N] bool, True where a patch was masked
+    hidden_states: List[Tensor]  # of the visible patches, [B, N', D]: the stem's and each block's, if asked for
 
 
 class SpikformerMAE(nn.Module):
@@ -237,39 +242,25 @@ class SpikformerMAE(nn.Module):
         ids = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible * k ** 2]
         return mask, ids
 
-    def encode(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Features of the visible patches, `[B, N', D]`, mean over time."""
-        encoder = self.encoder
-        x, time_steps = to_time_major(x, encoder.time_steps, encoder.in_chans, self.patch_size)
-        visible: Visible = (ids, x.shape[-1] // self.patch_size)
-
-        def run(module: nn.Module, *args) -> Tensor:
-            return checkpoint_once(module, *args) if encoder.grad_checkpointing else module(*args)
-
-        B = x.shape[1]
-        x = keep_visible(x.flatten(0, 1), visible).unflatten(0, (-1, B))
-        for stage in encoder.stem.stages:
-            x = run(stage, x, time_steps, visible)
-        x = x.flatten(3).transpose(2, 3)  # [T, B, N, D]
-        x = x.gather(2, ids.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
-        for block in encoder.blocks:
-            x = run(block, x)
-        return x.mean(0)
-
     def forward(
             self,
             x: Tensor,
             bool_masked_pos: Optional[Tensor] = None,
             noise: Optional[Tensor] = None,
+            take_blocks: bool = False,
     ) -> SpikformerMAEOutput:
-        """Mask, encode, decode, compare; arguments as of `make_mask`. The target of a sequence is its mean over time.
+        """Mask, encode, decode, compare. The target of a sequence is its mean over time.
+
+        Args:
+            x: As of `make_mask`, and so are `bool_masked_pos` and `noise`.
+            take_blocks: Return the encoder's hidden states.
 
         Raises:
             ValueError: The input does not fit the encoder, or the mask does not fit the input, masks all or nothing,
                 or masks another number of patches in some image than in others.
         """
         mask, ids = self.make_mask(x, bool_masked_pos, noise)
-        features = self.encode(x, ids)
+        features, hidden_states = self.encoder.forward_tokens(x, ids, take_blocks)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         pred = self.decoder(features, ids, grid).float()
 
@@ -279,7 +270,7 @@ class SpikformerMAE(nn.Module):
             target = (target - mean) / std
         error = (pred - target).square().mean(-1)  # [B, N]
         loss = (error * mask).sum() / mask.sum()
-        return SpikformerMAEOutput(loss, unpatchify(pred, self.patch_size, grid), mask)
+        return SpikformerMAEOutput(loss, unpatchify(pred, self.patch_size, grid), mask, hidden_states)
 
     def _target_patches(self, x: Tensor) -> Tensor:
         if x.ndim == 5:
@@ -301,7 +292,7 @@ class SpikformerMAE(nn.Module):
         Returns:
             Three images `[B, C, H, W]`, on the scale of the input.
         """
-        _, reconstruction, mask = self(x, bool_masked_pos, noise)
+        _, reconstruction, mask, _ = self(x, bool_masked_pos, noise)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         original = self._target_patches(x)
         pred = patchify(reconstruction, self.patch_size)

@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
-from .layers import SpikingBlock
+from .layers import SpikingBlock, Visible, keep_visible
 from .stems import STEMS
 
 __all__ = ['Spikformer']
@@ -168,14 +168,24 @@ class Spikformer(nn.Module):
 
         BN keeps every neuron's current at unit variance, so in train mode neurons fire at every depth.
         """
-        for name, m in self.named_modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)):
-                m.reset_parameters()
-            if isinstance(m, nn.Linear):
-                if name.startswith('head'):
-                    nn.init.trunc_normal_(m.weight, std=.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        for m in self.modules():
+            self.init_layer(m)
+
+    @torch.jit.ignore
+    def init_layer(self, m: nn.Module) -> None:
+        """Initialise one layer of this model."""
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.reset_parameters()
+            if m is self.head.fc:
+                nn.init.trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+            nn.init.zeros_(m.running_mean)
+            nn.init.ones_(m.running_var)
+            nn.init.zeros_(m.num_batches_tracked)
 
     def _check_img_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         size = to_2tuple(img_size)
@@ -230,33 +240,80 @@ class Spikformer(nn.Module):
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
-    def _encode(self, x: Tensor, take_indices: List[int], num_levels: int) -> Tuple[Tensor, List[Tensor]]:
-        """The features of the last of the levels that are run, and of those to take: `[B, C, H, W]`, mean over time."""
+    def _encode(
+            self,
+            x: Tensor,
+            take_indices: List[int],
+            num_levels: int,
+            visible: Optional[Tensor] = None,
+            take_blocks: bool = False,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Run the first of the levels; everything that is returned is a mean over time.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            take_indices: Levels to return, `[B, C, H, W]`
+            num_levels: Number of levels to run
+            visible: Indices of the tokens to see, `[B, N']`, in increasing order; by default all
+            take_blocks: Return the stem's output and that of each block, `[B, N, D]`, and no level
+        Returns:
+            The last output, a map or, of visible tokens, `[B, N', D]`, and what was to be returned
+        """
         x, time_steps = to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
-        intermediates = []
+        seen: Optional[Visible] = None
+        if visible is not None:
+            seen = (visible, x.shape[-1] // self.patch_size)
+            B = x.shape[1]
+            x = keep_visible(x.flatten(0, 1), seen).unflatten(0, (-1, B))
+
+        taken = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint_once(stage, x, time_steps)
+                    x = checkpoint_once(stage, x, time_steps, seen)
                 else:
-                    x = stage(x, time_steps)
+                    x = stage(x, time_steps, seen)
                 if i < self.num_levels - 1 and i in take_indices:
-                    intermediates.append(x.mean(0))
+                    taken.append(x.mean(0))
 
         if num_levels == self.num_levels:
             H, W = x.shape[-2:]
             x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
+            if visible is not None:
+                x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
+            if take_blocks:
+                taken.append(x.mean(0))
             for block in self.blocks:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     x = checkpoint_once(block, x)
                 else:
                     x = block(x)
-            x = x.transpose(2, 3).unflatten(3, (H, W))
+                if take_blocks:
+                    taken.append(x.mean(0))
+            if visible is None:
+                x = x.transpose(2, 3).unflatten(3, (H, W))
 
         x = x.mean(0)
         if self.num_levels - 1 in take_indices:
-            intermediates.append(x)
-        return x, intermediates
+            taken.append(x)
+        return x, taken
+
+    @torch.jit.ignore
+    def forward_tokens(
+            self,
+            x: Tensor,
+            visible: Optional[Tensor] = None,
+            take_blocks: bool = False,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Features as tokens, `[B, N, D]`, row by row, and on request the stem's output and that of each block.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            visible: Indices of the tokens to see, `[B, N']`, in increasing order: nothing of the others reaches them
+            take_blocks: Return the stem's output and that of each block
+        """
+        x, taken = self._encode(x, [], self.num_levels, visible, take_blocks)
+        return (x if visible is not None else x.flatten(2).transpose(1, 2)), taken
 
     def forward_intermediates(
             self,
@@ -375,8 +432,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             state_dict = state_dict[key]
     state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
     model_state = model.state_dict()
-    if any(k.startswith('encoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
-        state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if k.startswith('encoder.')}
+    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
+        state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
         state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
 
     out = {}

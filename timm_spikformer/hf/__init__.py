@@ -1,0 +1,1 @@
+"""What transformers' own `models/<name>/` holds: configuration and models, and what Trainer needs for them."""

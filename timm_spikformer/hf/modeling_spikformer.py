@@ -1,0 +1,326 @@
+"""transformers classes around the timm model: Spikformer and Spikformer V2, https://arxiv.org/abs/2401.02020.
+
+They hold a `timm_spikformer.Spikformer`, not a copy of its code, and store its weights under its own names, so that a
+folder or a repository loads in timm too.
+"""
+from dataclasses import dataclass
+from typing import Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from ..masked_autoencoder import SpikformerMAE
+from ..spikformer import Spikformer
+from .configuration_spikformer import SpikformerConfig
+
+__all__ = [
+    'SpikformerBackbone',
+    'SpikformerForImageClassification',
+    'SpikformerForMaskedImageModeling',
+    'SpikformerMaskedImageModelingOutput',
+    'SpikformerModel',
+    'SpikformerPreTrainedModel',
+]
+
+
+def _create_timm_model(config: SpikformerConfig, num_classes: int = 0) -> Spikformer:
+    return Spikformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        num_classes=num_classes,
+        stem=config.stem,
+        stem_strides=config.stem_strides,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        time_steps=config.time_steps,
+        drop_rate=config.classifier_dropout_prob,
+        proj_drop_rate=config.hidden_dropout_prob,
+        drop_path_rate=config.drop_path_rate,
+    )
+
+
+# From the names in a file, which are timm's, to those in memory.
+_CONVERSIONS = [PrefixChange(prefix_to_add='timm_model')]
+_MAE_CONVERSIONS = [
+    WeightRenaming(r'^(stem|blocks)\.', r'mae.encoder.\1.'),
+    WeightRenaming(r'^decoder\.', 'mae.decoder.'),
+]
+register_checkpoint_conversion_mapping('spikformer', _CONVERSIONS, overwrite=True)
+register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_CONVERSIONS, overwrite=True)
+
+
+class SpikformerPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving. Weights are stored under timm's names, and load under these or their own."""
+    config: SpikformerConfig
+    config_class = SpikformerConfig
+    base_model_prefix = 'timm_model'
+    main_input_name = 'pixel_values'
+    input_modalities = ('image',)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    model_tags = ['timm', 'snn', 'spikformer']
+    _no_split_modules = ['SpikingConvStage', 'SpikingPatchStage', 'SpikingBlock', 'Block']
+    _keep_in_fp32_modules_strict = ['bn']  # running statistics are worth nothing in half precision
+    _keys_to_ignore_on_load_unexpected = [r'(^|\.)(head|decoder)\.']
+    _conversions = _CONVERSIONS
+
+    def post_init(self) -> None:
+        super().post_init()
+        # a model that was not loaded is to be saved under timm's names too
+        self._weight_conversions = list(self._conversions)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers guards torch's own functions for the time of this call: what has been loaded stays
+        self.encoder.init_layer(module)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None) -> None:
+        """By the timm model's own, whose recomputation does not update BN a second time."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.encoder.grad_checkpointing
+
+    @property
+    def encoder(self) -> Spikformer:
+        return self.timm_model
+
+    def set_time_steps(self, time_steps: int) -> None:
+        """Present images for another number of time steps; recorded in the configuration."""
+        self.encoder.set_time_steps(time_steps)
+        self.config.time_steps = time_steps
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As of any module, and under timm's names too, as Trainer needs it to resume."""
+        renamed = {}
+        for key, value in state_dict.items():
+            for conversion in self._conversions:
+                key, _ = conversion.rename_source_key(key)
+            renamed[key] = value
+        return super().load_state_dict(renamed, *args, **kwargs)
+
+    def _check_no_attentions(self, output_attentions: Optional[bool]) -> None:
+        if output_attentions:
+            raise ValueError(
+                'output_attentions is not supported: spiking attention has no softmax, and the product q (k^T v) is '
+                'taken without the matrix of weights.')
+
+    def _wants_hidden_states(self, output_hidden_states: Optional[bool]) -> bool:
+        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+
+class SpikformerModel(SpikformerPreTrainedModel):
+    """The encoder: spikes of the last block, averaged over time."""
+
+    def __init__(self, config: SpikformerConfig):
+        super().__init__(config)
+        self.timm_model = _create_timm_model(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+            self,
+            pixel_values: Tensor,
+            output_hidden_states: Optional[bool] = None,
+            output_attentions: Optional[bool] = None,
+            **kwargs,
+    ) -> Union[Tuple, BaseModelOutputWithPooling]:
+        """
+        Args:
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            output_hidden_states: Return the stem's output and that of each block.
+
+        Returns:
+            `last_hidden_state` `[B, N, D]`, row by row; `pooler_output` `[B, D]`, its mean; `hidden_states`. All are
+            means over time.
+        """
+        self._check_no_attentions(output_attentions)
+        take_blocks = self._wants_hidden_states(output_hidden_states)
+        x, hidden_states = self.timm_model.forward_tokens(pixel_values.to(self.dtype), take_blocks=take_blocks)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=x.mean(1),
+            hidden_states=tuple(hidden_states) if take_blocks else None,
+        )
+
+
+class SpikformerForImageClassification(SpikformerPreTrainedModel):
+    """Linear classifier on the mean over time and tokens: `timm_model` is the timm model with its head."""
+    _keys_to_ignore_on_load_unexpected = [r'(^|\.)decoder\.']
+
+    def __init__(self, config: SpikformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.timm_model = _create_timm_model(config, config.num_labels)
+        self.post_init()
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """On a CPU only: elsewhere it would make every step wait. CUDA has an assertion of its own."""
+        if self.num_labels == 1 or labels.dtype not in (torch.int64, torch.int32) or labels.device.type != 'cpu':
+            return
+        if labels.ndim == 1 and len(labels) and (labels.max() >= self.num_labels or labels.min() < -100):
+            raise ValueError(
+                f'labels must be less than num_labels={self.num_labels}, got {labels.min()} to {labels.max()}. Load '
+                f'the model with num_labels=N to give it a classifier of N classes.')
+
+    @can_return_tuple
+    def forward(
+            self,
+            pixel_values: Tensor,
+            labels: Optional[Tensor] = None,
+            output_hidden_states: Optional[bool] = None,
+            output_attentions: Optional[bool] = None,
+            **kwargs,
+    ) -> Union[Tuple, ImageClassifierOutput]:
+        """
+        Args:
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression,
+                where `num_labels` is 1.
+            output_hidden_states: Return the stem's output and that of each block, `[B, N, D]`.
+        """
+        self._check_no_attentions(output_attentions)
+        take_blocks = self._wants_hidden_states(output_hidden_states)
+        pixel_values = pixel_values.to(self.dtype)
+        hidden_states = None
+        if take_blocks:
+            x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=True)
+            p = self.config.patch_size
+            x = x.transpose(1, 2).unflatten(2, (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p))
+            logits = self.timm_model.forward_head(x)
+        else:
+            logits = self.timm_model(pixel_values)
+
+        loss = None
+        if labels is not None:
+            if not torch.compiler.is_compiling():
+                self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(hidden_states) if take_blocks else None,
+        )
+
+
+@dataclass
+class SpikformerMaskedImageModelingOutput(ModelOutput):
+    """
+    Args:
+        loss: Scalar, mean squared error over the masked patches.
+        reconstruction: `[B, C, H, W]`, every patch as the loss sees it: normalised where the target is.
+        mask: `[B, N]`, True where a patch was masked.
+    """
+    loss: Optional[Tensor] = None
+    reconstruction: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
+    hidden_states: Optional[Tuple[Tensor, ...]] = None
+
+
+class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
+    """Self-supervised pre-training: `mae` is a `timm_spikformer.SpikformerMAE`."""
+    _conversions = _MAE_CONVERSIONS
+    _keys_to_ignore_on_load_unexpected = [r'(^|\.)head\.']
+
+    def __init__(self, config: SpikformerConfig):
+        super().__init__(config)
+        self.mae = SpikformerMAE(
+            _create_timm_model(config),
+            mask_ratio=config.mask_ratio,
+            mask_unit=config.mask_unit_size,
+            decoder_embed_dim=config.decoder_hidden_size,
+            decoder_depth=config.decoder_num_hidden_layers,
+            decoder_num_heads=config.decoder_num_attention_heads,
+            decoder_mlp_ratio=config.decoder_mlp_ratio,
+            norm_pix_loss=config.norm_pix_loss,
+        )
+        self.post_init()
+
+    @property
+    def encoder(self) -> Spikformer:
+        return self.mae.encoder
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        is_of_decoder = any(module is m for m in self.mae.decoder.modules())
+        (self.mae.decoder if is_of_decoder else self.encoder).init_layer(module)
+
+    @can_return_tuple
+    def forward(
+            self,
+            pixel_values: Tensor,
+            bool_masked_pos: Optional[Tensor] = None,
+            noise: Optional[Tensor] = None,
+            output_hidden_states: Optional[bool] = None,
+            output_attentions: Optional[bool] = None,
+            return_loss: bool = True,
+            **kwargs,
+    ) -> Union[Tuple, SpikformerMaskedImageModelingOutput]:
+        """
+        Args:
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True is masked; the same
+                number in every image.
+            noise: Value for each unit, `[B, number]`; those of the highest values are masked. By default the mask is
+                random.
+            output_hidden_states: Return the stem's output and that of each block, of the visible patches only.
+            return_loss: Taken for Trainer, which looks for it; the loss is always returned.
+        """
+        self._check_no_attentions(output_attentions)
+        take_blocks = self._wants_hidden_states(output_hidden_states)
+        output = self.mae(pixel_values.to(self.dtype), bool_masked_pos, noise, take_blocks=take_blocks)
+        return SpikformerMaskedImageModelingOutput(
+            loss=output.loss,
+            reconstruction=output.reconstruction,
+            mask=output.mask,
+            hidden_states=tuple(output.hidden_states) if take_blocks else None,
+        )
+
+
+class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
+    """Feature maps of the stem's stages and the encoder, means over time, for detection and segmentation."""
+    has_attentions = False
+
+    def __init__(self, config: SpikformerConfig):
+        super().__init__(config)
+        self.timm_model = _create_timm_model(config)
+        self.num_features = self.timm_model.stem.widths
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+            self,
+            pixel_values: Tensor,
+            output_hidden_states: Optional[bool] = None,
+            output_attentions: Optional[bool] = None,
+            **kwargs,
+    ) -> Union[Tuple, BackboneOutput]:
+        """
+        Args:
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            output_hidden_states: Return the maps of all four stages too.
+        """
+        self._check_no_attentions(output_attentions)
+        maps = self.timm_model.forward_intermediates(pixel_values.to(self.dtype), intermediates_only=True)
+        return BackboneOutput(
+            feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
+            hidden_states=tuple(maps) if self._wants_hidden_states(output_hidden_states) else None,
+        )

@@ -1,0 +1,82 @@
+"""Registers the classes with transformers' Auto classes, as soon as, and only if, somebody imports those.
+
+Importing transformers' modeling code takes seconds, which a user of timm has no use for. So each of the three modules
+that hold the Auto classes is followed by a registration of its own: at once if it has been imported, else by a finder
+on `sys.meta_path` that does nothing but call back after the import.
+"""
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any, Optional
+
+_AUTO = 'transformers.models.auto.'
+
+
+def _register_config(auto: ModuleType) -> None:
+    from .configuration_spikformer import SpikformerConfig
+    auto.AutoConfig.register('spikformer', SpikformerConfig, exist_ok=True)
+
+
+def _register_models(auto: ModuleType) -> None:
+    from . import modeling_spikformer as m
+    from .configuration_spikformer import SpikformerConfig
+    for auto_class, model_class in (
+        (auto.AutoModel, m.SpikformerModel),
+        (auto.AutoModelForImageClassification, m.SpikformerForImageClassification),
+        (auto.AutoModelForMaskedImageModeling, m.SpikformerForMaskedImageModeling),
+        (auto.AutoModelForPreTraining, m.SpikformerForMaskedImageModeling),
+        (auto.AutoBackbone, m.SpikformerBackbone),
+    ):
+        auto_class.register(SpikformerConfig, model_class, exist_ok=True)
+
+
+def _register_image_processor(auto: ModuleType) -> None:
+    from transformers import ViTImageProcessor, ViTImageProcessorPil
+
+    from .configuration_spikformer import SpikformerConfig
+    auto.AutoImageProcessor.register(
+        SpikformerConfig,
+        image_processor_classes={'torchvision': ViTImageProcessor, 'pil': ViTImageProcessorPil},
+        exist_ok=True,
+    )
+
+
+_AFTER_IMPORT = {
+    f'{_AUTO}configuration_auto': _register_config,
+    f'{_AUTO}modeling_auto': _register_models,
+    f'{_AUTO}image_processing_auto': _register_image_processor,
+}
+
+
+class _CallAfterImport(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module, and follows its execution by a call."""
+
+    def find_spec(self, name: str, path: Any = None, target: Optional[ModuleType] = None) -> Any:
+        callback = _AFTER_IMPORT.get(name)
+        if callback is None:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None or spec.loader is None:
+            return None
+        exec_module = spec.loader.exec_module
+
+        def exec_and_call(module: ModuleType) -> None:
+            exec_module(module)
+            callback(module)
+
+        spec.loader.exec_module = exec_and_call
+        return spec
+
+
+def register() -> None:
+    """Register now with what has been imported, and later with the rest."""
+    for name, callback in _AFTER_IMPORT.items():
+        if name in sys.modules:
+            callback(sys.modules[name])
+    if not any(isinstance(finder, _CallAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _CallAfterImport())
