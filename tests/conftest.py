@@ -12,7 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_spikformer.demo import FASHION_MNIST, watch_firing
+from timm_spikformer.demo.data import FASHION_MNIST
+from timm_spikformer.demo.training import watch_firing
 
 
 def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
-from timm_spikformer import cli, demo
+from timm_spikformer import cli
+from timm_spikformer.demo import data as demo_data
+from timm_spikformer.demo import training
 
-TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu']
+TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labelled', '40',
+        '--pretrain-epochs', '1', '--finetune-epochs', '1']
 
 
 def run_demo(output, *args):
@@ -25,7 +29,7 @@ def run_demo(output, *args):
 
 def write_images(folder: Path, classes: int, count: int, split: str = 'train') -> None:
     """The first images of the first classes of the shipped data, as a folder for each class."""
-    images = datasets.Dataset.from_parquet(str(demo.FASHION_MNIST / f'{split}.parquet'))
+    images = datasets.Dataset.from_parquet(str(demo_data.FASHION_MNIST / f'{split}.parquet'))
     labels = np.asarray(images['label'])
     for label in range(classes):
         (folder / f'class_{label}').mkdir(parents=True)
@@ -54,55 +58,65 @@ def saved_weights(output: Path) -> bytes:
 
 
 def test_shipped_data():
-    data = demo.load_data(None, 'spikformer_v2_2_64_patch4_32')
+    data = demo_data.load_data(None, 'spikformer_v2_2_64_patch4_32')
     assert len(data.train) == 6000 and len(data.test) == 1000
     assert data.classes[0] == 'T-shirt/top' and len(data.classes) == 10
     for split in (data.train, data.test):
         assert set(np.bincount(split.reader.dataset['label'])) == {len(split) // 10}
-    x, _ = next(iter(demo.make_loader(data, 100, torch.device('cpu'), is_training=False)))
+    x, _ = next(iter(demo_data.make_loader(data, 100, torch.device('cpu'), is_training=False)))
     assert x.shape == (100, 1, 28, 28)
     assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
 
 
 def test_linear_classifier_agrees_with_scikit_learn():
     """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.6 %."""
-    data = demo.load_data(None, 'spikformer_v2_2_64_patch4_32')
-    assert demo.fit_linear(data, torch.device('cpu')) == pytest.approx(83.6, abs=0.3)
+    data = demo_data.load_data(None, 'spikformer_v2_2_64_patch4_32')
+    assert training.fit_linear(data, torch.device('cpu')) == pytest.approx(83.6, abs=0.3)
 
 
 def test_results_and_the_folder_that_loads(finished, folder):
     results = json.loads((finished / 'results.json').read_text())
     assert results['accuracy'] >= 75 and results['linear_accuracy'] >= 75
     assert min(results['firing_rates'].values()) > 0
+    assert results['labelled'] == 40
+    assert all(0 <= results[f'{name}_accuracy'] <= 100 for name in ('finetuned', 'scratch'))
+    assert 0 < results['reconstruction_loss'] and 0 < results['reconstruction_loss_of_mean'] <= 1
+    with Image.open(finished / 'reconstruction.png') as picture:
+        assert picture.width > picture.height > 3 * 64  # three rows of images of 64 pixels
+        assert np.asarray(picture).std() > 10
     model = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     assert model.num_classes == 2
     assert model.pretrained_cfg['label_names'] == ['class_0', 'class_1']
-    data = demo.load_data(folder, 'test_spikformer_v2')
-    accuracy, rates = demo.evaluate(model, demo.make_loader(data, 8, torch.device('cpu'), is_training=False))
+    data = demo_data.load_data(folder, 'test_spikformer_v2')
+    accuracy, rates = training.evaluate(model, demo_data.make_loader(data, 8, torch.device('cpu'), is_training=False))
     assert accuracy == results['accuracy'] and rates == pytest.approx(results['firing_rates'])
 
 
-def test_the_same_seed_gives_the_same_model_and_resuming_changes_nothing(finished, folder, tmp_path, monkeypatch):
-    """Interrupted after its second epoch and resumed, the run ends as the uninterrupted one."""
-    save = demo.save_checkpoint
+@pytest.mark.parametrize('stage, epoch', [('supervised', 1), ('scratch', 0)])
+def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
+        stage, epoch, finished, folder, tmp_path, monkeypatch):
+    """Interrupted after an epoch and resumed, the run ends as the uninterrupted one."""
+    save = training.save_checkpoint
 
     def save_and_interrupt(path, **state):
         save(path, **state)
-        if state['epoch'] == 1:
+        if path.stem.startswith(stage) and state['epoch'] == epoch:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, 'save_checkpoint', save_and_interrupt)
+    monkeypatch.setattr(training, 'save_checkpoint', save_and_interrupt)
     with pytest.raises(SystemExit, match=f'--resume --output {tmp_path}'):
         run_demo(tmp_path, '--data', folder, '--epochs', 5)
-    assert not (tmp_path / 'model').exists()
+    assert not (tmp_path / 'results.json').exists()
     monkeypatch.undo()
-    run_demo(tmp_path, '--resume')
+    resumed, uninterrupted = run_demo(tmp_path, '--resume'), json.loads((finished / 'results.json').read_text())
     assert saved_weights(tmp_path) == saved_weights(finished)
+    assert {k: v for k, v in resumed.items() if 'seconds' not in k} == {
+        k: v for k, v in uninterrupted.items() if 'seconds' not in k}
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'last.pth.tar'
-    demo.save_checkpoint(path, epoch=0)
+    training.save_checkpoint(path, epoch=0)
 
     def interrupted(state, f):
         Path(f).write_bytes(b'half')
@@ -110,8 +124,14 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(finished, tmp_path, monk
 
     monkeypatch.setattr(torch, 'save', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.save_checkpoint(path, epoch=1)
+        training.save_checkpoint(path, epoch=1)
     assert torch.load(path, weights_only=True) == {'epoch': 0}
+
+
+def test_quick(tmp_path):
+    """On the shipped images."""
+    results = run_demo(tmp_path, '--quick', '--model', 'spikformer_v2_2_64_patch4_32')
+    assert results['labelled'] == 40 and results['seconds'] < 300
 
 
 def test_ctrl_c(folder, tmp_path):
@@ -121,22 +141,22 @@ def test_ctrl_c(folder, tmp_path):
     process = subprocess.Popen(
         [*command, '--data', str(folder), '--epochs', '1000'], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / demo.CHECKPOINT).is_file() and time.monotonic() < deadline:
+    while not (tmp_path / 'supervised.pth.tar').is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f'timm-spikformer demo --resume --output {tmp_path}' in err and 'Traceback' not in err
-    assert torch.load(tmp_path / demo.CHECKPOINT, weights_only=True)['state_dict']
+    assert torch.load(tmp_path / 'supervised.pth.tar', weights_only=True)['state_dict']
 
 
 def test_parquet_without_a_test_split(folder, tmp_path):
     """A tenth of each class is held out, the same at the same seed."""
     train = datasets.load_dataset(str(folder), split='train')
     train.to_parquet(tmp_path / 'train.parquet')
-    data = demo.load_data(tmp_path, 'test_spikformer_v2', seed=3)
+    data = demo_data.load_data(tmp_path, 'test_spikformer_v2', seed=3)
     assert (len(data.train), len(data.test)) == (90, 10)
-    again = demo.load_data(tmp_path, 'test_spikformer_v2', seed=3)
+    again = demo_data.load_data(tmp_path, 'test_spikformer_v2', seed=3)
     assert data.test.reader.dataset['label'] == again.test.reader.dataset['label']
     assert set(data.test.reader.dataset['label']) == {0, 1}
 
@@ -144,7 +164,7 @@ def test_parquet_without_a_test_split(folder, tmp_path):
 def test_parquet_of_plain_integers(folder, tmp_path):
     train = datasets.load_dataset(str(folder), split='train').cast_column('label', datasets.Value('int64'))
     train.to_parquet(tmp_path / 'train.parquet')
-    data = demo.load_data(tmp_path, 'test_spikformer_v2')
+    data = demo_data.load_data(tmp_path, 'test_spikformer_v2')
     assert data.classes == ['0', '1'] and len(data.test) == 10
 
 
@@ -190,17 +210,18 @@ def test_fewer_images_than_a_batch(folder, tmp_path):
 
 
 def test_nan_in_the_images(folder, tmp_path):
-    data = demo.load_data(folder, 'test_spikformer_v2')
+    data = demo_data.load_data(folder, 'test_spikformer_v2')
     loader = [(torch.full((2, 3, 32, 32), float('nan')), torch.zeros(2, dtype=torch.long))]
     with pytest.raises(ValueError, match='not finite'):
-        demo.evaluate(timm.create_model('test_spikformer_v2', num_classes=len(data.classes)), loader)
+        training.evaluate(timm.create_model('test_spikformer_v2', num_classes=len(data.classes)), loader)
 
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'resnet18'], "no Spikformer 'resnet18', expected one of .*spikformer_v2_8_512"),
-    (['--resume'], 'no .*last.pth.tar to resume from'),
+    (['--resume'], 'no .*args.json to resume from'),
     (['--time-steps', 0], 'time_steps must be an integer of at least 1, got 0'),
     (['--epochs', 0], '--epochs must be at least 1, got 0'),
+    (['--mask-ratio', 1], '--mask-ratio must be greater than 0 and less than 1, got 1'),
     (['--device', 'abacus'], 'device'),
 ])
 def test_bad_arguments(args, message, tmp_path):

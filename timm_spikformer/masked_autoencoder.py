@@ -264,18 +264,22 @@ class SpikformerMAE(nn.Module):
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         pred = self.decoder(features, ids, grid).float()
 
-        target = self._target_patches(x)
-        if self.norm_pix_loss:
-            mean, std = _mean_and_std(target)
-            target = (target - mean) / std
-        error = (pred - target).square().mean(-1)  # [B, N]
+        error = (pred - self.target(x)).square().mean(-1)  # [B, N]
         loss = (error * mask).sum() / mask.sum()
         return SpikformerMAEOutput(loss, unpatchify(pred, self.patch_size, grid), mask, hidden_states)
 
-    def _target_patches(self, x: Tensor) -> Tensor:
+    def _patches(self, x: Tensor) -> Tensor:
         if x.ndim == 5:
             x = x.mean(1)
         return patchify(x.float(), self.patch_size)
+
+    def target(self, x: Tensor) -> Tensor:
+        """What is to be predicted of images or sequences, `[B, N, C * p * p]`."""
+        patches = self._patches(x)
+        if self.norm_pix_loss:
+            mean, std = _mean_and_std(patches)
+            patches = (patches - mean) / std
+        return patches
 
     @torch.no_grad()
     def reconstruct(
@@ -294,7 +298,7 @@ class SpikformerMAE(nn.Module):
         """
         _, reconstruction, mask, _ = self(x, bool_masked_pos, noise)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-        original = self._target_patches(x)
+        original = self._patches(x)
         pred = patchify(reconstruction, self.patch_size)
         if self.norm_pix_loss:
             mean, std = _mean_and_std(original)

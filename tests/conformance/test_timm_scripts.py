@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 
-from timm_spikformer.demo import FASHION_MNIST
+from timm_spikformer.demo.data import FASHION_MNIST
 
 pytestmark = pytest.mark.scripts
 

@@ -88,13 +88,22 @@ class SpikformerPreTrainedModel(PreTrainedModel):
         # transformers guards torch's own functions for the time of this call: what has been loaded stays
         self.encoder.init_layer(module)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None) -> None:
+    def _set_gradient_checkpointing(
+            self,
+            enable: bool = True,
+            gradient_checkpointing_func=None,
+            every_n_layers: int = 1,
+    ) -> None:
         """By the timm model's own, whose recomputation does not update BN a second time."""
+        if every_n_layers != 1:
+            raise ValueError(f'every_n_layers must be 1, got {every_n_layers}: each layer is checkpointed, or none.')
         self.encoder.set_grad_checkpointing(enable)
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return self.encoder.grad_checkpointing
+
+    is_gradient_checkpointing = is_activation_checkpointing
 
     @property
     def encoder(self) -> Spikformer:
@@ -105,8 +114,8 @@ class SpikformerPreTrainedModel(PreTrainedModel):
         self.encoder.set_time_steps(time_steps)
         self.config.time_steps = time_steps
 
-    def get_input_embeddings(self) -> None:
-        return None
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.stem
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As of any module, and under timm's names too, as Trainer needs it to resume."""
@@ -227,7 +236,8 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
     Args:
         loss: Scalar, mean squared error over the masked patches.
         reconstruction: `[B, C, H, W]`, every patch as the loss sees it: normalised where the target is.
-        mask: `[B, N]`, True where a patch was masked.
+        mask: `[B, N]`, 1 where a patch was masked, else 0.
+        hidden_states: The stem's output and that of each block, of the visible patches, `[B, N', D]`.
     """
     loss: Optional[Tensor] = None
     reconstruction: Optional[Tensor] = None
@@ -290,7 +300,7 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
         return SpikformerMaskedImageModelingOutput(
             loss=output.loss,
             reconstruction=output.reconstruction,
-            mask=output.mask,
+            mask=output.mask.float(),
             hidden_states=tuple(output.hidden_states) if take_blocks else None,
         )
 
