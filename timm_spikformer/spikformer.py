@@ -543,7 +543,7 @@ def spikformer_v2_16_768(pretrained: bool = False, **kwargs) -> Spikformer:
 
     172.70 M is quoted in places. No structure fits it together with the counts of the two 8-layer models.
     """
-    model_args = dict(embed_dim=768, depth=16, num_heads=12)
+    model_args = dict(embed_dim=768, depth=16, num_heads=12, time_steps=1)
     return _create_spikformer('spikformer_v2_16_768', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -568,7 +568,7 @@ def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikform
     Its stem keeps the resolution in the first stage, where the image becomes spikes, and then reduces early: on the
     demo's data that gave 82.1 % against 79.0 % for strides (2, 2, 1, 1), at 1.4 times the time.
     """
-    model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2)
+    model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2, time_steps=1)
     return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 

@@ -1,0 +1,34 @@
+"""Write what is generated here: `config.json` and `preprocessor_config.json` of every registered model.
+
+    python hf_configs/make_configs.py [FOLDER]
+"""
+import sys
+from pathlib import Path
+
+import timm
+from transformers import ViTImageProcessor
+
+from timm_spikformer import SpikformerConfig
+
+
+def write(name: str, folder: Path, **kwargs) -> None:
+    """Write the two files of one model."""
+    cfg = timm.get_pretrained_cfg(name)
+    # the scripts take the labels from the data
+    SpikformerConfig.from_timm(name, num_labels=2, **kwargs).save_pretrained(folder)
+    _, height, width = cfg.input_size
+    ViTImageProcessor(
+        size={'height': height, 'width': width}, resample=3, image_mean=list(cfg.mean), image_std=list(cfg.std),
+    ).save_pretrained(folder)
+
+
+def main() -> None:
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    for name in timm.list_models(module='spikformer'):
+        write(name, root / name)
+    # what the paper's model of one time step is fine-tuned to
+    write('spikformer_v2_16_768', root / 'spikformer_v2_16_768_4_time_steps', time_steps=4)
+
+
+if __name__ == '__main__':
+    main()
