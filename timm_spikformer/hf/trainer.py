@@ -53,9 +53,11 @@ class FiringRateCallback(TrainerCallback):
         if self.monitor is None or logs is None or 'loss' not in logs or not self.monitor.records:
             return
         rates = {name: float(self.monitor[name][0]) for name in self.monitor.monitored_layers}
-        logs['firing_rate'] = sum(rates.values()) / len(rates)
+        added = {'firing_rate': sum(rates.values()) / len(rates)}
         if self.log_layers:
-            logs.update({f'firing_rate/{name}': rate for name, rate in rates.items()})
+            added.update({f'firing_rate/{name}': rate for name, rate in rates.items()})
+        logs.update(added)  # for the callbacks that report
+        state.log_history[-1].update(added)
         for name, rate in rates.items():
             if rate < self.silent or rate > self.saturated:
                 what = 'silent' if rate < self.silent else 'saturated'

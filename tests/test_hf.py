@@ -1,0 +1,437 @@
+"""The transformers classes: loading, saving, training; the same weights in timm; every neuron alive."""
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import assert_live, calibrate
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessor,
+    pipeline,
+)
+
+import timm_spikformer
+from timm_spikformer import (
+    FiringRateCallback,
+    SpikformerBackbone,
+    SpikformerConfig,
+    SpikformerForImageClassification,
+    SpikformerForMaskedImageModeling,
+    SpikformerModel,
+    SpikformerTrainer,
+)
+from timm_spikformer.hf.remote_code import save_remote_code
+from timm_spikformer.hf.trainer import parameter_groups
+
+CLASSES = [SpikformerModel, SpikformerForImageClassification, SpikformerForMaskedImageModeling, SpikformerBackbone]
+
+
+def make_config(stem='scs', **kwargs):
+    return SpikformerConfig.from_timm('test_spikformer_v2', **{**dict(
+        stem=stem, num_labels=10, time_steps=2, mask_ratio=0.25, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2), **kwargs})
+
+
+def make_model(cls, images, **kwargs):
+    """Calibrated, in eval mode, every neuron firing."""
+    torch.manual_seed(0)
+    return calibrate(cls(make_config(**kwargs)), images)
+
+
+def logits_or_loss(model, x):
+    """Something to compare of any of the classes."""
+    kwargs = {}
+    if isinstance(model, SpikformerForMaskedImageModeling):
+        kwargs = dict(bool_masked_pos=(torch.arange(16) % 2 > 0).expand(len(x), -1))
+    with torch.no_grad():
+        out = model(pixel_values=x, **kwargs)
+    return out.feature_maps[0] if 'feature_maps' in out else out.to_tuple()[0]
+
+
+# -- loading and saving
+
+@pytest.mark.parametrize('cls', CLASSES)
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_save_load_save(cls, stem, images, tmp_path):
+    model = make_model(cls, images, stem=stem)
+    model.save_pretrained(tmp_path / 'a')
+    loaded, info = cls.from_pretrained(tmp_path / 'a', output_loading_info=True)
+    assert not any(info.values())
+    assert_live(loaded, images)
+    assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(model, images))
+    loaded.save_pretrained(tmp_path / 'b')
+    for name in ('model.safetensors', 'config.json'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+
+
+def test_sharded(images, tmp_path):
+    model = make_model(SpikformerForImageClassification, images)
+    model.save_pretrained(tmp_path, max_shard_size='500KB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 1
+    loaded = SpikformerForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(model, images))
+
+
+@pytest.mark.parametrize('cls', CLASSES)
+def test_load_state_dict_takes_both_spellings(cls, images, tmp_path):
+    model = make_model(cls, images)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / 'model.safetensors')
+    assert not stored.keys() & model.state_dict().keys()
+    for state_dict in (stored, model.state_dict()):
+        other = cls(make_config())
+        result = other.load_state_dict(state_dict)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_a_pretrained_encoder_goes_on_in_both_ecosystems(stem, images, tmp_path):
+    """Every tensor of the encoder and nothing else: into the classifier, the bare model, and timm."""
+    mim = make_model(SpikformerForMaskedImageModeling, images, stem=stem)
+    mim.save_pretrained(tmp_path)
+    encoder = mim.mae.encoder.state_dict()
+    path = str(tmp_path / 'model.safetensors')
+    classifier, info = SpikformerForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert info['missing_keys'] == {'timm_model.head.fc.weight', 'timm_model.head.fc.bias'}
+    assert not info['unexpected_keys']
+    assert 0.01 < classifier.timm_model.head.fc.weight.std() < 0.03 and not classifier.timm_model.head.fc.bias.any()
+    timm_model = timm.create_model(
+        'test_spikformer_v2', stem=stem, num_classes=10, pretrained=True,
+        pretrained_cfg_overlay=dict(file=path, num_classes=-1))
+    strict = timm.create_model('test_spikformer_v2', stem=stem, num_classes=10, checkpoint_path=path)
+    for model in (classifier.timm_model, SpikformerModel.from_pretrained(tmp_path).timm_model, timm_model, strict):
+        state_dict = model.state_dict()
+        assert {k for k in state_dict if not k.startswith('head.')} == encoder.keys()
+        assert all(torch.equal(state_dict[k], v) for k, v in encoder.items())
+
+
+def test_a_classifier_loads_into_timm(images, tmp_path):
+    model = make_model(SpikformerForImageClassification, images)
+    model.save_pretrained(tmp_path)
+    path = str(tmp_path / 'model.safetensors')
+    timm_model = timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2, checkpoint_path=path).eval()
+    with torch.no_grad():
+        assert torch.equal(timm_model(images), model(images).logits)
+
+
+def test_dtype_and_device_map(images, tmp_path):
+    make_model(SpikformerForImageClassification, images).save_pretrained(tmp_path)
+    model = SpikformerForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map='cpu')
+    assert model.dtype == torch.bfloat16 and model.timm_model.blocks[0].mlp.fc1.linear.weight.dtype == torch.bfloat16
+    assert {b.dtype for n, b in model.named_buffers() if 'running' in n} == {torch.float32}
+    assert_live(model, images)
+    assert model(images).logits.isfinite().all()
+
+
+def test_another_checkpoint_is_refused(images, tmp_path):
+    make_model(SpikformerForImageClassification, images, hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
+        SpikformerForImageClassification.from_pretrained(tmp_path, config=make_config())
+
+
+# -- outputs
+
+def test_features(images):
+    model = make_model(SpikformerModel, images)
+    with torch.no_grad():
+        out = model(images, output_hidden_states=True)
+        expected = model.timm_model.forward_features(images)  # [B, D, H, W]
+    assert torch.equal(out.last_hidden_state.transpose(1, 2).unflatten(2, (4, 4)), expected)
+    assert out.pooler_output.shape == (16, 64)
+    assert len(out.hidden_states) == 3 and torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    assert [h.shape for h in out.hidden_states] == [(16, 16, 64)] * 3
+    assert isinstance(model(images, return_dict=False), tuple)
+
+
+def test_hidden_states_do_not_change_the_logits(images):
+    model = make_model(SpikformerForImageClassification, images)
+    with torch.no_grad():
+        assert torch.equal(model(images, output_hidden_states=True).logits, model(images).logits)
+
+
+def test_backbone(images):
+    model = make_model(SpikformerBackbone, images, out_features=['stage1', 'stage3', 'stage4'])
+    maps = model(images).feature_maps
+    assert [m.shape[1:] for m in maps] == [(8, 32, 32), (32, 8, 8), (64, 4, 4)]
+    assert model.channels == [8, 32, 64]
+
+
+@pytest.mark.parametrize('problem_type, labels', [
+    ('single_label_classification', torch.arange(16) % 10),
+    ('multi_label_classification', (torch.arange(160).view(16, 10) % 3 == 0).float()),
+    ('regression', torch.randn(16)),
+])
+def test_losses(problem_type, labels, images):
+    num_labels = 1 if problem_type == 'regression' else 10
+    model = make_model(SpikformerForImageClassification, images, num_labels=num_labels, problem_type=problem_type)
+    logits = model(images).logits
+    expected = dict(
+        single_label_classification=nn.functional.cross_entropy,
+        multi_label_classification=nn.functional.binary_cross_entropy_with_logits,
+        regression=lambda logits, labels: nn.functional.mse_loss(logits.squeeze(), labels),
+    )[problem_type](logits, labels)
+    torch.testing.assert_close(model(images, labels=labels).loss, expected)
+
+
+def test_sequences_and_time_steps(images):
+    model = make_model(SpikformerForImageClassification, images)
+    still = images.unsqueeze(1).expand(-1, 2, -1, -1, -1)
+    torch.testing.assert_close(model(still).logits, model(images).logits)
+    model.set_time_steps(4)
+    assert model.config.time_steps == 4 and model.timm_model.time_steps == 4
+
+
+@pytest.mark.parametrize('cls', [SpikformerForImageClassification, SpikformerForMaskedImageModeling])
+def test_gradient_checkpointing(cls, images):
+    """Equal gradients, and one update of BN a step."""
+    model = make_model(cls, images).train()
+    kwargs = dict(labels=torch.arange(16) % 10) if cls is SpikformerForImageClassification else dict(
+        noise=torch.rand(16, 16))
+    other = copy.deepcopy(model)
+    other.activation_checkpointing_enable()
+    assert other.is_activation_checkpointing and not model.is_activation_checkpointing
+    for m in (model, other):
+        m(images, **kwargs).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), other.named_parameters()):
+        assert torch.equal(p.grad, q[1].grad), name
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers()))
+    with pytest.raises(ValueError, match='every_n_layers must be 1, got 2'):
+        other.activation_checkpointing_enable(every_n_layers=2)
+
+
+# -- bad input
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(hidden_size='32'), 'hidden_size'),
+    (dict(num_attention_heads=5), 'num_attention_heads=5'),
+    (dict(time_steps=0), 'time_steps must be at least 1, got 0'),
+    (dict(mask_ratio=1.0), 'mask_ratio must be greater than 0 and less than 1, got 1.0'),
+])
+def test_configurations_that_do_not_fit(kwargs, message):
+    with pytest.raises(Exception, match=message):
+        SpikformerConfig(**kwargs)
+
+
+def test_values_that_do_not_fit(images):
+    with pytest.raises(ValueError, match="Unknown stem 'conv', expected one of 'scs', 'sps'"):
+        SpikformerModel(make_config(stem='conv'))
+    with pytest.raises(ValueError, match='mask_unit must be a multiple of the patch size 16, got 24'):
+        SpikformerForMaskedImageModeling(make_config(mask_unit_size=24))
+    model = SpikformerForImageClassification(make_config())
+    with pytest.raises(ValueError, match='labels must be less than num_labels=10, got 3 to 12'):
+        model(images[:2], labels=torch.tensor([3, 12]))
+    with pytest.raises(ValueError, match='output_attentions is not supported'):
+        model(images, output_attentions=True)
+    with pytest.raises(ValueError, match='has 15 values for each image, expected 16'):
+        SpikformerForMaskedImageModeling(make_config())(images, bool_masked_pos=torch.arange(15).expand(16, -1) > 3)
+
+
+# -- Auto classes
+
+@pytest.mark.parametrize('order', [
+    'import timm_spikformer, transformers', 'import transformers, timm_spikformer',
+    'from transformers import AutoConfig, AutoModel, AutoImageProcessor; import timm_spikformer',
+])
+def test_registered_whatever_is_imported_first(order, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    code = f"""{order}
+from transformers import *
+import transformers
+config = transformers.AutoConfig.from_pretrained({str(tmp_path)!r})
+models = [getattr(transformers, name).from_config(config) for name in (
+    'AutoModel', 'AutoModelForImageClassification', 'AutoModelForMaskedImageModeling', 'AutoModelForPreTraining',
+    'AutoBackbone')]
+processors = [
+    transformers.AutoImageProcessor.from_pretrained({str(tmp_path)!r}, backend=b) for b in ('torchvision', 'pil')]
+print([type(m).__name__ for m in [config, *models, *processors]])"""
+    env = dict(os.environ, HF_HUB_OFFLINE='1')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    expected = [
+        'SpikformerConfig', 'SpikformerModel', 'SpikformerForImageClassification', 'SpikformerForMaskedImageModeling',
+        'SpikformerForMaskedImageModeling', 'SpikformerBackbone', 'ViTImageProcessor', 'ViTImageProcessorPil']
+    assert out.stdout.strip().splitlines()[-1:] == [str(expected)], out.stderr
+
+
+def test_importing_the_package_does_not_import_transformers():
+    code = "import sys, timm_spikformer; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'False'
+
+
+def test_names_of_the_package():
+    assert set(timm_spikformer.__all__) <= set(dir(timm_spikformer))
+    assert all(getattr(timm_spikformer, name) for name in timm_spikformer.__all__)
+    with pytest.raises(AttributeError, match='Spikformre'):
+        getattr(timm_spikformer, 'Spikformre')  # noqa: B009
+
+
+def test_auto_classes(images, tmp_path):
+    make_model(SpikformerForMaskedImageModeling, images).save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is SpikformerConfig
+    for auto, cls in (
+        (AutoModel, SpikformerModel),
+        (AutoModelForImageClassification, SpikformerForImageClassification),
+        (AutoModelForMaskedImageModeling, SpikformerForMaskedImageModeling),
+        (AutoModelForPreTraining, SpikformerForMaskedImageModeling),
+    ):
+        assert type(auto.from_pretrained(tmp_path)) is cls
+
+
+def test_remote_code_without_the_plugin(images, tmp_path):
+    """A process that does not import this package loads the folder, bit-equal."""
+    model = make_model(SpikformerForImageClassification, images)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='no config.json'):
+        save_remote_code(tmp_path / 'nowhere')
+    save_remote_code(tmp_path)
+    torch.save(images, tmp_path / 'images.pt')
+    code = f"""
+import sys, torch
+sys.modules['timm_spikformer'] = None  # an import of it would raise
+from transformers import AutoModelForImageClassification
+folder = {str(tmp_path)!r}
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+torch.save(model(torch.load(folder + '/images.pt')).logits, folder + '/logits.pt')"""
+    env = dict(os.environ, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'home'))
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+    assert torch.equal(torch.load(tmp_path / 'logits.pt'), model(images).logits)
+
+
+# -- Trainer
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return dict(pixel_values=self.images[i], labels=i % 10)
+
+
+def training_args(output, **kwargs):
+    return TrainingArguments(**{**dict(
+        output_dir=str(output), per_device_train_batch_size=8, max_steps=4, logging_steps=1, save_steps=2,
+        report_to='none', use_cpu=True, learning_rate=1e-3, seed=0), **kwargs})
+
+
+def losses(trainer):
+    return [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
+
+
+def test_resuming_gives_the_same_losses(images, tmp_path):
+    model = make_model(SpikformerForImageClassification, images)
+    full = Trainer(model, training_args(tmp_path), train_dataset=Images(images))
+    full.train()
+    resumed = Trainer(
+        SpikformerForImageClassification(make_config()), training_args(tmp_path), train_dataset=Images(images))
+    resumed.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-2'))
+    assert losses(resumed) == losses(full) and len(losses(full)) == 4
+    assert all(torch.equal(a, b) for a, b in zip(full.model.state_dict().values(), resumed.model.state_dict().values()))
+
+
+def test_pretraining_evaluates_without_label_names(images, tmp_path):
+    trainer = Trainer(
+        make_model(SpikformerForMaskedImageModeling, images), training_args(tmp_path, max_steps=1),
+        train_dataset=Images(images), eval_dataset=Images(images),
+        data_collator=lambda batch: dict(pixel_values=torch.stack([b['pixel_values'] for b in batch])))
+    trainer.train()
+    assert trainer.evaluate()['eval_loss'] > 0
+
+
+def test_parameter_groups(images):
+    mim = SpikformerForMaskedImageModeling(make_config())
+    no_decay, decay = parameter_groups(mim, 0.05)
+    assert no_decay['weight_decay'] == 0. and decay['weight_decay'] == 0.05
+    names = {id(p): n for n, p in mim.named_parameters()}
+    undecayed = {names[id(p)] for p in no_decay['params']}
+    assert undecayed == {n for n, p in mim.named_parameters() if p.ndim == 1} | {'mae.decoder.mask_token'}
+    model = SpikformerForImageClassification(make_config())
+    groups = parameter_groups(model, 0.05, learning_rate=1., layer_decay=0.5)
+    lrs = {id(p): group['lr'] for group in groups for p in group['params']}
+    assert lrs.keys() == {id(p) for p in model.parameters()}
+    lr = {n: lrs[id(p)] for n, p in model.named_parameters()}
+    assert lr['timm_model.head.fc.weight'] == 1.
+    stem = {v for n, v in lr.items() if '.stem.' in n}
+    assert len(stem) == 1 and stem.pop() < lr['timm_model.blocks.0.mlp.fc1.bn.weight'] < 1.
+    with pytest.raises(ValueError, match='layer_decay is for fine-tuning a classifier'):
+        parameter_groups(mim, 0.05, learning_rate=1., layer_decay=0.5)
+
+
+def test_trainer_with_layer_decay_and_firing_rates(images, tmp_path, caplog):
+    trainer = SpikformerTrainer(
+        make_model(SpikformerForImageClassification, images), training_args(tmp_path, weight_decay=0.05),
+        train_dataset=Images(images), layer_decay=0.75, callbacks=[FiringRateCallback()])
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert len({group['initial_lr'] for group in trainer.optimizer.param_groups}) == 4
+    logs = [entry for entry in trainer.state.log_history if 'loss' in entry]
+    assert all(0 < entry['firing_rate'] < 1 for entry in logs)
+    assert 'firing_rate/timm_model.blocks.0.attn.attn_lif' in logs[0]
+    assert not any(m._forward_hooks for m in trainer.model.modules())
+    assert 'silent' not in caplog.text
+
+
+def test_a_silent_and_a_saturated_layer_are_reported(images, tmp_path, caplog):
+    model = make_model(SpikformerForImageClassification, images)
+    nn.init.constant_(model.timm_model.blocks[0].mlp.fc1.bn.bias, -100.)
+    nn.init.constant_(model.timm_model.blocks[1].mlp.fc1.bn.bias, 100.)
+    trainer = Trainer(
+        model, training_args(tmp_path, max_steps=1), train_dataset=Images(images), callbacks=[FiringRateCallback()])
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert 'blocks.0.mlp.fc1.lif is silent' in caplog.text and 'blocks.1.mlp.fc1.lif is saturated' in caplog.text
+    with pytest.raises(ValueError, match='0 <= silent < saturated <= 1'):
+        FiringRateCallback(silent=0.5, saturated=0.1)
+
+
+def test_pipeline_classifies_better_than_chance(tmp_path):
+    """Trained for seconds on 600 shipped images, on others of their classes: at least twice chance."""
+    import datasets
+
+    from timm_spikformer.demo.data import FASHION_MNIST
+    train = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'train.parquet')).shuffle(seed=0).select(range(600))
+    test = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).shuffle(seed=0).select(range(100))
+    names = train.features['label'].names
+    processor = ViTImageProcessor(size=dict(height=32, width=32), image_mean=[0.286] * 3, image_std=[0.353] * 3)
+    x = processor([image.convert('RGB') for image in train['image']], return_tensors='pt').pixel_values
+    y = torch.tensor(train['label'])
+    torch.manual_seed(0)
+    config = SpikformerConfig.from_timm(
+        'spikformer_v2_2_64_patch4_32', id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+        num_labels=10)
+    model = SpikformerForImageClassification(config).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=5e-3)
+    for _ in range(4):
+        for i in torch.randperm(600).split(30):
+            loss = model(x[i], labels=y[i]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    calibrate(model, x[:200])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    classify = pipeline('image-classification', model=str(tmp_path), device='cpu')
+    predicted = [p[0]['label'] for p in classify([image.convert('RGB') for image in test['image']], batch_size=50)]
+    correct = np.mean([p == names[label] for p, label in zip(predicted, test['label'])])
+    assert correct >= 0.2, f'{correct:.2f} of the images, chance is 0.1'
+    assert json.loads((tmp_path / 'config.json').read_text())['id2label']['0'] == 'T-shirt/top'
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ViTImageProcessor

@@ -1,0 +1,47 @@
+"""The code of the models beside their weights, for those who load with `trust_remote_code` and have no plugin."""
+import json
+import re
+from pathlib import Path
+from typing import Union
+
+_PACKAGE = Path(__file__).parents[1]
+_FILES = (
+    'neurons.py',
+    'layers.py',
+    'stems.py',
+    'spikformer.py',
+    'masked_autoencoder.py',
+    'hf/configuration_spikformer.py',
+    'hf/modeling_spikformer.py',
+)
+_AUTO_MAP = {
+    'AutoConfig': 'configuration_spikformer.SpikformerConfig',
+    'AutoModel': 'modeling_spikformer.SpikformerModel',
+    'AutoModelForImageClassification': 'modeling_spikformer.SpikformerForImageClassification',
+    'AutoModelForMaskedImageModeling': 'modeling_spikformer.SpikformerForMaskedImageModeling',
+    'AutoModelForPreTraining': 'modeling_spikformer.SpikformerForMaskedImageModeling',
+    'AutoBackbone': 'modeling_spikformer.SpikformerBackbone',
+}
+
+
+def save_remote_code(folder: Union[str, Path]) -> None:
+    """Copy the full code into a folder that `save_pretrained` has written, and name it in its config.json.
+
+    transformers takes code from one folder, without packages, so the copies import each other from beside them. Where
+    the plugin is imported, its own classes are used and the copies left alone.
+
+    Raises:
+        ValueError: The folder holds no config.json of a Spikformer.
+    """
+    folder = Path(folder)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get('model_type') != 'spikformer':
+        raise ValueError(f'{folder} holds no config.json of model_type spikformer. Write it with save_pretrained.')
+    for name in _FILES:
+        source = (_PACKAGE / name).read_text()
+        (folder / Path(name).name).write_text(re.sub(r'^from \.\.(\w+) import', r'from .\1 import', source, flags=re.M))
+    config['auto_map'] = _AUTO_MAP
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+    partial.replace(path)
