@@ -357,6 +357,17 @@ def test_pretraining_evaluates_without_label_names(images, tmp_path):
     assert trainer.evaluate()['eval_loss'] > 0
 
 
+def test_trainer_compiles(images, tmp_path):
+    args = training_args(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend='aot_eager')
+    compiled = Trainer(make_model(SpikformerForImageClassification, images), args, train_dataset=Images(images))
+    compiled.train()
+    eager = Trainer(
+        make_model(SpikformerForImageClassification, images), training_args(tmp_path, max_steps=2),
+        train_dataset=Images(images))
+    eager.train()
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+
+
 def test_parameter_groups(images):
     mim = SpikformerForMaskedImageModeling(make_config())
     no_decay, decay = parameter_groups(mim, 0.05)

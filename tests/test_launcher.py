@@ -49,6 +49,13 @@ def test_no_script():
     assert result.returncode != 0 and "there is no script 'nowhere.py'" in result.stderr
 
 
+def test_run_mae_is_refused(tmp_path):
+    """It would train a ViTMAE in silence."""
+    (tmp_path / 'run_mae.py').write_text('print("trained a ViTMAE")')
+    result = run('-m', 'timm_spikformer', tmp_path / 'run_mae.py', check=False)
+    assert result.returncode != 0 and not result.stdout and 'Pre-train with run_mim.py' in result.stderr
+
+
 def test_two_ranks_of_ddp_end_with_equal_weights():
     (report,) = lines(run(*TORCHRUN, '-m', 'timm_spikformer', SCRIPTS / 'train_ddp.py'))
     assert report['world_size'] == 2 and report['equal'] and report['grads_equal'] and report['grad_norm'] > 0

@@ -96,7 +96,7 @@ def test_statistics_are_of_visible_positions(mae, images, noise):
 # -- against an independent computation
 
 def dense_masked_encoder(mae, x, mask):
-    """V2's encoder in train mode, written densely: weighted batch statistics, and a mask after every layer."""
+    """The encoder in train mode, written densely: weighted batch statistics, and a mask after every layer."""
     encoder, T = mae.encoder, mae.encoder.time_steps
     visible = (~pixel_mask(mae, mask)).to(x.dtype)
 
@@ -114,15 +114,21 @@ def dense_masked_encoder(mae, x, mask):
 
     x = (x * visible).expand(T, -1, -1, -1, -1)
     for stage in encoder.stem.stages:
-        x = layer(stage.down, x)
-        x = x + layer(stage.contract, layer(stage.expand, x))
+        if hasattr(stage, 'down'):  # V2
+            x = layer(stage.down, x)
+            x = x + layer(stage.contract, layer(stage.expand, x))
+        else:
+            x = torch.stack([stage.pool(step) for step in layer(stage.proj, x)])
+            x = x * F.interpolate(visible, size=x.shape[-2:])
+            x = x if stage.pos_embed is None else x + layer(stage.pos_embed, x)
     x = x.flatten(3).transpose(2, 3)
     tokens = torch.stack([step[~mask].view(len(mask), -1, step.shape[-1]) for step in x])  # in order of position
     return encoder.blocks(tokens).mean(0)
 
 
-def test_features_equal_those_of_a_dense_masked_computation(images, noise):
-    mae, x = make_mae('scs', images).double().train(), images.double()  # so that rounding flips no spike
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_features_equal_those_of_a_dense_masked_computation(stem, images, noise):
+    mae, x = make_mae(stem, images).double().train(), images.double()  # so that rounding flips no spike
     mask, ids = mae.make_mask(x, noise=noise)
     with torch.no_grad():
         features, _ = copy.deepcopy(mae).encoder.forward_tokens(x, ids)

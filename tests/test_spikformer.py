@@ -8,7 +8,7 @@ from timm.models._manipulate import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spikformer import LIF
-from timm_spikformer.spikformer import checkpoint_filter_fn
+from timm_spikformer.checkpoints import checkpoint_filter_fn
 
 MODELS = timm.list_models('*spikformer*')
 

@@ -9,6 +9,7 @@ _FILES = (
     'neurons.py',
     'layers.py',
     'stems.py',
+    'checkpoints.py',
     'spikformer.py',
     'masked_autoencoder.py',
     'hf/configuration_spikformer.py',
