@@ -133,6 +133,9 @@ def test_a_classifier_loads_into_timm(images, tmp_path):
 
 def test_dtype_and_device_map(images, tmp_path):
     make_model(SpikformerForImageClassification, images).save_pretrained(tmp_path)
+    created = AutoModel.from_config(make_config(), dtype=torch.bfloat16)
+    assert created.dtype == torch.bfloat16
+    assert {b.dtype for n, b in created.named_buffers() if 'running' in n} == {torch.float32}
     model = SpikformerForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map='cpu')
     assert model.dtype == torch.bfloat16 and model.timm_model.blocks[0].mlp.fc1.linear.weight.dtype == torch.bfloat16
     assert {b.dtype for n, b in model.named_buffers() if 'running' in n} == {torch.float32}

@@ -7,7 +7,7 @@ from . import __version__, demo
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog='timm-spikformer', description='Spikformer V2 for timm.')
+    parser = argparse.ArgumentParser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(dest='command', required=True)
     demo_parser = commands.add_parser('demo', help='train a small model on real images', description=demo.__doc__)

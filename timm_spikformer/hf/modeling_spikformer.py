@@ -79,6 +79,9 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     _conversions = _CONVERSIONS
 
     def post_init(self) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.float()  # a model that is created in half precision, too
         super().post_init()
         # a model that was not loaded is to be saved under timm's names too
         self._weight_conversions = list(self._conversions)
