@@ -61,6 +61,14 @@ def test_two_ranks_of_ddp_end_with_equal_weights():
     assert report['world_size'] == 2 and report['equal'] and report['grads_equal'] and report['grad_norm'] > 0
 
 
+def test_two_ranks_of_fsdp_train_as_one_process():
+    """Sharded by the classes of `_no_split_modules`: the stem's stages, the encoder's blocks and the decoder's."""
+    (report,) = lines(run(*TORCHRUN[:-2], '--nproc-per-node', '2', SCRIPTS / 'train_fsdp.py'))
+    assert report['units'] == 4 + 2 + 4
+    assert report['sharded'] == pytest.approx(report['plain'], rel=1e-5)
+    assert report['plain'][1] < report['plain'][0]
+
+
 def test_sync_bn_conversion_keeps_the_model(model, images):
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in converted.modules())
