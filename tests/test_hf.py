@@ -418,11 +418,11 @@ def test_a_silent_and_a_saturated_layer_are_reported(images, tmp_path, caplog):
 
 
 def test_pipeline_classifies_better_than_chance(tmp_path):
-    """Trained for seconds on 600 shipped images, on others of their classes: at least twice chance."""
+    """Trained for seconds on 1,000 shipped images, it names others right at least four times as often as by chance."""
     import datasets
 
     from timm_spikformer.demo.data import FASHION_MNIST
-    train = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'train.parquet')).shuffle(seed=0).select(range(600))
+    train = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'train.parquet')).shuffle(seed=0).select(range(1000))
     test = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).shuffle(seed=0).select(range(100))
     names = train.features['label'].names
     processor = ViTImageProcessor(size=dict(height=32, width=32), image_mean=[0.286] * 3, image_std=[0.353] * 3)
@@ -433,19 +433,21 @@ def test_pipeline_classifies_better_than_chance(tmp_path):
         'spikformer_v2_2_64_patch4_32', id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
         num_labels=10)
     model = SpikformerForImageClassification(config).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=5e-3)
-    for _ in range(4):
-        for i in torch.randperm(600).split(30):
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8 * 34)
+    for _ in range(8):
+        for i in torch.randperm(1000).split(30):
             loss = model(x[i], labels=y[i]).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     calibrate(model, x[:200])
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     classify = pipeline('image-classification', model=str(tmp_path), device='cpu')
     predicted = [p[0]['label'] for p in classify([image.convert('RGB') for image in test['image']], batch_size=50)]
     correct = np.mean([p == names[label] for p, label in zip(predicted, test['label'])])
-    assert correct >= 0.2, f'{correct:.2f} of the images, chance is 0.1'
+    assert correct >= 0.4, f'{correct:.2f} of the images, chance is 0.1'
     assert json.loads((tmp_path / 'config.json').read_text())['id2label']['0'] == 'T-shirt/top'
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ViTImageProcessor
