@@ -1,5 +1,6 @@
 """What makes a spiking network worth comparing: real images, calibrated BN, neurons that fire."""
 import os
+from pathlib import Path
 from typing import Dict
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -47,6 +48,16 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 def assert_live(model: nn.Module, x: Tensor) -> None:
     rates = firing_rates(model, x)
     assert rates and min(rates.values()) > 0., f'silent neurons: {[n for n, r in rates.items() if not r > 0.]}'
+
+
+def write_images(folder: Path, split: str, classes: int, count: int) -> None:
+    """The first images of the first classes of the shipped data, as RGB, in a folder for each class."""
+    source = datasets.Dataset.from_parquet(str(FASHION_MNIST / f'{split}.parquet'))
+    labels = np.asarray(source['label'])
+    for label in range(classes):
+        (folder / f'class_{label}').mkdir(parents=True)
+        for i in np.flatnonzero(labels == label)[:count]:
+            source[int(i)]['image'].convert('RGB').save(folder / f'class_{label}' / f'{i}.png')
 
 
 @pytest.fixture(scope='session')

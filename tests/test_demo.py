@@ -1,6 +1,7 @@
 """The demo at the size of a test: a tiny model, few images, the console script's own entry point."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import write_images
 from PIL import Image
 
 from timm_spikformer import cli
@@ -27,22 +29,12 @@ def run_demo(output, *args):
     return json.loads((output / 'results.json').read_text())
 
 
-def write_images(folder: Path, classes: int, count: int, split: str = 'train') -> None:
-    """The first images of the first classes of the shipped data, as a folder for each class."""
-    images = datasets.Dataset.from_parquet(str(demo_data.FASHION_MNIST / f'{split}.parquet'))
-    labels = np.asarray(images['label'])
-    for label in range(classes):
-        (folder / f'class_{label}').mkdir(parents=True)
-        for i in np.flatnonzero(labels == label)[:count]:
-            images[int(i)]['image'].save(folder / f'class_{label}' / f'{i}.png')
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
     """100 training and 20 test images of two classes."""
     root = tmp_path_factory.mktemp('data')
-    write_images(root / 'train', classes=2, count=50)
-    write_images(root / 'test', classes=2, count=10, split='test')
+    write_images(root / 'train', 'train', classes=2, count=50)
+    write_images(root / 'test', 'test', classes=2, count=10)
     return root
 
 
@@ -112,6 +104,20 @@ def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
     assert saved_weights(tmp_path) == saved_weights(finished)
     assert {k: v for k, v in resumed.items() if 'seconds' not in k} == {
         k: v for k, v in uninterrupted.items() if 'seconds' not in k}
+
+
+def test_a_new_run_is_not_resumed_from_an_old_one(finished, folder, tmp_path, monkeypatch):
+    """Nothing of what another run has left in the folder is taken for a stage of the run that is resumed."""
+    output = tmp_path / 'output'
+    shutil.copytree(finished, output)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_spikformer.demo.load_data', interrupt)
+    with pytest.raises(SystemExit, match='--resume'):
+        run_demo(output, '--data', folder, '--epochs', 5, '--seed', 1)
+    assert not list(output.glob('*.pth.tar'))
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -184,8 +190,8 @@ def test_folder_without_images(files, message, tmp_path):
 
 
 def test_folder_of_one_class(tmp_path):
-    write_images(tmp_path / 'data' / 'train', classes=1, count=4)
-    write_images(tmp_path / 'data' / 'test', classes=1, count=4)
+    write_images(tmp_path / 'data' / 'train', 'train', classes=1, count=4)
+    write_images(tmp_path / 'data' / 'test', 'test', classes=1, count=4)
     with pytest.raises(SystemExit, match='images of one class only, or no labels'):
         run_demo(tmp_path / 'out', '--data', tmp_path / 'data')
 

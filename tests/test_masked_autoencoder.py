@@ -3,7 +3,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import assert_live, firing_rates
+from conftest import assert_live, calibrate, firing_rates
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,13 +20,7 @@ def make_mae(stem='scs', calibrate_on=None, **kwargs):
     encoder = timm.create_model('test_spikformer_v2', stem=stem, time_steps=2)
     mae = SpikformerMAE(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, **kwargs)
     if calibrate_on is not None:
-        norms = [m for m in mae.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for m in norms:
-            m.momentum = None
-        with torch.no_grad():
-            mae.train()(calibrate_on)
-        for m in norms:
-            m.momentum = 0.1
+        calibrate(mae, calibrate_on)
     return mae.eval()
 
 

@@ -10,15 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 import yaml
-
-from timm_spikformer.demo.data import FASHION_MNIST
+from conftest import write_images
 
 pytestmark = pytest.mark.scripts
 
@@ -58,13 +56,8 @@ def read_summary(output: Path) -> list:
 def folder(tmp_path_factory) -> Path:
     """Image folders of 20 training and 5 validation images of each class."""
     root = tmp_path_factory.mktemp('images')
-    for source, split, count in (('train', 'train', 20), ('test', 'validation', 5)):
-        images = datasets.Dataset.from_parquet(str(FASHION_MNIST / f'{source}.parquet'))
-        labels = np.asarray(images['label'])
-        for label in range(10):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in np.flatnonzero(labels == label)[:count]:
-                images[int(i)]['image'].save(root / split / str(label) / f'{i}.png')
+    write_images(root / 'train', 'train', classes=10, count=20)
+    write_images(root / 'validation', 'test', classes=10, count=5)
     return root
 
 

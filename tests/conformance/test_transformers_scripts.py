@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
+from conftest import write_images
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
-from timm_spikformer.demo.data import FASHION_MNIST
 from timm_spikformer.hf.remote_code import save_remote_code
 
 pytestmark = pytest.mark.scripts
@@ -51,13 +49,8 @@ class Accuracy(evaluate.Metric):
 def folder(tmp_path_factory) -> Path:
     """A working directory: `data`, image folders of 20 training and 5 validation images of each class; the metric."""
     root = tmp_path_factory.mktemp('work')
-    for source, split, count in (('train', 'train', 20), ('test', 'validation', 5)):
-        images = datasets.Dataset.from_parquet(str(FASHION_MNIST / f'{source}.parquet'))
-        labels = np.asarray(images['label'])
-        for label in range(10):
-            (root / 'data' / split / str(label)).mkdir(parents=True)
-            for i in np.flatnonzero(labels == label)[:count]:
-                images[int(i)]['image'].convert('RGB').save(root / 'data' / split / str(label) / f'{i}.png')
+    write_images(root / 'data' / 'train', 'train', classes=10, count=20)
+    write_images(root / 'data' / 'validation', 'test', classes=10, count=5)
     (root / 'accuracy').mkdir()
     (root / 'accuracy' / 'accuracy.py').write_text(ACCURACY)
     return root

@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         print(f'Going on in {output}, with the arguments of that run.')
     check_arguments(args)
     output.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(vars(args), indent=2) + '\n')
+    if not args.resume:
+        for checkpoint in output.glob('*.pth.tar'):  # another run's, which a later --resume would take for this one's
+            checkpoint.unlink()
+        settings.write_text(json.dumps(vars(args), indent=2) + '\n')
 
     start = time.time()
     datasets.disable_progress_bars()  # one bar is enough
