@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import timm
-from transformers import ViTImageProcessor
 
 from timm_spikformer import SpikformerConfig
+from timm_spikformer.hf.image_processing import create_image_processor
 
 
 def write(name: str, folder: Path, **kwargs) -> None:
@@ -16,10 +16,7 @@ def write(name: str, folder: Path, **kwargs) -> None:
     cfg = timm.get_pretrained_cfg(name)
     # the scripts take the labels from the data
     SpikformerConfig.from_timm(name, num_labels=2, **kwargs).save_pretrained(folder)
-    _, height, width = cfg.input_size
-    ViTImageProcessor(
-        size={'height': height, 'width': width}, resample=3, image_mean=list(cfg.mean), image_std=list(cfg.std),
-    ).save_pretrained(folder)
+    create_image_processor(cfg.to_dict()).save_pretrained(folder)
 
 
 def main() -> None:

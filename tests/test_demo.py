@@ -56,7 +56,7 @@ def test_shipped_data():
     for split in (data.train, data.test):
         assert set(np.bincount(split.reader.dataset['label'])) == {len(split) // 10}
     x, _ = next(iter(demo_data.make_loader(data, 100, torch.device('cpu'), is_training=False)))
-    assert x.shape == (100, 1, 28, 28)
+    assert x.shape == (100, 3, 28, 28)
     assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
 
 

@@ -4,6 +4,8 @@ from typing import Any
 from .hf.registration import register as _register_with_transformers
 from .masked_autoencoder import SpikformerMAE
 from .neurons import LIF, lif
+from .pretrained import set_hub_namespace
+from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
 
 __version__ = '0.1.0.dev0'
@@ -19,7 +21,7 @@ _OF_TRANSFORMERS = {
     'SpikformerTrainer': 'trainer',
 }
 
-__all__ = ['LIF', 'Spikformer', 'SpikformerMAE', 'lif', *_OF_TRANSFORMERS]
+__all__ = ['LIF', 'Spikformer', 'SpikformerMAE', 'lif', 'set_hub_namespace', *_OF_TRANSFORMERS]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,3 +36,4 @@ def __dir__() -> list:
 
 
 _register_with_transformers()
+_use_environment()

@@ -1,11 +1,13 @@
 """Conversion of state dicts: of the authors' V1 code, of spikingjelly's Spikformer, of a masked autoencoder."""
 import re
-from typing import Any, Dict
+from typing import Any, Dict, List, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['checkpoint_filter_fn']
+__all__ = ['TRAINING_FILE', 'Conversion', 'checkpoint_filter_fn', 'convert_state_dict']
+
+TRAINING_FILE = 'training_args.yaml'  # beside weights: how they were trained
 
 # (pattern, replacement) for the keys of the authors' V1 code and of spikingjelly's Spikformer
 _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
@@ -27,7 +29,20 @@ _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
 _UNUSED_KEY = re.compile(r'^block\.\d+\.norm[12]\.')  # LayerNorms that V1 declares and never calls
 
 
-def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+class Conversion(NamedTuple):
+    """A converted state dict, and where each of its tensors comes from.
+
+    Args:
+        state_dict: By this package's names
+        sources: Names in the checkpoint by this package's; none where a tensor was filled with zeros
+        unused: Names of tensors that V1's code declares and never uses
+    """
+    state_dict: Dict[str, Tensor]
+    sources: Dict[str, List[str]]
+    unused: List[str]
+
+
+def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> Dict[str, Tensor]:
     """Join separate q, k, v. A bias, as in V1's CIFAR model, goes into the running mean of the BN that follows it."""
     out = {}
     for key, value in state_dict.items():
@@ -36,13 +51,56 @@ def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
             out[key] = value
             continue
         prefix, name, rest = match.groups()
+        joined = f'{prefix}qkv.{"bn.running_mean" if rest == "linear.bias" else rest}'
+        sources.setdefault(joined, []).extend(sources.pop(key))
         if name != 'q' or rest == 'linear.bias':
             continue
         parts = [state_dict[f'{prefix}{n}.{rest}'] for n in 'qkv']
         if rest == 'bn.running_mean' and f'{prefix}q.linear.bias' in state_dict:
             parts = [mean - state_dict[f'{prefix}{n}.linear.bias'] for n, mean in zip('qkv', parts)]
-        out[f'{prefix}qkv.{rest}'] = torch.cat(parts) if parts[0].ndim else parts[0]
+        out[joined] = torch.cat(parts) if parts[0].ndim else parts[0]
     return out
+
+
+def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversion:
+    """What `checkpoint_filter_fn` does, and an account of it."""
+    for key in ('state_dict', 'model'):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    model_state = model.state_dict()
+    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
+        state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
+        state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
+
+    out, sources, unused = {}, {}, []
+    is_foreign = False
+    for source, value in state_dict.items():
+        key = source
+        if _UNUSED_KEY.match(key):
+            unused.append(key)
+            continue
+        for pattern, replacement in _KEY_RULES:
+            key, found = pattern.subn(replacement, key)
+            if found:
+                is_foreign = True
+                break
+        if key.endswith('linear.weight'):
+            value = value.flatten(1)  # from a 1x1 convolution
+        out[key] = value
+        sources[key] = [source]
+    out = _fuse_qkv(out, sources)
+
+    for key, expected in model_state.items():
+        if is_foreign and key.endswith('linear.bias') and key not in out:
+            out[key] = torch.zeros_like(expected)  # spikingjelly's layers have none
+            sources[key] = []
+        if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
+            raise ValueError(
+                f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
+                f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
+                f'embed_dim, stem and patch_size that the checkpoint was trained with.')
+    return Conversion(out, sources, unused)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
@@ -56,36 +114,4 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
-    model_state = model.state_dict()
-    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
-        state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
-        state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
-
-    out = {}
-    is_foreign = False
-    for key, value in state_dict.items():
-        if _UNUSED_KEY.match(key):
-            continue
-        for pattern, replacement in _KEY_RULES:
-            key, found = pattern.subn(replacement, key)
-            if found:
-                is_foreign = True
-                break
-        if key.endswith('linear.weight'):
-            value = value.flatten(1)  # from a 1x1 convolution
-        out[key] = value
-    out = _fuse_qkv(out)
-
-    for key, expected in model_state.items():
-        if is_foreign and key.endswith('linear.bias'):
-            out.setdefault(key, torch.zeros_like(expected))  # spikingjelly's layers have none
-        if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
-            raise ValueError(
-                f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
-                f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
-                f'embed_dim, stem and patch_size that the checkpoint was trained with.')
-    return out
+    return convert_state_dict(state_dict, model).state_dict

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
 from .layers import SpikingBlock, Visible, keep_visible
+from .pretrained import locate_weights, shipped_weights
 from .stems import STEMS
 
 __all__ = ['Spikformer']
@@ -403,30 +404,58 @@ _CIFAR10 = dict(
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
 )
 
+# Where there is no file, weights are those that a Hub namespace of the user's has under the same name.
 default_cfgs = generate_default_cfgs({
-    'spikformer_v2_8_384.untrained': _cfg(),
-    'spikformer_v2_8_512.untrained': _cfg(),
-    'spikformer_v2_8_768.untrained': _cfg(),
-    'spikformer_v2_16_768.untrained': _cfg(),
-    'spikformer_v2_4_384_patch4_32.untrained': _cfg(**_CIFAR10),
-    'spikformer_v2_2_128_patch4_32.untrained': _cfg(**_CIFAR10),
-    'spikformer_v2_2_64_patch4_32.untrained': _cfg(**_CIFAR10),
+    'spikformer_v2_8_384.in1k': _cfg(),
+    'spikformer_v2_8_512.in1k': _cfg(),
+    'spikformer_v2_8_768.in1k': _cfg(),
+    'spikformer_v2_16_768.in1k': _cfg(),
+    'spikformer_v2_4_384_patch4_32.cifar10': _cfg(**_CIFAR10),
+    'spikformer_v2_2_128_patch4_32.cifar10': _cfg(**_CIFAR10),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist': _cfg(
+        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist'),
+        num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), mean=(0.286,) * 3, std=(0.353,) * 3,
+        label_names=(
+            'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+    ),
+    'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
 
-    'spikformer_8_384.untrained': _cfg_v1(),
-    'spikformer_8_512.untrained': _cfg_v1(),
-    'spikformer_8_768.untrained': _cfg_v1(),
-    'spikformer_4_384_patch4_32.untrained': _cfg_v1(**_CIFAR10),
+    'spikformer_8_384.in1k': _cfg_v1(),
+    'spikformer_8_512.in1k': _cfg_v1(),
+    'spikformer_8_768.in1k': _cfg_v1(),
+    'spikformer_4_384_patch4_32.cifar10': _cfg_v1(**_CIFAR10),
 })
 
 
-def _create_spikformer(variant: str, pretrained: bool = False, **kwargs) -> Spikformer:
+def _pretrained_filter_fn(state_dict: Dict[str, Any], model: Spikformer) -> Dict[str, Tensor]:
+    """Convert, and refuse what belongs to another architecture before it becomes a list of a hundred names."""
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    keys, expected = ({k for k in names if not k.startswith('head.')} for names in (state_dict, model.state_dict()))
+    if keys != expected:
+        one_of = min(keys ^ expected)
+        raise RuntimeError(
+            f'The weights do not belong to the model: {len(expected - keys)} of its tensors are missing and '
+            f'{len(keys - expected)} are left over, {one_of!r} for one. The config.json, or the name given, is of '
+            f'another architecture than the weights.')
+    return state_dict
+
+
+def _create_spikformer(
+        variant: str,
+        pretrained: bool,
+        model_args: Dict[str, Any],
+        kwargs: Dict[str, Any],
+) -> Spikformer:
+    if pretrained:
+        model_args, kwargs = locate_weights(variant, model_args, kwargs)
+    kwargs = {**model_args, **kwargs}
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
     return build_model_with_cfg(
         Spikformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=_pretrained_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
@@ -436,21 +465,21 @@ def _create_spikformer(variant: str, pretrained: bool = False, **kwargs) -> Spik
 def spikformer_v2_8_384(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-8-384, 29.11 M parameters."""
     model_args = dict(embed_dim=384, depth=8, num_heads=8)
-    return _create_spikformer('spikformer_v2_8_384', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_8_384', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_v2_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-8-512, 51.55 M parameters."""
     model_args = dict(embed_dim=512, depth=8, num_heads=8)
-    return _create_spikformer('spikformer_v2_8_512', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_8_512', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_v2_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-8-768, a size between those that the paper reports."""
     model_args = dict(embed_dim=768, depth=8, num_heads=12)
-    return _create_spikformer('spikformer_v2_8_768', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_8_768', pretrained, model_args, kwargs)
 
 
 @register_model
@@ -460,21 +489,21 @@ def spikformer_v2_16_768(pretrained: bool = False, **kwargs) -> Spikformer:
     172.70 M is quoted in places. No structure fits it together with the counts of the two 8-layer models.
     """
     model_args = dict(embed_dim=768, depth=16, num_heads=12, time_steps=1)
-    return _create_spikformer('spikformer_v2_16_768', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_16_768', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_v2_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-4-384 for 32x32 images, this project's counterpart of V1's CIFAR model."""
     model_args = dict(patch_size=4, embed_dim=384, depth=4, num_heads=12)
-    return _create_spikformer('spikformer_v2_4_384_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_4_384_patch4_32', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_v2_2_128_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-2-128 for 32x32 images, small enough to train on a CPU; strides as in V2-2-64."""
     model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=128, depth=2, num_heads=4)
-    return _create_spikformer('spikformer_v2_2_128_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_2_128_patch4_32', pretrained, model_args, kwargs)
 
 
 @register_model
@@ -485,39 +514,39 @@ def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikform
     demo's data that gave 82.1 % against 79.0 % for strides (2, 2, 1, 1), at 1.4 times the time.
     """
     model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2, time_steps=1)
-    return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained, model_args, kwargs)
 
 
 @register_model
 def test_spikformer_v2(pretrained: bool = False, **kwargs) -> Spikformer:
     """A tiny Spikformer V2 for unit tests."""
     model_args = dict(embed_dim=64, depth=2, num_heads=2)
-    return _create_spikformer('test_spikformer_v2', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('test_spikformer_v2', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_8_384(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer-8-384 (V1), 16.81 M parameters."""
     model_args = dict(stem='sps', embed_dim=384, depth=8, num_heads=8)
-    return _create_spikformer('spikformer_8_384', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_8_384', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer-8-512 (V1), 29.68 M parameters."""
     model_args = dict(stem='sps', embed_dim=512, depth=8, num_heads=8)
-    return _create_spikformer('spikformer_8_512', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_8_512', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer-8-768 (V1), 66.34 M parameters; heads as in the family's later models."""
     model_args = dict(stem='sps', embed_dim=768, depth=8, num_heads=12)
-    return _create_spikformer('spikformer_8_768', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_8_768', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer-4-384 (V1) for 32x32 images, V1's CIFAR model."""
     model_args = dict(stem='sps', patch_size=4, embed_dim=384, depth=4, num_heads=12)
-    return _create_spikformer('spikformer_4_384_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_spikformer('spikformer_4_384_patch4_32', pretrained, model_args, kwargs)

@@ -15,10 +15,12 @@ from typing import Any, Dict
 import datasets
 import timm
 import torch
+import yaml
 from timm.models import save_for_hf
 from timm.utils import random_seed
 from torch import nn
 
+from ..checkpoints import TRAINING_FILE
 from ..masked_autoencoder import SpikformerMAE
 from .data import Data, load_data, make_loader, take
 from .picture import reconstruction_loss, save_picture
@@ -26,15 +28,20 @@ from .training import Stage, classify, evaluate, fit_linear, reconstruct, train
 
 # what --resume leaves as it is given
 _OF_THE_CALL = ('resume', 'output', 'device')
+_OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
 
 
-def save(model: nn.Module, data: Data, folder: Path) -> None:
-    """Save for `timm.create_model('local-dir:...')`, load it back and compare."""
+def save(model: nn.Module, data: Data, folder: Path, args: argparse.Namespace) -> None:
+    """Save for `timm.create_model('local-dir:...')`, with a note of how it was trained; load it back and compare."""
     partial = folder.with_name(folder.name + '.partial')
     model = model.eval().to(memory_format=torch.contiguous_format)  # safetensors takes no other
     save_for_hf(
         model, str(partial), model_config=dict(label_names=data.classes), safe_serialization=True,
         data_config=data.config)
+    training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
+    options = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in training.items())
+    command = f'timm-spikformer demo {"--data DIR " if args.data else ""}{options}'
+    (partial / TRAINING_FILE).write_text(yaml.safe_dump({'command': command, **training}, sort_keys=False))
     folder.mkdir(exist_ok=True)
     for path in partial.iterdir():
         os.replace(path, folder / path.name)
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     model, _ = train(stage('supervised', 'epoch', args.epochs), model, classify, data, output, args.resume)
     top1, rates = evaluate(model, test)
     linear = fit_linear(data, device)
-    save(model, data, output / 'model')
+    save(model, data, output / 'model', args)
 
     print('\nWithout labels: pre-training as a masked autoencoder')
     mae = SpikformerMAE(

@@ -7,6 +7,7 @@ import datasets
 import timm
 import torch
 from timm.data import ImageDataset, create_dataset, create_loader
+from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
 FASHION_MNIST = Path(__file__).parents[1] / 'data' / 'fashion_mnist'
@@ -36,11 +37,11 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     """
     if folder is None:
         folder = FASHION_MNIST
-        config = dict(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,), interpolation='bicubic', crop_pct=1.0)
+        cfg = timm.get_pretrained_cfg('spikformer_v2_2_64_patch4_32.fashion_mnist')
     else:
-        cfg = timm.get_pretrained_cfg(model)
-        config = dict(
-            input_size=cfg.input_size, mean=cfg.mean, std=cfg.std, interpolation='bicubic', crop_pct=1.0)
+        cfgs = get_arch_pretrained_cfgs(model)
+        cfg = next(cfg for cfg in cfgs.values() if cfg.tag != 'fashion_mnist')
+    config = {key: getattr(cfg, key) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     expected = 'Expected DIR/{train,test}/CLASS/*.png, or parquet files with columns image and label.'
     if not folder.is_dir():
         raise ValueError(f'{folder} is not a folder. {expected}')
@@ -64,10 +65,9 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     if not has_names and not all(isinstance(label, int) for label in labels):
         raise ValueError(f'{folder} has labels such as {min(labels)!r}, expected integers or a ClassLabel. {expected}')
     classes = columns['label'].names if has_names else [str(i) for i in range(max(labels) + 1)]
-    img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
 
     def read(split: str) -> ImageDataset:
-        return create_dataset(f'hfds/{folder}', root=None, split=split, input_img_mode=img_mode)
+        return create_dataset(f'hfds/{folder}', root=None, split=split)
 
     train = read('train')
     if test_split:

@@ -72,8 +72,11 @@ def fit_linear(data: Data, device: torch.device) -> float:
     mean, std = (torch.tensor(data.config[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
 
     def pixels(is_training: bool) -> Tuple[Tensor, Tensor]:
-        batches = [((x * std + mean).flatten(1), y) for x, y in make_loader(data, 500, device, is_training)]
-        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        batches = [(x * std + mean, y) for x, y in make_loader(data, 500, device, is_training)]
+        x, y = (torch.cat(parts) for parts in zip(*batches))
+        if torch.equal(x, x[:, :1].expand_as(x)):  # grey, so one channel says it all
+            x = x[:, :1]
+        return x.flatten(1), y
 
     x, y = pixels(is_training=True)
     classifier = nn.Linear(x.shape[1], len(data.classes), device=device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Optional, Tuple, Union
 
 import torch
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -35,7 +36,7 @@ __all__ = [
 
 
 def _create_timm_model(config: SpikformerConfig, num_classes: int = 0) -> Spikformer:
-    return Spikformer(
+    model = Spikformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
         in_chans=config.num_channels,
@@ -51,6 +52,11 @@ def _create_timm_model(config: SpikformerConfig, num_classes: int = 0) -> Spikfo
         proj_drop_rate=config.hidden_dropout_prob,
         drop_path_rate=config.drop_path_rate,
     )
+    # as timm's factory leaves a model, so that timm can resolve its data config, and save it
+    values = config.to_dict()
+    model.pretrained_cfg = model.default_cfg = {**values['pretrained_cfg'], 'architecture': values['architecture']}
+    update_model_args(model, **values['model_args'])
+    return model
 
 
 # From the names in a file, which are timm's, to those in memory.

@@ -10,6 +10,7 @@ _FILES = (
     'layers.py',
     'stems.py',
     'checkpoints.py',
+    'pretrained.py',
     'spikformer.py',
     'masked_autoencoder.py',
     'hf/configuration_spikformer.py',

@@ -1,0 +1,200 @@
+"""Where `pretrained=True` finds weights: in the package, or on the Hub in a namespace that the user names.
+
+Nobody but the user chooses that namespace: one that this project does not own could be registered by anyone. What is
+downloaded is safetensors, and its digest is checked against the one that the Hub has stored it under.
+"""
+import hashlib
+import os
+import re
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, Optional, Set, Tuple, Union
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import list_models, load_model_config_from_hf, model_entrypoint, register_model, resolve_pretrained_cfg
+
+__all__ = ['download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+
+WEIGHTS_FILE = 'model.safetensors'
+NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
+# of the files in data/weights
+_SHA256 = {
+    'spikformer_v2_2_64_patch4_32.fashion_mnist': '97918b915d5bf2ef8b19146aa6eecc85b2c390673b5b8de6642abfca4f8f805b',
+}
+_WITHOUT_WEIGHTS = 'untrained'  # tag of what nobody is to publish
+
+_namespace: Optional[str] = None
+
+
+def shipped_weights(name: str) -> Optional[str]:
+    """Path of the weights of `name`, model.tag, that the package holds; None beside copies of the code alone."""
+    path = Path(__file__).parent / 'data' / 'weights' / f'{name}.safetensors'
+    return str(path) if path.is_file() else None
+
+
+def _sha256(path: Union[str, Path]) -> str:
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def split_revision(repo: str) -> Tuple[str, Optional[str]]:
+    """`ORG/NAME@REVISION`, as timm writes it, to its parts."""
+    repo_id, _, revision = repo.partition('@')
+    return repo_id, revision or None
+
+
+def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
+    """Path in the cache of a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`.
+
+    Raises:
+        RuntimeError: There is no such repository, revision or file, no network, or the file was damaged on its way;
+            then it is gone from the cache too.
+    """
+    repo_id, revision = split_revision(repo)
+    try:
+        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+    except RepositoryNotFoundError as e:
+        raise RuntimeError(
+            f'There is no repository {repo_id} on the Hub, or no access to it. If it is private, log in with '
+            f'`hf auth login` or set HF_TOKEN.') from e
+    except RevisionNotFoundError as e:
+        raise RuntimeError(f'The repository {repo_id} has no revision {revision!r}.') from e
+    except LocalEntryNotFoundError as e:  # of both kinds, so it comes before the other
+        raise RuntimeError(
+            f'{filename} of {repo} is not in the cache, and the Hub cannot be reached. Connect, or unset '
+            f'HF_HUB_OFFLINE where it is set, and try again.') from e
+    except EntryNotFoundError as e:
+        raise RuntimeError(
+            f'The repository {repo} holds no {filename}. Publish it with `timm-spikformer publish`; weights in another '
+            f'format than safetensors are not loaded.') from e
+    except (HTTPError, OSError) as e:
+        raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
+    blob = Path(path).resolve()
+    # the cache names a file after its digest where the Hub stores it by that, as it does weights
+    if re.fullmatch('[0-9a-f]{64}', blob.name) and _sha256(blob) != blob.name:
+        Path(path).unlink()
+        blob.unlink(missing_ok=True)
+        raise RuntimeError(
+            f'{filename} of {repo} was damaged on its way: its sha256 is not {blob.name}. It has been removed from the '
+            f'cache; try again.')
+    return path
+
+
+def locate_weights(
+        variant: str,
+        model_args: Dict[str, Any],
+        kwargs: Dict[str, Any],
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Prepare the arguments of a model for `pretrained=True`, and download what it takes.
+
+    Args:
+        variant: Registered name of the model, without a tag
+        model_args: The dimensions that belong to the name
+        kwargs: What the user has given, timm's own arguments among it
+    Returns:
+        The same two, with a local file of weights, and with the arguments that a repository says it was trained with
+
+    Raises:
+        RuntimeError: There are no weights to load, and why.
+        ValueError: The repository holds another model, or the file is not of safetensors.
+    """
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
+        if cfg.file and cfg.file == shipped_weights(name) and _sha256(cfg.file) != _SHA256[name]:
+            raise RuntimeError(f'{cfg.file} is damaged: its sha256 is not {_SHA256[name]}. Install the package anew.')
+        return model_args, kwargs
+
+    repo = cfg.hf_hub_id or _repository(name)
+    if repo is None:
+        raise RuntimeError(
+            f'No weights have been published for {name}. Train it (see recipes/ and `timm-spikformer demo`) or convert '
+            f"a checkpoint (`timm-spikformer convert`), and load yours by checkpoint_path=FILE, or as "
+            f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'. Where an organisation has published some, name it: "
+            f'timm_spikformer.set_hub_namespace("ORG") or {NAMESPACE_VARIABLE}=ORG.')
+    filename = cfg.hf_hub_filename or WEIGHTS_FILE
+    if not re.fullmatch(r'[\w.-]+\.safetensors', filename):  # a config.json from the Hub may ask for anything
+        raise ValueError(
+            f'{filename!r} of {repo} is not a name of a safetensors file, and nothing else is loaded from the Hub.')
+    cache_dir = kwargs.get('cache_dir')
+    kwargs = dict(kwargs)
+    if cfg.source != 'hf-hub':  # then timm has not read the repository's config.json yet
+        download(repo, 'config.json', cache_dir)
+        repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
+        if architecture != variant:
+            raise ValueError(f'The repository {repo} holds the model {architecture}, expected {variant}.')
+        kwargs['pretrained_cfg'] = repo_cfg
+        model_args = {**model_args, **repo_args}
+    file = download(repo, filename, cache_dir)
+    kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': file, 'hf_hub_id': repo, 'source': None}
+    return model_args, kwargs
+
+
+def _repository(name: str) -> Optional[str]:
+    """Where the user's namespace has `name`, model.tag."""
+    if _namespace is None or '.' not in name or name.endswith(f'.{_WITHOUT_WEIGHTS}'):
+        return None
+    organisation, revision = split_revision(_namespace)
+    return f'{organisation}/{name}@{revision}' if revision else f'{organisation}/{name}'
+
+
+def _is_cached(repo: str) -> bool:
+    repo_id, revision = split_revision(repo)
+    return isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, revision=revision), str)
+
+
+def _listed(namespace: str) -> Optional[Set[str]]:
+    """Repositories of the namespace; None where the Hub cannot be asked."""
+    try:
+        return {info.id for info in HfApi().list_models(author=split_revision(namespace)[0])}
+    except (HTTPError, OSError):
+        return None
+
+
+def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
+    """Take the weights that are not shipped from `NAMESPACE/MODEL.TAG` on the Hub.
+
+    `timm.list_pretrained` then lists what is there. The environment variable TIMM_SPIKFORMER_HUB does the same, but
+    the import that reads it must not need a network, so it lists only what has been downloaded before.
+
+    Args:
+        namespace: Organisation or user, with `@REVISION` to pin a branch or tag; None for none.
+        ask_hub: List what the Hub has, and not only what the cache has.
+
+    Raises:
+        ValueError: It is not a name of an organisation or user.
+    """
+    global _namespace
+    if namespace is not None and not re.fullmatch(r'[A-Za-z0-9][\w.-]*(@[\w./-]+)?', namespace):
+        raise ValueError(f'Expected the name of an organisation or user, or NAME@REVISION, got {namespace!r}.')
+    _namespace = namespace
+    listed = _listed(namespace) if namespace is not None and ask_hub else None
+    for model in list_models(module='spikformer'):
+        entry_point = model_entrypoint(model)
+        default_cfg = sys.modules[entry_point.__module__].default_cfgs[model]
+        for tag, cfg in default_cfg.cfgs.items():
+            repo = None if cfg.file else _repository(f'{model}.{tag}')
+            if repo and not (_is_cached(repo) if listed is None else split_revision(repo)[0] in listed):
+                repo = None
+            default_cfg.cfgs[tag] = replace(cfg, hf_hub_id=repo)
+        default_cfg.is_pretrained = any(cfg.has_weights for cfg in default_cfg.cfgs.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that the name is taken: by itself
+            register_model(entry_point)
+
+
+def use_environment() -> None:
+    """Set the namespace that TIMM_SPIKFORMER_HUB names, without asking the Hub."""
+    namespace = os.environ.get(NAMESPACE_VARIABLE)
+    if namespace:
+        set_hub_namespace(namespace, ask_hub=False)
