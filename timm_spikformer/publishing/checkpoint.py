@@ -4,14 +4,14 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import yaml
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, load_state_dict
+from timm.models import clean_state_dict, get_model_input_config, load_state_dict
 from timm.models._helpers import _torch_load
 from torch import nn
 
@@ -104,7 +104,6 @@ def read_checkpoint(
         path: Union[str, Path],
         model: Optional[str] = None,
         ema: bool = False,
-        labels: Optional[List[str]] = None,
 ) -> Checkpoint:
     """Read a file of train.py's, a bare state dict, or a folder with a config.json.
 
@@ -112,7 +111,6 @@ def read_checkpoint(
         path: File or folder
         model: Name of the model, for a file that does not say it
         ema: Take the averaged weights of train.py's `--model-ema`
-        labels: Names of the classes, where the checkpoint does not know them
 
     Raises:
         ValueError: What is wrong with it, and what was expected.
@@ -121,27 +119,25 @@ def read_checkpoint(
     if path.is_dir():
         if ema:
             raise ValueError(f'{path} is a folder, which holds one set of weights. --ema is for a file of train.py.')
-        checkpoint = _read_folder(path)
-    elif path.is_file():
-        checkpoint = _read_file(path, model, ema)
-    else:
-        raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
-    if labels is not None:
-        checkpoint.labels = list(labels)
-    check_labels(checkpoint)
-    return checkpoint
+        return _read_folder(path)
+    if path.is_file():
+        return _read_file(path, model, ema)
+    raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
 
 
-def check_labels(checkpoint: Checkpoint) -> None:
-    """As many names as classes, and no name twice."""
-    labels, num_classes = checkpoint.labels, checkpoint.encoder.num_classes
-    if labels is None:
-        return
+def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
+    """Name the classes.
+
+    Raises:
+        ValueError: There are not as many names as classes, or one is there twice.
+    """
+    labels, num_classes = list(labels), checkpoint.encoder.num_classes
     if len(labels) != num_classes:
         raise ValueError(f'The model has {num_classes} classes, but {len(labels)} labels were given.')
     twice = next((name for name in labels if labels.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f'The label {twice!r} is there twice; each class needs a name of its own.')
+    checkpoint.labels = labels
 
 
 def _read_file(path: Path, name: Optional[str], ema: bool) -> Checkpoint:
@@ -158,13 +154,22 @@ def _read_file(path: Path, name: Optional[str], ema: bool) -> Checkpoint:
         raise ValueError(f'{path} does not say what model it is of. Name it with --model.')
     model = create_matching(name.split('.')[0], state_dict, **(args.get('model_kwargs') or {}))
     sizes = {k: v for k, v in args.items() if k in (*_DATA_KEYS, 'img_size', 'in_chans') and v is not None}
-    config = resolve_data_config({**sizes, 'in_chans': model.in_chans}, model=model)
+    config = _resolve({**sizes, 'in_chans': model.in_chans}, model)
     if not args:
         return Checkpoint(model, {k: config[k] for k in _DATA_KEYS})
     model.set_input_size(config['input_size'][1:])
     shown = {k: v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(k, v)}
     command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
     return Checkpoint(model, {k: config[k] for k in _DATA_KEYS}, None, Training(command, shown))
+
+
+def _resolve(args: Dict[str, Any], model: Spikformer) -> Dict[str, Any]:
+    """timm's data config; where its mean and deviation are of other channels than the model's, their average."""
+    config = resolve_data_config(args, model=model)
+    for key in ('mean', 'std'):
+        if len(config[key]) != model.in_chans:
+            config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
+    return config
 
 
 def _is_private(key: str, value: Any) -> bool:
@@ -251,7 +256,7 @@ def from_model(model: nn.Module, config: Optional[SpikformerConfig] = None) -> C
     encoder = model.encoder if isinstance(model, SpikformerMAE) else model
     labels = None
     if config is None:
-        data_config = resolve_data_config({}, model=encoder)
+        data_config = _resolve(dict(input_size=get_model_input_config(encoder)['input_size']), encoder)
     else:
         data_config = config.to_dict()['pretrained_cfg']
         names = list(config.id2label.values())

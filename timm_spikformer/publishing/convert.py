@@ -6,7 +6,7 @@ import timm
 from timm.models import clean_state_dict
 
 from ..checkpoints import Conversion, convert_state_dict
-from .checkpoint import Checkpoint, check_labels, create_matching, from_model, read_tensors
+from .checkpoint import create_matching, from_model, read_tensors, set_labels
 from .folder import save_folder
 
 __all__ = ['Converted', 'convert']
@@ -72,9 +72,9 @@ def convert(
         empty = timm.create_model(model, device='meta')
         conversion = convert_state_dict(state_dict, empty)
         _check_complete(path, model, conversion, set(empty.state_dict()))
-    converted = from_model(create_matching(model, state_dict))
-    checkpoint = Checkpoint(converted.model, converted.data_config, labels)
-    check_labels(checkpoint)
+    checkpoint = from_model(create_matching(model, state_dict))
+    if labels is not None:
+        set_labels(checkpoint, labels)
     save_folder(checkpoint, output)
     return Converted(model, _report(conversion))
 

@@ -24,7 +24,7 @@ from ..hf.modeling_spikformer import (
 )
 from ..hf.remote_code import save_remote_code
 from ..masked_autoencoder import SpikformerMAE
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, timm_part
 
 __all__ = ['example_images', 'save_folder', 'verify_folder']
 
@@ -48,7 +48,7 @@ def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     else:
         cls = SpikformerForImageClassification if encoder.num_classes else SpikformerModel
     hf_model = cls(config)
-    hf_model.load_state_dict(model.state_dict())
+    timm_part(hf_model).load_state_dict(model.state_dict())
     return hf_model.eval()
 
 
@@ -111,8 +111,9 @@ def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint) -> Dict[str,
     """
     x = example_images(checkpoint)
     model, encoder = checkpoint.model, checkpoint.encoder
+    is_mae = isinstance(model, SpikformerMAE)  # its encoder's classifier, if it has one, is not saved
     monitor = watch_firing(encoder)
-    expected = encoder(x)
+    expected = encoder.forward_features(x) if is_mae else encoder(x)
     rates = {name: monitor[name][0] for name in monitor.monitored_layers}
     monitor.remove_hooks()
     if not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
@@ -120,10 +121,9 @@ def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint) -> Dict[str,
             'No neuron of the encoder fires on the shipped images. In a model that was not trained, BN has seen no '
             'data: train it, or forward some batches in train mode, before it is published.')
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    if not torch.equal(loaded(x), expected):
+    if not torch.equal(loaded.forward_features(x) if is_mae else loaded(x), expected):
         raise RuntimeError(f'{folder} gives other outputs in timm than the model that it was made from.')
 
-    is_mae = isinstance(model, SpikformerMAE)
     auto_class = AutoModelForMaskedImageModeling if is_mae else AutoModelForImageClassification
     if not is_mae and not encoder.num_classes:
         hf_model = SpikformerModel.from_pretrained(folder).eval()

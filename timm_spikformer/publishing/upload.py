@@ -25,7 +25,7 @@ from ..demo.training import evaluate
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import count_operations
 from .card import Dataset, Firing, Result, read_results, render_card, results_files
-from .checkpoint import Checkpoint, from_model, read_checkpoint
+from .checkpoint import Checkpoint, from_model, read_checkpoint, set_labels
 from .folder import example_images, save_folder, verify_folder
 
 __all__ = ['Published', 'publish']
@@ -92,7 +92,9 @@ def publish(
     if isinstance(checkpoint, nn.Module):
         checkpoint = from_model(checkpoint)
     elif not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_checkpoint(checkpoint, model, ema, labels)
+        checkpoint = read_checkpoint(checkpoint, model, ema)
+    if labels is not None:
+        set_labels(checkpoint, labels)
     api = HfApi(token=token, library_name='timm-spikformer')
     if not dry_run:
         _check_hub(api, repo, checkpoint.encoder.pretrained_cfg['architecture'], revision, tag)

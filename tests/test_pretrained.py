@@ -1,0 +1,134 @@
+"""`pretrained=True`: what the package ships, what it refuses, and what it says where there is nothing."""
+import json
+
+import datasets
+import pytest
+import timm
+import torch
+from conftest import calibrate
+from timm.models import save_for_hf
+
+import timm_spikformer
+from timm_spikformer import pretrained
+from timm_spikformer.demo.data import FASHION_MNIST, load_data, make_loader
+from timm_spikformer.demo.training import evaluate
+from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+
+SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
+
+
+@pytest.fixture
+def namespace(monkeypatch):
+    """Sets a namespace without a network, and takes it back."""
+    monkeypatch.setattr(pretrained, '_listed', lambda namespace: None)
+    yield timm_spikformer.set_hub_namespace
+    timm_spikformer.set_hub_namespace(None)
+
+
+def test_the_shipped_weights_classify(monkeypatch):
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED]
+    model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
+    data = load_data(None, SHIPPED.split('.')[0])
+    top1, rates = evaluate(model, make_loader(data, 250, torch.device('cpu'), is_training=False))
+    assert 85. < top1 < 95.
+    assert min(rates.values()) > 0.005
+    assert tuple(data.classes) == tuple(model.pretrained_cfg['label_names'])
+
+
+def test_damaged_weights_are_refused(monkeypatch):
+    monkeypatch.setitem(pretrained._SHA256, SHIPPED, '0' * 64)
+    with pytest.raises(RuntimeError, match='is damaged: its sha256 is not 0000'):
+        timm.create_model(SHIPPED, pretrained=True)
+
+
+@pytest.mark.parametrize('name, tag', [
+    ('spikformer_v2_8_512', 'in1k'), ('spikformer_v2_2_64_patch4_32.cifar10', 'cifar10'),
+    ('test_spikformer_v2', 'untrained'),
+])
+def test_nothing_published(name, tag):
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(name, pretrained=True)
+    text = str(error.value)
+    assert text.startswith(f'No weights have been published for {name.split(".")[0]}.{tag}.')
+    for word in ('recipes/', 'timm-spikformer convert', 'checkpoint_path', 'hf-hub:ORG/NAME', 'TIMM_SPIKFORMER_HUB'):
+        assert word in text
+
+
+def test_no_namespace_is_a_default():
+    assert pretrained._namespace is None
+    for name in timm.list_models(module='spikformer'):
+        assert timm.get_pretrained_cfg(name).hf_hub_id is None
+
+
+def test_a_namespace_is_listed_as_far_as_it_is_there(namespace, monkeypatch):
+    namespace('org')
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED]  # nothing in the cache
+    monkeypatch.setattr(pretrained, '_listed', lambda namespace: {
+        'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
+    namespace('org@v1')
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, 'spikformer_v2_8_512.in1k']
+    assert timm.get_pretrained_cfg('spikformer_v2_8_512').hf_hub_id == 'org/spikformer_v2_8_512.in1k@v1'
+    assert timm.get_pretrained_cfg(SHIPPED).file
+    namespace(None)
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED]
+    assert len(timm.list_models(module='spikformer')) == 12
+
+
+@pytest.mark.parametrize('name', ['', 'org/name', '../org', 'org@', 'a b'])
+def test_namespaces_that_are_none(name, namespace):
+    with pytest.raises(ValueError, match='Expected the name of an organisation or user'):
+        namespace(name)
+
+
+@pytest.mark.parametrize('filename', ['pytorch_model.bin', '../../other/model.safetensors', '/etc/model.safetensors'])
+def test_file_names_that_a_repository_may_not_ask_for(filename):
+    overlay = dict(hf_hub_id='org/name', hf_hub_filename=filename)
+    with pytest.raises(ValueError, match='is not a name of a safetensors file'):
+        timm.create_model('test_spikformer_v2', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_a_config_of_another_architecture_than_the_weights(images, tmp_path):
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['architecture'] = 'spikformer_v2_8_384'
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='does not fit the model.*Create the model with the embed_dim'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    config.update(architecture='test_spikformer_v2', model_args=dict(config.get('model_args', {}), depth=3))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="The weights do not belong to the model: 27 of its tensors.*'blocks.2"):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+def test_a_config_that_timm_alone_has_written(images, tmp_path):
+    """Is read by the transformers classes, labels and all."""
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2), images)
+    labels = [f'class {i}' for i in range(10)]
+    save_for_hf(model, str(tmp_path), safe_serialization=True, model_config=dict(label_names=labels))
+    loaded = timm_spikformer.SpikformerForImageClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.time_steps == 2 and list(loaded.config.id2label.values()) == labels
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images))
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='spikformer'))
+def test_a_config_says_what_timm_needs(name):
+    """A model built by timm from what the configuration has written for it is the registered one."""
+    expected = timm.create_model(name, device='meta', img_size=64 if '_patch4' in name else 128, time_steps=3)
+    config = SpikformerConfig.from_timm(expected, num_labels=7)
+    config.architectures = ['SpikformerForImageClassification']
+    values = config.to_dict()
+    assert SpikformerConfig.from_dict(values).to_dict() == values
+    model = timm.create_model(values['architecture'], device='meta', num_classes=7, **values['model_args'])
+    assert {k: v.shape for k, v in model.state_dict().items() if k[:4] != 'head'} == \
+        {k: v.shape for k, v in expected.state_dict().items() if k[:4] != 'head'}
+    assert model.time_steps == 3 and model.blocks[0].attn.num_heads == expected.blocks[0].attn.num_heads
+    assert values['pretrained_cfg']['first_conv'] == expected.pretrained_cfg['first_conv']
+    assert values['model_args']['img_size'] == values['pretrained_cfg']['input_size'][1:]
+    assert values['num_classes'] == 7 and 'num_classes' not in values['model_args']
+
+
+def test_the_labels_of_the_shipped_data():
+    names = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).features['label'].names
+    assert list(timm.get_pretrained_cfg(SHIPPED).label_names) == names
