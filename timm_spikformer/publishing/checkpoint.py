@@ -194,8 +194,8 @@ def _read_folder(path: Path) -> Checkpoint:
     if (path / TRAINING_FILE).is_file():
         args = yaml.safe_load((path / TRAINING_FILE).read_text())
         checkpoint.training = Training(args.pop('command'), args)
-    elif (path / 'trainer_state.json').is_file():
-        checkpoint.training = _trainer_training(_read_json(path / 'trainer_state.json'))
+    else:
+        checkpoint.training = _trainer_training(path)
     return checkpoint
 
 
@@ -222,7 +222,12 @@ def _load_folder(path: Path, config: Dict[str, Any]) -> Tuple[Union[Spikformer, 
     return timm_part(model), hf_config
 
 
-def _trainer_training(state: Dict[str, Any]) -> Training:
+def _trainer_training(path: Path) -> Optional[Training]:
+    """What the newest trainer_state.json says, of the folder itself or of one of its checkpoints."""
+    states = [_read_json(p) for p in (*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json'))]
+    if not states:
+        return None
+    state = max(states, key=lambda state: state['global_step'])
     log = [entry for entry in state['log_history'] if 'learning_rate' in entry]
     args = dict(
         epochs=state['num_train_epochs'], steps=state['global_step'], batch_size=state.get('train_batch_size'),

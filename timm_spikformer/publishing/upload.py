@@ -214,6 +214,6 @@ def _upload(
         if e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
         raise RuntimeError(f'The upload to {repo} failed: {e}. Run the same again to finish it.') from e
-    except (HTTPError, OSError) as e:
+    except (HTTPError, OSError, RuntimeError) as e:
         raise RuntimeError(f'The upload to {repo} was interrupted: {e}. Run the same again to finish it.') from e
     return info.oid

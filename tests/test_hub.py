@@ -1,0 +1,480 @@
+"""The real huggingface_hub client, in processes of its own, against a Hub on this machine."""
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import calibrate, firing_rates
+from loopback_hub import Fault, File, LoopbackHub, Repo, User
+
+from timm_spikformer import SpikformerMAE
+from timm_spikformer.publishing import save_folder
+from timm_spikformer.publishing.checkpoint import from_model
+
+REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
+WEIGHTS = f'/{REPO}/resolve/.*/model.safetensors'
+
+
+class Client:
+    """Runs code, or a script, in a new process that knows this Hub and no other, with a cache of its own."""
+
+    def __init__(self, url: str, folder: Path):
+        self.folder = folder
+        self.env = dict(
+            os.environ, HF_ENDPOINT=url, HF_HOME=str(folder / 'home'), HF_TOKEN='hf_writer', OMP_NUM_THREADS='1',
+            HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1')
+        for name in ('HF_HUB_OFFLINE', 'TIMM_SPIKFORMER_HUB'):
+            self.env.pop(name, None)
+
+    def run(self, code: str, *arguments: object, ok: bool = True, **env: str) -> subprocess.CompletedProcess:
+        script = self.folder / 'script.py'
+        script.write_text(textwrap.dedent(code))
+        return self.run_command([str(script), *arguments], ok, **env)
+
+    def run_command(self, arguments: list, ok: bool = True, **env: str) -> subprocess.CompletedProcess:
+        out = subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, env={**self.env, **env},
+            cwd=self.folder)
+        assert (out.returncode == 0) == ok, out.stdout + out.stderr
+        return out
+
+    def publish(self, *arguments: object, ok: bool = True, **env: str) -> subprocess.CompletedProcess:
+        command = ['-m', 'timm_spikformer.cli', 'publish', *arguments, '--license', 'mit']
+        return self.run_command(command, ok, **env)
+
+    def cached_files(self) -> list:
+        return [p for p in (self.folder / 'home' / 'hub').rglob('*') if p.is_file() and '.locks' not in p.parts]
+
+
+@pytest.fixture
+def hub():
+    return LoopbackHub({
+        'hf_writer': User('me', ['me', 'org']), 'hf_reader': User('me', []), 'hf_other': User('other', ['other'])})
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    with hub.serve() as url:
+        yield Client(url, tmp_path)
+
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    """A folder with the shipped weights; images, and the logits of them, beside it."""
+    folder = tmp_path_factory.mktemp('shipped')
+    model = timm.create_model(REPO.split('/')[1], pretrained=True).eval()
+    from timm_spikformer.publishing.checkpoint import set_labels
+    from timm_spikformer.publishing.folder import example_images
+    checkpoint = from_model(model)
+    set_labels(checkpoint, model.pretrained_cfg['label_names'])
+    save_folder(checkpoint, folder / 'model')
+    x = example_images(checkpoint)
+    assert min(firing_rates(model, x).values()) > 0.
+    with torch.no_grad():
+        torch.save((x, model(x), model.forward_features(x)), folder / 'expected.pt')
+    return folder
+
+
+def put(hub: LoopbackHub, name: str, folder: Path, branch: str = 'main') -> dict:
+    """A folder as a repository, without a client."""
+    files = {p.name: File(p.read_bytes(), p.suffix == '.safetensors') for p in folder.iterdir()}
+    hub.repos.setdefault(name, Repo()).add(branch, 'put there', files)
+    return files
+
+
+# -- one repository, every loader
+
+LOADERS = """
+    import sys, torch
+    x, logits, features = torch.load(sys.argv[1])
+    REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
+    torch.set_grad_enabled(False)
+    def same(name, a, b=logits):
+        assert torch.equal(a, b), name
+        print('same', name)
+"""
+
+
+def test_every_loader_on_one_repository(hub, client, shipped):
+    out = client.publish(shipped / 'model', '--repo', REPO, '--tag', 'v1')
+    assert out.stdout.startswith(f'{client.env["HF_ENDPOINT"]}/{REPO}  (')
+    repo = hub.repos[REPO]
+    assert len(repo.commits) == 2 and repo.tags['v1'] == repo.branches['main']  # one commit, after the empty one
+    assert {'model.safetensors', 'config.json', 'preprocessor_config.json', 'README.md', 'modeling_spikformer.py'} <= \
+        repo.commits[repo.tags['v1']].files.keys()
+    expected = shipped / 'expected.pt'
+    with_plugin = client.run(LOADERS + """
+    import timm, timm_spikformer
+    same('hf-hub', timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()(x))
+    same('hf-hub at a tag', timm.create_model(f'hf-hub:{REPO}@v1', pretrained=True).eval()(x))
+    from huggingface_hub import snapshot_download
+    same('local-dir', timm.create_model(f'local-dir:{snapshot_download(REPO)}', pretrained=True).eval()(x))
+    from transformers import *
+    classifier = AutoModelForImageClassification.from_pretrained(REPO).eval()
+    assert type(classifier) is timm_spikformer.SpikformerForImageClassification
+    same('AutoModelForImageClassification', classifier(x).logits)
+    mim = AutoModelForMaskedImageModeling.from_pretrained(REPO).eval()
+    same('AutoModelForMaskedImageModeling', mim.encoder.forward_features(x), features)
+    same('AutoModel', AutoModel.from_pretrained(REPO).eval().timm_model.forward_features(x), features)
+    processor = AutoImageProcessor.from_pretrained(REPO)
+    classify = pipeline('image-classification', model=REPO, device='cpu', top_k=10)
+    from PIL import Image
+    image = Image.new('RGB', (40, 30), (200, 90, 10))
+    scores = {p['label']: p['score'] for p in classify(image, function_to_apply='none')}
+    expected = classifier(**processor(image, return_tensors='pt')).logits[0].tolist()
+    assert [scores[classifier.config.id2label[i]] for i in range(10)] == expected
+    print('same pipeline')""", expected)
+    assert with_plugin.stdout.count('same') == 7
+    # TimmWrapper, in a script that does not import the plugin: by the launcher
+    (client.folder / 'wrapper.py').write_text(textwrap.dedent(LOADERS + """
+    from transformers import TimmWrapperForImageClassification
+    same('TimmWrapper', TimmWrapperForImageClassification.from_pretrained(REPO).eval()(x).logits)"""))
+    out = client.run_command(['-m', 'timm_spikformer', 'wrapper.py', expected])
+    assert 'same TimmWrapper' in out.stdout
+    # the code in the repository, where the plugin is not installed; with it timm and TimmWrapper know the model too
+    without_plugin = client.run(LOADERS + """
+    sys.modules['timm_spikformer'] = None  # an import of it would raise
+    from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+    model = AutoModelForImageClassification.from_pretrained(REPO, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith('transformers_modules')
+    same('remote code', model(x).logits)
+    same('TimmWrapper', TimmWrapperForImageClassification.from_pretrained(REPO).eval()(x).logits)
+    import timm
+    same('timm', timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()(x))""", expected)
+    assert without_plugin.stdout.count('same') == 3
+
+
+def test_push_to_hub_of_either_object(hub, client, shipped):
+    out = client.run(LOADERS + """
+    import timm, timm_spikformer
+    from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+    from timm_spikformer.publishing import publish
+    model = timm.create_model(REPO.split('/')[1], pretrained=True).eval()
+    timm.models.push_to_hf_hub(model, 'me/by_timm', safe_serialization=True)
+    same('timm to timm', timm.create_model('hf-hub:me/by_timm', pretrained=True).eval()(x))
+    ours = timm_spikformer.SpikformerForImageClassification.from_pretrained('me/by_timm').eval()
+    same('timm to SpikformerForImageClassification', ours(x).logits)
+    config = dict(model_type='spikformer')
+    timm.models.push_to_hf_hub(model, 'me/by_timm_for_auto', safe_serialization=True, model_config=config)
+    auto = AutoModelForImageClassification.from_pretrained('me/by_timm_for_auto').eval()
+    same('timm to AutoModelForImageClassification', auto(x).logits)
+    ours.push_to_hub('me/by_transformers')
+    same('transformers to timm', timm.create_model('hf-hub:me/by_transformers', pretrained=True).eval()(x))
+    print(publish(model, 'me/by_us', 'mit'))
+    print(publish(ours, 'me/by_us_too', 'mit'))
+    for name in ('me/by_us', 'me/by_us_too'):
+        same(name, timm.create_model(f'hf-hub:{name}', pretrained=True).eval()(x))
+        same(name, AutoModelForImageClassification.from_pretrained(name).eval()(x).logits)
+        same(name, TimmWrapperForImageClassification.from_pretrained(name).eval()(x).logits)
+    """, shipped / 'expected.pt')
+    assert out.stdout.count('same') == 10
+
+
+def test_a_namespace(hub, client, shipped):
+    """By the call and by the variable; at a revision; offline from the cache; of the wrong model."""
+    put(hub, 'org/spikformer_v2_2_64_patch4_32.cifar10', shipped / 'model')
+    put(hub, 'org/spikformer_v2_2_64_patch4_32.cifar10', shipped / 'model', 'stable')
+    put(hub, 'org/spikformer_v2_8_384.in1k', shipped / 'model')  # under another's name
+    code = LOADERS + """
+    import timm, timm_spikformer
+    print(timm.list_pretrained('*spikformer*'))
+    timm_spikformer.set_hub_namespace(sys.argv[2])
+    print(timm.list_pretrained('*spikformer*'))
+    model = timm.create_model('spikformer_v2_2_64_patch4_32.cifar10', pretrained=True).eval()
+    same('namespace', model(x))
+    assert model.pretrained_cfg['label_names'][0] == 'T-shirt/top'
+    print(model.pretrained_cfg['hf_hub_id'])
+    try:
+        timm.create_model('spikformer_v2_8_384', pretrained=True)
+    except (ValueError, RuntimeError) as e:
+        print('error', e)"""
+    cifar = 'spikformer_v2_2_64_patch4_32.cifar10'
+    shipped_name = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
+    out = client.run(code, shipped / 'expected.pt', 'org').stdout.splitlines()
+    assert out[0] == str([shipped_name])
+    assert out[1] == str([cifar, shipped_name, 'spikformer_v2_8_384', 'spikformer_v2_8_384.in1k'][:2] + [
+        'spikformer_v2_8_384.in1k'])
+    assert out[3] == f'org/{cifar}'
+    assert out[4] == (
+        'error The repository org/spikformer_v2_8_384.in1k holds the model spikformer_v2_2_64_patch4_32, expected '
+        'spikformer_v2_8_384.')
+    requests = len(hub.requests)
+    offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
+    assert len(hub.requests) == requests
+    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name])
+    assert offline.stdout.splitlines()[2:] == out[2:]
+    pinned = client.run(code, shipped / 'expected.pt', 'org@stable').stdout.splitlines()
+    assert pinned[3] == f'org/{cifar}@stable'
+
+
+@pytest.mark.slow
+def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
+    """spikformer_v2_8_512, random and calibrated: train.py's checkpoint, the Hub, `pretrained=True`, offline."""
+    import argparse
+
+    from timm.utils import CheckpointSaver
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(images, 224)
+    model = calibrate(timm.create_model('spikformer_v2_8_512', time_steps=1), x[:4]).train()
+    args = argparse.Namespace(model='spikformer_v2_8_512', num_classes=1000, model_kwargs=dict(time_steps=1), epochs=1)
+    CheckpointSaver(
+        model, torch.optim.SGD(model.parameters()), args, checkpoint_dir=str(client.folder),
+        recovery_dir=str(client.folder)).save_checkpoint(0, 0.)
+    client.publish('last.pth.tar', '--repo', 'org/spikformer_v2_8_512.in1k')
+    with torch.no_grad():
+        torch.save((x[:2], model.eval()(x[:2]), None), client.folder / 'expected.pt')
+    code = LOADERS + """
+    import timm, timm_spikformer
+    model = timm.create_model('spikformer_v2_8_512', pretrained=True).eval()
+    same('pretrained', model(x))
+    assert model.time_steps == 1
+    assert timm.create_model('spikformer_v2_8_512', pretrained=True, time_steps=4).time_steps == 4"""
+    client.run(code, 'expected.pt', TIMM_SPIKFORMER_HUB='org')
+    requests = len(hub.requests)
+    client.run(code, 'expected.pt', TIMM_SPIKFORMER_HUB='org', HF_HUB_OFFLINE='1')
+    assert len(hub.requests) == requests
+
+
+# -- faults of publishing: the repository stays as it was
+
+@pytest.mark.parametrize('fault, retried', [
+    (Fault('POST .*/commit/main', '500', 10), False),
+    (Fault('PUT /lfs/.*', 'cut', 10), False),
+    (Fault('PUT /lfs/.*', '500', 1), True),
+    (Fault('POST .*/preupload/main', 'slow', 1), True),
+])
+def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(fault, retried, hub, client, shipped):
+    hub.faults.append(fault)
+    out = client.publish(shipped / 'model', '--repo', REPO, ok=retried)
+    if not retried:
+        assert 'Run the same again to finish it.' in out.stderr and 'Traceback' not in out.stderr
+        assert [list(c.files) for c in hub.repos[REPO].commits.values()] == [['.gitattributes']]
+        hub.faults.clear()
+        client.publish(shipped / 'model', '--repo', REPO)
+    assert len(hub.repos[REPO].commits) == 2
+    assert 'model.safetensors' in hub.repos[REPO].commits[hub.repos[REPO].branches['main']].files
+
+
+def test_a_publication_replaces_what_an_earlier_one_left(hub, client, shipped):
+    client.run("""
+    from huggingface_hub import HfApi
+    api = HfApi()
+    api.create_repo('me/old')
+    for name in ('pytorch_model.bin', 'model-00001-of-00002.safetensors', 'notes.txt'):
+        api.upload_file(path_or_fileobj=b'old', path_in_repo=name, repo_id='me/old')""")
+    client.publish(shipped / 'model', '--repo', 'me/old')
+    files = hub.repos['me/old'].commits[hub.repos['me/old'].branches['main']].files
+    assert {'notes.txt', 'model.safetensors'} <= files.keys()
+    assert not {'pytorch_model.bin', 'model-00001-of-00002.safetensors'} & files.keys()
+
+
+@pytest.mark.parametrize('token, repo, message', [
+    ('', REPO, 'There is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.'),
+    ('hf_wrong', REPO, 'The Hub does not accept the token.'),
+    ('hf_reader', REPO, f'The token may not write to {REPO}.'),
+    ('hf_other', REPO, f'The token may not write to {REPO}.'),
+])
+def test_who_may_not_publish(token, repo, message, hub, client, shipped):
+    env = dict(HF_TOKEN=token) if token else dict(HF_TOKEN='', HF_TOKEN_PATH=str(client.folder / 'none'))
+    out = client.publish(shipped / 'model', '--repo', repo, ok=False, **env)
+    assert f'error: {message}' in out.stderr and 'Traceback' not in out.stderr
+    assert not hub.repos
+
+
+def test_a_repository_of_another_model_or_with_the_tag(hub, client, shipped, images):
+    torch.manual_seed(0)
+    other = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
+    save_folder(from_model(other), client.folder / 'other')
+    client.publish('other', '--repo', REPO, '--tag', 'v1')
+    before = dict(hub.repos[REPO].branches)
+    out = client.publish(shipped / 'model', '--repo', REPO, ok=False)
+    assert f'{REPO} holds a test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32.' in out.stderr
+    out = client.publish('other', '--repo', REPO, '--tag', 'v1', ok=False)
+    assert "has a tag 'v1' already. Choose another." in out.stderr
+    assert hub.repos[REPO].branches == before
+
+
+def test_without_a_network(client, shipped):
+    client.env['HF_ENDPOINT'] = 'http://127.0.0.1:9'
+    out = client.publish(shipped / 'model', '--repo', REPO, ok=False, HF_HUB_OFFLINE='1')
+    assert 'error: The Hub cannot be reached' in out.stderr and 'Traceback' not in out.stderr
+    out = client.run(
+        "import timm, timm_spikformer; timm.create_model('spikformer_v2_8_512', pretrained=True)", ok=False,
+        TIMM_SPIKFORMER_HUB='org', HF_HUB_OFFLINE='1')
+    assert 'is not in the cache, and the Hub cannot be reached' in out.stderr
+
+
+def test_private_repositories(hub, client, shipped):
+    client.publish(shipped / 'model', '--repo', REPO, '--private')
+    assert hub.repos[REPO].private
+    code = f"import timm, timm_spikformer; timm.create_model('hf-hub:{REPO}', pretrained=True)"
+    assert 'RepositoryNotFoundError' in client.run(code, ok=False, HF_TOKEN='hf_other').stderr
+    client.run(code)
+
+
+# -- faults of downloading: the cache holds what is whole, or nothing
+
+LOAD = """
+    import sys, timm, timm_spikformer
+    timm.create_model('hf-hub:me/spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    print('loaded')"""
+
+
+@pytest.fixture
+def published(hub, shipped):
+    return put(hub, REPO, shipped / 'model')
+
+
+@pytest.mark.parametrize('kind, times', [('cut', 2), ('slow', 1)])
+def test_a_download_that_the_client_mends(kind, times, hub, client, published):
+    hub.faults.append(Fault(f'GET {WEIGHTS}', kind, times))
+    assert 'loaded' in client.run(LOAD).stdout
+    assert hub.faults[0].times == 0
+    assert any(p.read_bytes() == published['model.safetensors'].data for p in client.cached_files())
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('corrupt', 'was damaged on its way: its sha256 is not'),
+    ('truncate', 'could not be downloaded'),
+    ('500', 'could not be downloaded'),
+    ('cut', 'could not be downloaded|cannot be reached'),
+])
+def test_a_download_that_is_damaged(kind, message, hub, client, published):
+    hub.faults.append(Fault(f'GET {WEIGHTS}', kind, 50))
+    out = client.run(LOAD, ok=False)
+    assert re.search(f'RuntimeError: model.safetensors of {REPO}.*({message})', out.stderr), out.stderr
+    names = [p.name for p in client.cached_files()]
+    assert 'model.safetensors' not in names and published['model.safetensors'].sha256 not in names
+    hub.faults.clear()
+    assert 'loaded' in client.run(LOAD).stdout
+
+
+def test_repositories_that_lack_something(hub, client, published):
+    head = hub.repos[REPO].branches['main']
+    files = dict(published)
+    files['pytorch_model.bin'] = files.pop('model.safetensors')
+    hub.repos[REPO].add('pickle', 'a pickle', files)
+    config = json.loads(published['config.json'].data)
+    config['pretrained_cfg']['hf_hub_filename'] = '../../../evil.safetensors'
+    hub.repos[REPO].add('traversal', 'a path', {
+        **published, 'config.json': File(json.dumps(config).encode(), False)})
+    hub.repos[REPO].branches['main'] = head
+    out = client.run("""
+    import timm, timm_spikformer
+    for name in ('@pickle', '@traversal', '@nothing'):
+        try:
+            timm.create_model(f'hf-hub:me/spikformer_v2_2_64_patch4_32.fashion_mnist{name}', pretrained=True)
+        except Exception as e:
+            print(type(e).__name__, e)
+    try:
+        overlay = dict(hf_hub_id='me/nothing')
+        timm.create_model('spikformer_v2_8_512', pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as e:
+        print(type(e).__name__, e)""").stdout.splitlines()
+    assert out[0].startswith(f'RuntimeError The repository {REPO}@pickle holds no model.safetensors.')
+    assert out[1].startswith("ValueError '../../../evil.safetensors' of")
+    assert out[2].startswith('RevisionNotFoundError')  # by timm, which reads config.json
+    assert 'RuntimeError There is no repository me/nothing on the Hub, or no access to it.' in '\n'.join(out)
+
+
+# -- Trainer
+
+TRAIN = """
+    import sys, datasets, torch, timm_spikformer
+    from pathlib import Path
+    from transformers import Trainer, TrainingArguments, AutoImageProcessor, CLIPImageProcessor
+    from timm_spikformer import *
+    from timm_spikformer.demo.data import FASHION_MNIST
+
+    def data(is_mim):
+        processor = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+        rows = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))[:32]
+        x = processor([i.convert('RGB') for i in rows['image']], return_tensors='pt').pixel_values
+        items = [dict(pixel_values=a) if is_mim else dict(pixel_values=a, labels=b) for a, b in zip(x, rows['label'])]
+        return processor, items
+
+    def trainer(is_mim, output, strategy):
+        torch.manual_seed(0)
+        processor, items = data(is_mim)
+        config = SpikformerConfig.from_timm(
+            'test_spikformer_v2', num_labels=10, image_size=32, time_steps=1, decoder_hidden_size=32,
+            decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+        cls = SpikformerForMaskedImageModeling if is_mim else SpikformerForImageClassification
+        args = TrainingArguments(
+            output, per_device_train_batch_size=8, max_steps=4, save_steps=2, logging_steps=1, report_to='none',
+            use_cpu=True, push_to_hub=True, hub_model_id=f'me/{Path(output).name}', hub_strategy=strategy, seed=0,
+            hub_always_push=True)
+        model = cls(config)
+        for m in model.modules():
+            if hasattr(m, 'momentum'):
+                m.momentum = 0.9  # so that a handful of steps is enough for BN, and neurons fire in eval mode
+        return Trainer(model, args, train_dataset=items, eval_dataset=items, processing_class=processor)
+"""
+
+
+@pytest.mark.parametrize('is_mim', [False, True])
+def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
+    out = client.run(TRAIN + f"""
+    import timm
+    is_mim = {is_mim}
+    for strategy in ('end', 'every_save', 'checkpoint', 'all_checkpoints'):
+        t = trainer(is_mim, strategy, strategy)
+        t.train()
+        t.push_to_hub()
+        model = t.model.eval()
+        x = torch.stack([item['pixel_values'] for item in t.train_dataset])
+        part = model.mae.encoder if is_mim else model.timm_model
+        loaded = timm.create_model(f'hf-hub:me/{{strategy}}', pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded.forward_features(x), part.eval().forward_features(x))
+            assert is_mim or torch.equal(loaded(x), model(x).logits)
+    losses = [entry['loss'] for entry in t.state.log_history if 'loss' in entry]
+    from huggingface_hub import snapshot_download
+    folder = Path(snapshot_download('me/checkpoint', allow_patterns='last-checkpoint/*')) / 'last-checkpoint'
+    step2 = Path(snapshot_download('me/all_checkpoints', allow_patterns='checkpoint-2/*')) / 'checkpoint-2'
+    assert {{p.name for p in folder.iterdir()}} >= {{'model.safetensors', 'optimizer.pt', 'trainer_state.json'}}
+    again = trainer(is_mim, 'again', 'end')
+    again.train(resume_from_checkpoint=str(step2))
+    resumed = [entry['loss'] for entry in again.state.log_history if 'loss' in entry]
+    assert resumed == losses and len(losses) == 4, (resumed, losses)
+    longer = trainer(is_mim, 'longer', 'end')
+    longer.args.max_steps = 6
+    longer.train(resume_from_checkpoint=str(folder))
+    assert longer.state.global_step == 6
+    print('resumed')""")
+    assert 'resumed' in out.stdout
+    for strategy in ('end', 'every_save', 'checkpoint', 'all_checkpoints'):
+        files = hub.repos[f'me/{strategy}'].commits[hub.repos[f'me/{strategy}'].branches['main']].files
+        assert {'model.safetensors', 'config.json', 'preprocessor_config.json', 'README.md'} <= files.keys()
+        assert ('last-checkpoint/model.safetensors' in files) == (strategy == 'checkpoint')
+        assert ('checkpoint-2/model.safetensors' in files) == (strategy == 'all_checkpoints')
+    card = hub.repos['me/end'].commits[hub.repos['me/end'].branches['main']].files['README.md'].data.decode()
+    assert 'More Information Needed' in card or 'More information needed' in card  # stock Trainer's card
+    client.publish('end', '--repo', 'me/end')
+    card = hub.repos['me/end'].commits[hub.repos['me/end'].branches['main']].files['README.md'].data.decode()
+    assert 'nformation needed' not in card.lower() and 'By transformers Trainer.' in card
+
+
+def test_a_masked_autoencoder_goes_on_to_a_classifier(hub, client, images):
+    torch.manual_seed(0)
+    encoder = timm.create_model('test_spikformer_v2', num_classes=0, time_steps=1)
+    mae = calibrate(SpikformerMAE(encoder, 0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), images)
+    save_folder(from_model(mae), client.folder / 'mae')
+    client.publish('mae', '--repo', 'me/mae')
+    torch.save((images, mae.encoder.forward_features(images), None), client.folder / 'expected.pt')
+    client.run(LOADERS + """
+    import timm, timm_spikformer
+    from transformers import AutoModelForImageClassification, AutoModelForMaskedImageModeling
+    model = timm.create_model('hf-hub:me/mae', pretrained=True, num_classes=7).eval()
+    assert model(x).shape == (16, 7)
+    same('timm', model.forward_features(x))
+    model = AutoModelForImageClassification.from_pretrained('me/mae', num_labels=7).eval()
+    assert model(x).logits.shape == (16, 7)
+    same('classifier', model.timm_model.forward_features(x))
+    assert AutoModelForMaskedImageModeling.from_pretrained('me/mae').eval()(x).loss.isfinite()""", 'expected.pt')
