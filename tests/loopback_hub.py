@@ -120,6 +120,7 @@ class LoopbackHub:
         repo = '/api/models/<path:repo>'
         self.routes = Map([
             Rule(path, endpoint=endpoint, methods=methods) for path, methods, endpoint in (
+                ('/faults', ['POST'], self.set_faults),
                 ('/api/whoami-v2', ['GET'], self.whoami),
                 ('/api/validate-yaml', ['POST'], self.validate_yaml),
                 ('/api/repos/create', ['POST'], self.create_repo),
@@ -190,6 +191,12 @@ class LoopbackHub:
         except HTTPException as e:
             response = e.get_response(request.environ)
         return spoil(response, fault) if fault in ('cut', 'truncate', 'corrupt') else response
+
+    def set_faults(self, request: Request) -> Response:
+        """By a client, `[[pattern, kind, times], ...]`; what was uploaded and not committed is forgotten."""
+        self.faults = [Fault(*values) for values in request.get_json(force=True)]
+        self.lfs.clear()
+        return answer({})
 
     # -- who may do what
 
@@ -303,11 +310,14 @@ class LoopbackHub:
 
     def preupload(self, request: Request, repo: str, revision: str) -> Response:
         self.writer(request, repo)
-        self.head(self.repo(request, repo), revision)
-        return answer({'files': [
-            {'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith(LFS_SUFFIXES) else 'regular',
-             'shouldIgnore': False}
-            for f in request.get_json()['files']]})
+        found = self.repo(request, repo)
+        there = found.commits[self.head(found, revision)].files
+        files = []
+        for path in (f['path'] for f in request.get_json()['files']):
+            mode = 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular'
+            oid = {'oid': there[path].sha256 if mode == 'lfs' else there[path].blob_id} if path in there else {}
+            files.append({'path': path, 'uploadMode': mode, 'shouldIgnore': False, **oid})
+        return answer({'files': files})
 
     def lfs_batch(self, request: Request, repo: str) -> Response:
         self.writer(request, repo)

@@ -417,6 +417,7 @@ def test_a_silent_and_a_saturated_layer_are_reported(images, tmp_path, caplog):
         FiringRateCallback(silent=0.5, saturated=0.1)
 
 
+@pytest.mark.slow
 def test_pipeline_classifies_better_than_chance(tmp_path):
     """Trained for seconds on 1,000 shipped images, it names others right at least four times as often as by chance."""
     import datasets

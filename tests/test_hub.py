@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from timm_spikformer.publishing import save_folder
 from timm_spikformer.publishing.checkpoint import from_model
 
 REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
-WEIGHTS = f'/{REPO}/resolve/.*/model.safetensors'
 
 
 class Client:
@@ -48,9 +48,6 @@ class Client:
         command = ['-m', 'timm_spikformer.cli', 'publish', *arguments, '--license', 'mit']
         return self.run_command(command, ok, **env)
 
-    def cached_files(self) -> list:
-        return [p for p in (self.folder / 'home' / 'hub').rglob('*') if p.is_file() and '.locks' not in p.parts]
-
 
 @pytest.fixture
 def hub():
@@ -79,6 +76,23 @@ def shipped(tmp_path_factory):
     with torch.no_grad():
         torch.save((x, model(x), model.forward_features(x)), folder / 'expected.pt')
     return folder
+
+
+FAULTS = """
+    import json, os, sys, urllib.request
+    from pathlib import Path
+    def set_faults(*faults):
+        data = json.dumps(faults).encode()
+        urllib.request.urlopen(urllib.request.Request(os.environ['HF_ENDPOINT'] + '/faults', data, method='POST'))
+    def attempt(function):
+        try:
+            return function()
+        except Exception as e:
+            return ' '.join(f'{type(e).__name__} {e}'.split())
+    def state(repo):
+        from huggingface_hub import HfApi
+        return HfApi().list_repo_files(repo)
+"""
 
 
 def put(hub: LoopbackHub, name: str, folder: Path, branch: str = 'main') -> dict:
@@ -243,22 +257,45 @@ def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
 
 # -- faults of publishing: the repository stays as it was
 
-@pytest.mark.parametrize('fault, retried', [
-    (Fault('POST .*/commit/main', '500', 10), False),
-    (Fault('PUT /lfs/.*', 'cut', 10), False),
-    (Fault('PUT /lfs/.*', '500', 1), True),
-    (Fault('POST .*/preupload/main', 'slow', 1), True),
-])
-def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(fault, retried, hub, client, shipped):
-    hub.faults.append(fault)
-    out = client.publish(shipped / 'model', '--repo', REPO, ok=retried)
-    if not retried:
-        assert 'Run the same again to finish it.' in out.stderr and 'Traceback' not in out.stderr
-        assert [list(c.files) for c in hub.repos[REPO].commits.values()] == [['.gitattributes']]
-        hub.faults.clear()
-        client.publish(shipped / 'model', '--repo', REPO)
-    assert len(hub.repos[REPO].commits) == 2
-    assert 'model.safetensors' in hub.repos[REPO].commits[hub.repos[REPO].branches['main']].files
+@pytest.mark.parametrize('cases', [[
+    # pattern, kind, how often, whether the client gets over it by itself
+    ('POST .*/commit/main', '500', 10, False),
+    ('PUT /lfs/.*', 'cut', 10, False),
+    ('PUT /lfs/.*', '500', 1, True),
+    ('POST .*/preupload/main', 'slow', 1, True),
+]])
+def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(cases, hub, client, shipped):
+    out = client.run(FAULTS + """
+    from timm_spikformer.publishing import publish, read_checkpoint
+    checkpoint = read_checkpoint(sys.argv[1])
+    for i, fault in enumerate(json.loads(sys.argv[2])):
+        set_faults(fault)
+        print(json.dumps(attempt(lambda: publish(checkpoint, f'me/case{i}', 'mit').commit)))
+        print(json.dumps(state(f'me/case{i}')))
+        set_faults()
+        print(json.dumps(attempt(lambda: publish(checkpoint, f'me/case{i}', 'mit').commit)))
+    """, shipped / 'model', json.dumps([case[:3] for case in cases]))
+    lines = [json.loads(line) for line in out.stdout.splitlines()]
+    for i, (*_, mended) in enumerate(cases):
+        first, left, second = lines[3 * i:3 * i + 3]
+        if mended:
+            assert first == hub.repos[f'me/case{i}'].branches['main'] and 'model.safetensors' in left
+        else:
+            assert first.startswith('RuntimeError The upload to me/case')
+            assert first.endswith('Run the same again to finish it.')
+            assert left == ['.gitattributes']
+        head = hub.repos[f'me/case{i}'].branches['main']
+        assert second == head and 'model.safetensors' in hub.repos[f'me/case{i}'].commits[head].files
+
+
+def test_an_upload_that_is_killed_leaves_nothing(hub, client, shipped):
+    hub.faults.append(Fault('PUT /lfs/.*', 'slow'))
+    command = [sys.executable, '-m', 'timm_spikformer.cli', 'publish', str(shipped / 'model'), '--repo', REPO]
+    with subprocess.Popen([*command, '--license', 'mit'], env=client.env, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not any(line.startswith('PUT') for line in hub.requests):
+            time.sleep(0.05)
+        process.kill()
+    assert [list(c.files) for c in hub.repos[REPO].commits.values()] == [['.gitattributes']]
 
 
 def test_a_publication_replaces_what_an_earlier_one_left(hub, client, shipped):
@@ -274,16 +311,21 @@ def test_a_publication_replaces_what_an_earlier_one_left(hub, client, shipped):
     assert not {'pytorch_model.bin', 'model-00001-of-00002.safetensors'} & files.keys()
 
 
-@pytest.mark.parametrize('token, repo, message', [
-    ('', REPO, 'There is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.'),
-    ('hf_wrong', REPO, 'The Hub does not accept the token.'),
-    ('hf_reader', REPO, f'The token may not write to {REPO}.'),
-    ('hf_other', REPO, f'The token may not write to {REPO}.'),
-])
-def test_who_may_not_publish(token, repo, message, hub, client, shipped):
-    env = dict(HF_TOKEN=token) if token else dict(HF_TOKEN='', HF_TOKEN_PATH=str(client.folder / 'none'))
-    out = client.publish(shipped / 'model', '--repo', repo, ok=False, **env)
-    assert f'error: {message}' in out.stderr and 'Traceback' not in out.stderr
+def test_who_may_not_publish(hub, client, shipped):
+    no_token = dict(HF_TOKEN='', HF_TOKEN_PATH=str(client.folder / 'none'))
+    out = client.publish(shipped / 'model', '--repo', REPO, ok=False, **no_token)
+    assert 'error: There is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.' in out.stderr
+    assert 'Traceback' not in out.stderr
+    out = client.run(FAULTS + """
+    from timm_spikformer.publishing import publish, read_checkpoint
+    checkpoint = read_checkpoint(sys.argv[1])
+    for token in ('hf_wrong', 'hf_reader', 'hf_other'):
+        print(attempt(lambda: publish(checkpoint, 'me/name', 'mit', token=token)))
+    """, shipped / 'model')
+    wrong, reader, other = out.stdout.splitlines()
+    assert wrong.startswith('ValueError The Hub does not accept the token.')
+    assert reader == other == (
+        'ValueError The token may not write to me/name. Use one with write access to it.')
     assert not hub.repos
 
 
@@ -293,10 +335,14 @@ def test_a_repository_of_another_model_or_with_the_tag(hub, client, shipped, ima
     save_folder(from_model(other), client.folder / 'other')
     client.publish('other', '--repo', REPO, '--tag', 'v1')
     before = dict(hub.repos[REPO].branches)
-    out = client.publish(shipped / 'model', '--repo', REPO, ok=False)
-    assert f'{REPO} holds a test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32.' in out.stderr
-    out = client.publish('other', '--repo', REPO, '--tag', 'v1', ok=False)
-    assert "has a tag 'v1' already. Choose another." in out.stderr
+    out = client.run(FAULTS + """
+    from timm_spikformer.publishing import publish
+    print(attempt(lambda: publish(sys.argv[1], sys.argv[2], 'mit')))
+    print(attempt(lambda: publish('other', sys.argv[2], 'mit', tag='v1')))
+    """, shipped / 'model', REPO)
+    architecture, tag = out.stdout.splitlines()
+    assert f'{REPO} holds a test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32. Choose' in architecture
+    assert f"The repository {REPO} has a tag 'v1' already. Choose another." in tag
     assert hub.repos[REPO].branches == before
 
 
@@ -313,46 +359,47 @@ def test_without_a_network(client, shipped):
 def test_private_repositories(hub, client, shipped):
     client.publish(shipped / 'model', '--repo', REPO, '--private')
     assert hub.repos[REPO].private
-    code = f"import timm, timm_spikformer; timm.create_model('hf-hub:{REPO}', pretrained=True)"
-    assert 'RepositoryNotFoundError' in client.run(code, ok=False, HF_TOKEN='hf_other').stderr
-    client.run(code)
+    out = client.run(FAULTS + """
+    import timm, timm_spikformer
+    overlay = dict(hf_hub_id=sys.argv[1])
+    load = lambda: timm.create_model('spikformer_v2_2_64_patch4_32.cifar10', True, pretrained_cfg_overlay=overlay)
+    print(attempt(lambda: type(load()).__name__))
+    """, REPO, HF_TOKEN='hf_other').stdout
+    assert out.startswith(f'RuntimeError There is no repository {REPO} on the Hub, or no access to it.')
 
 
 # -- faults of downloading: the cache holds what is whole, or nothing
-
-LOAD = """
-    import sys, timm, timm_spikformer
-    timm.create_model('hf-hub:me/spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
-    print('loaded')"""
-
 
 @pytest.fixture
 def published(hub, shipped):
     return put(hub, REPO, shipped / 'model')
 
 
-@pytest.mark.parametrize('kind, times', [('cut', 2), ('slow', 1)])
-def test_a_download_that_the_client_mends(kind, times, hub, client, published):
-    hub.faults.append(Fault(f'GET {WEIGHTS}', kind, times))
-    assert 'loaded' in client.run(LOAD).stdout
-    assert hub.faults[0].times == 0
-    assert any(p.read_bytes() == published['model.safetensors'].data for p in client.cached_files())
-
-
-@pytest.mark.parametrize('kind, message', [
-    ('corrupt', 'was damaged on its way: its sha256 is not'),
-    ('truncate', 'could not be downloaded'),
-    ('500', 'could not be downloaded'),
-    ('cut', 'could not be downloaded|cannot be reached'),
-])
-def test_a_download_that_is_damaged(kind, message, hub, client, published):
-    hub.faults.append(Fault(f'GET {WEIGHTS}', kind, 50))
-    out = client.run(LOAD, ok=False)
-    assert re.search(f'RuntimeError: model.safetensors of {REPO}.*({message})', out.stderr), out.stderr
-    names = [p.name for p in client.cached_files()]
-    assert 'model.safetensors' not in names and published['model.safetensors'].sha256 not in names
-    hub.faults.clear()
-    assert 'loaded' in client.run(LOAD).stdout
+def test_downloads_that_go_wrong(hub, client, published):
+    cases = [
+        # kind, how often, and what the user sees
+        ('cut', 2, ''), ('slow', 1, ''),
+        ('corrupt', 50, 'was damaged on its way: its sha256 is not'), ('truncate', 50, 'could not be downloaded'),
+        ('500', 50, 'could not be downloaded'), ('cut', 50, 'could not be downloaded|cannot be reached'),
+    ]
+    out = client.run(FAULTS + """
+    import timm, timm_spikformer
+    load = lambda i: type(timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True, cache_dir=f'cache{i}')).__name__
+    for i, (kind, times) in enumerate(json.loads(sys.argv[2])):
+        set_faults(('GET .*/resolve/.*/model.safetensors', kind, times))
+        first = attempt(lambda: load(i))
+        cached = [p.name for p in Path(f'cache{i}').rglob('*') if p.is_file()]
+        set_faults()
+        print(json.dumps((first, cached, attempt(lambda: load(i)))))
+    """, REPO, json.dumps([case[:2] for case in cases]))
+    weights = published['model.safetensors']
+    for i, ((*_, message), line) in enumerate(zip(cases, out.stdout.splitlines(), strict=True)):
+        first, cached, second = json.loads(line)
+        if message:
+            assert re.match(f'RuntimeError model.safetensors of {REPO}.*({message})', first), first
+            assert 'model.safetensors' not in cached and weights.sha256 not in cached
+        assert second == 'Spikformer' and (first == second or message)
+        assert (client.folder / f'cache{i}').rglob(weights.sha256).__next__().read_bytes() == weights.data
 
 
 def test_repositories_that_lack_something(hub, client, published):
@@ -365,22 +412,18 @@ def test_repositories_that_lack_something(hub, client, published):
     hub.repos[REPO].add('traversal', 'a path', {
         **published, 'config.json': File(json.dumps(config).encode(), False)})
     hub.repos[REPO].branches['main'] = head
-    out = client.run("""
+    out = client.run(FAULTS + """
     import timm, timm_spikformer
-    for name in ('@pickle', '@traversal', '@nothing'):
-        try:
-            timm.create_model(f'hf-hub:me/spikformer_v2_2_64_patch4_32.fashion_mnist{name}', pretrained=True)
-        except Exception as e:
-            print(type(e).__name__, e)
-    try:
-        overlay = dict(hf_hub_id='me/nothing')
-        timm.create_model('spikformer_v2_8_512', pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as e:
-        print(type(e).__name__, e)""").stdout.splitlines()
+    for revision in ('pickle', 'traversal'):
+        print(attempt(lambda: timm.create_model(f'hf-hub:{sys.argv[1]}@{revision}', pretrained=True)))
+    for repo in ('me/nothing', f'{sys.argv[1]}@nothing'):
+        overlay = dict(hf_hub_id=repo)
+        print(attempt(lambda: timm.create_model('spikformer_v2_8_512', True, pretrained_cfg_overlay=overlay)))
+    """, REPO).stdout.splitlines()
     assert out[0].startswith(f'RuntimeError The repository {REPO}@pickle holds no model.safetensors.')
     assert out[1].startswith("ValueError '../../../evil.safetensors' of")
-    assert out[2].startswith('RevisionNotFoundError')  # by timm, which reads config.json
-    assert 'RuntimeError There is no repository me/nothing on the Hub, or no access to it.' in '\n'.join(out)
+    assert out[2].startswith('RuntimeError There is no repository me/nothing on the Hub, or no access to it.')
+    assert out[3] == f"RuntimeError The repository {REPO} has no revision 'nothing'."
 
 
 # -- Trainer

@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_live, calibrate, firing_rates
+from foreign_checkpoints import authors_checkpoint
 from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
 from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
 from timm.models._manipulate import group_parameters
@@ -28,7 +29,7 @@ def num_params(name: str) -> int:
 def test_registered_models():
     assert len(MODELS) == 12
     assert MODELS == timm.list_models(module='spikformer')
-    assert not timm.list_pretrained('*spikformer*')
+    assert timm.list_pretrained('*spikformer*') == ['spikformer_v2_2_64_patch4_32.fashion_mnist']
     for name in MODELS:
         cfg = get_pretrained_cfg(name)
         assert cfg.license == 'apache-2.0' and cfg.paper_ids.startswith('arXiv:') and cfg.origin_url
@@ -204,40 +205,6 @@ def test_drop_rates_act_in_training_only(images):
 
 
 # --- checkpoints
-
-
-def authors_checkpoint(model, with_qkv_bias: bool):
-    """The state dict of a V1 model under the authors' names; with q/k/v biases and linears as in their CIFAR code."""
-    layer = 'linear' if with_qkv_bias else 'conv'
-    out = {}
-
-    def weight(x):
-        return x if with_qkv_bias else x[..., None, None]
-
-    for key, value in model.state_dict().items():
-        parts = key.split('.')
-        if parts[0] == 'stem':
-            name = 'rpe_' if parts[3] == 'pos_embed' else 'proj_'
-            suffix = '' if parts[3] == 'pos_embed' or parts[2] == '0' else parts[2]
-            out[f'patch_embed.{name}{parts[4]}{suffix}.{parts[5]}'] = value
-        elif parts[0] == 'blocks':
-            _, i, branch, unit, kind, what = parts
-            kind = layer if kind == 'linear' else 'bn'
-            if value.ndim == 2:
-                value = weight(value)
-            if unit == 'qkv':
-                for n, part in zip('qkv', value.chunk(3) if value.ndim else [value] * 3):
-                    if with_qkv_bias and what == 'running_mean':
-                        bias = torch.randn_like(part)
-                        out[f'block.{i}.{branch}.{n}_{layer}.bias'] = bias
-                        part = part + bias
-                    out[f'block.{i}.{branch}.{n}_{kind}.{what}'] = part
-            else:
-                out[f'block.{i}.{branch}.{unit}_{kind}.{what}'] = value
-            out[f'block.{i}.norm1.weight'] = torch.ones(64)
-        else:
-            out[key.replace('head.fc', 'head')] = value
-    return out
 
 
 @pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])

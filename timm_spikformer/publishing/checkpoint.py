@@ -15,7 +15,7 @@ from timm.models import clean_state_dict, get_model_input_config, load_state_dic
 from timm.models._helpers import _torch_load
 from torch import nn
 
-from ..checkpoints import TRAINING_FILE
+from ..checkpoints import TRAINING_FILE, convert_state_dict
 from ..hf.configuration_spikformer import SpikformerConfig
 from ..hf.image_processing import read_data_config
 from ..masked_autoencoder import SpikformerMAE
@@ -85,8 +85,10 @@ def create_matching(name: str, state_dict: Dict[str, Any], **kwargs) -> Spikform
     if name not in timm.list_models(module='spikformer'):
         models = ', '.join(timm.list_models(module='spikformer'))
         raise ValueError(f'There is no Spikformer {name!r}, expected one of {models}.')
-    head, first = (next((v for k, v in state_dict.items() if re.fullmatch(pattern, k)), None) for pattern in (
-        r'head(\.fc)?\.weight', r'(stem\.stages\.0\.(down|proj)\.conv|patch_embed\.proj_conv)\.weight'))
+    empty = timm.create_model(name, device='meta', **kwargs)
+    converted = convert_state_dict(state_dict, empty).state_dict
+    head = converted.get('head.fc.weight')
+    first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
     if first is None:
         raise ValueError(
             f'The checkpoint is not one of a Spikformer: it has no first convolution. It holds {len(state_dict)} '

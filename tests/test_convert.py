@@ -1,0 +1,114 @@
+"""Checkpoints of the authors' V1 code and of spikingjelly become folders, every tensor accounted for."""
+import argparse
+
+import pytest
+import timm
+import torch
+from conftest import assert_live, calibrate
+from foreign_checkpoints import authors_checkpoint
+from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
+from timm.models import save_for_hf
+from transformers import AutoModelForImageClassification
+
+from timm_spikformer import cli
+from timm_spikformer.publishing.convert import convert
+
+MODEL = 'spikformer_4_384_patch4_32'
+
+
+@pytest.fixture(scope='module')
+def x(images):
+    return images[:, :, ::2, ::2]
+
+
+@pytest.fixture(scope='module')
+def v1(x):
+    torch.manual_seed(0)
+    return calibrate(timm.create_model(MODEL, num_classes=10), x)
+
+
+@pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
+def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
+    state_dict = {f'module.{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
+    torch.save(
+        {'state_dict': state_dict, 'epoch': 300, 'arch': 'spikformer', 'args': argparse.Namespace(lr=5e-4)},
+        tmp_path / 'checkpoint.pth.tar')
+    converted = convert(tmp_path / 'checkpoint.pth.tar', tmp_path / 'out', labels=[f'class {i}' for i in range(10)])
+    assert converted.model == MODEL
+    with torch.no_grad():
+        loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+        if with_qkv_bias:  # moved into the running mean, in float32
+            torch.testing.assert_close(loaded(x), v1(x), rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(loaded(x), v1(x))
+        by_auto = AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
+        assert torch.equal(by_auto(x).logits, loaded(x))
+    assert_live(loaded, x)
+    report = '\n'.join(converted.report)
+    for name in state_dict:  # each is named, once
+        assert sum(name.removeprefix('module.') in line.replace(':', ',').replace(' ', ',').split(',')
+                   for line in converted.report) == 1, name
+    assert {line.split(' <- ')[0] for line in converted.report} >= v1.state_dict().keys()
+    assert 'norm1.weight: declared by V1 and never called' in report
+
+
+def test_a_checkpoint_of_spikingjelly(x, tmp_path):
+    torch.manual_seed(0)
+    theirs = spikingjelly_spikformer.Spikformer(
+        T=1, img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=384, num_heads=12, depths=4)
+    for m in theirs.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.momentum = None
+    with torch.no_grad():
+        theirs.train()(x)
+        spikingjelly_spikformer.functional.reset_net(theirs)
+        expected = theirs.eval()(x).reshape(-1, 10)
+    torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
+    converted = convert(tmp_path / 'theirs.pth', tmp_path / 'out')
+    assert converted.model == MODEL and sum('zeros: the checkpoint has none' in line for line in converted.report) == 12
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, time_steps=1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    assert_live(loaded, x)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.update({'block.0.attn.mystery': torch.ones(3)}), '1 of its tensors are left over, 0 of .*mystery'),
+    (lambda s: s.pop('block.3.mlp.fc2_bn.bias'), '0 of its tensors are left over, 1 of the model are missing'),
+])
+def test_nothing_is_left_over(change, message, v1, tmp_path):
+    state_dict = authors_checkpoint(v1, False)
+    change(state_dict)
+    torch.save(state_dict, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', MODEL)
+    with pytest.raises(ValueError, match='is of none of the registered models. Name the model with --model'):
+        convert(tmp_path / 'a.pth', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.partial').exists()
+
+
+def test_what_does_not_convert(v1, tmp_path):
+    torch.save(authors_checkpoint(v1, False), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='There is no file .*nothing.pth'):
+        convert(tmp_path / 'nothing.pth', tmp_path / 'out')
+    with pytest.raises(ValueError, match="There is no Spikformer 'resnet18'"):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', 'resnet18')
+    with pytest.raises(ValueError, match='does not fit the model'):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', 'spikformer_8_512')
+    with pytest.raises(ValueError, match='The model has 10 classes, but 1 labels were given'):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', labels=['a'])
+    torch.save({'a': print}, tmp_path / 'code.pth')
+    with pytest.raises(ValueError, match='cannot be opened without running code from it'):
+        convert(tmp_path / 'code.pth', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_command(v1, tmp_path, capsys):
+    save_for_hf(v1, str(tmp_path / 'ours'), safe_serialization=True)
+    weights = tmp_path / 'ours' / 'model.safetensors'
+    cli.main(['convert', str(weights), '--output', str(tmp_path / 'out'), '--model', MODEL])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(v1.state_dict()) + 1
+    assert lines[-1] == f'{MODEL}, every tensor accounted for, written to {tmp_path / "out"}'
+    with pytest.raises(SystemExit, match='error: There is no file'):
+        cli.main(['convert', str(tmp_path / 'nothing'), '--output', str(tmp_path / 'out')])
