@@ -235,8 +235,8 @@ def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
     from timm.utils import CheckpointSaver
     torch.manual_seed(0)
     x = torch.nn.functional.interpolate(images, 224)
-    model = calibrate(timm.create_model('spikformer_v2_8_512', time_steps=1), x[:4]).train()
-    args = argparse.Namespace(model='spikformer_v2_8_512', num_classes=1000, model_kwargs=dict(time_steps=1), epochs=1)
+    model = calibrate(timm.create_model('spikformer_v2_8_512', time_steps=2), x[:4]).train()
+    args = argparse.Namespace(model='spikformer_v2_8_512', num_classes=1000, model_kwargs=dict(time_steps=2), epochs=1)
     CheckpointSaver(
         model, torch.optim.SGD(model.parameters()), args, checkpoint_dir=str(client.folder),
         recovery_dir=str(client.folder)).save_checkpoint(0, 0.)
@@ -247,7 +247,7 @@ def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
     import timm, timm_spikformer
     model = timm.create_model('spikformer_v2_8_512', pretrained=True).eval()
     same('pretrained', model(x))
-    assert model.time_steps == 1
+    assert model.time_steps == 2
     assert timm.create_model('spikformer_v2_8_512', pretrained=True, time_steps=4).time_steps == 4"""
     client.run(code, 'expected.pt', TIMM_SPIKFORMER_HUB='org')
     requests = len(hub.requests)

@@ -11,7 +11,7 @@ import pytest
 import timm
 
 TESTS_PER_MODEL = 11
-TESTS_OF_WEIGHTS = 2  # load_pretrained and features_pretrained
+TESTS_OF_WEIGHTS = 3  # load_pretrained, features_pretrained, and the cfg of its second tag
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
 SMALL = ['test_spikformer_v2', 'spikformer_4_384_patch4_32', 'spikformer_v2_8_384', SHIPPED]
 
