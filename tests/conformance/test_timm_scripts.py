@@ -17,6 +17,12 @@ import timm
 import torch
 import yaml
 from conftest import write_images
+from huggingface_hub import ModelCard
+
+from timm_spikformer.demo.data import FASHION_MNIST, load_data, make_loader
+from timm_spikformer.demo.training import evaluate
+from timm_spikformer.publishing import publish
+from timm_spikformer.publishing.card import Dataset
 
 pytestmark = pytest.mark.scripts
 
@@ -111,6 +117,32 @@ def test_recipe_of_the_demo(run_script, tmp_path):
         'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 2, '--output', tmp_path,
         '--experiment', 'run', launcher=())
     assert read_summary(tmp_path)[-1]['eval_top1'] > 50
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_a_run_is_published(ema, run_script, tmp_path):
+    """train.py, validate.py, publish: what is in the folder is the checkpoint, and the accuracy validate.py's."""
+    name = 'spikformer_v2_2_64_patch4_32'
+    run_script(
+        'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 2, '--output', tmp_path,
+        '--experiment', 'run', launcher=())
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    run_script(
+        'validate.py', '--model', name, '--checkpoint', checkpoint, *(['--use-ema'] if ema else []), '--dataset',
+        f'hfds/{FASHION_MNIST}', '--split', 'test', '--device', 'cpu', '--input-size', 3, 28, 28, '--num-classes', 10,
+        '--results-file', tmp_path / 'results.json', '--results-format', 'json', '--model-kwargs', 'time_steps=1')
+    dataset = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')
+    publish(
+        checkpoint, f'me/{name}.fashion_mnist', 'mit', ema=ema, results=tmp_path / 'results.json', dataset=dataset,
+        output=tmp_path / 'published', dry_run=True)
+    top1 = json.loads((tmp_path / 'results.json').read_text())['top1']
+    card = ModelCard.load(tmp_path / 'published' / 'README.md')
+    assert card.data.eval_results[0].metric_value == top1 > 30
+    assert str(tmp_path) not in card.content and 'sched_on_updates' in card.content
+    loaded = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True).eval()
+    data = load_data(None, name)
+    measured, rates = evaluate(loaded, make_loader(data, 250, torch.device('cpu'), is_training=False))
+    assert measured == pytest.approx(top1, abs=0.01) and min(rates.values()) > 0.
 
 
 @pytest.mark.parametrize('recipe', sorted(p.name for p in RECIPES.glob('*.yaml') if p.stem != 'fashion_mnist'))

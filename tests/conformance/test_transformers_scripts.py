@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_images
+from loopback_hub import LoopbackHub, User
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
 from timm_spikformer.hf.remote_code import save_remote_code
@@ -63,11 +64,11 @@ def run_script(folder):
         raise pytest.UsageError(
             f"Set TRANSFORMERS_EXAMPLES to examples/pytorch of a clone of transformers' repository, got {examples}.")
 
-    def run(script: str, *args, launcher=PLUGIN, check: bool = True) -> subprocess.CompletedProcess:
+    def run(script: str, *args, launcher=PLUGIN, check: bool = True, **env: str) -> subprocess.CompletedProcess:
         result = subprocess.run(
             list(map(str, [sys.executable, *launcher, Path(examples) / script, *args])), cwd=folder,
-            env=dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), capture_output=True,
-            text=True)
+            env={**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **env},
+            capture_output=True, text=True)
         assert not check or result.returncode == 0, result.stderr[-4000:]
         return result
 
@@ -162,3 +163,26 @@ def test_argument_files(name, run_script, folder, pretrained, tmp_path):
 def test_mae_is_refused(run_script):
     result = run_script('image-pretraining/run_mae.py', '--model_name_or_path', CONFIG, check=False)
     assert result.returncode != 0 and 'Pre-train with run_mim.py' in result.stderr
+
+
+def test_both_scripts_push_to_the_hub(run_script, folder):
+    """Pre-train and push; fine-tune what the Hub has, and push with the last checkpoint, to resume from."""
+    hub = LoopbackHub({'hf_writer': User('me', ['me'])})
+    with hub.serve() as url:
+        env = dict(
+            HF_ENDPOINT=url, HF_TOKEN='hf_writer', HF_HOME=str(folder / 'home'), HF_HUB_OFFLINE='0',
+            HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
+        run_script(
+            MIM, '--config_name_or_path', CONFIG, '--image_processor_name', CONFIG, '--dataset_name', 'data',
+            '--mask_patch_size', 4, *TRAIN, '--output_dir', 'pushed_mim', '--push_to_hub', '--hub_model_id', 'me/mim',
+            **env)
+        run_script(
+            CLASSIFY, '--model_name_or_path', 'me/mim', '--dataset_name', 'data', '--label_column_name', 'label',
+            *TRAIN, '--save_steps', 2, '--output_dir', 'pushed', '--push_to_hub', '--hub_model_id', 'me/classifier',
+            '--hub_strategy', 'checkpoint', **env)
+    heads = {name: repo.commits[repo.branches['main']].files for name, repo in hub.repos.items()}
+    common = {'config.json', 'model.safetensors', 'preprocessor_config.json', 'README.md'}
+    assert common <= heads['me/mim'].keys() and common <= heads['me/classifier'].keys()
+    assert 'last-checkpoint/trainer_state.json' in heads['me/classifier']
+    config = json.loads(heads['me/classifier']['config.json'].data)
+    assert config['label_names'] == [f'class_{i}' for i in range(10)] and config['num_classes'] == 10
