@@ -20,6 +20,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
+    CLIPImageProcessor,
     TimmWrapperForImageClassification,
     ViTImageProcessor,
     pipeline,
@@ -129,6 +130,7 @@ def test_folders_of_timm_and_of_transformers_and_of_publish_itself(small, tmp_pa
     dry_run(tmp_path / 'hf', tmp_path / 'second')
     assert_all_loaders(tmp_path / 'second', small, LABELS)
     assert timm.create_model(f'local-dir:{tmp_path / "second"}').pretrained_cfg['mean'] == [0.1, 0.2, 0.3]
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / 'first')) is CLIPImageProcessor
     assert type(AutoImageProcessor.from_pretrained(tmp_path / 'second')) is ViTImageProcessor
 
 

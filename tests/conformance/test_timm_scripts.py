@@ -205,7 +205,7 @@ def test_onnx_export(run_script, checkpoint, tmp_path):
     path = tmp_path / 'model.onnx'
     run_script('onnx_export.py', path, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--dynamo')
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)).eval()
-    x = torch.randn(1, 3, 32, 32)
+    x = torch.randn(1, 3, 28, 28)
     session = onnxruntime.InferenceSession(str(path))
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():

@@ -8,7 +8,10 @@ from transformers.configuration_utils import PreTrainedConfig
 __all__ = ['SpikformerConfig']
 
 # What timm reads in a config.json and this configuration derives from its own fields, or has no use for.
-_DERIVED_FOR_TIMM = ('num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions', 'model_args')
+# `image_processor_type` is of the folder that it was read from.
+_NOT_KEPT = (
+    'num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions', 'model_args',
+    'image_processor_type')
 
 
 def label_maps(labels: Sequence[str]) -> Dict[str, Dict]:
@@ -108,7 +111,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     pretrained_cfg: dict | None = None
 
     def __post_init__(self, **kwargs):
-        for key in _DERIVED_FOR_TIMM:
+        for key in _NOT_KEPT:
             kwargs.pop(key, None)
         if self.encoder_stride is None:
             self.encoder_stride = self.patch_size

@@ -44,6 +44,9 @@ def save_remote_code(folder: Union[str, Path]) -> None:
         source = (_PACKAGE / name).read_text()
         (folder / Path(name).name).write_text(re.sub(r'^from \.\.(\w+) import', r'from .\1 import', source, flags=re.M))
     config['auto_map'] = _AUTO_MAP
+    processor = folder / 'preprocessor_config.json'
+    if processor.is_file():  # of a local folder of timm's, transformers looks for this in config.json only
+        config['image_processor_type'] = json.loads(processor.read_text())['image_processor_type']
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
     partial.replace(path)

@@ -1,0 +1,58 @@
+"""Times side by side, as ratios; peak memory, each side in a process of its own."""
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Callable, Dict, List, NamedTuple
+
+
+class Ratio(NamedTuple):
+    """Median of the ratios of the rounds, and between which values half of them lie."""
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f'{self.median:.2f} ({self.low:.2f} to {self.high:.2f})'
+
+
+def interleave(functions: Dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Dict[str, List[float]]:
+    """Seconds of each function in each round; the machine's moods hit all of them alike."""
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    times: Dict[str, List[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: List[float], of: List[float]) -> Ratio:
+    """How many times as long as `of`, round by round."""
+    ratios = sorted(a / b for a, b in zip(times, of, strict=True))
+    quarter = len(ratios) // 4
+    return Ratio(statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
+
+
+def peak_memory(group: str, *arguments: object) -> float:
+    """MiB by which a new process has grown at its peak, by `python -m benchmarks.GROUP ARGUMENTS`."""
+    out = subprocess.run(
+        [sys.executable, '-m', f'benchmarks.{group}', *map(str, arguments)], check=True, capture_output=True, text=True)
+    return float(out.stdout.splitlines()[-1])
+
+
+def print_growth(function: Callable[[], object]) -> None:
+    """In that process: run twice, so that what is allocated once is there, and print the growth of the peak."""
+    before = _resident()
+    function()
+    function()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+
+
+def _resident() -> float:
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * resource.getpagesize() / 2 ** 20
