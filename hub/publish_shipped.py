@@ -17,7 +17,7 @@ from timm_spikformer.publishing.checkpoint import Training, from_model, set_labe
 # of each, what its accuracy is measured on, and the licence: Fashion-MNIST's
 MEASURED_ON = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': (
-        FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST, 1,000 images', 'test'), 'mit'),
+        FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (slice)', 'test'), 'mit'),
 }
 
 

@@ -155,7 +155,8 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset):
         raise ValueError(f'The classes in {folder} are not those of the model, or in another order.')
     top1, rates = evaluate(encoder, loader)
     firing = Firing(sum(rates.values()) / len(rates), min(rates.values()), max(rates.values()), on)
-    return [Result('Top-1 accuracy', round(top1, 2), dataset, 'timm-spikformer publish')], firing, x
+    by = f'timm-spikformer publish, on {len(data.test):,} images'
+    return [Result('Top-1 accuracy', round(top1, 2), dataset, by)], firing, x
 
 
 def _check_texts(folder: Path) -> None:
