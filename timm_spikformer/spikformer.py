@@ -21,7 +21,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import SpikingBlock, Visible, keep_visible
+from .layers import SpikingBlock, Visible
 from .pretrained import locate_weights, shipped_weights
 from .stems import STEMS
 
@@ -264,8 +264,6 @@ class Spikformer(nn.Module):
         seen: Optional[Visible] = None
         if visible is not None:
             seen = (visible, x.shape[-1] // self.patch_size)
-            B = x.shape[1]
-            x = keep_visible(x.flatten(0, 1), seen).unflatten(0, (-1, B))
 
         taken = []
         for i, stage in enumerate(self.stem.stages):

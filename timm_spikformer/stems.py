@@ -8,7 +8,7 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF, Visible, keep_visible
+from .layers import ConvBNLIF, Visible, maps_of_patches, visible_patches, with_halo
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
@@ -33,7 +33,20 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
     return strides
 
 
-class SpikingConvStage(nn.Module):
+class _Stage(nn.Module):
+    """`[T or 1, B, C, H, W] -> [T, B, C', H', W']` by `forward_patches`; of masked images, on visible patches alone."""
+
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        if visible is None:
+            return self.forward_patches(x, time_steps)
+        width = visible[1]
+        num_rows = x.shape[-2] // (x.shape[-1] // width)
+        patches = self.forward_patches(visible_patches(x, visible), time_steps, visible, num_rows)
+        p = patches.shape[-1]
+        return maps_of_patches(patches, visible, num_rows * p, width * p)
+
+
+class SpikingConvStage(_Stage):
     """2x2 stride-2 (or 3x3 stride-1) convolution - BN - LIF, then `x + contract(expand(x))` with 3x3 convolutions."""
 
     def __init__(
@@ -52,12 +65,18 @@ class SpikingConvStage(nn.Module):
         self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
         self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
 
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
-        x = self.down(x, time_steps, visible)
-        return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)
+    def forward_patches(
+            self,
+            x: Tensor,
+            time_steps: int,
+            visible: Optional[Visible] = None,
+            num_rows: int = 0,
+    ) -> Tensor:
+        x = self.down(x, time_steps, visible, num_rows)
+        return x + self.contract(self.expand(x, time_steps, visible, num_rows), time_steps, visible, num_rows)
 
 
-class SpikingPatchStage(nn.Module):
+class SpikingPatchStage(_Stage):
     """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes where the stage reduces.
 
     With `pos_embed`, which the last stage is given: then `x + LIF(BN(conv3x3(x)))`.
@@ -74,18 +93,26 @@ class SpikingPatchStage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.proj = ConvBNLIF(in_chs, out_chs, **dd)
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
+        self.reduces = stride == 2
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if self.reduces else nn.Identity()
         self.pos_embed = None
 
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
-        x = self.proj(x, time_steps, visible)
+    def forward_patches(
+            self,
+            x: Tensor,
+            time_steps: int,
+            visible: Optional[Visible] = None,
+            num_rows: int = 0,
+    ) -> Tensor:
+        x = self.proj(x, time_steps, visible, num_rows)
         B = x.shape[1]
-        x = self.pool(x.flatten(0, 1))
-        if visible is not None:  # pooling has spread spikes to masked pixels
-            x = keep_visible(x, visible)
+        if visible is None or not self.reduces:
+            x = self.pool(x.flatten(0, 1))
+        else:
+            x = nn.functional.max_pool2d(with_halo(x, visible, num_rows).flatten(0, 1), 3, 2)
         x = x.unflatten(0, (-1, B))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x, time_steps, visible)
+            x = x + self.pos_embed(x, time_steps, visible, num_rows)
         return x
 
 
