@@ -1,0 +1,36 @@
+"""What this package costs, beside spikingjelly and beside the products and convolutions alone.
+
+    python -m benchmarks [GROUP ...] [--quick] [--json FILE]
+"""
+import argparse
+import importlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+GROUPS = ('neuron', 'masked')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.splitlines()[0])
+    parser.add_argument('groups', nargs='*', metavar='GROUP', help=f'of {", ".join(GROUPS)} (default: all)')
+    parser.add_argument('--quick', action='store_true', help='small shapes, one or two rounds: only to see that all runs')
+    parser.add_argument('--json', metavar='FILE', help='write the results')
+    args = parser.parse_args()
+    unknown = set(args.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f'there is no group {min(unknown)!r}, expected {", ".join(GROUPS)}')
+    results = {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'machine': platform.machine()}
+    print(f'torch {torch.__version__}, spikingjelly {version("spikingjelly")}, {torch.get_num_threads()} threads')
+    for name in args.groups or GROUPS:
+        print(name)
+        results[name] = importlib.import_module(f'benchmarks.{name}').run(args.quick)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,82 @@
+"""The LIF neuron beside spikingjelly's node: forward, forward and backward, in eager mode and compiled; what it saves.
+
+    python -m benchmarks neuron
+"""
+import statistics
+from typing import Callable, Dict
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor
+
+from timm_spikformer import lif
+
+from .measure import interleave, ratio
+
+
+def _peer() -> Callable[[Tensor], Tensor]:
+    node = neuron.LIFNode(
+        tau=2., detach_reset=True, step_mode='m', surrogate_function=surrogate.Sigmoid(alpha=4.))
+
+    def forward(x: Tensor) -> Tensor:
+        functional.reset_net(node)
+        return node(x)
+
+    return forward
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Memory that a forward keeps for the backward, the input, which its maker keeps as well, left out."""
+    storages = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function(x)
+    storages.pop(x.untyped_storage().data_ptr(), None)
+    storages.pop(out.untyped_storage().data_ptr(), None)  # the next layer keeps the spikes, whoever made them
+    return sum(storages.values())
+
+
+def run(quick: bool) -> Dict[str, object]:
+    torch.manual_seed(0)
+    shape = (4, 2, 16, 8, 8) if quick else (4, 2, 512, 56, 56)
+    rounds = 2 if quick else 15
+    x = torch.randn(shape) + 0.3
+    x_grad, grad = x.clone().requires_grad_(), torch.randn(shape)
+    peer, compiled = _peer(), torch.compile(lif, dynamic=False)
+
+    def inference(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return function(x)
+        return call
+
+    def training(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            x_grad.grad = None
+            function(x_grad).backward(grad)
+        return call
+
+    with torch.no_grad():
+        spikes = peer(x)
+        assert torch.equal(spikes, lif(x)) and torch.equal(spikes, compiled(x)), 'not the same spikes'
+    print(f'  {list(shape)}, firing rate {spikes.mean():.3f}')
+    results: Dict[str, object] = {}
+    for title, wrap in (('forward', inference), ('forward and backward', training)):
+        times = interleave(
+            {'spikingjelly': wrap(peer), 'eager': wrap(lif), 'compiled': wrap(compiled), 'copy': inference(torch.clone)},
+            rounds, warmup=2)
+        for name in ('eager', 'compiled'):
+            gain = ratio(times['spikingjelly'], times[name])
+            results[f'{title}, {name}'] = gain._asdict()
+            print(f'  {title}, {name}: {gain} times faster than spikingjelly')
+        per_copy = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
+        results[f'{title}, in copies'] = per_copy
+        print('    in copies of the tensor: ' + ', '.join(f'{name} {value:.2f}' for name, value in per_copy.items()))
+    ours, theirs = saved_bytes(lif, x_grad), saved_bytes(peer, x_grad)
+    results['saved bytes per neuron and step'] = dict(ours=ours / x.numel(), spikingjelly=theirs / x.numel())
+    print(f'  saved for the backward: {ours / x.numel():.1f} bytes per neuron and step, spikingjelly {theirs / x.numel():.1f}')
+    return results
