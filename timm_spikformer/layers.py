@@ -21,6 +21,7 @@ __all__ = [
     'SpikingMLP',
     'SpikingSelfAttention',
     'Visible',
+    'conv3x3_of_patches',
     'maps_of_patches',
     'spiking_attention',
     'visible_patches',
@@ -67,15 +68,15 @@ def maps_of_patches(x: Tensor, visible: Visible, H: int, W: int) -> Tensor:
     return maps.view(n, B, H, W, C).permute(0, 1, 4, 2, 3)
 
 
-def with_halo(x: Tensor, visible: Visible, num_rows: int) -> Tensor:
-    """Patches with the pixels around them: `[n, B * N', C, p, p] -> [n, B * N', C, p + 2, p + 2]`.
+def _halo_rows(visible: Visible, num_rows: int, p: int) -> Tensor:
+    """Where the pixels of each visible patch and around it are among the `M * p * p` of all: `[M, p + 2, p + 2]`.
 
-    What is around a patch is of its neighbours in the grid of `num_rows` tokens by the grid's width, or 0 where they
-    are masked. So a 3x3 convolution without padding gives on patches what it gives with padding on masked maps.
+    What is around a patch is of its neighbours in the grid of `num_rows` tokens by the grid's width. `M * p * p` stands
+    for what is masked or outside.
     """
     ids, width = visible
-    n, M, C, p, _ = x.shape
     B, N = ids.shape
+    M = B * N
     # which patch is at each place of a grid with a border: M stands for none
     place = torch.full((B, (num_rows + 2) * (width + 2)), M, dtype=torch.long, device=ids.device)
     at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
@@ -88,12 +89,37 @@ def with_halo(x: Tensor, visible: Visible, num_rows: int) -> Tensor:
     source = neighbours[:, which][:, :, which]  # [M, p + 2, p + 2]
     offset = inside.remainder(p)
     rows = source * (p * p) + offset.unsqueeze(1) * p + offset
-    rows = rows.clamp(max=M * p * p)  # the row of zeros, which comes last
-    rows = (rows.flatten() + torch.arange(n, device=ids.device).unsqueeze(1) * (M * p * p + 1)).flatten()
+    return rows.clamp(max=M * p * p)
 
+
+def _take_with_zero(x: Tensor, rows: Tensor) -> Tensor:
+    """Pixels of patches `[n, M, C, p, p]` by their indices, `[..., 9 or so]`, among each n's `M * p * p`, or 0."""
+    n, C = x.shape[0], x.shape[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
-    pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C)], dim=1).flatten(0, 1)
-    return _take_rows(pixels, rows).view(n, M, p + 2, p + 2, C).permute(0, 1, 4, 2, 3)
+    pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C)], dim=1)
+    rows = rows.flatten() + torch.arange(n, device=rows.device).unsqueeze(1) * pixels.shape[1]
+    return _take_rows(pixels.flatten(0, 1), rows.flatten())
+
+
+def with_halo(x: Tensor, visible: Visible, num_rows: int) -> Tensor:
+    """Patches and the pixels around them, 0 where masked: `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`."""
+    C, p = x.shape[2], x.shape[-1]
+    pixels = _take_with_zero(x, _halo_rows(visible, num_rows, p))
+    return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
+
+
+def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible, num_rows: int) -> Tensor:
+    """What a 3x3 convolution, padded by 1, gives at the visible patches of masked maps: `[n * M, C', p, p]`.
+
+    Of patches of 1 and 2 pixels it is a matrix product: as convolutions these are up to ten times slower on a CPU.
+    """
+    n, M, C, p, _ = x.shape
+    if p > 2:
+        return nn.functional.conv2d(with_halo(x, visible, num_rows), weight)
+    rows = _halo_rows(visible, num_rows, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
+    windows = _take_with_zero(x, rows).view(n * M * p * p, 9 * C)
+    out = nn.functional.linear(windows, weight.permute(0, 2, 3, 1).flatten(1))
+    return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 class ConvBNLIF(nn.Module):
@@ -140,8 +166,7 @@ class ConvBNLIF(nn.Module):
     ) -> Tensor:
         B = x.shape[1]
         if visible is not None and self.conv.kernel_size[0] == 3:
-            x = with_halo(x, visible, num_rows).flatten(0, 1)
-            x = nn.functional.conv2d(x, self.conv.weight)
+            x = conv3x3_of_patches(x, self.conv.weight, visible, num_rows)
         else:
             x = self.conv(x.flatten(0, 1))
         x = self.bn(x)

@@ -109,7 +109,7 @@ class SpikingPatchStage(_Stage):
         if visible is None or not self.reduces:
             x = self.pool(x.flatten(0, 1))
         else:
-            x = nn.functional.max_pool2d(with_halo(x, visible, num_rows).flatten(0, 1), 3, 2)
+            x = nn.functional.max_pool2d(with_halo(x, visible, num_rows), 3, 2)
         x = x.unflatten(0, (-1, B))
         if self.pos_embed is not None:
             x = x + self.pos_embed(x, time_steps, visible, num_rows)
