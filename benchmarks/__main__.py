@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-GROUPS = ('neuron', 'masked')
+GROUPS = ('neuron', 'model', 'masked')
 
 
 def main() -> None:

@@ -1,0 +1,57 @@
+"""The dense floor of a step: its convolutions and matrix products alone, on tensors of the same shapes and layouts."""
+import statistics
+import time
+from collections import Counter
+from typing import Any, Callable, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.convolution, _aten.convolution_backward, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+
+
+def _signature(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return ('tensor', tuple(arg.shape), tuple(arg.stride()), arg.dtype)
+    return tuple(arg) if isinstance(arg, list) else arg
+
+
+def _make(signature: Any) -> Any:
+    if isinstance(signature, tuple) and signature and signature[0] == 'tensor':
+        _, shape, stride, dtype = signature
+        x = torch.empty_strided(shape, stride, dtype=dtype)
+        return x.copy_(torch.rand(shape) < 0.15)  # about as sparse as spikes; it makes no difference to dense kernels
+    return list(signature) if isinstance(signature, tuple) else signature
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in _PRODUCTS:
+            self.calls[(func, tuple(_signature(a) for a in args))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def dense_floor(step: Callable[[], object], repeats: int = 3) -> Tuple[float, int]:
+    """Seconds that the products of a step take by themselves, and how many they are.
+
+    Not of a step in inference mode, where the layers are not taken apart.
+    """
+    with _Record() as record:
+        step()
+    seconds = 0.
+    for (func, signatures), count in record.calls.items():
+        args = [_make(s) for s in signatures]
+        times = []
+        with torch.no_grad():
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                func(*args)
+                times.append(time.perf_counter() - start)
+        seconds += count * statistics.median(times[1:])
+    return seconds, sum(record.calls.values())

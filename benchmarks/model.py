@@ -1,0 +1,100 @@
+"""A training step and inference of the ImageNet models, beside the same on spikingjelly's layers and the dense floor.
+
+    python -m benchmarks model
+"""
+import statistics
+import sys
+from typing import Callable, Dict
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_spikformer  # noqa: F401  registers the models
+from timm_spikformer.demo.training import watch_firing
+
+from .floor import dense_floor
+from .images import calibrate, photographs
+from .measure import interleave, peak_memory, print_growth, ratio
+from .peer import PeerSpikformer
+
+MODELS = ('spikformer_v2_8_512', 'spikformer_8_512')
+
+
+def create(name: str, time_steps: int, x: Tensor) -> nn.Module:
+    """Calibrated, in eval mode. The biases before BN, which spikingjelly does not have, are 0 at initialisation."""
+    torch.manual_seed(0)
+    return calibrate(timm.create_model(name, time_steps=time_steps), x).to(memory_format=torch.channels_last)
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    y = torch.arange(len(x))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    return step
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return step
+
+
+def _compare(title: str, make: Callable, model: nn.Module, peer: nn.Module, x: Tensor, rounds: int) -> Dict[str, object]:
+    ours, theirs = make(model, x), make(peer, x)
+    times = interleave(dict(ours=ours, peer=theirs), rounds)
+    with torch.set_grad_enabled(make is training_step):
+        floor, _ = dense_floor(ours if make is training_step else lambda: model(x))
+    seconds = statistics.median(times['ours'])
+    gain = ratio(times['peer'], times['ours'])
+    print(f'  {title}: {seconds:.2f} s, {seconds / floor:.2f} of the dense floor; spikingjelly takes {gain} times as long')
+    return dict(seconds=seconds, floor=floor, of_floor=seconds / floor, peer=gain._asdict())
+
+
+def run(quick: bool) -> Dict[str, object]:
+    results: Dict[str, object] = {}
+    rounds = 1 if quick else 3
+    for name in ('test_spikformer_v2',) if quick else MODELS:
+        size = timm.get_pretrained_cfg(name).input_size[-1]
+        for time_steps in (4, 1):
+            x = photographs(8, size)
+            model = create(name, time_steps, x[:4])
+            peer = PeerSpikformer(model).eval()
+            with torch.no_grad():
+                monitor = watch_firing(model)
+                logits = model(x[:2])
+                rate = sum(monitor.records) / len(monitor.records)
+                monitor.remove_hooks()
+                difference = (logits - peer(x[:2])).abs().max().item()
+            print(f' {name}, T = {time_steps}, firing rate {rate:.3f}; logits differ by {difference:.1e} from the peer\'s')
+            for batch_size in (1, 8):
+                title = f'inference, batch {batch_size}'
+                results[f'{name}, T = {time_steps}, {title}'] = _compare(
+                    title, inference, model, peer, x[:batch_size], rounds)
+            model.train(), peer.train()
+            for batch_size in (1, 4):
+                title = f'training step, batch {batch_size}'
+                entry = _compare(title, training_step, model, peer, x[:batch_size], rounds)
+                memory = {side: peak_memory('model', side, name, time_steps, batch_size) for side in ('ours', 'peer')}
+                entry['memory_mib'] = memory
+                print(f'    peak memory {memory["ours"]:.0f} MiB, {memory["ours"] / memory["peer"]:.0%} of spikingjelly\'s')
+                results[f'{name}, T = {time_steps}, {title}'] = entry
+    return results
+
+
+def _memory(side: str, name: str, time_steps: int, batch_size: int) -> None:
+    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+    model = create(name, time_steps, x)
+    if side == 'peer':
+        model = PeerSpikformer(model)
+    print_growth(training_step(model.train(), x))
+
+
+if __name__ == '__main__':
+    side, name, time_steps, batch_size = sys.argv[1:]
+    _memory(side, name, int(time_steps), int(batch_size))
