@@ -17,7 +17,7 @@ GROUPS = ('neuron', 'model', 'masked')
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.splitlines()[0])
     parser.add_argument('groups', nargs='*', metavar='GROUP', help=f'of {", ".join(GROUPS)} (default: all)')
-    parser.add_argument('--quick', action='store_true', help='small shapes, one or two rounds: only to see that all runs')
+    parser.add_argument('--quick', action='store_true', help='small shapes, few rounds: only to see that all runs')
     parser.add_argument('--json', metavar='FILE', help='write the results')
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)

@@ -1,4 +1,4 @@
-"""Masked pre-training: the stem on visible patches alone, beside the same stem on whole maps with the mask after each layer.
+"""Masked pre-training: the stem on visible patches alone, beside the same on whole maps, masked after each layer.
 
     python -m benchmarks masked
 """

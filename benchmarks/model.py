@@ -45,15 +45,23 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def _compare(title: str, make: Callable, model: nn.Module, peer: nn.Module, x: Tensor, rounds: int) -> Dict[str, object]:
+def _compare(
+        title: str,
+        make: Callable[[nn.Module, Tensor], Callable],
+        model: nn.Module,
+        peer: nn.Module,
+        x: Tensor,
+        rounds: int,
+) -> Dict[str, object]:
     ours, theirs = make(model, x), make(peer, x)
     times = interleave(dict(ours=ours, peer=theirs), rounds)
     with torch.set_grad_enabled(make is training_step):
         floor, _ = dense_floor(ours if make is training_step else lambda: model(x))
     seconds = statistics.median(times['ours'])
     gain = ratio(times['peer'], times['ours'])
-    print(f'  {title}: {seconds:.2f} s, {seconds / floor:.2f} of the dense floor; spikingjelly takes {gain} times as long')
-    return dict(seconds=seconds, floor=floor, of_floor=seconds / floor, peer=gain._asdict())
+    of_floor = seconds / floor
+    print(f'  {title}: {seconds:.2f} s, {of_floor:.2f} of the dense floor; spikingjelly takes {gain} times as long')
+    return dict(seconds=seconds, floor=floor, of_floor=of_floor, peer=gain._asdict())
 
 
 def run(quick: bool) -> Dict[str, object]:
@@ -71,7 +79,7 @@ def run(quick: bool) -> Dict[str, object]:
                 rate = sum(monitor.records) / len(monitor.records)
                 monitor.remove_hooks()
                 difference = (logits - peer(x[:2])).abs().max().item()
-            print(f' {name}, T = {time_steps}, firing rate {rate:.3f}; logits differ by {difference:.1e} from the peer\'s')
+            print(f' {name}, T = {time_steps}, firing rate {rate:.3f}; logits differ by {difference:.1e}')
             for batch_size in (1, 8):
                 title = f'inference, batch {batch_size}'
                 results[f'{name}, T = {time_steps}, {title}'] = _compare(
@@ -82,7 +90,8 @@ def run(quick: bool) -> Dict[str, object]:
                 entry = _compare(title, training_step, model, peer, x[:batch_size], rounds)
                 memory = {side: peak_memory('model', side, name, time_steps, batch_size) for side in ('ours', 'peer')}
                 entry['memory_mib'] = memory
-                print(f'    peak memory {memory["ours"]:.0f} MiB, {memory["ours"] / memory["peer"]:.0%} of spikingjelly\'s')
+                share = memory['ours'] / memory['peer']
+                print(f'    peak memory {memory["ours"]:.0f} MiB, {share:.0%} of that with spikingjelly')
                 results[f'{name}, T = {time_steps}, {title}'] = entry
     return results
 

@@ -67,7 +67,8 @@ def run(quick: bool) -> Dict[str, object]:
     results: Dict[str, object] = {}
     for title, wrap in (('forward', inference), ('forward and backward', training)):
         times = interleave(
-            {'spikingjelly': wrap(peer), 'eager': wrap(lif), 'compiled': wrap(compiled), 'copy': inference(torch.clone)},
+            {'spikingjelly': wrap(peer), 'eager': wrap(lif), 'compiled': wrap(compiled),
+             'copy': inference(torch.clone)},
             rounds, warmup=2)
         for name in ('eager', 'compiled'):
             gain = ratio(times['spikingjelly'], times[name])
@@ -76,7 +77,7 @@ def run(quick: bool) -> Dict[str, object]:
         per_copy = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
         results[f'{title}, in copies'] = per_copy
         print('    in copies of the tensor: ' + ', '.join(f'{name} {value:.2f}' for name, value in per_copy.items()))
-    ours, theirs = saved_bytes(lif, x_grad), saved_bytes(peer, x_grad)
-    results['saved bytes per neuron and step'] = dict(ours=ours / x.numel(), spikingjelly=theirs / x.numel())
-    print(f'  saved for the backward: {ours / x.numel():.1f} bytes per neuron and step, spikingjelly {theirs / x.numel():.1f}')
+    ours, theirs = (saved_bytes(function, x_grad) / x.numel() for function in (lif, peer))
+    results['saved bytes per neuron and step'] = dict(ours=ours, spikingjelly=theirs)
+    print(f'  saved for the backward: {ours:.1f} bytes per neuron and step, spikingjelly {theirs:.1f}')
     return results
