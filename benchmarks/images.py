@@ -4,6 +4,7 @@ from importlib import resources
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.transforms import v2
 
 
@@ -23,12 +24,8 @@ def photographs(count: int, size: int) -> Tensor:
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     """Running statistics of `x`; a bias of BN that makes neurons fire about as often as published, 0.1 to 0.2."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        nn.init.constant_(m.bias, 0.7)
-        m.momentum = None
-        m.reset_running_stats()
-    model.train()(x)
-    for m in norms:
-        m.momentum = 0.1
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.constant_(m.bias, 0.7)
+    update_bn([x], model)
     return model.eval()

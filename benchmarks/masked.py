@@ -3,6 +3,7 @@
     python -m benchmarks masked
 """
 import copy
+import statistics
 import types
 from typing import Dict, Optional
 
@@ -22,7 +23,7 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 def _pixels_of(visible: Visible, n: int, H: int, W: int) -> Tensor:
     """Which of the `n * B * H * W` pixels of a map are visible, in the order of the map."""
-    ids, width = visible
+    ids, _, width = visible
     B, p = ids.shape[0], W // width
     tokens = torch.zeros(B, (H // p) * width, dtype=torch.bool).scatter(1, ids, True)
     mask = tokens.view(B, H // p, 1, width, 1).expand(-1, -1, p, -1, p).reshape(B, H, W)
@@ -81,7 +82,7 @@ def run(quick: bool) -> Dict[str, object]:
             dict(ours=lambda: _step(ours, x, noise), dense=lambda: _step(dense, x, noise)), 1 if quick else 5)  # noqa: B023
         gain = ratio(times['dense'], times['ours'])
         error = (grads[0] - grads[1]).norm() / grads[1].norm()
-        seconds = sorted(times['ours'])[len(times['ours']) // 2]
+        seconds = statistics.median(times['ours'])
         print(
             f'  masked {mask_ratio:.2f}: {gain} times faster than the dense masked stem, {seconds:.2f} s a step; '
             f'loss differs by {abs(losses[0] - losses[1]).item():.1e}, gradients by {error:.1e} of their norm')

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import timm
-from timm.models import get_arch_pretrained_cfgs
 
 from timm_spikformer import SpikformerConfig
 from timm_spikformer.hf.image_processing import create_image_processor
+from timm_spikformer.pretrained import cfg_to_train
 
 
 def write(name: str, folder: Path, **kwargs) -> None:
     """Write the two files of one model, as it is to be trained: of the tag that comes without weights."""
-    cfg = next(cfg for cfg in get_arch_pretrained_cfgs(name).values() if not cfg.file)
+    cfg = cfg_to_train(name)
     # the scripts take the labels from the data
     SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs).save_pretrained(folder)
     create_image_processor(cfg.to_dict()).save_pretrained(folder)

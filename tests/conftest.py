@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from timm_spikformer.demo.data import FASHION_MNIST
 from timm_spikformer.demo.training import watch_firing
@@ -30,16 +31,7 @@ def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     """Set BN's running statistics to those of `x`; return the model in eval mode, every neuron layer firing."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a plain average over the forwards
-    model.train()
-    with torch.no_grad():
-        for part in x.chunk(2):
-            model(part)
-    for m in norms:
-        m.momentum = 0.1
+    update_bn(x.chunk(2), model)
     model.eval()
     assert_live(model, x)
     return model

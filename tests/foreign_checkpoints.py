@@ -1,5 +1,10 @@
 """Checkpoints as other code writes them."""
+from typing import Tuple
+
 import torch
+from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 
 def authors_checkpoint(model, with_qkv_bias: bool):
@@ -34,3 +39,14 @@ def authors_checkpoint(model, with_qkv_bias: bool):
         else:
             out[key.replace('head.fc', 'head')] = value
     return out
+
+
+def spikingjelly_model(x: Tensor, embed_dims: int, num_heads: int, depths: int) -> Tuple[nn.Module, Tensor]:
+    """spikingjelly's Spikformer for 32x32 images, one time step and 10 classes, calibrated; its logits `[B, 10]`."""
+    model = spikingjelly_spikformer.Spikformer(
+        T=1, img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=embed_dims, num_heads=num_heads,
+        depths=depths)
+    update_bn([x], model)
+    spikingjelly_spikformer.functional.reset_net(model)
+    with torch.no_grad():
+        return model, model.eval()(x).reshape(-1, 10)

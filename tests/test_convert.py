@@ -5,8 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_live, calibrate
-from foreign_checkpoints import authors_checkpoint
-from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
+from foreign_checkpoints import authors_checkpoint, spikingjelly_model
 from timm.models import save_for_hf
 from transformers import AutoModelForImageClassification
 
@@ -54,15 +53,7 @@ def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
 
 def test_a_checkpoint_of_spikingjelly(x, tmp_path):
     torch.manual_seed(0)
-    theirs = spikingjelly_spikformer.Spikformer(
-        T=1, img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=384, num_heads=12, depths=4)
-    for m in theirs.modules():
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
-            m.momentum = None
-    with torch.no_grad():
-        theirs.train()(x)
-        spikingjelly_spikformer.functional.reset_net(theirs)
-        expected = theirs.eval()(x).reshape(-1, 10)
+    theirs, expected = spikingjelly_model(x, embed_dims=384, num_heads=12, depths=4)
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
     converted = convert(tmp_path / 'theirs.pth', tmp_path / 'out')
     assert converted.model == MODEL and sum('zeros: the checkpoint has none' in line for line in converted.report) == 12

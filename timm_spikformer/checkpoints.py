@@ -3,6 +3,7 @@ import re
 from typing import Any, Dict, List, NamedTuple
 
 import torch
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 __all__ = ['TRAINING_FILE', 'Conversion', 'checkpoint_filter_fn', 'convert_state_dict']
@@ -67,7 +68,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    state_dict = clean_state_dict(state_dict)
     model_state = model.state_dict()
     if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
         state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
@@ -93,7 +94,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
 
     for key, expected in model_state.items():
         if is_foreign and key.endswith('linear.bias') and key not in out:
-            out[key] = torch.zeros_like(expected)  # spikingjelly's layers have none
+            out[key] = torch.zeros(expected.shape, dtype=expected.dtype)  # spikingjelly's layers have none
             sources[key] = []
         if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
             raise ValueError(

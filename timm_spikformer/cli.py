@@ -43,9 +43,10 @@ def _publish(args: argparse.Namespace) -> None:
     from .publishing.card import Dataset
     dataset = args.dataset and Dataset(args.dataset, args.dataset_name or args.dataset, args.split)
     published = publish(
-        args.checkpoint, args.repo, args.license, args.model, args.ema, _read_labels(args.labels), args.results,
-        args.eval_data, dataset, args.train_dataset, args.base_model, args.output, args.dry_run, args.private,
-        args.revision, args.tag)
+        args.checkpoint, args.repo, args.license, model=args.model, ema=args.ema, labels=_read_labels(args.labels),
+        results=args.results, eval_data=args.eval_data, dataset=dataset, train_datasets=args.train_dataset,
+        base_model=args.base_model, output=args.output, dry_run=args.dry_run, private=args.private,
+        revision=args.revision, tag=args.tag)
     print(f'{published.url}  ({published.commit[:7]})' if published.url else f'Written to {published.folder}')
 
 

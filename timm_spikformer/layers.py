@@ -28,8 +28,8 @@ __all__ = [
     'with_halo',
 ]
 
-# What is left of masked images: the tokens, [B, N'] in increasing order, and the width of the grid that they are of.
-Visible = Tuple[Tensor, int]
+# What is left of masked images: the tokens, [B, N'] in increasing order, and height and width of the grid of them all.
+Visible = Tuple[Tensor, int, int]
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
 
 
-def _visible_rows(visible: Visible, n: int, H: int, W: int) -> Tensor:
-    """Indices of the visible pixels, token by token, among the `n * B * H * W` of a map: `[n * B * N' * p * p]`."""
-    ids, width = visible
-    p = W // width
+def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
+    """Indices of the visible pixels among all of n * B maps, token by token of p x p: `[n * B * N' * p * p]`."""
+    ids, height, width = visible
+    H, W = height * p, width * p
     inside = torch.arange(p, device=ids.device)
     rows = (ids // width).unsqueeze(2) * p + inside  # [B, N', p]
     cols = (ids % width).unsqueeze(2) * p + inside
@@ -52,33 +52,33 @@ def _visible_rows(visible: Visible, n: int, H: int, W: int) -> Tensor:
 def visible_patches(x: Tensor, visible: Visible) -> Tensor:
     """The visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where W is p times the grid's width."""
     n, B, C, H, W = x.shape
-    p = W // visible[1]
+    p = W // visible[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
-    patches = _take_rows(pixels, _visible_rows(visible, n, H, W))
+    patches = _take_rows(pixels, _visible_rows(visible, n, p))
     return patches.view(n, -1, p, p, C).permute(0, 1, 4, 2, 3)
 
 
-def maps_of_patches(x: Tensor, visible: Visible, H: int, W: int) -> Tensor:
+def maps_of_patches(x: Tensor, visible: Visible) -> Tensor:
     """The inverse of `visible_patches`, 0 where nothing is visible."""
-    n, _, C, _, _ = x.shape
-    B = visible[0].shape[0]
-    rows = _visible_rows(visible, n, H, W)
+    n, _, C, p, _ = x.shape
+    ids, height, width = visible
+    B, H, W = ids.shape[0], height * p, width * p
+    rows = _visible_rows(visible, n, p)
     pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
     maps = pixels.new_zeros(n * B * H * W, C).scatter(0, rows.unsqueeze(1).expand(-1, C), pixels)
     return maps.view(n, B, H, W, C).permute(0, 1, 4, 2, 3)
 
 
-def _halo_rows(visible: Visible, num_rows: int, p: int) -> Tensor:
+def _halo_rows(visible: Visible, p: int) -> Tensor:
     """Where the pixels of each visible patch and around it are among the `M * p * p` of all: `[M, p + 2, p + 2]`.
 
-    What is around a patch is of its neighbours in the grid of `num_rows` tokens by the grid's width. `M * p * p` stands
-    for what is masked or outside.
+    What is around a patch is of its neighbours in the grid. `M * p * p` stands for what is masked or outside.
     """
-    ids, width = visible
+    ids, height, width = visible
     B, N = ids.shape
     M = B * N
     # which patch is at each place of a grid with a border: M stands for none
-    place = torch.full((B, (num_rows + 2) * (width + 2)), M, dtype=torch.long, device=ids.device)
+    place = torch.full((B, (height + 2) * (width + 2)), M, dtype=torch.long, device=ids.device)
     at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
     place = place.scatter(1, at, torch.arange(M, device=ids.device).view(B, N))
     step = torch.arange(-1, 2, device=ids.device)
@@ -101,22 +101,22 @@ def _take_with_zero(x: Tensor, rows: Tensor) -> Tensor:
     return _take_rows(pixels.flatten(0, 1), rows.flatten())
 
 
-def with_halo(x: Tensor, visible: Visible, num_rows: int) -> Tensor:
+def with_halo(x: Tensor, visible: Visible) -> Tensor:
     """Patches and the pixels around them, 0 where masked: `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`."""
     C, p = x.shape[2], x.shape[-1]
-    pixels = _take_with_zero(x, _halo_rows(visible, num_rows, p))
+    pixels = _take_with_zero(x, _halo_rows(visible, p))
     return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
 
 
-def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible, num_rows: int) -> Tensor:
+def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible) -> Tensor:
     """What a 3x3 convolution, padded by 1, gives at the visible patches of masked maps: `[n * M, C', p, p]`.
 
     Of patches of 1 and 2 pixels it is a matrix product: as convolutions these are up to ten times slower on a CPU.
     """
     n, M, C, p, _ = x.shape
     if p > 2:
-        return nn.functional.conv2d(with_halo(x, visible, num_rows), weight)
-    rows = _halo_rows(visible, num_rows, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
+        return nn.functional.conv2d(with_halo(x, visible), weight)
+    rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
     windows = _take_with_zero(x, rows).view(n * M * p * p, 9 * C)
     out = nn.functional.linear(windows, weight.permute(0, 2, 3, 1).flatten(1))
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
@@ -157,16 +157,10 @@ class ConvBNLIF(nn.Module):
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         self.lif = LIF()
 
-    def forward(
-            self,
-            x: Tensor,
-            time_steps: int,
-            visible: Optional[Visible] = None,
-            num_rows: int = 0,
-    ) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         B = x.shape[1]
         if visible is not None and self.conv.kernel_size[0] == 3:
-            x = conv3x3_of_patches(x, self.conv.weight, visible, num_rows)
+            x = conv3x3_of_patches(x, self.conv.weight, visible)
         else:
             x = self.conv(x.flatten(0, 1))
         x = self.bn(x)

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Set, Tuple, Union
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -20,9 +21,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from timm.models import list_models, load_model_config_from_hf, model_entrypoint, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    list_models,
+    load_model_config_from_hf,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
-__all__ = ['download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+__all__ = ['cfg_to_train', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
@@ -41,6 +50,11 @@ def shipped_weights(name: str) -> Optional[str]:
     return str(path) if path.is_file() else None
 
 
+def cfg_to_train(model: str) -> PretrainedCfg:
+    """How `model` is to be trained: its cfg of the first tag that comes without weights."""
+    return next(cfg for cfg in get_arch_pretrained_cfgs(model).values() if not cfg.file)
+
+
 def _sha256(path: Union[str, Path]) -> str:
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
@@ -52,16 +66,12 @@ def split_revision(repo: str) -> Tuple[str, Optional[str]]:
     return repo_id, revision or None
 
 
-def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
-    """Path in the cache of a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`.
-
-    Raises:
-        RuntimeError: There is no such repository, revision or file, no network, or the file was damaged on its way;
-            then it is gone from the cache too.
-    """
+@contextmanager
+def _explained(repo: str, filename: str) -> Iterator[None]:
+    """Raise a RuntimeError that says what to do, where a download fails."""
     repo_id, revision = split_revision(repo)
     try:
-        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+        yield
     except RepositoryNotFoundError as e:
         raise RuntimeError(
             f'There is no repository {repo_id} on the Hub, or no access to it. If it is private, log in with '
@@ -78,6 +88,18 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
             f'format than safetensors are not loaded.') from e
     except (HTTPError, OSError) as e:
         raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
+
+
+def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
+    """Path in the cache of a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`.
+
+    Raises:
+        RuntimeError: There is no such repository, revision or file, no network, or the file was damaged on its way;
+            then it is gone from the cache too.
+    """
+    repo_id, revision = split_revision(repo)
+    with _explained(repo, filename):
+        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()
     # the cache names a file after its digest where the Hub stores it by that, as it does weights
     if re.fullmatch('[0-9a-f]{64}', blob.name) and _sha256(blob) != blob.name:
@@ -129,8 +151,8 @@ def locate_weights(
     cache_dir = kwargs.get('cache_dir')
     kwargs = dict(kwargs)
     if cfg.source != 'hf-hub':  # then timm has not read the repository's config.json yet
-        download(repo, 'config.json', cache_dir)
-        repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
+        with _explained(repo, 'config.json'):
+            repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
         if architecture != variant:
             raise ValueError(f'The repository {repo} holds the model {architecture}, expected {variant}.')
         kwargs['pretrained_cfg'] = repo_cfg

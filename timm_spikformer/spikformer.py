@@ -263,7 +263,7 @@ class Spikformer(nn.Module):
         x, time_steps = to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
         seen: Optional[Visible] = None
         if visible is not None:
-            seen = (visible, x.shape[-1] // self.patch_size)
+            seen = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
 
         taken = []
         for i, stage in enumerate(self.stem.stages):

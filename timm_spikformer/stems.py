@@ -39,11 +39,7 @@ class _Stage(nn.Module):
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         if visible is None:
             return self.forward_patches(x, time_steps)
-        width = visible[1]
-        num_rows = x.shape[-2] // (x.shape[-1] // width)
-        patches = self.forward_patches(visible_patches(x, visible), time_steps, visible, num_rows)
-        p = patches.shape[-1]
-        return maps_of_patches(patches, visible, num_rows * p, width * p)
+        return maps_of_patches(self.forward_patches(visible_patches(x, visible), time_steps, visible), visible)
 
 
 class SpikingConvStage(_Stage):
@@ -65,15 +61,9 @@ class SpikingConvStage(_Stage):
         self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
         self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
 
-    def forward_patches(
-            self,
-            x: Tensor,
-            time_steps: int,
-            visible: Optional[Visible] = None,
-            num_rows: int = 0,
-    ) -> Tensor:
-        x = self.down(x, time_steps, visible, num_rows)
-        return x + self.contract(self.expand(x, time_steps, visible, num_rows), time_steps, visible, num_rows)
+    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        x = self.down(x, time_steps, visible)
+        return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)
 
 
 class SpikingPatchStage(_Stage):
@@ -97,22 +87,16 @@ class SpikingPatchStage(_Stage):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if self.reduces else nn.Identity()
         self.pos_embed = None
 
-    def forward_patches(
-            self,
-            x: Tensor,
-            time_steps: int,
-            visible: Optional[Visible] = None,
-            num_rows: int = 0,
-    ) -> Tensor:
-        x = self.proj(x, time_steps, visible, num_rows)
+    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        x = self.proj(x, time_steps, visible)
         B = x.shape[1]
         if visible is None or not self.reduces:
             x = self.pool(x.flatten(0, 1))
         else:
-            x = nn.functional.max_pool2d(with_halo(x, visible, num_rows), 3, 2)
+            x = nn.functional.max_pool2d(with_halo(x, visible), 3, 2)
         x = x.unflatten(0, (-1, B))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x, time_steps, visible, num_rows)
+            x = x + self.pos_embed(x, time_steps, visible)
         return x
 
 

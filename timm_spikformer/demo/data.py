@@ -7,8 +7,9 @@ import datasets
 import timm
 import torch
 from timm.data import ImageDataset, create_dataset, create_loader
-from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
+
+from ..pretrained import cfg_to_train
 
 FASHION_MNIST = Path(__file__).parents[1] / 'data' / 'fashion_mnist'
 _TEST_SPLITS = ('test', 'validation')
@@ -39,8 +40,7 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         folder = FASHION_MNIST
         cfg = timm.get_pretrained_cfg('spikformer_v2_2_64_patch4_32.fashion_mnist')
     else:
-        cfgs = get_arch_pretrained_cfgs(model)
-        cfg = next(cfg for cfg in cfgs.values() if cfg.tag != 'fashion_mnist')
+        cfg = cfg_to_train(model)
     config = {key: getattr(cfg, key) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     expected = 'Expected DIR/{train,test}/CLASS/*.png, or parquet files with columns image and label.'
     if not folder.is_dir():

@@ -1,7 +1,6 @@
 """The model card and the files of results: what is known of a checkpoint, and no figure of anybody else's."""
 import csv
 import json
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -12,6 +11,7 @@ from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Operations
+from ..stems import SpikingPatchSplitting
 from .checkpoint import Checkpoint
 
 __all__ = ['Dataset', 'Firing', 'Result', 'read_results', 'render_card', 'results_files']
@@ -42,21 +42,12 @@ class Dataset(NamedTuple):
     split: str
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """An accuracy in percent, and who measured it."""
     name: str
     value: float
     dataset: Dataset
     measured_by: str
-
-    @property
-    def dataset_name(self) -> str:
-        return self.dataset.name
-
-    @property
-    def split(self) -> str:
-        return self.dataset.split
 
 
 class Firing(NamedTuple):
@@ -125,7 +116,7 @@ def render_card(
         base_model: Id of the repository that training started from
     """
     encoder, is_mae = checkpoint.encoder, isinstance(checkpoint.model, SpikformerMAE)
-    version = 'Spikformer' if hasattr(encoder.stem.stages[-1], 'pos_embed') else 'Spikformer V2'
+    version = 'Spikformer' if isinstance(encoder.stem, SpikingPatchSplitting) else 'Spikformer V2'
     if is_mae:
         task, auto_class = 'image-feature-extraction', 'AutoModelForMaskedImageModeling'
         summary = (

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, get_model_input_config, load_state_dict
+from timm.models import get_model_input_config, load_state_dict
 from timm.models._helpers import _torch_load
 from torch import nn
 
@@ -85,18 +85,18 @@ def create_matching(name: str, state_dict: Dict[str, Any], **kwargs) -> Spikform
     if name not in timm.list_models(module='spikformer'):
         models = ', '.join(timm.list_models(module='spikformer'))
         raise ValueError(f'There is no Spikformer {name!r}, expected one of {models}.')
-    empty = timm.create_model(name, device='meta', **kwargs)
+    empty = timm.create_model(name, device='meta', **{**kwargs, 'num_classes': 0})
     converted = convert_state_dict(state_dict, empty).state_dict
     head = converted.get('head.fc.weight')
     first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
     if first is None:
         raise ValueError(
-            f'The checkpoint is not one of a Spikformer: it has no first convolution. It holds {len(state_dict)} '
-            f'tensors, {next(iter(state_dict), "none")!r} first.')
+            f'The checkpoint is not one of a Spikformer: it has no first convolution. It holds {len(converted)} '
+            f'tensors, {next(iter(converted), "none")!r} first.')
     kwargs = {**kwargs, 'num_classes': 0 if head is None else len(head), 'in_chans': first.shape[1]}
     model = timm.create_model(name, **kwargs)
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(converted)
     except RuntimeError as e:
         raise ValueError(f'The checkpoint is of another model than {name}. {str(e).splitlines()[1].strip()}') from e
     return model.eval()
@@ -146,14 +146,13 @@ def _read_file(path: Path, name: Optional[str], ema: bool) -> Checkpoint:
     content = read_tensors(path)
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    key = 'state_dict_ema' if ema else 'state_dict'
-    if ema and key not in content:
+    if ema and 'state_dict_ema' not in content:
         raise ValueError(
             f'{path} holds no averaged weights, which train.py stores with --model-ema. Publish without --ema.')
-    state_dict = clean_state_dict(content.get(key, content.get('model', content)))
     name = name or args.get('model')
     if name is None:
         raise ValueError(f'{path} does not say what model it is of. Name it with --model.')
+    state_dict = content['state_dict_ema'] if ema else content
     model = create_matching(name.split('.')[0], state_dict, **(args.get('model_kwargs') or {}))
     sizes = {k: v for k, v in args.items() if k in (*_DATA_KEYS, 'img_size', 'in_chans') and v is not None}
     config = _resolve({**sizes, 'in_chans': model.in_chans}, model)

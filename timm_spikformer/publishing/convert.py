@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import timm
-from timm.models import clean_state_dict
 
 from ..checkpoints import Conversion, convert_state_dict
 from .checkpoint import create_matching, from_model, read_tensors, set_labels
@@ -60,8 +59,7 @@ def convert(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'There is no file {path}.')
-    content = read_tensors(path)
-    state_dict = clean_state_dict(content.get('state_dict', content.get('model', content)))
+    state_dict = read_tensors(path)
     if model is None:
         fitting = _fitting(state_dict)
         if len(fitting) != 1:

@@ -33,8 +33,7 @@ def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     model, encoder = checkpoint.model, checkpoint.encoder
     encoder.set_input_size(checkpoint.data_config['input_size'][1:])
     config = SpikformerConfig.from_timm(encoder, **(label_maps(checkpoint.labels) if checkpoint.labels else {}))
-    config.pretrained_cfg.update(
-        {k: list(v) if isinstance(v, tuple) else v for k, v in checkpoint.data_config.items()})
+    config.pretrained_cfg.update(checkpoint.data_config)
     if isinstance(model, SpikformerMAE):
         decoder = model.decoder
         config.mask_ratio = model.mask_ratio

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Union
+from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from torch import nn
+from torch import Tensor, nn
 
-from ..demo.data import Data, load_data, make_loader
+from ..demo.data import load_data, make_loader
 from ..demo.training import evaluate
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import count_operations
@@ -100,11 +100,11 @@ def publish(
         _check_hub(api, repo, checkpoint.encoder.pretrained_cfg['architecture'], revision, tag)
 
     measured = [] if results is None else read_results(results, dataset)
-    firing = None
-    x = example_images(checkpoint)
-    if eval_data is not None:
+    if eval_data is None:
+        firing, x = None, example_images(checkpoint)
+    else:
         accuracy, firing, x = _evaluate(checkpoint, Path(eval_data), dataset)
-        measured += accuracy
+        measured.append(accuracy)
     card = render_card(
         checkpoint, repo, license, count_operations(checkpoint.encoder, x), measured, firing, train_datasets,
         base_model)
@@ -137,26 +137,25 @@ def _check_arguments(repo, license, results, eval_data, dataset, output, dry_run
         raise ValueError('A dry run needs an output folder.')
 
 
-def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset):
+def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Result, Firing, Tensor]:
     """Top-1 accuracy and firing rates on the test images in a folder, and a batch of them."""
-    data = load_data(folder, checkpoint.encoder.pretrained_cfg['architecture'])
-    data = Data(data.train, data.test, data.classes, dict(checkpoint.data_config))
-    loader = make_loader(data, 64, torch.device('cpu'), is_training=False)
-    x, _ = next(iter(loader))
-    on = f'{len(data.test):,} images of {dataset.name}, {dataset.split} split, operations on {len(x)} of them'
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
         raise ValueError('The model has no classifier, and so no accuracy. Publish without evaluation data.')
+    data = load_data(folder, encoder.pretrained_cfg['architecture'])._replace(config=checkpoint.data_config)
     if len(data.classes) != encoder.num_classes:
         raise ValueError(f'{folder} has {len(data.classes)} classes, but the model has {encoder.num_classes}.')
     if checkpoint.labels is None:
         checkpoint.labels = list(data.classes)
     elif checkpoint.labels != list(data.classes):
         raise ValueError(f'The classes in {folder} are not those of the model, or in another order.')
+    loader = make_loader(data, 64, torch.device('cpu'), is_training=False)
+    x, _ = next(iter(loader))
     top1, rates = evaluate(encoder, loader)
+    on = f'{len(data.test):,} images of {dataset.name}, {dataset.split} split, operations on {len(x)} of them'
     firing = Firing(sum(rates.values()) / len(rates), min(rates.values()), max(rates.values()), on)
     by = f'timm-spikformer publish, on {len(data.test):,} images'
-    return [Result('Top-1 accuracy', round(top1, 2), dataset, by)], firing, x
+    return Result('Top-1 accuracy', round(top1, 2), dataset, by), firing, x
 
 
 def _check_texts(folder: Path) -> None:
