@@ -12,7 +12,7 @@ import torch.fx
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .neurons import LIF
+from .neurons import LIF, norm_of
 
 __all__ = [
     'ConvBNLIF',
@@ -163,6 +163,10 @@ class ConvBNLIF(nn.Module):
             x = conv3x3_of_patches(x, self.conv.weight, visible)
         else:
             x = self.conv(x.flatten(0, 1))
+        if not torch.jit.is_scripting():
+            norm = norm_of(self.bn, x, time_steps)
+            if norm is not None:
+                return self.lif(x.unflatten(0, (-1, B)), norm)
         x = self.bn(x)
         x = x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1)
         return self.lif(x)
@@ -187,7 +191,12 @@ class LinearBNLIF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         T, B, N, _ = x.shape
-        x = self.bn(self.linear(x.flatten(0, 2)))  # [T * B * N, C']
+        x = self.linear(x.flatten(0, 2))  # [T * B * N, C']
+        if not torch.jit.is_scripting():
+            norm = norm_of(self.bn, x, T)
+            if norm is not None:
+                return self.lif(x.unflatten(0, (T, B, N)), norm)
+        x = self.bn(x)
         return self.lif(x.unflatten(0, (T, B, N)))
 
 

@@ -7,54 +7,229 @@ checkpointing, DDP, TorchScript, FX, `torch.compile` and `torch.export` need no 
 Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is
 taken to share.
 """
-from typing import Any, Tuple
+from typing import Any, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-__all__ = ['LIF', 'lif']
+__all__ = ['LIF', 'Norm', 'lif', 'norm_lif', 'norm_of']
+
+
+class Norm(NamedTuple):
+    """BN that a neuron applies on its way: `(x - mean) * invstd * weight + bias`, each `[C]`. See `norm_of`.
+
+    Args:
+        from_batch: Mean and deviation are those of the input, so the gradient passes through them.
+        time_steps: Number of steps that an input with a single one stands for.
+    """
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    invstd: Tensor
+    from_batch: bool
+    time_steps: int
+
+
+_CHUNK = 1 << 17  # values of one step that are worked on at a time: a few such buffers fit a CPU's caches
+
+
+def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Over the rows of `x`, float64 `[C]`: chunk by chunk, merged after Chan et al., https://doi.org/10.2307/2683386.
+
+    PyTorch's own statistics of channels-last maps are float32 sums, too coarse where an image is flat: spikes flip.
+    """
+    n, mean, squares = 0, x.new_zeros(x.shape[1], dtype=torch.float64), 0.
+    chunks = x.split(max(1, _CHUNK // x.shape[1]))
+    buffer = torch.empty_like(chunks[0])
+    for chunk in chunks:
+        m = len(chunk)
+        chunk_mean = chunk.mean(0)
+        chunk_squares = torch.sub(chunk, chunk_mean, out=buffer[:m]).square_().sum(0)
+        distance = chunk_mean.double() - mean
+        mean = mean + distance * (m / (n + m))
+        squares = squares + chunk_squares + distance.square() * (n * m / (n + m))
+        n += m
+    return mean, squares / n
+
+
+def _is_plain(bn: nn.Module) -> bool:
+    """Whether nothing but its parameters and running values makes a BN what it is."""
+    is_changed = bn._forward_hooks or bn._forward_pre_hooks or 'forward' in vars(bn)
+    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and bn.affine and bn.track_running_stats and not is_changed
+
+
+@torch.no_grad()
+def norm_of(bn: nn.Module, x: Tensor, time_steps: int) -> Optional[Norm]:
+    """What BN would do to its input, for a neuron that does it in the same pass; None where the two stay apart.
+
+    Updates the running statistics, as BN does. The two stay apart unless the BN is a plain one, with hooks of nobody
+    (SyncBN's statistics are not of `x` alone), and `x` in float32 on a CPU with its channels last in memory; and under
+    tracing and compilers, which fuse by themselves.
+
+    Args:
+        bn: The layer before the neuron.
+        x: Its input, `[n, C]` or `[n, C, H, W]`.
+        time_steps: See `Norm`.
+    """
+    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling() or not _is_plain(bn):
+        return None
+    if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, bn.weight, bn.running_mean)):
+        return None
+    rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
+    n = x.numel() // x.shape[1]
+    if n < 2 or not rows.is_contiguous():  # of a single value BN says what is wrong
+        return None
+    mean, var = bn.running_mean, bn.running_var
+    if bn.training:
+        mean, var = _mean_and_var(rows.reshape(n, -1))
+        bn.num_batches_tracked += 1
+        momentum = 1. / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+        bn.running_mean.lerp_(mean.float(), momentum)
+        bn.running_var.lerp_((var * (n / (n - 1))).float(), momentum)
+    invstd = (var.double() + bn.eps).rsqrt()
+    return Norm(bn.weight, bn.bias, mean.float(), invstd.float(), bn.training, time_steps)
+
+
+def _affine(weight: Optional[Tensor], bias: Tensor, mean: Tensor, invstd: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
+    """BN as `x * scale + shift`."""
+    if weight is None:
+        return None
+    scale = weight * invstd
+    return scale, torch.addcmul(bias, mean, scale, value=-1)
+
+
+def _chunks(x: Tensor, time_steps: int) -> Iterator[Tuple[slice, Tensor]]:
+    """Ranges of the rows of `[_, R, C]`, each with buffers `[T + 2, rows, C]`, in at least single precision."""
+    _, R, C = x.shape
+    size = min(R, max(1, _CHUNK // C))
+    buffers = x.new_empty(time_steps + 2, size, C, dtype=torch.promote_types(x.dtype, torch.float32))
+    for start in range(0, R, size):
+        stop = min(R, start + size)
+        yield slice(start, stop), buffers[:, :stop - start]
+
+
+def _charge(
+        x: Tensor,
+        affine: Optional[Tuple[Tensor, Tensor]],
+        tau: float,
+        v_threshold: float,
+        buffers: Tensor,
+) -> None:
+    """The charged membranes of currents `[T or 1, rows, C]` into the first T of `T + 2` buffers.
+
+    Negated, as `threshold` can then reset them: it keeps what is above a value, and sets the rest to 0.
+    """
+    *membranes, v, current = buffers
+    tau_tensor = torch.tensor(tau, dtype=v.dtype)
+    for t, h in enumerate(membranes):
+        if t < len(x):
+            if affine is not None:
+                torch.addcmul(affine[1], x[t], affine[0], out=current)
+            else:
+                current = x[t].to(v.dtype)
+        if t == 0:
+            torch.div(current, -tau, out=h)
+        else:
+            torch.threshold(membranes[t - 1], -v_threshold, 0., out=v)
+            torch.addcdiv(v, torch.add(current, v, out=h), tau_tensor, value=-1, out=h)
 
 
 class _LIFFunction(torch.autograd.Function):
-    """The neuron with a hand-written gradient, in place where it can be; saves one tensor, the charged membrane.
+    """The neuron, and BN where there is one, `[T or 1, R, C] -> [T, R, C]`, with a hand-written gradient.
 
-    Comparisons write 0 and 1 straight into floating point buffers: on a CPU, boolean masks are several times slower.
+    It keeps its input and nothing else: the backward computes currents and membranes again. All is done in chunks of
+    rows, which stay in the caches from the first operation on them to the last. Comparisons write 0 and 1 straight into
+    floating point buffers: on a CPU, boolean masks are several times slower.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
-        ctx.dtype, ctx.tau, ctx.v_threshold, ctx.alpha = x.dtype, tau, v_threshold, alpha
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        # empty_like keeps the layout of a dense input, and the layout of one step for an input expanded over time
-        spikes = torch.empty_like(x)
-        h = torch.empty_like(x[0], dtype=dtype)
-        v = torch.zeros_like(h)
-        charged = torch.empty_like(x, dtype=dtype) if ctx.needs_input_grad[0] else None
-        for t, current in enumerate(x.unbind(0)):
-            if charged is not None:
-                h = charged[t]
-            torch.sub(current, v, out=h).div_(tau).add_(v)
-            torch.ge(h, v_threshold, out=spikes[t])
-            torch.lt(h, v_threshold, out=v).mul_(h)
-        if charged is not None:
-            ctx.save_for_backward(charged)
+    def forward(
+            ctx: Any,
+            x: Tensor,
+            weight: Optional[Tensor],  # down to `time_steps` these are a Norm's, or None
+            bias: Optional[Tensor],
+            mean: Optional[Tensor],
+            invstd: Optional[Tensor],
+            from_batch: bool,
+            time_steps: int,
+            tau: float,
+            v_threshold: float,
+            alpha: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.args = from_batch, time_steps, tau, v_threshold, alpha
+        affine = _affine(weight, bias, mean, invstd)
+        spikes = x.new_empty(time_steps, *x.shape[1:])
+        for rows, buffers in _chunks(x, time_steps):
+            _charge(x[:, rows], affine, tau, v_threshold, buffers)
+            for t in range(time_steps):
+                torch.le(buffers[t], -v_threshold, out=spikes[t, rows])
         return spikes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
-        (charged,) = ctx.saved_tensors
-        grad_x = torch.empty_like(charged)
-        sig = torch.empty_like(charged[0])
-        last = charged.shape[0] - 1
-        for t in range(last, -1, -1):
-            h, grad_t = charged[t], grad_x[t]
-            torch.sub(h, ctx.v_threshold, out=sig).mul_(ctx.alpha).sigmoid_()
-            torch.addcmul(sig, sig, sig, value=-1, out=grad_t).mul_(grad[t]).mul_(ctx.alpha / ctx.tau)
-            if t < last:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
-                not_reset = torch.lt(h, ctx.v_threshold, out=sig)
-                grad_t.addcmul_(not_reset, grad_x[t + 1], value=1. - 1. / ctx.tau)
-        return grad_x.to(ctx.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        from_batch, time_steps, tau, v_threshold, alpha = ctx.args
+        affine = _affine(weight, bias, mean, invstd)
+        num_steps = len(x)
+        grad_x = torch.empty_like(x)
+        grad_weight = grad_bias = None
+        if affine is not None:
+            offset = -mean * invstd
+            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for rows, buffers in _chunks(x, time_steps):
+            _charge(x[:, rows], affine, tau, v_threshold, buffers)
+            sig, not_reset = buffers[-2:]
+            for t in range(time_steps - 1, -1, -1):  # the gradient of each current takes the place of its membrane
+                h = buffers[t]
+                torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
+                torch.gt(h, -v_threshold, out=not_reset)
+                torch.addcmul(sig, sig, sig, value=-1, out=h).mul_(grad[t, rows]).mul_(alpha / tau)
+                if t < time_steps - 1:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
+                    h.addcmul_(not_reset, buffers[t + 1], value=1. - 1. / tau)
+            for t in range(num_steps, time_steps):
+                buffers[0].add_(buffers[t])
+            for t in range(num_steps):
+                if affine is not None:
+                    grad_bias += buffers[t].sum(0)
+                    normed = torch.addcmul(offset, x[t, rows], invstd, out=sig)
+                    grad_weight += normed.mul_(buffers[t]).sum(0)
+                grad_x[t, rows] = buffers[t]
+        if affine is not None:
+            scale, _ = affine
+            flat_grad, flat_x = grad_x.flatten(0, 1), x.flatten(0, 1)
+            along_x = constant = torch.zeros_like(scale)
+            if from_batch:  # the gradient of x sums to 0 and does not correlate with x
+                along_x = -scale * invstd * grad_weight / len(flat_x)
+                constant = -scale * grad_bias / len(flat_x) - along_x * mean
+            for rows, _ in _chunks(flat_x[None], 0):
+                g = flat_grad[rows]
+                torch.addcmul(constant, g, scale, out=g)
+                if from_batch:
+                    g.addcmul_(flat_x[rows], along_x)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+def norm_lif(x: Tensor, norm: Norm, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
+    """`lif(bn(x))` in one pass: see `norm_of` and `lif`.
+
+    Args:
+        x: What BN is to normalise, `[T or 1, ..., C]` or, channels-last in memory, `[T or 1, B, C, H, W]`.
+        norm: The BN.
+        tau: Membrane time constant, in time steps, > 1.
+        v_threshold: Firing threshold.
+        alpha: Steepness of the surrogate gradient.
+
+    Returns:
+        Spikes, 0 or 1, `[T, ...]`, laid out as `x`.
+    """
+    rows = x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x  # [T or 1, ..., C]
+    spikes = _LIFFunction.apply(rows.flatten(1, -2), *norm, tau, v_threshold, alpha)
+    spikes = spikes.unflatten(1, rows.shape[1:-1])
+    return spikes.permute(0, 1, 4, 2, 3) if x.ndim == 5 else spikes
 
 
 def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
@@ -93,7 +268,11 @@ def _lif_cuda(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor
 def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
     if x.is_cuda:
         return _lif_cuda(x, tau, v_threshold, alpha)
-    return _LIFFunction.apply(x, tau, v_threshold, alpha)
+    order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # as it lies in memory
+    rows = x.permute(order)
+    spikes = _LIFFunction.apply(
+        rows.reshape(len(x), -1, 1), None, None, None, None, False, len(x), tau, v_threshold, alpha)
+    return spikes.view(rows.shape).permute([order.index(d) for d in range(x.ndim)])
 
 
 @torch.fx.wrap  # a loop over time has no symbolic form, so every FX tracer keeps the call whole
@@ -140,7 +319,10 @@ class LIF(nn.Module):
         self.v_threshold = float(v_threshold)
         self.alpha = float(alpha)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Optional[Norm] = None) -> Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(norm, Norm):  # and not the placeholder of a symbolic trace
+                return norm_lif(x, norm, self.tau, self.v_threshold, self.alpha)
         return lif(x, self.tau, self.v_threshold, self.alpha)
 
     def extra_repr(self) -> str:

@@ -30,7 +30,10 @@ __all__ = ['Spikformer']
 
 @torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
-    """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T."""
+    """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
+
+    On a CPU the images become channels-last, and with them all maps of the stem: so BN and neuron are one pass.
+    """
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
             f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got {x.ndim} dimensions: {x.shape}.')
@@ -39,9 +42,14 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
     if x.shape[-2] % patch_size != 0 or x.shape[-1] % patch_size != 0:
         raise ValueError(
             f'Height and width must be multiples of the patch size {patch_size}, got an input of {x.shape}.')
-    if x.ndim == 4:
-        return x.unsqueeze(0), time_steps
-    return x.transpose(0, 1), x.shape[1]
+    if x.ndim == 5:
+        x, time_steps = x.transpose(0, 1), x.shape[1]
+    else:
+        x = x.unsqueeze(0)
+    if x.device.type == 'cpu':
+        B = x.shape[1]
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (-1, B))
+    return x, time_steps
 
 
 @contextlib.contextmanager
