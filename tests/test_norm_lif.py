@@ -1,0 +1,174 @@
+"""BN and neuron in one pass, against the same two modules apart."""
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from timm_spikformer import layers
+from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
+from timm_spikformer.neurons import norm_of
+
+
+def make_layer(is_conv: bool, chs: int = 5, mean: float = 0.) -> nn.Module:
+    layer = ConvBNLIF(3, chs, kernel_size=3) if is_conv else LinearBNLIF(3, chs)
+    nn.init.uniform_(layer.bn.weight, -2., 2.)
+    nn.init.uniform_(layer.bn.bias, 0.5, 2.)
+    nn.init.uniform_(layer.bn.running_var, 0.5, 2.)
+    nn.init.normal_(layer.bn.running_mean, mean)
+    return layer
+
+
+def run(layer: nn.Module, x: Tensor, time_steps: int, grad: Tensor):
+    """Spikes, all gradients and BN's buffers after a step."""
+    x = x.detach().requires_grad_()
+    spikes = layer(x, time_steps) if isinstance(layer, ConvBNLIF) else layer(x)
+    spikes.backward(grad)
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return spikes.detach(), dict(grads, x=x.grad), dict(layer.bn.named_buffers())
+
+
+def run_apart(*args):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(layers, 'norm_of', lambda *args: None)
+        return run(*args)
+
+
+def assert_same(ours, expected):
+    (spikes, grads, buffers), (expected_spikes, expected_grads, expected_buffers) = ours, expected
+    assert torch.equal(spikes, expected_spikes)
+    assert grads.keys() == expected_grads.keys()
+    for name, expected_grad in expected_grads.items():
+        # what comes before BN has the small difference of large sums for a gradient, a bias 0 itself
+        atol = 1e-4 * (1. + expected_grad.abs().max().item())
+        torch.testing.assert_close(grads[name], expected_grad, rtol=1e-4, atol=atol, msg=name)
+    for name, value in expected_buffers.items():
+        torch.testing.assert_close(buffers[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """What `norm_of` gave."""
+    given = []
+    monkeypatch.setattr(layers, 'norm_of', lambda *args: given.append(norm_of(*args)) or given[-1])
+    return given
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    is_conv=st.booleans(),
+    time_steps=st.integers(1, 6),
+    is_static=st.booleans(),
+    batch_size=st.integers(1, 4),
+    size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    chs=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
+    is_channels_last=st.booleans(),
+    is_training=st.booleans(),
+    momentum=st.sampled_from([0.1, 0., None]),
+    mean=st.sampled_from([0., 10.]),
+    chunk=st.sampled_from([1, 7, 100, 1 << 17]),
+    seed=st.integers(0, 2 ** 31),
+)
+def test_as_apart(
+        is_conv, time_steps, is_static, batch_size, size, chs, dtype, is_channels_last, is_training, momentum, mean,
+        chunk, seed,
+):
+    torch.manual_seed(seed)
+    layer = make_layer(is_conv, chs, mean).to(dtype).train(is_training)
+    layer.bn.momentum = momentum
+    num_steps = 1 if is_conv and is_static else time_steps
+    if is_conv:
+        x = torch.randn(num_steps, batch_size, 3, *size).add(mean).to(dtype)
+        if is_channels_last:
+            x = x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (num_steps, batch_size))
+        grad = torch.randn(time_steps, batch_size, chs, *size).to(dtype)
+    else:
+        x = torch.randn(time_steps, batch_size, size[0], 3).add(mean).to(dtype)
+        grad = torch.randn(time_steps, batch_size, size[0], chs).to(dtype)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr('timm_spikformer.neurons._CHUNK', chunk)
+        ours = run(copy.deepcopy(layer), x, time_steps, grad)
+    assert_same(ours, run_apart(layer, x, time_steps, grad))
+
+
+def image_like(time_steps: int = 3) -> Tensor:
+    return torch.randn(time_steps, 4, 8, 8, 3).add(1.).permute(0, 1, 4, 2, 3)
+
+
+@pytest.mark.parametrize('is_conv', [True, False], ids=['conv', 'linear'])
+def test_is_one_pass(is_conv, norms):
+    """BN's output is nowhere: the layer keeps its input and the product's result, and the neuron nothing else."""
+    torch.manual_seed(0)
+    layer, x = make_layer(is_conv), image_like()
+    if not is_conv:
+        x = torch.randn(3, 4, 64, 3)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        spikes = layer(x, 3) if is_conv else layer(x)
+    assert norms[0] is not None and spikes.mean() > 0.05
+    assert sorted(n for n in sizes if n > 100) == ([135] if is_conv else []) + [x.numel(), spikes.numel()]
+
+
+def test_frozen_bn_learns_its_affine_values(norms):
+    torch.manual_seed(0)
+    layer = make_layer(True).eval()
+    x, grad = image_like(), torch.randn(3, 4, 5, 8, 8)
+    ours = run(copy.deepcopy(layer), x, 3, grad)
+    assert not norms[0].from_batch and ours[1]['bn.weight'].abs().min() > 0
+    assert_same(ours, run_apart(layer, x, 3, grad))
+
+
+@pytest.mark.parametrize('change', ['hook', 'sync', 'no statistics', 'no affine', 'bfloat16', 'channels first'])
+def test_stays_apart(change, norms):
+    torch.manual_seed(0)
+    layer, x = make_layer(True), image_like()
+    seen = []
+    if change == 'hook':
+        layer.bn.register_forward_hook(lambda m, args, out: seen.append(out))
+    elif change == 'sync':
+        layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer).eval()
+    elif change == 'no statistics':
+        layer.bn = nn.BatchNorm2d(5, track_running_stats=False)
+    elif change == 'no affine':
+        layer.bn = nn.BatchNorm2d(5, affine=False)
+    elif change == 'bfloat16':
+        layer, x = layer.bfloat16(), x.bfloat16()
+    else:
+        x = x.contiguous()
+        layer.conv.weight.data = layer.conv.weight.data.contiguous()
+    assert layer(x, 3).mean() > 0.02
+    assert norms == [None] and (change != 'hook' or len(seen) == 1)
+
+
+def test_every_bn_of_a_model_is_passed_with_its_neuron(model, images, norms):
+    model.train()(images)
+    assert len(norms) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert all(norm is not None and norm.from_batch for norm in norms)
+
+
+def test_statistics_are_exact_where_the_input_is_nearly_flat():
+    """Values near 100 whose deviation is 0.001, as of a flat image: a sum of squares would leave nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(40000, 8) * 1e-3 + 100.
+    bn = nn.BatchNorm1d(8, momentum=1.)
+    norm = norm_of(bn, x, 1)
+    torch.testing.assert_close(norm.mean, x.double().mean(0).float(), rtol=1e-7, atol=0.)
+    torch.testing.assert_close(bn.running_var, x.double().var(0).float(), rtol=1e-4, atol=0.)
+    torch.testing.assert_close(norm.invstd, (x.double().var(0, correction=0) + bn.eps).rsqrt().float(), rtol=1e-5, atol=0.)
+
+
+def test_a_single_value_is_an_error():
+    with pytest.raises(ValueError, match='more than 1 value'):
+        make_layer(False)(torch.randn(1, 1, 1, 3))
+
+
+def test_parameters_changed_before_the_backward_are_noticed():
+    layer = make_layer(False)
+    spikes = layer(torch.randn(2, 3, 4, 3))
+    with torch.no_grad():
+        layer.bn.weight.mul_(2.)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        spikes.sum().backward()
