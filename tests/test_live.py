@@ -16,7 +16,6 @@ from timm.models import create_feature_extractor
 from timm.utils import ModelEmaV3
 from torch import nn
 
-
 fused_alone = pytest.mark.parametrize('bn_and_neuron', ['fused'], indirect=True)
 
 

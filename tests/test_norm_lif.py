@@ -157,7 +157,8 @@ def test_statistics_are_exact_where_the_input_is_nearly_flat():
     norm = norm_of(bn, x, 1)
     torch.testing.assert_close(norm.mean, x.double().mean(0).float(), rtol=1e-7, atol=0.)
     torch.testing.assert_close(bn.running_var, x.double().var(0).float(), rtol=1e-4, atol=0.)
-    torch.testing.assert_close(norm.invstd, (x.double().var(0, correction=0) + bn.eps).rsqrt().float(), rtol=1e-5, atol=0.)
+    expected = (x.double().var(0, correction=0) + bn.eps).rsqrt().float()
+    torch.testing.assert_close(norm.invstd, expected, rtol=1e-5, atol=0.)
 
 
 def test_a_single_value_is_an_error():

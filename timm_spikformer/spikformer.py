@@ -32,7 +32,8 @@ __all__ = ['Spikformer']
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
     """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
 
-    On a CPU the images become channels-last, and with them all maps of the stem: so BN and neuron are one pass.
+    On a CPU the images become channels-last, and with them all maps of the stem, for BN and neuron to be one pass. A
+    compiler lays its maps out itself.
     """
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
@@ -46,7 +47,7 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
         x, time_steps = x.transpose(0, 1), x.shape[1]
     else:
         x = x.unsqueeze(0)
-    if x.device.type == 'cpu':
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
         B = x.shape[1]
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (-1, B))
     return x, time_steps
