@@ -167,3 +167,45 @@ def test_a_masked_pixel_is_never_read():
     patches = visible_patches(maps, visible)
     assert torch.equal(patches, torch.ones(1, 3, 2, 2, 2))
     assert with_halo(patches, visible).isfinite().all()
+
+
+@pytest.mark.parametrize('make', [
+    lambda of_spikes: ConvBNLIF(6, 8, of_spikes=of_spikes),
+    lambda of_spikes: ConvBNLIF(6, 8, kernel_size=2, stride=2, of_spikes=of_spikes),
+    lambda of_spikes: LinearBNLIF(6, 8, of_spikes=of_spikes),
+    lambda of_spikes: LinearBNLIF(6, 8, bias=False, of_spikes=of_spikes),
+], ids=['convolution', 'stride', 'linear', 'no bias'])
+@pytest.mark.parametrize('frozen', [None, 'weight', 'input'])
+def test_spikes_are_kept_as_bytes(make, frozen):
+    torch.manual_seed(0)
+    plain, layer = make(False), make(True)
+    layer.load_state_dict(plain.state_dict())
+    spikes = (torch.rand(2, 3, 6, 8, 8) < 0.3).float()
+    args = (2,)
+    if isinstance(layer, LinearBNLIF):
+        spikes, args = spikes.flatten(3).transpose(2, 3).contiguous(), ()
+    grads = {}
+    for m in (plain, layer):
+        next(m.children()).weight.requires_grad_(frozen != 'weight')
+        x = spikes.clone().requires_grad_(frozen != 'input')
+        dtypes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.append(t.dtype) or t, lambda t: t):  # noqa: B023
+            out = m(x, *args)
+        assert (torch.uint8 in dtypes) == m.of_spikes
+        out.cos().sum().backward()
+        grads[m] = [x.grad] + [p.grad for p in m.parameters()]
+    for expected, grad in zip(grads[plain], grads[layer]):
+        assert grad is None if expected is None else torch.equal(grad, expected)
+
+
+def test_a_product_that_is_more_than_itself_keeps_its_input():
+    """A hook, an adapter, autocast: the layer is called, and what it is called with is kept as it is."""
+    torch.manual_seed(0)
+    x = (torch.rand(2, 3, 16, 6) < 0.3).float()
+    layer = LinearBNLIF(6, 8, of_spikes=True)
+    expected = layer(x)
+    seen = []
+    layer.linear.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert torch.equal(layer(x), expected) and len(seen) == 1
+    with torch.autocast('cpu', torch.bfloat16):
+        assert LinearBNLIF(6, 8, of_spikes=True)(x).dtype == torch.bfloat16

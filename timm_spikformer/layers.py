@@ -5,14 +5,15 @@ Activations are time-major, `[T, B, ...]`. Weights see time as part of the batch
 Source: section numbers of the paper are those of Spikformer V2, https://arxiv.org/abs/2401.02020; what the paper leaves
 open follows the authors' V1 code, https://github.com/ZK-Zhou/spikformer.
 """
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.fx
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .neurons import LIF, norm_of
+from .neurons import LIF, is_plain, norm_of
 
 __all__ = [
     'ConvBNLIF',
@@ -122,6 +123,44 @@ def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible) -> Tensor:
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
 
+class _ProductOfSpikes(torch.autograd.Function):
+    """A convolution or linear layer that keeps its input, spikes, as a byte each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], *conv_args: Tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x.to(torch.uint8), weight)
+        ctx.conv_args = conv_args
+        return nn.functional.conv2d(x, weight, bias, *conv_args) if conv_args else nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x = x.to(weight.dtype)
+        if ctx.conv_args:
+            stride, padding = ctx.conv_args
+            grads = torch.ops.aten.convolution_backward(
+                grad, x, weight, weight.shape[:1], stride, padding, (1, 1), False, (0, 0), 1,
+                (needs_x, needs_weight, needs_bias))
+        else:
+            grads = (
+                grad @ weight if needs_x else None,
+                grad.t() @ x if needs_weight else None,
+                grad.sum(0) if needs_bias else None,
+            )
+        return *grads, *(None for _ in ctx.conv_args)
+
+
+def _apply_to_spikes(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` of a convolution or linear layer; keeps bytes, unless something else is made of the layer."""
+    is_eager = type(x) is Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    if not is_eager or torch.is_autocast_enabled(x.device.type) or not is_plain(layer, nn.Conv2d, nn.Linear):
+        return layer(x)
+    args = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else ()
+    return _ProductOfSpikes.apply(x, layer.weight, layer.bias, *args)
+
+
 class ConvBNLIF(nn.Module):
     """Convolution without bias - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
 
@@ -132,6 +171,9 @@ class ConvBNLIF(nn.Module):
     Of masked images, the visible patches take the place of images, `[T or 1, B * N', C, p, p]`: they are normalised by
     statistics of their own, and a 3x3 convolution sees 0 where its neighbours are masked. So nothing of a masked pixel
     reaches a visible one, as in SparK, https://arxiv.org/abs/2301.03580, and nothing is computed where nothing is seen.
+
+    Args:
+        of_spikes: That the input is 0 and 1 alone, so that a byte of each value will do for the backward.
     """
 
     def __init__(
@@ -140,11 +182,13 @@ class ConvBNLIF(nn.Module):
             out_chs: int,
             kernel_size: int = 3,
             stride: int = 1,
+            of_spikes: bool = False,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.of_spikes = of_spikes
         self.conv = nn.Conv2d(
             in_chs,
             out_chs,
@@ -161,6 +205,8 @@ class ConvBNLIF(nn.Module):
         B = x.shape[1]
         if visible is not None and self.conv.kernel_size[0] == 3:
             x = conv3x3_of_patches(x, self.conv.weight, visible)
+        elif not torch.jit.is_scripting() and self.of_spikes:
+            x = _apply_to_spikes(self.conv, x.flatten(0, 1))
         else:
             x = self.conv(x.flatten(0, 1))
         if not torch.jit.is_scripting():
@@ -173,25 +219,35 @@ class ConvBNLIF(nn.Module):
 
 
 class LinearBNLIF(nn.Module):
-    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`, where BN takes its statistics over T, B and N."""
+    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`, where BN takes its statistics over T, B and N.
+
+    Args:
+        of_spikes: That the input is 0 and 1 alone, so that a byte of each value will do for the backward.
+    """
 
     def __init__(
             self,
             in_features: int,
             out_features: int,
             bias: bool = True,
+            of_spikes: bool = False,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.of_spikes = of_spikes
         self.linear = nn.Linear(in_features, out_features, bias=bias, **dd)
         self.bn = nn.BatchNorm1d(out_features, **dd)
         self.lif = LIF()
 
     def forward(self, x: Tensor) -> Tensor:
         T, B, N, _ = x.shape
-        x = self.linear(x.flatten(0, 2))  # [T * B * N, C']
+        x = x.flatten(0, 2)
+        if not torch.jit.is_scripting() and self.of_spikes:
+            x = _apply_to_spikes(self.linear, x)
+        else:
+            x = self.linear(x)  # [T * B * N, C']
         if not torch.jit.is_scripting():
             norm = norm_of(self.bn, x, T)
             if norm is not None:
@@ -236,7 +292,7 @@ class SpikingSelfAttention(nn.Module):
         self.scale = 0.125
         self.qkv = LinearBNLIF(dim, 3 * dim, bias=False, **dd)
         self.attn_lif = LIF(v_threshold=0.5)
-        self.proj = LinearBNLIF(dim, dim, **dd)
+        self.proj = LinearBNLIF(dim, dim, of_spikes=True, **dd)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,7 +320,7 @@ class SpikingMLP(nn.Module):
         super().__init__()
         self.fc1 = LinearBNLIF(dim, hidden_dim, **dd)
         self.drop1 = nn.Dropout(drop) if drop > 0. else nn.Identity()
-        self.fc2 = LinearBNLIF(hidden_dim, dim, **dd)
+        self.fc2 = LinearBNLIF(hidden_dim, dim, of_spikes=not drop > 0., **dd)
         self.drop2 = nn.Dropout(drop) if drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

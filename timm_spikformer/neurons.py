@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ['LIF', 'Norm', 'lif', 'norm_lif', 'norm_of']
+__all__ = ['LIF', 'Norm', 'is_plain', 'lif', 'norm_lif', 'norm_of']
 
 
 class Norm(NamedTuple):
@@ -54,10 +54,10 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, squares / n
 
 
-def _is_plain(bn: nn.Module) -> bool:
-    """Whether nothing but its parameters and running values makes a BN what it is."""
-    is_changed = bn._forward_hooks or bn._forward_pre_hooks or 'forward' in vars(bn)
-    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and bn.affine and bn.track_running_stats and not is_changed
+def is_plain(layer: nn.Module, *classes: type) -> bool:
+    """Whether a layer is of one of the classes itself, and nobody has hooked it or replaced its forward."""
+    is_changed = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or 'forward' in vars(layer)
+    return type(layer) in classes and not is_changed
 
 
 @torch.no_grad()
@@ -73,7 +73,9 @@ def norm_of(bn: nn.Module, x: Tensor, time_steps: int) -> Optional[Norm]:
         x: Its input, `[n, C]` or `[n, C, H, W]`.
         time_steps: See `Norm`.
     """
-    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling() or not _is_plain(bn):
+    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return None
+    if not is_plain(bn, nn.BatchNorm1d, nn.BatchNorm2d) or not bn.affine or not bn.track_running_stats:
         return None
     if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, bn.weight, bn.running_mean)):
         return None

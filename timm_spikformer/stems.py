@@ -58,8 +58,8 @@ class SpikingConvStage(_Stage):
         super().__init__()
         hidden_chs = int(out_chs * expand_ratio)
         self.down = ConvBNLIF(in_chs, out_chs, kernel_size=2 if stride == 2 else 3, stride=stride, **dd)
-        self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
-        self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
+        self.expand = ConvBNLIF(out_chs, hidden_chs, of_spikes=True, **dd)
+        self.contract = ConvBNLIF(hidden_chs, out_chs, of_spikes=True, **dd)
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.down(x, time_steps, visible)
@@ -159,7 +159,9 @@ class SpikingPatchSplitting(_Stem):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(in_chans, embed_dim, patch_size, stem_strides, **dd)
-        self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, **dd)
+        for stage in self.stages[1:]:
+            stage.proj.of_spikes = True
+        self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, of_spikes=True, **dd)
 
 
 STEMS = {'scs': SpikingConvStem, 'sps': SpikingPatchSplitting}
