@@ -40,7 +40,7 @@ def ratio(times: List[float], of: List[float]) -> Ratio:
 def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
     """MiB by which a new process grows, at its peak, while what `make(*arguments)` returns runs twice there."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['benchmarks.model'])  # the imports, which take seconds, once for all processes
+    context.set_forkserver_preload(['benchmarks.model', 'sklearn.datasets'])  # imported once, for all processes
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_growth, make, *arguments).result()
 

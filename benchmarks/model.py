@@ -20,10 +20,10 @@ from .peer import PeerSpikformer
 MODELS = ('spikformer_v2_8_512', 'spikformer_8_512')
 
 
-def create(name: str, time_steps: int, x: Tensor) -> nn.Module:
+def create(name: str, time_steps: int, x: Tensor, **kwargs) -> nn.Module:
     """Calibrated, in eval mode. The biases before BN, which spikingjelly does not have, are 0 at initialisation."""
     torch.manual_seed(0)
-    return calibrate(timm.create_model(name, time_steps=time_steps), x).to(memory_format=torch.channels_last)
+    return calibrate(timm.create_model(name, time_steps=time_steps, **kwargs), x).to(memory_format=torch.channels_last)
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
