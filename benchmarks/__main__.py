@@ -13,7 +13,7 @@ import torch
 
 from . import plot
 
-GROUPS = ('neuron', 'model', 'masked', 'scaling')
+GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data')
 
 
 def main() -> None:
