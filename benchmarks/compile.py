@@ -31,7 +31,7 @@ def run(quick: bool) -> Dict[str, object]:
                 start = time.perf_counter()
                 compiled()
                 first = time.perf_counter() - start
-            times = interleave(dict(eager=eager, compiled=compiled), 2 if quick else 7)
+            times = interleave(dict(eager=eager, compiled=compiled), 2 if quick else 5)
             seconds = statistics.median(times['compiled'])
             gain = ratio(times['eager'], times['compiled'])
             graphs = counters['stats']['unique_graphs']

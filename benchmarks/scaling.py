@@ -36,6 +36,7 @@ class Fit(NamedTuple):
         fixed: Of the line y = fixed + each * x
         each: Of the same
         bend: How steep the upper half is, beside the lower. 1 of a line, whatever is fixed, and of x^2 from 1 to 4, 2.
+            More than 1 too where y is the greater of two lines, as a peak of memory is.
     """
     slope: float
     fixed: float
@@ -78,9 +79,10 @@ def run(quick: bool) -> Dict[str, object]:
                     ('MiB', 0, [_memory(kind, point) for point in points]),
             ):
                 line = fit(x, y)
+                bend = f'upper half {line.bend:.2f} times as steep' if abs(line.slope) > 0.02 else 'flat'
                 print(
                     f'    {", ".join(f"{v:.{digits}f}" for v in y)} {unit}: slope {line.slope:.2f}; '
-                    f'{line.fixed:.2g} {unit} + {line.each:.2g} each, upper half {line.bend:.2f} times as steep')
+                    f'{line.fixed:.2g} {unit} + {line.each:.2g} each, {bend}')
                 entry[unit] = dict(y=y, **line._asdict())
             lines[f'{kind}, {name}'] = entry
     return dict(base=title, threads=torch.get_num_threads(), lines=lines)
