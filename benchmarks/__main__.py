@@ -1,6 +1,6 @@
 """What this package costs, beside spikingjelly and beside the products and convolutions alone.
 
-    python -m benchmarks [GROUP ...] [--quick] [--json FILE]
+    python -m benchmarks [GROUP ...] [--quick] [--json FILE] [--plot FILE]
 """
 import argparse
 import importlib
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-GROUPS = ('neuron', 'model', 'masked')
+from . import plot
+
+GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile')
 
 
 def main() -> None:
@@ -19,10 +21,13 @@ def main() -> None:
     parser.add_argument('groups', nargs='*', metavar='GROUP', help=f'of {", ".join(GROUPS)} (default: all)')
     parser.add_argument('--quick', action='store_true', help='small shapes, few rounds: only to see that all runs')
     parser.add_argument('--json', metavar='FILE', help='write the results')
+    parser.add_argument('--plot', metavar='FILE', help='draw the results of scaling')
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f'there is no group {min(unknown)!r}, expected {", ".join(GROUPS)}')
+    if args.plot and 'scaling' not in (args.groups or GROUPS):
+        parser.error('--plot draws the group scaling')
     results = {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'machine': platform.machine()}
     print(f'torch {torch.__version__}, spikingjelly {version("spikingjelly")}, {torch.get_num_threads()} threads')
     for name in args.groups or GROUPS:
@@ -30,6 +35,8 @@ def main() -> None:
         results[name] = importlib.import_module(f'benchmarks.{name}').run(args.quick)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+    if args.plot:
+        plot.draw(results['scaling'], args.plot)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Real photographs, and BN calibrated on them: a network that is silent proves nothing."""
 from importlib import resources
+from typing import Dict
 
 import torch
 from PIL import Image
@@ -8,10 +9,15 @@ from torch.optim.swa_utils import update_bn
 from torchvision.transforms import v2
 
 
-def photographs(count: int, size: int) -> Tensor:
-    """Crops of scikit-learn's two sample photographs, normalised, `[count, 3, size, size]`, the same every time."""
+def open_photographs() -> Dict[str, Image.Image]:
+    """scikit-learn's two sample photographs, 640x427."""
     folder = resources.files('sklearn.datasets.images')
-    sources = [Image.open(str(folder.joinpath(name))).convert('RGB') for name in ('china.jpg', 'flower.jpg')]
+    return {name: Image.open(str(folder.joinpath(f'{name}.jpg'))).convert('RGB') for name in ('china', 'flower')}
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """Crops of the photographs, normalised, `[count, 3, size, size]`, the same every time."""
+    sources = list(open_photographs().values())
     transform = v2.Compose([
         v2.ToImage(), v2.RandomResizedCrop(size, (0.3, 1.0)), v2.RandomHorizontalFlip(),
         v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])

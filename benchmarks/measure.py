@@ -1,8 +1,9 @@
 """Times side by side, as ratios; peak memory, each side in a process of its own."""
+import ctypes
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Callable, Dict, List, NamedTuple
 
 
@@ -37,21 +38,24 @@ def ratio(times: List[float], of: List[float]) -> Ratio:
     return Ratio(statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
 
 
-def peak_memory(group: str, *arguments: object) -> float:
-    """MiB by which a new process has grown at its peak, by `python -m benchmarks.GROUP ARGUMENTS`."""
-    out = subprocess.run(
-        [sys.executable, '-m', f'benchmarks.{group}', *map(str, arguments)], check=True, capture_output=True, text=True)
-    return float(out.stdout.splitlines()[-1])
+def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
+    """MiB by which a new process grows, at its peak, while what `make(*arguments)` returns runs twice there."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['benchmarks.model', 'sklearn.datasets'])  # imported once, for all processes
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_growth, make, *arguments).result()
 
 
-def print_growth(function: Callable[[], object]) -> None:
-    """In that process: how far the resident memory rises above what it was, in MiB, while the function runs twice."""
+def _growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
+    # M_MMAP_THRESHOLD: what is freed goes back at once, so the peak is of what is alive, not of holes in glibc's heap
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    function = make(*arguments)
     before = _status('VmRSS')
     with open('/proc/self/clear_refs', 'w') as f:
         f.write('5')  # the peak so far, of building the model, does not count
     function()
     function()
-    print(_status('VmHWM') - before)
+    return _status('VmHWM') - before
 
 
 def _status(key: str) -> float:

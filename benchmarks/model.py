@@ -3,7 +3,6 @@
     python -m benchmarks model
 """
 import statistics
-import sys
 from typing import Callable, Dict
 
 import timm
@@ -15,16 +14,16 @@ from timm_spikformer.demo.training import watch_firing
 
 from .floor import dense_floor
 from .images import calibrate, photographs
-from .measure import interleave, peak_memory, print_growth, ratio
+from .measure import interleave, peak_memory, ratio
 from .peer import PeerSpikformer
 
 MODELS = ('spikformer_v2_8_512', 'spikformer_8_512')
 
 
-def create(name: str, time_steps: int, x: Tensor) -> nn.Module:
+def create(name: str, time_steps: int, x: Tensor, **kwargs) -> nn.Module:
     """Calibrated, in eval mode. The biases before BN, which spikingjelly does not have, are 0 at initialisation."""
     torch.manual_seed(0)
-    return calibrate(timm.create_model(name, time_steps=time_steps), x).to(memory_format=torch.channels_last)
+    return calibrate(timm.create_model(name, time_steps=time_steps, **kwargs), x).to(memory_format=torch.channels_last)
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -64,6 +63,14 @@ def _compare(
     return dict(seconds=seconds, floor=floor, of_floor=of_floor, peer=gain._asdict())
 
 
+def _step_of(side: str, name: str, time_steps: int, batch_size: int) -> Callable[[], None]:
+    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+    model = create(name, time_steps, x)
+    if side == 'peer':
+        model = PeerSpikformer(model)
+    return training_step(model.train(), x)
+
+
 def run(quick: bool) -> Dict[str, object]:
     results: Dict[str, object] = {}
     rounds = 1 if quick else 3
@@ -88,22 +95,9 @@ def run(quick: bool) -> Dict[str, object]:
             for batch_size in (1, 4):
                 title = f'training step, batch {batch_size}'
                 entry = _compare(title, training_step, model, peer, x[:batch_size], rounds)
-                memory = {side: peak_memory('model', side, name, time_steps, batch_size) for side in ('ours', 'peer')}
+                memory = {side: peak_memory(_step_of, side, name, time_steps, batch_size) for side in ('ours', 'peer')}
                 entry['memory_mib'] = memory
                 share = memory['ours'] / memory['peer']
                 print(f'    peak memory {memory["ours"]:.0f} MiB, {share:.0%} of that with spikingjelly')
                 results[f'{name}, T = {time_steps}, {title}'] = entry
     return results
-
-
-def _memory(side: str, name: str, time_steps: int, batch_size: int) -> None:
-    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
-    model = create(name, time_steps, x)
-    if side == 'peer':
-        model = PeerSpikformer(model)
-    print_growth(training_step(model.train(), x))
-
-
-if __name__ == '__main__':
-    side, name, time_steps, batch_size = sys.argv[1:]
-    _memory(side, name, int(time_steps), int(batch_size))

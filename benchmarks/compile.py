@@ -1,0 +1,44 @@
+"""A training step under `torch.compile`: gain, number of graphs, compile time.
+
+    python -m benchmarks compile
+"""
+import statistics
+import time
+from typing import Dict
+
+import timm
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from .images import photographs
+from .measure import interleave, ratio
+from .model import MODELS, create, training_step
+
+
+def run(quick: bool) -> Dict[str, object]:
+    backend = 'aot_eager' if quick else 'inductor'  # the former without its minutes of C++
+    results: Dict[str, object] = {}
+    for name in ('test_spikformer_v2',) if quick else MODELS:
+        x = photographs(1, timm.get_pretrained_cfg(name).input_size[-1])
+        for time_steps in (1,) if quick else (4, 1):
+            torch._dynamo.reset()
+            counters.clear()
+            model = create(name, time_steps, x).train()
+            eager = training_step(model, x)
+            compiled = training_step(torch.compile(model, fullgraph=True, backend=backend), x)
+            with fresh_cache():
+                start = time.perf_counter()
+                compiled()
+                first = time.perf_counter() - start
+            times = interleave(dict(eager=eager, compiled=compiled), 2 if quick else 5)
+            seconds = statistics.median(times['compiled'])
+            gain = ratio(times['eager'], times['compiled'])
+            graphs = counters['stats']['unique_graphs']
+            title = f'{name}, T = {time_steps}, training step, batch 1'
+            print(
+                f'  {title}: {gain} times faster, {seconds:.2f} s; {graphs} graph{"s" * (graphs != 1)}, '
+                f'compiled in {first - seconds:.0f} s')
+            results[title] = dict(
+                gain=gain._asdict(), seconds=seconds, graphs=graphs, compile_seconds=first - seconds)
+    return results

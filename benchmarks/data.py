@@ -1,0 +1,119 @@
+"""Images per second of the loaders beside those of the models that they feed: is training bound by decoding?
+
+    python -m benchmarks data
+"""
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Callable, Dict, NamedTuple
+
+import datasets
+import timm
+import torch
+import yaml
+from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torchvision.transforms import v2
+
+from timm_spikformer.demo.data import load_data, make_loader, take
+from timm_spikformer.demo.training import classify
+
+from .images import open_photographs, photographs
+from .measure import interleave, ratio
+from .model import create, training_step
+
+RECIPE = Path(__file__).parents[1] / 'recipes' / 'spikformer_v2_imagenet.yaml'
+
+
+class Source(NamedTuple):
+    """What takes `count` images, or gives them, when it is called."""
+    call: Callable[[], object]
+    count: int
+
+
+def _epoch(loader) -> Source:
+    return Source(lambda: [None for _ in loader], sum(len(x) for x, _ in loader))
+
+
+def _compare(title: str, model: Source, loaders: Dict[str, Source], rounds: int) -> Dict[str, object]:
+    sources = {title: model, **loaders}
+    times = interleave({name: source.call for name, source in sources.items()}, rounds)
+    per_image = {name: [t / sources[name].count for t in seconds] for name, seconds in times.items()}
+    speed = {name: 1 / statistics.median(seconds) for name, seconds in per_image.items()}
+    print(f'  {title}: {speed[title]:.4g} images/s')
+    results: Dict[str, object] = {'images/s': speed[title]}
+    for name in loaders:
+        gain = ratio(per_image[title], per_image[name])
+        print(f'    {name}: {speed[name]:.4g} images/s, {gain} times as many')
+        results[name] = {'images/s': speed[name], 'gain': gain._asdict()}
+    return results
+
+
+def _demo(quick: bool) -> Dict[str, object]:
+    """The demo's training with all labels."""
+    name, cpu = 'spikformer_v2_2_64_patch4_32', torch.device('cpu')
+    datasets.disable_progress_bars()
+    data = load_data(None, name)
+    if quick:
+        data = data._replace(train=take(data.train, 320, seed=0))
+    loader = make_loader(data, 32, cpu, is_training=True, augment=True)
+    x, y = next(iter(loader))
+    x = x.contiguous(memory_format=torch.channels_last)
+    model = timm.create_model(name, time_steps=1, img_size=x.shape[-2:]).to(memory_format=torch.channels_last).train()
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-2, weight_decay=0.05)
+    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
+
+    def steps() -> None:
+        for _ in range(len(loader)):
+            loss, _ = classify(model, x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(model)
+
+    return _compare(
+        'training of the demo, batch 32', Source(steps, len(loader) * len(x)), {'its loader': _epoch(loader)},
+        2 if quick else 5)
+
+
+def _write_jpegs(folder: Path, count: int) -> None:
+    """Crops of the photographs, about as large as the images of ImageNet, in a folder for each."""
+    crop = v2.RandomCrop((375, 500))
+    for name, photograph in open_photographs().items():
+        (folder / name).mkdir()
+        for i in range(count // 2):
+            crop(photograph).save(folder / name / f'{i}.jpg', quality=90)
+
+
+def _imagenet(quick: bool) -> Dict[str, object]:
+    """The recipe for ImageNet, as train.py reads it."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    name = 'test_spikformer_v2' if quick else recipe['model']
+    x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
+    model = create(name, recipe['model_kwargs']['time_steps'], x)
+
+    def make(num_workers: int):
+        return create_loader(
+            create_dataset('', folder),
+            input_size=(3, 224, 224),
+            batch_size=recipe['batch_size'],
+            is_training=True,
+            auto_augment=recipe['aa'],
+            re_prob=recipe['reprob'],
+            re_mode='pixel',
+            interpolation=recipe['train_interpolation'],
+            num_workers=num_workers,
+            device=torch.device('cpu'),
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_jpegs(Path(folder), 64 if quick else 384)
+        loaders = {f'JPEGs by {n} worker{"s" * (n > 1)}': _epoch(make(n)) for n in (1, 2)}
+        return _compare(
+            f'training of {name}, T = {model.time_steps}, batch {len(x)}',
+            Source(training_step(model.train(), x), len(x)), loaders, 1 if quick else 5)
+
+
+def run(quick: bool) -> Dict[str, object]:
+    return dict(demo=_demo(quick), imagenet=_imagenet(quick))

@@ -1,0 +1,42 @@
+"""Draw what `python -m benchmarks scaling --json FILE` has written: `python -m benchmarks.plot FILE PICTURE.png`."""
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+ROWS = (('s', 'time, s'), ('MiB', 'peak memory, MiB'))
+
+
+def draw(results: Dict[str, Any], path: str) -> None:
+    """Time and memory against each axis, on logarithmic scales, each beside a line of slope 1 from its first point."""
+    kinds, axes = (list(dict.fromkeys(names)) for names in zip(*(key.split(', ') for key in results['lines'])))
+    figure = Figure(figsize=(13, 6.5), layout='constrained')
+    figure.suptitle(f'{results["base"]}, {results["threads"]} threads; dashed: linear')
+    grid = figure.subplots(len(ROWS), len(axes), sharex='col', sharey='row')
+    for row, (unit, title) in zip(grid, ROWS):
+        row[0].set_ylabel(title)
+        for ax, axis in zip(row, axes):
+            for kind in kinds:
+                line = results['lines'][f'{kind}, {axis}']
+                x, y = line['x'], line[unit]['y']
+                mark, = ax.loglog(x, y, 'o-', label=f'{kind}: slope {line[unit]["slope"]:.2f}')
+                ax.loglog(x, [y[0] * value / x[0] for value in x], '--', linewidth=1, color=mark.get_color(), alpha=0.6)
+            ax.xaxis.set_major_locator(FixedLocator(x))
+            ax.xaxis.set_major_formatter(StrMethodFormatter('{x:.0f}'))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.grid(alpha=0.3)
+            ax.legend(loc='upper left', fontsize='small')
+    for ax, axis in zip(grid[-1], axes):
+        ax.set_xlabel(axis)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == '__main__':
+    source, path = sys.argv[1:]
+    draw(json.loads(Path(source).read_text())['scaling'], path)

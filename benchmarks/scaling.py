@@ -1,0 +1,88 @@
+"""Time and peak memory of V2-8-512 against time steps, batch, resolution and depth: is any worse than linear?
+
+    python -m benchmarks scaling --plot benchmarks/scaling.png
+"""
+import statistics
+from functools import lru_cache
+from typing import Callable, Dict, NamedTuple, Sequence
+
+import numpy as np
+import torch
+
+from .images import photographs
+from .measure import interleave, peak_memory
+from .model import create, inference, training_step
+
+STEPS = {'training step': training_step, 'inference': inference}
+AXES = dict(
+    time_steps=(1, 2, 4, 8), batch_size=(1, 2, 4, 8, 16), size=(160, 192, 224, 256, 288), depth=(8, 10, 12, 14, 16))
+QUICK_AXES = dict(time_steps=(1, 2, 4), batch_size=(1, 2, 4), size=(64, 96, 128), depth=(2, 3, 4))
+
+
+class Point(NamedTuple):
+    """What is computed. Along an axis one of these changes, and the others are as here."""
+    name: str = 'spikformer_v2_8_512'
+    time_steps: int = 1
+    batch_size: int = 1
+    size: int = 224
+    depth: int = 8
+
+
+class Fit(NamedTuple):
+    """How y grows with x.
+
+    Args:
+        slope: Exponent: of log y against log x. Less than 1 where part of y is fixed, as the stem is against depth.
+        fixed: Of the line y = fixed + each * x
+        each: Of the same
+        bend: How steep the upper half is, beside the lower. 1 of a line, whatever is fixed, and of x^2 from 1 to 4, 2.
+            More than 1 too where y is the greater of two lines, as a peak of memory is.
+    """
+    slope: float
+    fixed: float
+    each: float
+    bend: float
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
+    slope, _ = np.polyfit(np.log(x), np.log(y), 1)
+    each, fixed = np.polyfit(x, y, 1)
+    middle = len(x) // 2
+    lower, upper = (np.polyfit(x[half], y[half], 1)[0] for half in (slice(middle + 1), slice(middle, None)))
+    return Fit(*map(float, (slope, fixed, each, upper / lower)))
+
+
+def _step_of(kind: str, point: Point) -> Callable[[], object]:
+    x = photographs(point.batch_size, point.size)
+    model = create(point.name, point.time_steps, x, depth=point.depth)
+    return STEPS[kind](model.train(kind == 'training step'), x)
+
+
+_memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_step_of, kind, point))  # axes share a point
+
+
+def run(quick: bool) -> Dict[str, object]:
+    base = Point('test_spikformer_v2', size=64, depth=2) if quick else Point()
+    title = f'{base.name}, T = {base.time_steps}, batch {base.batch_size}, {base.size}x{base.size}, depth {base.depth}'
+    print(f'  {title}, but for what varies')
+    lines: Dict[str, object] = {}
+    for kind in STEPS:
+        for axis, values in (QUICK_AXES if quick else AXES).items():
+            points = [base._replace(**{axis: value}) for value in values]
+            times = interleave({point: _step_of(kind, point) for point in points}, 2 if quick else 5)
+            x = [(value // 16) ** 2 for value in values] if axis == 'size' else list(values)
+            name = 'tokens' if axis == 'size' else axis.replace('_', ' ')
+            print(f'  {kind}, {name} {", ".join(map(str, x))}')
+            entry: Dict[str, object] = {'x': x}
+            for unit, digits, y in (
+                    ('s', 3, [statistics.median(times[point]) for point in points]),
+                    ('MiB', 0, [_memory(kind, point) for point in points]),
+            ):
+                line = fit(x, y)
+                bend = f'upper half {line.bend:.2f} times as steep' if abs(line.slope) > 0.02 else 'flat'
+                print(
+                    f'    {", ".join(f"{v:.{digits}f}" for v in y)} {unit}: slope {line.slope:.2f}; '
+                    f'{line.fixed:.2g} {unit} + {line.each:.2g} each, {bend}')
+                entry[unit] = dict(y=y, **line._asdict())
+            lines[f'{kind}, {name}'] = entry
+    return dict(base=title, threads=torch.get_num_threads(), lines=lines)
