@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-GROUPS = ('neuron', 'model', 'masked')
+GROUPS = ('neuron', 'model', 'masked', 'deploy')
 
 
 def main() -> None:
