@@ -13,7 +13,7 @@ import torch
 
 from . import plot
 
-GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile')
+GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy')
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Activations are time-major, `[T, B, ...]`. Weights see time as part of the batch
 Source: section numbers of the paper are those of Spikformer V2, https://arxiv.org/abs/2401.02020; what the paper leaves
 open follows the authors' V1 code, https://github.com/ZK-Zhou/spikformer.
 """
+import copy
 from typing import Any, Optional, Tuple
 
 import torch
@@ -12,6 +13,7 @@ import torch.fx
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .neurons import LIF, is_plain, norm_of
 
@@ -109,17 +111,17 @@ def with_halo(x: Tensor, visible: Visible) -> Tensor:
     return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
 
 
-def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible) -> Tensor:
+def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible, bias: Optional[Tensor] = None) -> Tensor:
     """What a 3x3 convolution, padded by 1, gives at the visible patches of masked maps: `[n * M, C', p, p]`.
 
     Of patches of 1 and 2 pixels it is a matrix product: as convolutions these are up to ten times slower on a CPU.
     """
     n, M, C, p, _ = x.shape
     if p > 2:
-        return nn.functional.conv2d(with_halo(x, visible), weight)
+        return nn.functional.conv2d(with_halo(x, visible), weight, bias)
     rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
     windows = _take_with_zero(x, rows).view(n * M * p * p, 9 * C)
-    out = nn.functional.linear(windows, weight.permute(0, 2, 3, 1).flatten(1))
+    out = nn.functional.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
 
@@ -155,7 +157,8 @@ class _ProductOfSpikes(torch.autograd.Function):
 def _apply_to_spikes(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` of a convolution or linear layer; keeps bytes, unless something else is made of the layer."""
     is_eager = type(x) is Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    if not is_eager or torch.is_autocast_enabled(x.device.type) or not is_plain(layer, nn.Conv2d, nn.Linear):
+    is_kept = is_eager and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if not is_kept or not is_plain(layer, nn.Conv2d, nn.Linear):
         return layer(x)
     args = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else ()
     return _ProductOfSpikes.apply(x, layer.weight, layer.bias, *args)
@@ -204,7 +207,7 @@ class ConvBNLIF(nn.Module):
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         B = x.shape[1]
         if visible is not None and self.conv.kernel_size[0] == 3:
-            x = conv3x3_of_patches(x, self.conv.weight, visible)
+            x = conv3x3_of_patches(x, self.conv.weight, visible, self.conv.bias)
         elif not torch.jit.is_scripting() and self.of_spikes:
             x = _apply_to_spikes(self.conv, x.flatten(0, 1))
         else:
@@ -216,6 +219,17 @@ class ConvBNLIF(nn.Module):
         x = self.bn(x)
         x = x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1)
         return self.lif(x)
+
+    def fuse(self) -> 'ConvBNLIF':
+        """A copy for inference, BN folded into the convolution: what `timm.utils.reparameterize_model` puts in place.
+
+        The running statistics are folded in train mode too, as timm's scripts fold a model before they call eval().
+        """
+        if isinstance(self.bn, nn.Identity):
+            return self
+        fused = copy.deepcopy(self).eval()
+        fused.conv, fused.bn = fuse_conv_bn_eval(fused.conv, fused.bn), nn.Identity()
+        return fused
 
 
 class LinearBNLIF(nn.Module):
@@ -254,6 +268,14 @@ class LinearBNLIF(nn.Module):
                 return self.lif(x.unflatten(0, (T, B, N)), norm)
         x = self.bn(x)
         return self.lif(x.unflatten(0, (T, B, N)))
+
+    def fuse(self) -> 'LinearBNLIF':
+        """A copy for inference, BN folded into the linear layer: see `ConvBNLIF.fuse`."""
+        if isinstance(self.bn, nn.Identity):
+            return self
+        fused = copy.deepcopy(self).eval()
+        fused.linear, fused.bn = fuse_linear_bn_eval(fused.linear, fused.bn), nn.Identity()
+        return fused
 
 
 @torch.fx.wrap  # the order of the products depends on the shape

@@ -168,6 +168,7 @@ def test_recipes_name_their_models():
 
 @pytest.mark.parametrize('options', [
     [], ['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--torchscript'], ['--torchcompile'],
+    ['--reparam'], ['--reparam', '--torchcompile'],
 ], ids=lambda options: ' '.join(map(str, options)) or 'plain')
 def test_validate(run_script, options, folder, checkpoint, tmp_path):
     results = tmp_path / 'results.json'
@@ -179,6 +180,13 @@ def test_validate(run_script, options, folder, checkpoint, tmp_path):
     measured = measured[0] if isinstance(measured, list) else measured
     best = max(row['eval_top1'] for row in read_summary(checkpoint.parents[1]))
     assert measured['top1'] == pytest.approx(best, abs=0.0 if not options else 4.0)
+
+
+def test_benchmark_of_a_folded_model(run_script):
+    log = run_script(
+        'benchmark.py', '--model', MODEL, '--bench', 'infer', '--device', 'cpu', '-b', 8, '--num-warm-iter', 1,
+        '--num-bench-iter', 5, '--model-kwargs', 'time_steps=1', '--reparam')
+    assert '"infer_samples_per_sec"' in log
 
 
 @pytest.mark.parametrize('bench', ['infer', 'train'])
@@ -201,9 +209,11 @@ def test_inference(run_script, folder, checkpoint, tmp_path):
     assert len(rows) == 50
 
 
-def test_onnx_export(run_script, checkpoint, tmp_path):
+@pytest.mark.parametrize('options', [[], ['--reparam']], ids=['plain', 'folded'])
+def test_onnx_export(run_script, options, checkpoint, tmp_path):
     path = tmp_path / 'model.onnx'
-    run_script('onnx_export.py', path, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--dynamo')
+    run_script(
+        'onnx_export.py', path, '--model', MODEL, '--num-classes', 10, '--checkpoint', checkpoint, '--dynamo', *options)
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)).eval()
     x = torch.randn(1, 3, 28, 28)
     session = onnxruntime.InferenceSession(str(path))

@@ -1,0 +1,135 @@
+"""Inference as trained, with BN folded, folded and compiled, and in onnxruntime; how many spikes folding flips.
+
+    python -m benchmarks deploy
+"""
+import io
+import os
+import statistics
+import tempfile
+import time
+from typing import Callable, Dict, List, Tuple
+from unittest import mock
+
+import onnxruntime
+import torch
+from spikingjelly.activation_based.monitor import OutputMonitor
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import timm_spikformer  # noqa: F401  registers the models
+from timm_spikformer import LIF
+from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
+
+from .images import photographs
+from .measure import interleave, ratio
+from .model import create, inference
+
+
+@torch.inference_mode()
+def _spikes(model: nn.Module, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+    monitor = OutputMonitor(model, LIF, lambda spikes: spikes.bool())
+    logits = model(x)
+    monitor.remove_hooks()
+    return logits, monitor.records
+
+
+def _share(counts: List[Tuple[int, int]]) -> float:
+    return sum(n for n, _ in counts) / sum(of for _, of in counts)
+
+
+def flipped_by_units(model: nn.Module, x: Tensor) -> float:
+    """Share of the outputs of the units that differ where each is folded by itself, on the input it has unfolded."""
+    counts = []
+
+    def compare(m: nn.Module, args: Tuple, out: Tensor) -> None:
+        counts.append(((m.fuse().forward(*args) != out).sum().item(), out.numel()))
+
+    hooks = [m.register_forward_hook(compare) for m in model.modules() if isinstance(m, (ConvBNLIF, LinearBNLIF))]
+    with torch.inference_mode():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return _share(counts)
+
+
+def flips(model: nn.Module, folded: nn.Module, x: Tensor) -> Dict[str, float]:
+    """What folding changes. In a network of random weights one flip spreads; in a trained one it dies out."""
+    (logits, spikes), (folded_logits, folded_spikes) = _spikes(model, x), _spikes(folded, x)
+    result = dict(
+        of_equal_inputs=flipped_by_units(model, x),
+        in_all=_share([((a != b).sum().item(), a.numel()) for a, b in zip(spikes, folded_spikes, strict=True)]),
+        logits=(logits - folded_logits).abs().max().item(),
+        logits_std=logits.std().item(),
+    )
+    print('  of equal inputs, folding flips {of_equal_inputs:.1e} of the neurons and steps, and {in_all:.1e} with what '
+          'follows from it; logits differ by {logits:.1e}, their deviation is {logits_std:.1e}'.format(**result))
+    return result
+
+
+def compiled(model: nn.Module, x: Tensor) -> Tuple[Callable[[], Tensor], Dict[str, float]]:
+    """The compiled model, called once; the number of its graphs, and the seconds that compiling took."""
+    torch._dynamo.reset()
+    counters.clear()
+    step = inference(torch.compile(model, fullgraph=True, dynamic=False), x)
+    start = time.perf_counter()
+    step()
+    about = dict(compile_seconds=time.perf_counter() - start, graphs=counters['stats']['unique_graphs'])
+    print('  compiled in {compile_seconds:.0f} s, graphs: {graphs}'.format(**about))
+    return step, about
+
+
+def onnx_session(model: nn.Module, x: Tensor) -> Tuple[onnxruntime.InferenceSession, Dict[str, float]]:
+    """The model exported for any batch size, on as many threads as PyTorch has."""
+    buffer = io.BytesIO()
+    start = time.perf_counter()
+    torch.onnx.export(
+        model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False).save(buffer)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options)
+    about = dict(export_seconds=time.perf_counter() - start, mib=buffer.tell() / 2**20)
+    print('  exported to ONNX in {export_seconds:.0f} s, {mib:.0f} MiB'.format(**about))
+    return session, about
+
+
+def _compare(
+        model: nn.Module,
+        folded: nn.Module,
+        session: onnxruntime.InferenceSession,
+        x: Tensor,
+        rounds: int,
+) -> Dict[str, object]:
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    steps = dict(
+        plain=inference(model, x), folded=inference(folded, x),
+        onnxruntime=lambda: torch.from_numpy(session.run(None, feed)[0]))
+    result = {}
+    if len(x) == 1:  # compiling takes minutes
+        steps['compiled'], result = compiled(folded, x)
+    expected = steps['folded']()
+    times = interleave(steps, rounds)
+    result['seconds'] = {side: statistics.median(t) for side, t in times.items()}
+    print(f'  batch {len(x)}: {result["seconds"]["plain"]:.3f} s as trained')
+    for side in list(steps)[1:]:
+        gain, difference = ratio(times['plain'], times[side]), (steps[side]() - expected).abs().max().item()
+        print(f'    {side}: {gain} times faster; logits differ from those of the folded model by {difference:.1e}')
+        result[side] = dict(gain=gain._asdict(), difference=difference)
+    return result
+
+
+def run(quick: bool) -> Dict[str, object]:
+    results: Dict[str, object] = {}
+    name, size, rounds = ('test_spikformer_v2', 64, 1) if quick else ('spikformer_v2_8_512', 224, 3)
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+        for time_steps in (1,) if quick else (4, 1):
+            x = photographs(8, size)
+            model = create(name, time_steps, x[:4])
+            folded = reparameterize_model(model)
+            title = f'{name}, T = {time_steps}'
+            print(f' {title}')
+            results[title] = flips(model, folded, x[:2])
+            session, results[f'{title}, ONNX'] = onnx_session(folded, x[:2])
+            for batch_size in (1,) if quick else (1, 8):
+                results[f'{title}, batch {batch_size}'] = _compare(model, folded, session, x[:batch_size], rounds)
+    return results

@@ -1,0 +1,235 @@
+"""BN folded into the layer before it, by timm's `reparameterize_model`.
+
+Most tests are in float64, where rounding flips no spike: there a folded model gives the spikes of the original.
+"""
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import calibrate, firing_rates
+from spikingjelly.activation_based.monitor import OutputMonitor
+from timm.layers import freeze_batch_norm_2d
+from timm.models import create_feature_extractor
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, SpikformerMAE
+from timm_spikformer.demo.data import load_data, make_loader
+from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
+
+NORMS = ('BatchNorm1d', 'BatchNorm2d', 'SyncBatchNorm', 'FrozenBatchNorm2d')
+
+
+def norms(model):
+    return [name for name, m in model.named_modules() if type(m).__name__ in NORMS]
+
+
+@torch.no_grad()
+def spikes_of(model, x):
+    """The output of the model, and the spikes of each neuron layer."""
+    monitor = OutputMonitor(model, LIF, lambda spikes: spikes.bool())
+    out = model(x)
+    monitor.remove_hooks()
+    assert min(spikes.sum() for spikes in monitor.records) > 0
+    return out, monitor.records
+
+
+def assert_equal_spikes(model, folded, x):
+    (out, spikes), (folded_out, folded_spikes) = (spikes_of(m, x) for m in (model, folded))
+    assert all(torch.equal(a, b) for a, b in zip(spikes, folded_spikes, strict=True))
+    torch.testing.assert_close(folded_out, out)
+
+
+@pytest.fixture
+def double(model, images):
+    """The calibrated model in float64, with weights of BN that are not those of its initialisation, and images."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(m.weight, 0.8, 1.2)
+            nn.init.uniform_(m.bias, 0., 0.5)
+    calibrate(model, images)
+    return model.double(), images.double()
+
+
+@pytest.fixture
+def small(images):
+    """A V2 model that compiles quickly, in float64."""
+    torch.manual_seed(0)
+    return calibrate(timm.create_model('test_spikformer_v2', depth=1, num_classes=10, time_steps=2), images).double()
+
+
+def test_spikes_are_equal_and_no_bn_is_left(double):
+    model, x = double
+    folded = reparameterize_model(model)
+    assert len(norms(model)) > 10 and not norms(folded)
+    assert firing_rates(folded, x).keys() == firing_rates(model, x).keys()
+    assert_equal_spikes(model, folded, x)
+    folded.set_time_steps(5)
+    model.set_time_steps(5)
+    assert_equal_spikes(model, folded, x)
+
+
+def test_the_original_is_left_as_it_was(double):
+    """So folding is undone by keeping it; after further training it is folded anew."""
+    model, x = double
+    before, weights = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    for m in list(model.modules()):  # timm folds a copy, and a unit leaves itself as it was too
+        if hasattr(m, 'fuse'):
+            assert m.fuse() is not m
+    reparameterize_model(model)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    calibrate(model, x.flip(3) * 2)
+    assert not torch.equal(model(x), before)
+    assert_equal_spikes(model, reparameterize_model(model), x)
+
+
+def test_folding_twice_is_harmless(double):
+    model, x = double
+    folded = reparameterize_model(model, inplace=True)
+    assert folded is model
+    before = folded(x)
+    again = reparameterize_model(folded)
+    assert again.state_dict().keys() == folded.state_dict().keys()
+    assert torch.equal(again(x), before)
+
+
+def test_folding_in_train_mode_takes_the_running_statistics(double):
+    """timm's scripts fold before they call eval()."""
+    model, x = double
+    expected = reparameterize_model(model).state_dict()
+    folded = reparameterize_model(model.train())
+    assert all(torch.equal(v, expected[k]) for k, v in folded.state_dict().items())
+    assert_equal_spikes(model.eval(), folded.eval(), x)
+
+
+def test_checkpoints_of_one_kind_do_not_load_into_the_other(model):
+    folded = reparameterize_model(model)
+    folded.load_state_dict(folded.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*conv\.bias'):
+        folded.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*bn\.running_mean'):
+        model.load_state_dict(folded.state_dict())
+
+
+@pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_other_kinds_of_bn_fold(double, convert):
+    model, x = double
+    model = convert(model)
+    assert any(type(m).__name__ in NORMS[2:] for m in model.modules())
+    folded = reparameterize_model(model)
+    assert not norms(folded)
+    assert_equal_spikes(model, folded, x)
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_masked_encoder(images, stem):
+    """Patches of 8 to 1 pixels; the bias is added where something is visible, and elsewhere 0 stays 0."""
+    torch.manual_seed(0)
+    encoder = timm.create_model('test_spikformer_v2', stem=stem, time_steps=2)
+    mae = SpikformerMAE(encoder, mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    mae, x = calibrate(mae, images).double(), images.double()
+    folded = reparameterize_model(mae)
+    assert norms(mae) and not norms(folded)
+    _, ids = mae.make_mask(x)
+    features, _ = mae.encoder.forward_tokens(x, ids)
+    assert features.mean() > 0 and torch.equal(folded.encoder.forward_tokens(x, ids)[0], features)
+
+
+def test_transformers(images):
+    torch.manual_seed(0)
+    model = SpikformerForImageClassification(SpikformerConfig.from_timm('test_spikformer_v2', time_steps=2))
+    model, x = calibrate(model, images).double(), images.double()
+    folded = reparameterize_model(model)
+    assert norms(model) and not norms(folded)
+    torch.testing.assert_close(folded(x).logits, model(x).logits)
+
+
+# -- compiled and exported
+
+def test_compile_is_one_graph(small, images):
+    folded = reparameterize_model(small)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(folded, fullgraph=True)(images.double()), small(images.double()))
+
+
+def test_torchscript(double, tmp_path):
+    model, x = double
+    folded = reparameterize_model(model)
+    torch.jit.script(folded).save(tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x), model(x))
+    torch.testing.assert_close(torch.jit.trace(folded, (x,))(x), model(x))
+
+
+def test_fx(double):
+    model, x = double
+    folded = reparameterize_model(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(folded)(x), model(x))
+    features = create_feature_extractor(folded, {'blocks.0': 'tokens'})(x)['tokens']
+    assert features.mean() > 0
+
+
+def test_export(double):
+    model, x = double
+    batch = torch.export.Dim('batch', min=2, max=64)
+    program = torch.export.export(reparameterize_model(model), (x[:4],), dynamic_shapes=({0: batch},))
+    assert not [node for node in program.graph.nodes if 'batch_norm' in str(node.target)]
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_onnx(small, images):
+    """Without the exporter's optimisations, one of which folds BN."""
+    small.float()
+    batch = torch.export.Dim('batch', min=2, max=64)
+    counts = []
+    for exported in (small, reparameterize_model(small)):
+        buffer = io.BytesIO()
+        torch.onnx.export(
+            exported, (images[:4],), dynamo=True, optimize=False, dynamic_shapes=({0: batch},), verbose=False,
+        ).save(buffer)
+        graph = onnx.load_from_string(buffer.getvalue()).graph
+        counts.append(sum(node.op_type == 'BatchNormalization' for node in graph.node))
+    assert counts == [len(norms(small)), 0]
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(logits, small(images).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+# -- what rounding does in float32
+
+def test_few_spikes_of_a_trained_model_flip():
+    """Of 250 test images. One flipped spike changes the currents of what follows, so there may be more behind it."""
+    name = 'spikformer_v2_2_64_patch4_32'
+    model = timm.create_model(name, pretrained=True).eval()
+    x, _ = next(iter(make_loader(load_data(None, name), 250, torch.device('cpu'), is_training=False)))
+    (logits, spikes), (folded_logits, folded_spikes) = (spikes_of(m, x) for m in (model, reparameterize_model(model)))
+    flipped = sum((a != b).sum().item() for a, b in zip(spikes, folded_spikes))
+    assert flipped <= 1e-5 * sum(s.numel() for s in spikes)
+    assert torch.equal(folded_logits.argmax(1), logits.argmax(1))
+
+
+@pytest.mark.parametrize('layer, shape', [
+    (ConvBNLIF(8, 16), (1, 32, 8, 16, 16)), (LinearBNLIF(64, 128), (1, 32, 16, 64)),
+], ids=['convolution', 'linear'])
+def test_a_spike_flips_where_the_current_is_the_threshold_but_for_rounding(layer, shape):
+    """In bfloat16, which rounds coarsely enough to see it. In one step, a neuron fires from a current of 2 on."""
+    torch.manual_seed(0)
+    x = (torch.rand(shape) < 0.3).bfloat16()
+    args = (1,) if isinstance(layer, ConvBNLIF) else ()
+    nn.init.constant_(layer.bn.bias, 1.)
+    layer.bn.momentum = None
+    layer.train()(x.float(), *args)
+    layer.eval().bfloat16()
+    exact = []
+    with torch.no_grad():
+        flipped = layer(x, *args) != layer.fuse()(x, *args)
+        layer.double().bn.register_forward_hook(lambda m, args, out: exact.append(out))
+        layer(x.double(), *args)
+    distance = (exact[0].view(flipped.shape) - 2.).abs()
+    assert 0 < flipped.sum() < 0.02 * flipped.numel()
+    assert distance[flipped].max() < 0.05 < 0.5 < distance.mean()
