@@ -83,8 +83,9 @@ def onnx_session(model: nn.Module, x: Tensor) -> Tuple[onnxruntime.InferenceSess
     """The model exported for any batch size, on as many threads as PyTorch has."""
     buffer = io.BytesIO()
     start = time.perf_counter()
-    torch.onnx.export(
-        model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False).save(buffer)
+    with torch.no_grad():
+        torch.onnx.export(
+            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False).save(buffer)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(buffer.getvalue(), options)

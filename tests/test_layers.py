@@ -191,7 +191,7 @@ def test_spikes_are_kept_as_bytes(make, frozen):
         dtypes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.append(t.dtype) or t, lambda t: t):  # noqa: B023
             out = m(x, *args)
-        assert (torch.uint8 in dtypes) == m.of_spikes
+        assert (torch.int8 in dtypes) == m.of_spikes
         out.cos().sum().backward()
         grads[m] = [x.grad] + [p.grad for p in m.parameters()]
     for expected, grad in zip(grads[plain], grads[layer]):

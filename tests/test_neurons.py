@@ -154,6 +154,27 @@ def test_every_compiler_gives_the_same_spikes():
     assert torch.equal(graph(x), spikes) and torch.equal(torch.jit.script(graph)(x), spikes)
 
 
+@pytest.mark.parametrize('has_grad', [True, False])
+def test_exported_without_gradients_it_has_no_surrogate(has_grad):
+    """A graph exported with gradients can be trained; one under no_grad is for inference alone."""
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), LIF())
+    with torch.set_grad_enabled(has_grad):
+        program = torch.export.export(layer, (torch.randn(4, 3, 8),))
+    assert any('sigmoid' in str(node.target) for node in program.graph.nodes) == has_grad
+
+
+def test_scripted_it_still_learns():
+    x = torch.randn(4, 3, 8).mul(2)
+    scripted = torch.jit.script(LIF())
+    with torch.no_grad():
+        spikes = scripted(x)
+    x.requires_grad_()
+    for _ in range(3):  # the first runs are profiled, later ones specialised
+        out = scripted(x)
+    out.sum().backward()
+    assert spikes.any() and torch.equal(out.detach(), spikes) and x.grad.abs().min() > 0
+
+
 def test_bad_tau():
     with pytest.raises(ValueError, match='tau must be greater than 1'):
         LIF(tau=0.5)

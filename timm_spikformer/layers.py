@@ -130,7 +130,7 @@ class _ProductOfSpikes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], *conv_args: Tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x.to(torch.uint8), weight)
+        ctx.save_for_backward(x.to(torch.int8), weight)  # to uint8 takes a CPU many times as long
         ctx.conv_args = conv_args
         return nn.functional.conv2d(x, weight, bias, *conv_args) if conv_args else nn.functional.linear(x, weight, bias)
 

@@ -235,16 +235,22 @@ def norm_lif(x: Tensor, norm: Norm, tau: float = 2.0, v_threshold: float = 1.0, 
 
 
 def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
-    """The same neuron as one differentiable expression, for compilers, exporters and scripting."""
+    """The same neuron as one differentiable expression, for compilers, exporters and scripting.
+
+    Without gradients, as under `torch.no_grad()`, the surrogate is left out: in an exported graph it would be computed.
+    """
+    has_grad = torch.is_grad_enabled() and x.requires_grad
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     v = torch.zeros_like(x[0], dtype=dtype)
     spikes = []
     for current in x.unbind(0):
         h = v + (current.to(dtype) - v) / tau
         fired = h >= v_threshold
-        sig = torch.sigmoid(alpha * (h - v_threshold))
-        # the value is the step, exactly (sig - sig is 0); the gradient is that of sig
-        spikes.append(fired.to(dtype) + (sig - sig.detach()))
+        spike = fired.to(dtype)
+        if has_grad:  # the value is the step, exactly (sig - sig is 0); the gradient is that of sig
+            sig = torch.sigmoid(alpha * (h - v_threshold))
+            spike = spike + (sig - sig.detach())
+        spikes.append(spike)
         v = h * torch.logical_not(fired).to(dtype)
     return torch.stack(spikes).to(x.dtype)
 
