@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from torch import nn
 
-SCRIPTS = Path(__file__).parent / 'scripts'
+from timm_spikformer import SpikformerConfig, SpikformerForImageClassification, SpikformerForMaskedImageModeling
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / 'tests' / 'scripts'
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 
 
@@ -82,3 +88,20 @@ def test_sync_bn_conversion_keeps_the_model(model, images):
         for (name, p), q in zip(model.named_parameters(), converted.parameters()):
             assert torch.equal(p.grad, q.grad), name
         assert torch.equal(converted.blocks[0].mlp.fc1.bn.running_var, model.blocks[0].mlp.fc1.bn.running_var)
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+@pytest.mark.parametrize('cls', [SpikformerForImageClassification, SpikformerForMaskedImageModeling])
+def test_accelerate_shards_by_the_recipe(cls, stem, monkeypatch):
+    """The stages and blocks, whichever the model has. On CPUs accelerate takes DDP, so it is asked what it would do."""
+    config = load_config_from_file(str(ROOT / 'recipes' / 'accelerate_fsdp2.yaml'))
+    assert config.distributed_type == DistributedType.FSDP
+    for key, value in config.fsdp_config.items():  # as accelerate launch hands them over
+        monkeypatch.setenv(key.upper(), str(value))
+    model = cls(SpikformerConfig.from_timm('test_spikformer_v2', stem=stem))
+    plugin = FullyShardedDataParallelPlugin()
+    plugin.set_auto_wrap_policy(model)
+    assert plugin.fsdp_version == 2
+    stage = 'SpikingConvStage' if stem == 'scs' else 'SpikingPatchStage'
+    wrapped = {c.__name__ for c in plugin.auto_wrap_policy.keywords['transformer_layer_cls']}
+    assert wrapped == {stage, 'SpikingBlock'} | ({'Block'} if cls is SpikformerForMaskedImageModeling else set())

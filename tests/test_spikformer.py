@@ -7,7 +7,7 @@ from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
 from timm.models._manipulate import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_spikformer import LIF
+from timm_spikformer import LIF, SpikformerMAE
 from timm_spikformer.checkpoints import checkpoint_filter_fn
 
 MODELS = timm.list_models('*spikformer*')
@@ -274,3 +274,17 @@ def test_in_chans_and_classes_adapt_a_checkpoint(tmp_path, images):
         other.stem.stages[0].down.conv.weight, model.stem.stages[0].down.conv.weight.sum(1, keepdim=True))
     assert torch.equal(other.blocks[1].mlp.fc1.linear.weight, model.blocks[1].mlp.fc1.linear.weight)
     assert other(images[:, :1]).shape == (16, 5)
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+@pytest.mark.parametrize('is_masked', [False, True], ids=['classifier', 'autoencoder'])
+def test_no_value_is_read_on_the_host(stem, is_masked):
+    """Tensors on `meta` have none to read: a synchronisation, which a CUDA graph forbids, would raise."""
+    with torch.device('meta'):
+        model = timm.create_model('test_spikformer_v2', stem=stem)
+        x = torch.empty(2, 3, 64, 64)
+        if is_masked:
+            model = SpikformerMAE(model, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+        out = model.train()(x)
+    (out.loss if is_masked else out.sum()).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)

@@ -157,8 +157,9 @@ class _ProductOfSpikes(torch.autograd.Function):
 def _apply_to_spikes(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` of a convolution or linear layer; keeps bytes, unless something else is made of the layer."""
     is_eager = type(x) is Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    is_kept = is_eager and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    if not is_kept or not is_plain(layer, nn.Conv2d, nn.Linear):
+    if not is_eager or not torch.is_grad_enabled() or not is_plain(layer, nn.Conv2d, nn.Linear):
+        return layer(x)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return layer(x)
     args = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else ()
     return _ProductOfSpikes.apply(x, layer.weight, layer.bias, *args)

@@ -89,6 +89,9 @@ class SpikformerPreTrainedModel(PreTrainedModel):
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.float()  # a model that is created in half precision, too
         super().post_init()
+        # accelerate's FSDP refuses a class that the model has nothing of
+        classes = {type(m).__name__ for m in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules if name in classes]
         # a model that was not loaded is to be saved under timm's names too
         self._weight_conversions = list(self._conversions)
 
