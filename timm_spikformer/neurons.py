@@ -234,12 +234,11 @@ def norm_lif(x: Tensor, norm: Norm, tau: float = 2.0, v_threshold: float = 1.0, 
     return spikes.permute(0, 1, 4, 2, 3) if x.ndim == 5 else spikes
 
 
-def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
+def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float, has_grad: bool = True) -> Tensor:
     """The same neuron as one differentiable expression, for compilers, exporters and scripting.
 
-    Without gradients, as under `torch.no_grad()`, the surrogate is left out: in an exported graph it would be computed.
+    Where nobody wants a gradient the surrogate is left out: in an exported graph it would be computed.
     """
-    has_grad = torch.is_grad_enabled() and x.requires_grad
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     v = torch.zeros_like(x[0], dtype=dtype)
     spikes = []
@@ -310,9 +309,11 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         Spikes, 0 or 1, of the shape and dtype of `x`.
     """
     if torch.jit.is_scripting():
+        return _lif_traceable(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
+    if torch.jit.is_tracing():  # without gradients too, for use with them
         return _lif_traceable(x, tau, v_threshold, alpha)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return _lif_traceable(x, tau, v_threshold, alpha)
+    if torch.compiler.is_compiling():
+        return _lif_traceable(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
     return _lif_eager(x, tau, v_threshold, alpha)
 
 
