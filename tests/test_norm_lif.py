@@ -69,7 +69,7 @@ def norms(monkeypatch):
     is_training=st.booleans(),
     momentum=st.sampled_from([0.1, 0., None]),
     mean=st.sampled_from([0., 10.]),
-    chunk=st.sampled_from([1, 7, 100, 1 << 17]),
+    chunk=st.sampled_from([1, 7, 100, 1 << 19]),
     seed=st.integers(0, 2 ** 31),
 )
 def test_as_apart(

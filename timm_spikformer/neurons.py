@@ -32,7 +32,7 @@ class Norm(NamedTuple):
     time_steps: int
 
 
-_CHUNK = 1 << 17  # values of one step that are worked on at a time: a few such buffers fit a CPU's caches
+_CHUNK = 1 << 19  # values of one step that are worked on at a time: a few such buffers fit a CPU's last cache
 
 
 def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -188,9 +188,11 @@ class _LIFFunction(torch.autograd.Function):
             for t in range(time_steps - 1, -1, -1):  # the gradient of each current takes the place of its membrane
                 h = buffers[t]
                 torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
-                torch.gt(h, -v_threshold, out=not_reset)
+                is_last = t == time_steps - 1
+                if not is_last:
+                    torch.gt(h, -v_threshold, out=not_reset)
                 torch.addcmul(sig, sig, sig, value=-1, out=h).mul_(grad[t, rows]).mul_(alpha / tau)
-                if t < time_steps - 1:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
+                if not is_last:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
                     h.addcmul_(not_reset, buffers[t + 1], value=1. - 1. / tau)
             for t in range(num_steps, time_steps):
                 buffers[0].add_(buffers[t])
