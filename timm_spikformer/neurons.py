@@ -56,8 +56,8 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 def is_plain(layer: nn.Module, *classes: type) -> bool:
     """Whether a layer is of one of the classes itself, and nobody has hooked it or replaced its forward."""
-    is_changed = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or 'forward' in vars(layer)
-    return type(layer) in classes and not is_changed
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) in classes and not any(hooks) and 'forward' not in vars(layer)
 
 
 @torch.no_grad()
@@ -209,11 +209,11 @@ class _LIFFunction(torch.autograd.Function):
             if from_batch:  # the gradient of x sums to 0 and does not correlate with x
                 along_x = -scale * invstd * grad_weight / len(flat_x)
                 constant = -scale * grad_bias / len(flat_x) - along_x * mean
-            for rows, _ in _chunks(flat_x[None], 0):
-                g = flat_grad[rows]
+            size = max(1, _CHUNK // len(scale))
+            for g, chunk in zip(flat_grad.split(size), flat_x.split(size)):
                 torch.addcmul(constant, g, scale, out=g)
                 if from_batch:
-                    g.addcmul_(flat_x[rows], along_x)
+                    g.addcmul_(chunk, along_x)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
