@@ -7,14 +7,16 @@ checkpointing, DDP, TorchScript, FX, `torch.compile` and `torch.export` need no 
 Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is
 taken to share.
 """
-from typing import Any, Iterator, NamedTuple, Optional, Tuple
+import contextlib
+import functools
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ['LIF', 'Norm', 'is_plain', 'lif', 'norm_lif', 'norm_of']
+__all__ = ['LIF', 'Membranes', 'Norm', 'carry_membranes', 'is_plain', 'lif', 'norm_lif', 'norm_of']
 
 
 class Norm(NamedTuple):
@@ -118,10 +120,12 @@ def _charge(
         tau: float,
         v_threshold: float,
         buffers: Tensor,
+        last: Optional[Tensor] = None,
 ) -> None:
     """The charged membranes of currents `[T or 1, rows, C]` into the first T of `T + 2` buffers.
 
-    Negated, as `threshold` can then reset them: it keeps what is above a value, and sets the rest to 0.
+    Negated, as `threshold` can then reset them: it keeps what is above a value, and sets the rest to 0. `last` are
+    those of the step before, `[rows, C]`, where there is one.
     """
     *membranes, v, current = buffers
     tau_tensor = torch.tensor(tau, dtype=v.dtype)
@@ -131,11 +135,32 @@ def _charge(
                 torch.addcmul(affine[1], x[t], affine[0], out=current)
             else:
                 current = x[t].to(v.dtype)
-        if t == 0:
+        if last is None:
             torch.div(current, -tau, out=h)
         else:
-            torch.threshold(membranes[t - 1], -v_threshold, 0., out=v)
+            torch.threshold(last, -v_threshold, 0., out=v)
             torch.addcdiv(v, torch.add(current, v, out=h), tau_tensor, value=-1, out=h)
+        last = h
+
+
+def _fire(
+        x: Tensor,
+        affine: Optional[Tuple[Tensor, Tensor]],
+        time_steps: int,
+        tau: float,
+        v_threshold: float,
+        last: Optional[Tensor] = None,
+        charged: Optional[Tensor] = None,
+) -> Tensor:
+    """Spikes `[T, R, C]` of currents `[T or 1, R, C]`; the last charged membranes go into `charged`. See `_charge`."""
+    spikes = x.new_empty(time_steps, *x.shape[1:])
+    for rows, buffers in _chunks(x, time_steps):
+        _charge(x[:, rows], affine, tau, v_threshold, buffers, None if last is None else last[rows])
+        for t in range(time_steps):
+            torch.le(buffers[t], -v_threshold, out=spikes[t, rows])
+        if charged is not None:
+            charged[rows] = buffers[time_steps - 1]
+    return spikes
 
 
 class _LIFFunction(torch.autograd.Function):
@@ -162,13 +187,7 @@ class _LIFFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.args = from_batch, time_steps, tau, v_threshold, alpha
-        affine = _affine(weight, bias, mean, invstd)
-        spikes = x.new_empty(time_steps, *x.shape[1:])
-        for rows, buffers in _chunks(x, time_steps):
-            _charge(x[:, rows], affine, tau, v_threshold, buffers)
-            for t in range(time_steps):
-                torch.le(buffers[t], -v_threshold, out=spikes[t, rows])
-        return spikes
+        return _fire(x, _affine(weight, bias, mean, invstd), time_steps, tau, v_threshold)
 
     @staticmethod
     @once_differentiable
@@ -257,12 +276,20 @@ def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float, has_
 
 
 @torch.jit.ignore
-def _lif_cuda(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
-    """The same neuron through spikingjelly, which picks its fused CUDA or Triton kernel."""
+def _lif_cuda(
+        x: Tensor,
+        tau: float,
+        v_threshold: float,
+        alpha: float,
+        v: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """The same neuron through spikingjelly, which picks its fused CUDA or Triton kernel; and its membrane afterwards."""
     from spikingjelly.activation_based import functional, surrogate
-    spikes, _, _ = functional.lif_multi_step(
+    if v is None:
+        v = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    spikes, v, _ = functional.lif_multi_step(
         x,
-        torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
+        v,
         tau=tau,
         decay_input=True,
         v_threshold=v_threshold,
@@ -270,13 +297,13 @@ def _lif_cuda(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor
         surrogate_function=surrogate.Sigmoid(alpha=alpha),
         detach_reset=True,
     )
-    return spikes.to(x.dtype)
+    return spikes.to(x.dtype), v
 
 
 @torch.jit.ignore
 def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
     if x.is_cuda:
-        return _lif_cuda(x, tau, v_threshold, alpha)
+        return _lif_cuda(x, tau, v_threshold, alpha)[0]
     order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # as it lies in memory
     rows = x.permute(order)
     spikes = _LIFFunction.apply(
@@ -338,3 +365,53 @@ class LIF(nn.Module):
 
     def extra_repr(self) -> str:
         return f'tau={self.tau}, v_threshold={self.v_threshold}, alpha={self.alpha}'
+
+
+class Membranes:
+    """Membranes that neurons carry from one call to the next, in the hands of who asked for it: see `carry_membranes`."""
+
+    def __init__(self) -> None:
+        self._membranes: Dict[LIF, Tensor] = {}  # [B, rows of a sample, C]: charged and negated, on CUDA after the reset
+
+    def keep(self, samples: Tensor) -> None:
+        """Drop all samples of the batch but some, given as indices."""
+        self._membranes = {neuron: v[samples] for neuron, v in self._membranes.items()}
+
+    def _forward(self, neuron: LIF, x: Tensor, norm: Optional[Norm] = None) -> Tensor:
+        rows = x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x  # [T or 1, B, ..., C]
+        shape = rows.shape[1:]
+        rows = rows.flatten(2, -2)
+        last = self._membranes.get(neuron)
+        if last is not None and last.shape != rows.shape[1:]:
+            raise ValueError(f'Expected inputs of one shape, got {list(rows.shape[1:])} after {list(last.shape)}.')
+        if x.is_cuda:
+            spikes, membrane = _lif_cuda(rows, neuron.tau, neuron.v_threshold, neuron.alpha, last)
+        else:
+            affine = None if norm is None else _affine(*norm[:4])
+            time_steps = len(x) if norm is None else norm.time_steps
+            membrane = rows.new_empty(rows.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
+            spikes = _fire(
+                rows.flatten(1, 2), affine, time_steps, neuron.tau, neuron.v_threshold,
+                None if last is None else last.flatten(0, 1), membrane.flatten(0, 1))
+        self._membranes[neuron] = membrane
+        spikes = spikes.reshape(-1, *shape)
+        return spikes.permute(0, 1, 4, 2, 3) if x.ndim == 5 else spikes
+
+
+@contextlib.contextmanager
+def carry_membranes(model: nn.Module) -> Iterator[Membranes]:
+    """Within it the neurons of a model go on where the call before has left them: a sequence, part by part.
+
+    The spikes are those of the whole sequence, to the bit. Without gradients. What is carried is in the `Membranes`
+    that it gives, and nothing in the modules: it ends with the `with` block.
+    """
+    membranes = Membranes()
+    neurons = [m for m in model.modules() if isinstance(m, LIF)]
+    with torch.no_grad():
+        try:
+            for neuron in neurons:
+                neuron.forward = functools.partial(membranes._forward, neuron)
+            yield membranes
+        finally:
+            for neuron in neurons:
+                vars(neuron).pop('forward', None)

@@ -25,7 +25,7 @@ from .layers import SpikingBlock, Visible
 from .pretrained import locate_weights, shipped_weights
 from .stems import STEMS
 
-__all__ = ['Spikformer']
+__all__ = ['Spikformer', 'find_spikformer']
 
 
 @torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
@@ -54,7 +54,7 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
 
 
 @contextlib.contextmanager
-def _spare_bn_statistics(module: nn.Module) -> Iterator[None]:
+def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
     """Let BN update copies of its running statistics."""
     buffers = [
         (m, name, value)
@@ -74,7 +74,7 @@ def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
     """Gradient checkpointing whose recomputation does not update the BN statistics a second time."""
     if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
         return checkpoint(module, *args, use_reentrant=False)
-    context_fn = lambda: (contextlib.nullcontext(), _spare_bn_statistics(module))  # noqa: E731
+    context_fn = lambda: (contextlib.nullcontext(), spare_bn_statistics(module))  # noqa: E731
     return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
 
 
@@ -257,6 +257,7 @@ class Spikformer(nn.Module):
             num_levels: int,
             visible: Optional[Tensor] = None,
             take_blocks: bool = False,
+            keep_time: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run the first of the levels; everything that is returned is a mean over time.
 
@@ -266,6 +267,7 @@ class Spikformer(nn.Module):
             num_levels: Number of levels to run
             visible: Indices of the tokens to see, `[B, N']`, in increasing order; by default all
             take_blocks: Return the stem's output and that of each block, `[B, N, D]`, and no level
+            keep_time: Return the last output at each time step, `[T, B, D, H, W]`
         Returns:
             The last output, a map or, of visible tokens, `[B, N', D]`, and what was to be returned
         """
@@ -301,6 +303,8 @@ class Spikformer(nn.Module):
             if visible is None:
                 x = x.transpose(2, 3).unflatten(3, (H, W))
 
+        if keep_time:
+            return x, taken
         x = x.mean(0)
         if self.num_levels - 1 in take_indices:
             taken.append(x)
@@ -380,10 +384,42 @@ class Spikformer(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
+    @torch.jit.ignore
+    def classify_steps(self, x: Tensor) -> Tensor:
+        """Logits after each time step, `[T, B, K]`, of the encoder's output at each, `[T, B, D, H, W]`."""
+        return torch.stack([self.forward_head(x[:t].mean(0)) for t in range(1, len(x) + 1)])
+
+    @torch.jit.ignore
+    def forward_steps(self, x: Tensor) -> Tensor:
+        """Logits after each time step, `[T, B, num_classes]`; in eval mode the last are those of `forward`.
+
+        Time is causal: in eval mode those after t steps are what the model says with `time_steps=t`.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+        """
+        x, _ = self._encode(x, [], len(self.stem.stages), keep_time=True)
+        return self.classify_steps(x)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+
+def find_spikformer(model: nn.Module) -> Spikformer:
+    """The Spikformer that a module is or holds: one of timm's or transformers' wrappers, a masked autoencoder, DDP.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = [m for m in model.modules() if isinstance(m, Spikformer)]
+    if len(found) != 1:
+        raise ValueError(
+            f'Expected a Spikformer or a module that holds one: a model of timm.list_models(module="spikformer"), a '
+            f'SpikformerMAE, or one of the Spikformer classes of transformers. Got a {type(model).__name__}, which '
+            f'holds {len(found) or "none"}.')
+    return found[0]
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -1,0 +1,438 @@
+"""Firing rates, operations and energy of a Spikformer on data: `profile`."""
+import contextlib
+import dataclasses
+import itertools
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..masked_autoencoder import SpikformerMAE
+from ..spikformer import Spikformer, find_spikformer, spare_bn_statistics
+from .conventions import Conventions, CostModel, cost_model
+from .recording import Recorder, Tally
+
+__all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
+
+GROUPS = ('stem', 'attention', 'mlp', 'head')
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Operations of one image, over all of its time steps, and their energy.
+
+    Args:
+        parameters: Number of them.
+        dense_macs: Multiply-accumulates that an artificial network of the same shape would do: those of one time step.
+        macs: Multiply-accumulates of the spiking network.
+        acs: Its accumulates, also called SynOps.
+        energy_mj: Its energy, millijoules.
+        ann_energy_mj: Energy of the artificial network, millijoules.
+    """
+    parameters: int
+    dense_macs: float
+    macs: float
+    acs: float
+    energy_mj: float
+    ann_energy_mj: float
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer: a product with weights and the neurons behind it, or the two products of attention and its neurons.
+
+    Args:
+        name: Name in the timm model.
+        group: stem, attention, mlp or head.
+        input: What it reads: an image, spikes, sums of spikes, or features, which are means of them.
+        parameters: Number of its parameters, BN's included.
+        dense_macs: Multiply-accumulates of one image and one time step, if no input were 0.
+        input_rate: Mean of the input at each time step, where it is spikes or sums of spikes.
+        values: Of an input of sums, the share of each value.
+        firing_rate: Spikes per neuron at each time step; none of the classifier.
+        silent: Share of the neurons that have never fired.
+        saturated: Share of the neurons that have fired at each step of each image.
+        macs: Multiply-accumulates of one image at each time step, as the conventions count.
+        acs: Accumulates of one image at each time step.
+        energy_mj: Energy of one image, millijoules.
+        ann_energy_mj: Energy of its dense multiply-accumulates, done once.
+    """
+    name: str
+    group: str
+    input: str
+    parameters: int
+    dense_macs: float
+    input_rate: Optional[List[float]]
+    values: Optional[Dict[int, float]]
+    firing_rate: Optional[List[float]]
+    silent: Optional[float]
+    saturated: Optional[float]
+    macs: List[float]
+    acs: List[float]
+    energy_mj: float
+    ann_energy_mj: float
+
+    @property
+    def mean_firing_rate(self) -> Optional[float]:
+        return None if self.firing_rate is None else sum(self.firing_rate) / len(self.firing_rate)
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What the model says after a time step, and what it has cost by then.
+
+    Args:
+        step: 1 for the first one.
+        energy_mj: Energy of one image if it stops here, the classifier included, millijoules.
+        agreement: Share of the images whose prediction is that of the last step.
+        confidence: Mean of the highest probability.
+        accuracy: Share of the images that are classified right; none without labels.
+    """
+    step: int
+    energy_mj: float
+    agreement: Optional[float] = None
+    confidence: Optional[float] = None
+    accuracy: Optional[float] = None
+
+
+class _Predictions:
+    """Sums over the images, `[T]` each."""
+
+    def __init__(self) -> None:
+        self.agreement = self.confidence = torch.zeros((), dtype=torch.float64)
+        self.correct: Optional[Tensor] = torch.zeros((), dtype=torch.float64)  # None where there are no labels
+
+    def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
+        """Of a batch: logits after each time step, `[T, B, K]`, and labels."""
+        confidence, said = logits.float().softmax(-1).cpu().max(-1)
+        self.agreement = self.agreement + (said == said[-1]).sum(1)
+        self.confidence = self.confidence + confidence.double().sum(1)
+        self.correct = None if y is None or self.correct is None else self.correct + (said == y.cpu()).sum(1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` has seen, counted in one way; `under` counts it in another, without running the model again.
+
+    Args:
+        model: Name of the architecture.
+        time_steps: Time steps of each image or sequence.
+        images: Number of images or sequences.
+        is_sequence: Whether these were sequences, with an input of its own at each time step.
+        by_channel: Whether silent and saturated are shares of channels: those of a masked autoencoder, and where images
+            are of different sizes. Else they are shares of neurons.
+        conventions: What counts as an operation.
+        cost: What an operation costs.
+    """
+    model: str
+    time_steps: int
+    images: int
+    is_sequence: bool
+    by_channel: bool
+    conventions: Conventions
+    cost: CostModel
+    _tallies: List[Tally]
+    _predictions: Optional[_Predictions]
+
+    def under(
+            self,
+            cost: Union[str, CostModel, Tuple[float, float], None] = None,
+            **conventions: str,
+    ) -> 'Profile':
+        """The same, counted by other conventions or at another cost: `profile.under('int8', residual='mac')`."""
+        return dataclasses.replace(
+            self,
+            conventions=dataclasses.replace(self.conventions, **conventions),
+            cost=self.cost if cost is None else cost_model(cost),
+        )
+
+    @cached_property
+    def layers(self) -> List[LayerProfile]:
+        return [self._layer(tally) for tally in self._tallies]
+
+    def layer(self, name: str) -> LayerProfile:
+        """The layer of a name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ValueError(f'There is no layer {name!r}, expected one of {", ".join(x.name for x in self.layers)}.')
+
+    def _layer(self, tally: Tally) -> LayerProfile:
+        n = self.images
+        dense, macs, acs = self._operations(tally)
+        spikes_in = tally.input in ('spikes', 'sums') and tally.attention is None
+        fired = tally.channels if tally.neurons is None else tally.neurons
+        count = sum(tally.values.values())
+        return LayerProfile(
+            tally.name, tally.group, tally.input, tally.parameters, dense / n,
+            input_rate=(tally.total / tally.numel).tolist() if spikes_in else None,
+            values={value: tally.values[value] / count for value in sorted(tally.values)} if count else None,
+            firing_rate=None if tally.spikes is None else (tally.spikes / tally.outputs).tolist(),
+            silent=None if tally.spikes is None else fired.silent,
+            saturated=None if tally.spikes is None else fired.saturated,
+            macs=(macs / n).tolist(),
+            acs=(acs / n).tolist(),
+            energy_mj=self.cost.energy_mj(macs.sum().item(), acs.sum().item()) / n,
+            ann_energy_mj=self.cost.energy_mj(dense, 0.) / n,
+        )
+
+    def _operations(self, tally: Tally) -> Tuple[float, Tensor, Tensor]:
+        """Of all images: dense multiply-accumulates of a time step; those done, and accumulates, at each of them."""
+        by = self.conventions
+        nothing = torch.zeros(self.time_steps, dtype=torch.float64)
+        at_each = torch.ones_like(nothing)
+        macs = acs = nothing
+        done = at_each  # at which steps the product is
+        if tally.attention is not None:
+            dense, acs = self._attention(tally)
+        else:
+            dense = tally.dense
+            input = tally.input
+            if input == 'image' and self.is_sequence and tally.is_integer:
+                input = 'sums'
+            if input == 'features':
+                done = torch.eye(self.time_steps, dtype=torch.float64)[-1]
+                macs = done * dense
+            elif input == 'image' and not self.is_sequence and by.first_conv == 'ac':
+                acs = at_each * dense
+            elif input == 'image':
+                if not self.is_sequence and by.first_conv == 'once':
+                    done = torch.eye(self.time_steps, dtype=torch.float64)[0]
+                macs = done * dense
+            elif input == 'sums' and by.residual == 'mac':
+                macs = at_each * dense
+            else:
+                is_nonzero = by.residual == 'nonzero'
+                if by.fan_out == 'exact':
+                    acs = tally.nonzero_uses if is_nonzero else tally.uses
+                else:
+                    acs = (tally.nonzero if is_nonzero else tally.total) * (dense / tally.numel)
+        if by.bn == 'mac' and tally.has_bn:
+            macs = macs + done * tally.outputs
+        if by.neuron == 'mac' and tally.spikes is not None:
+            macs = macs + at_each * tally.outputs
+        return dense, macs, acs
+
+    def _attention(self, tally: Tally) -> Tuple[float, Tensor]:
+        by, a = self.conventions, tally.attention
+        if by.attention_order == 'cheaper' and a.kv_is_cheaper:
+            dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
+        else:
+            dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
+        if by.attention == 'none':
+            return 2 * dense, torch.zeros_like(first)
+        first = pairs if by.attention == 'coincidence' else first * (dense / a.numel)
+        return 2 * dense, first + second * (dense / a.numel)
+
+    def _sum(self, layers: Iterable[LayerProfile]) -> Totals:
+        layers = list(layers)
+        return Totals(
+            sum(x.parameters for x in layers),
+            sum(x.dense_macs for x in layers),
+            sum(sum(x.macs) for x in layers),
+            sum(sum(x.acs) for x in layers),
+            sum(x.energy_mj for x in layers),
+            sum(x.ann_energy_mj for x in layers),
+        )
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Of the whole model; of a masked autoencoder, of its encoder."""
+        return self._sum(self.layers)
+
+    @cached_property
+    def groups(self) -> Dict[str, Totals]:
+        """Of stem, attention, MLP and head."""
+        groups = {name: [x for x in self.layers if x.group == name] for name in GROUPS}
+        return {name: self._sum(layers) for name, layers in groups.items() if layers}
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and time step, mean over the layers."""
+        rates = [x.mean_firing_rate for x in self.layers if x.firing_rate is not None]
+        return sum(rates) / len(rates)
+
+    @property
+    def acs_per_dense_mac(self) -> float:
+        """Accumulates for each multiply-accumulate and time step that they stand for.
+
+        It is the mean firing rate that a published energy implies: each layer weighs as much as it computes.
+        """
+        layers = [x for x in self.layers if any(x.acs)]
+        return sum(sum(x.acs) for x in layers) / (self.time_steps * sum(x.dense_macs for x in layers) or 1.)
+
+    @property
+    def accuracy(self) -> Optional[float]:
+        """Share of the images that are classified right after all time steps; none without labels."""
+        return self.steps[-1].accuracy
+
+    @property
+    def silent_layers(self) -> List[str]:
+        """Layers of which no neuron has fired."""
+        return [x.name for x in self.layers if x.silent == 1.]
+
+    @cached_property
+    def steps(self) -> List[StepProfile]:
+        """After each time step: energy, agreement with the last one, confidence and accuracy."""
+        head = sum(x.energy_mj for x in self.layers if x.group == 'head')
+        body = [x for x in self.layers if x.group != 'head']
+        energies = [
+            self.cost.energy_mj(sum(x.macs[t] for x in body), sum(x.acs[t] for x in body))
+            for t in range(self.time_steps)
+        ]
+        steps = []
+        for t, energy in enumerate(itertools.accumulate(energies)):
+            p = self._predictions
+            said = {} if p is None else dict(
+                agreement=p.agreement[t].item() / self.images,
+                confidence=p.confidence[t].item() / self.images,
+                accuracy=None if p.correct is None else p.correct[t].item() / self.images,
+            )
+            steps.append(StepProfile(t + 1, energy + head, **said))
+        return steps
+
+    def to_dict(self) -> Dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        values = {name: getattr(self, name) for name in (
+            'model', 'time_steps', 'images', 'is_sequence', 'by_channel', 'accuracy', 'firing_rate',
+            'acs_per_dense_mac')}
+        values.update({
+            name: dataclasses.asdict(getattr(self, name)) for name in ('conventions', 'cost', 'totals')})
+        values['groups'] = {name: dataclasses.asdict(totals) for name, totals in self.groups.items()}
+        values['steps'] = [dataclasses.asdict(x) for x in self.steps]
+        values['layers'] = [dataclasses.asdict(x) for x in self.layers]
+        return values
+
+
+def _split_batch(batch: Any) -> Tuple[Tensor, Optional[Tensor]]:
+    """Images and labels of what a data loader gives."""
+    x, y = batch, None
+    if isinstance(batch, Mapping):
+        x = batch.get('pixel_values')
+        y = next((batch[key] for key in ('labels', 'label') if batch.get(key) is not None), None)
+    elif isinstance(batch, (tuple, list)):
+        x, y = batch[0] if batch else None, batch[1] if len(batch) > 1 else None
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f'Expected batches of images: a tensor, a pair (images, labels), or a dict with pixel_values. Got '
+            f'{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}.')
+    return x, y if isinstance(y, Tensor) else None
+
+
+def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool]) -> Optional[Tensor]:
+    """Class indices `[B]`, or None where nothing can be right or wrong."""
+    if accuracy is False:
+        return None
+    if y is None or y.ndim != 1 or y.is_floating_point():
+        if accuracy:
+            what = 'no labels' if y is None else f'labels {list(y.shape)} of {y.dtype}'
+            raise ValueError(f'Accuracy was asked for, and the data has {what}. Expected a class index for each image.')
+        return None
+    if len(y) and (y.min() < 0 or y.max() >= num_classes):
+        raise ValueError(
+            f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. With '
+            f'accuracy=False they are not looked at.')
+    return y
+
+
+@contextlib.contextmanager
+def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
+    """Run an encoder without gradients, and leave it, BN's statistics and random numbers as they were.
+
+    Args:
+        encoder: The model.
+        time_steps: Number of time steps for which images are presented within.
+    """
+    before = encoder.time_steps
+    if time_steps is not None and (not isinstance(time_steps, int) or time_steps < 1):
+        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+    device = next(encoder.parameters()).device
+    fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
+    with torch.inference_mode(False), torch.no_grad(), fork_rng, spare_bn_statistics(encoder):
+        try:
+            encoder.time_steps = before if time_steps is None else time_steps
+            yield
+        finally:
+            encoder.time_steps = before
+
+
+def profile(
+        model: nn.Module,
+        data: Iterable[Any],
+        time_steps: Optional[int] = None,
+        conventions: Optional[Conventions] = None,
+        cost: Union[str, CostModel, Tuple[float, float]] = 'fp32',
+        accuracy: Optional[bool] = None,
+        max_batches: Optional[int] = None,
+) -> Profile:
+    """Firing rates, operations and energy of a Spikformer, in one pass over data.
+
+    The memory does not depend on the number of batches. The model is run as it is: in eval or train mode, under autocast
+    or not; and it is left as it was, BN's running statistics included.
+
+    Args:
+        model: A Spikformer of timm, V1 or V2, what transformers or DDP have made of one, or a masked autoencoder, whose
+            encoder is profiled, under masks that it draws.
+        data: Batches, as of a data loader: tensors, pairs (images, labels), or dicts with `pixel_values` and `labels`.
+            Images are `[B, C, H, W]`, sequences `[B, T, C, H, W]`.
+        time_steps: Time steps to present images for; by default the model's own.
+        conventions: What counts as an operation; by default as in the papers.
+        cost: Energy of operations: 'fp32', 'fp16', 'int8', 'int32', a pair of picojoules (multiply-accumulate,
+            accumulate), or a `CostModel`.
+        accuracy: Whether to compare with the labels; by default where there are some.
+        max_batches: Stop after this many.
+
+    Raises:
+        ValueError: The model is no Spikformer; there is no data, or no labels where accuracy is asked for; sequences
+            are of another length than time_steps, or than each other.
+    """
+    encoder = find_spikformer(model)
+    is_mae = any(isinstance(m, SpikformerMAE) for m in model.modules())
+    predictions = _Predictions() if encoder.num_classes > 0 else None
+    if accuracy and predictions is None:
+        raise ValueError('Accuracy was asked for, and the model has no classifier.')
+    conventions, cost = conventions or Conventions(), cost_model(cost)
+    recorder = Recorder(encoder, by_channel=is_mae)
+    device = next(encoder.parameters()).device
+    images, is_sequence, length = 0, False, None
+    with unchanged(encoder, time_steps):
+        for batch in itertools.islice([data] if isinstance(data, Tensor) else data, max_batches):
+            x, y = _split_batch(batch)
+            is_sequence = x.ndim == 5
+            steps = x.shape[1] if is_sequence else encoder.time_steps
+            if is_sequence and time_steps is not None and steps != time_steps:
+                raise ValueError(f'time_steps is {time_steps}, and the sequences have {steps} time steps of their own.')
+            if length not in (None, steps):
+                raise ValueError(f'All inputs must have the same number of time steps, got {steps} after {length}.')
+            length = steps
+            if predictions is not None:
+                y = _check_labels(y, encoder.num_classes, accuracy)
+            with recorder.watch():
+                model(x.to(device))
+            if predictions is not None:
+                tokens = recorder.output.transpose(2, 3).unsqueeze(-1)  # [T, B, D, N, 1]
+                predictions.add(encoder.classify_steps(tokens), y)
+            recorder.output = None
+            images += len(x)
+    if images == 0:
+        raise ValueError('There is no data: the loader has given no images.')
+    tallies = list(recorder.tallies.values())
+    name = getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__)
+    result = Profile(
+        name, length, images, is_sequence, any(t.neurons is None for t in tallies if t.spikes is not None),
+        conventions, cost, tallies, predictions)
+    if result.silent_layers:
+        _logger.warning(
+            'No neuron fires in %d of %d layers, %s for one: the figures say little. In eval mode BN needs the running '
+            'statistics of the data: train for some steps, or load weights.', len(result.silent_layers),
+            len(result.layers), result.silent_layers[0])
+    return result
