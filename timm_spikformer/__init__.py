@@ -1,6 +1,7 @@
 """Spikformer V2, a spiking vision transformer, for timm and transformers. Importing this registers its models."""
 from typing import Any
 
+from .anytime import predict_anytime
 from .hf.registration import register as _register_with_transformers
 from .masked_autoencoder import SpikformerMAE
 from .neurons import LIF, lif
@@ -18,10 +19,19 @@ _OF_TRANSFORMERS = {
     'SpikformerForMaskedImageModeling': 'modeling_spikformer',
     'SpikformerModel': 'modeling_spikformer',
     'FiringRateCallback': 'trainer',
+    'ProfileCallback': 'trainer',
     'SpikformerTrainer': 'trainer',
 }
 
-__all__ = ['LIF', 'Spikformer', 'SpikformerMAE', 'lif', 'set_hub_namespace', *_OF_TRANSFORMERS]
+__all__ = [
+    'LIF',
+    'Spikformer',
+    'SpikformerMAE',
+    'lif',
+    'predict_anytime',
+    'set_hub_namespace',
+    *_OF_TRANSFORMERS,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -283,7 +283,7 @@ def _lif_cuda(
         alpha: float,
         v: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """The same neuron through spikingjelly, which picks its fused CUDA or Triton kernel; and its membrane afterwards."""
+    """The same neuron through spikingjelly, which picks its fused CUDA or Triton kernel, and its last membrane."""
     from spikingjelly.activation_based import functional, surrogate
     if v is None:
         v = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -368,10 +368,11 @@ class LIF(nn.Module):
 
 
 class Membranes:
-    """Membranes that neurons carry from one call to the next, in the hands of who asked for it: see `carry_membranes`."""
+    """Membranes that neurons carry from one call to the next: see `carry_membranes`."""
 
     def __init__(self) -> None:
-        self._membranes: Dict[LIF, Tensor] = {}  # [B, rows of a sample, C]: charged and negated, on CUDA after the reset
+        # [B, rows of a sample, C]: charged and negated, but on CUDA after the reset
+        self._membranes: Dict[LIF, Tensor] = {}
 
     def keep(self, samples: Tensor) -> None:
         """Drop all samples of the batch but some, given as indices."""

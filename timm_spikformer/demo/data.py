@@ -1,13 +1,14 @@
 """Images for the demo: a folder of one's own or the shipped Fashion-MNIST, presented by timm's data pipeline."""
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import datasets
 import timm
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader
+from timm.data import ImageDataset, create_dataset, create_loader, create_transform
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ..pretrained import cfg_to_train
 
@@ -22,6 +23,15 @@ class Data(NamedTuple):
     test: ImageDataset
     classes: List[str]
     config: Dict[str, Any]  # timm's data config: input_size, mean, std, interpolation, crop_pct
+
+
+def _split_names(folder: Path, expected: str) -> List[str]:
+    if not folder.is_dir():
+        raise ValueError(f'{folder} is not a folder. {expected}')
+    try:
+        return datasets.get_dataset_split_names(str(folder))
+    except (FileNotFoundError, datasets.exceptions.DatasetsError) as e:
+        raise ValueError(f'{folder} holds no images. {expected}') from e
 
 
 def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
@@ -43,12 +53,7 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         cfg = cfg_to_train(model)
     config = {key: getattr(cfg, key) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     expected = 'Expected DIR/{train,test}/CLASS/*.png, or parquet files with columns image and label.'
-    if not folder.is_dir():
-        raise ValueError(f'{folder} is not a folder. {expected}')
-    try:
-        splits = datasets.get_dataset_split_names(str(folder))
-    except (FileNotFoundError, datasets.exceptions.DatasetsError) as e:
-        raise ValueError(f'{folder} holds no images. {expected}') from e
+    splits = _split_names(folder, expected)
     test_split = next((s for s in _TEST_SPLITS if s in splits), None)
     if 'train' not in splits:
         raise ValueError(f'{folder} has no training split, only {", ".join(splits)}. {expected}')
@@ -78,6 +83,67 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         parts = train.reader.dataset.train_test_split(_HELD_OUT, seed=seed, stratify_by_column=stratify_by)
         train.reader.dataset, test.reader.dataset = parts['train'], parts['test']
     return Data(train, test, classes, config)
+
+
+class _Images(Dataset):
+    """Images, presented, and their labels where there are some."""
+
+    def __init__(self, source: datasets.Dataset, config: Dict[str, Any]):
+        self.source = source
+        self.mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+        self.transform = create_transform(**config, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Union[Tensor, Tuple[Tensor, int]]:
+        row = self.source[i]
+        x = self.transform(row['image'].convert(self.mode))
+        return (x, row['label']) if isinstance(row.get('label'), int) else x
+
+
+class TestImages(NamedTuple):
+    """Images to look at what a model does with them; `num_classes` is None where they have no labels."""
+    loader: DataLoader
+    name: str
+    num_classes: Optional[int]
+
+
+def load_test_images(
+        folder: Optional[Path],
+        config: Dict[str, Any],
+        count: Optional[int] = None,
+        batch_size: int = 64,
+) -> TestImages:
+    """The test images of a folder, else its validation images, else those that it has; they need no labels.
+
+    Args:
+        folder: As of `load_data`; by default the shipped Fashion-MNIST.
+        config: timm's data config: input_size, mean, std, interpolation, crop_pct.
+        count: How many to take, evenly spread over all; by default all.
+        batch_size: Images in a batch.
+
+    Raises:
+        ValueError: The folder does not exist, or holds no images.
+    """
+    name = 'Fashion-MNIST' if folder is None else folder.name
+    folder = FASHION_MNIST if folder is None else folder
+    expected = 'Expected DIR/{train,test}/CLASS/*.png, DIR/*.png, or parquet files with a column image.'
+    splits = _split_names(folder, expected)
+    split = next((s for s in _TEST_SPLITS if s in splits), splits[0])
+    source = datasets.load_dataset(str(folder), split=split)
+    if not isinstance(source.features.get('image'), datasets.Image):
+        raise ValueError(f'{folder} has the columns {", ".join(source.features) or "none"}. {expected}')
+    label = source.features.get('label')
+    num_classes = None
+    if isinstance(label, datasets.ClassLabel):
+        num_classes = label.num_classes
+    elif label is not None and source['label'] and isinstance(source['label'][0], int):
+        num_classes = max(source['label']) + 1
+    if count is not None and count < len(source):
+        source = source.select(torch.linspace(0, len(source) - 1, count).long().tolist())
+    loader = DataLoader(_Images(source, config), batch_size)
+    return TestImages(loader, f'{len(source):,} images of {name}, {split} split', num_classes)
 
 
 def take(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:

@@ -202,6 +202,10 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
                 f'labels must be less than num_labels={self.num_labels}, got {labels.min()} to {labels.max()}. Load '
                 f'the model with num_labels=N to give it a classifier of N classes.')
 
+    def forward_steps(self, pixel_values: Tensor) -> Tensor:
+        """Logits after each time step, `[T, B, num_labels]`; in eval mode the last are those of `forward`."""
+        return self.timm_model.forward_steps(pixel_values.to(self.dtype))
+
     @can_return_tuple
     def forward(
             self,

@@ -1,5 +1,7 @@
 """What stock Trainer lacks for a spiking network."""
+import itertools
 import logging
+import os
 from typing import Any, Dict, Optional
 
 import torch
@@ -10,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..neurons import LIF
 
-__all__ = ['FiringRateCallback', 'SpikformerTrainer']
+__all__ = ['FiringRateCallback', 'ProfileCallback', 'SpikformerTrainer']
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +69,52 @@ class FiringRateCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.monitor.remove_hooks()
         self.monitor = None
+
+
+class ProfileCallback(TrainerCallback):
+    """Profiles the model at each evaluation: rates and energy into Trainer's log, more and pictures into TensorBoard.
+
+    Every process runs it, as the data loader is shared; the first one writes.
+    """
+
+    def __init__(self, max_batches: int = 4, tb_writer: Any = None, **options: Any):
+        """
+        Args:
+            max_batches: Number of evaluation batches to run.
+            tb_writer: A `SummaryWriter`; by default one in the folder of Trainer's own.
+            options: Of `timm_spikformer.profiling.profile`: time_steps, conventions, cost.
+        """
+        if max_batches < 1:
+            raise ValueError(f'max_batches must be at least 1, got {max_batches}.')
+        self.max_batches = max_batches
+        self.tb_writer = tb_writer
+        self.options = options
+
+    def on_evaluate(
+            self,
+            args,
+            state,
+            control,
+            model: nn.Module = None,
+            eval_dataloader=None,
+            metrics: Optional[Dict[str, Any]] = None,
+            **kwargs,
+    ) -> None:
+        from ..profiling import log_profile, look, profile
+        batches = list(itertools.islice(eval_dataloader, self.max_batches))
+        result = profile(model, batches, **self.options)
+        added = {'profile/firing_rate': result.firing_rate, 'profile/energy_mj': result.totals.energy_mj}
+        state.log_history[-1].update(added)
+        if metrics is not None:
+            metrics.update(added)
+        if not state.is_world_process_zero:
+            return
+        if self.tb_writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            folder = os.getenv('TENSORBOARD_LOGGING_DIR') or os.path.join(args.output_dir, 'runs')
+            self.tb_writer = SummaryWriter(os.path.join(os.path.expanduser(folder), 'profile'))
+        samples = look(model, batches[0]['pixel_values'][:8], time_steps=self.options.get('time_steps'))
+        log_profile(self.tb_writer, result, state.global_step, samples)
 
 
 class SpikformerTrainer(Trainer):

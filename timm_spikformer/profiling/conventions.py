@@ -47,9 +47,9 @@ class Conventions:
     """What counts as an operation.
 
     The default is the formula of Spikformer, https://arxiv.org/abs/2209.15425: a layer with spiking input does its
-    mean input times T times its dense multiply-accumulates as accumulates, and the first convolution and the classifier,
-    whose input is real-valued, do multiply-accumulates. Where its text leaves a choice open, as for sums of spikes and
-    the order of attention's products, the default is this project's reading.
+    mean input times T times its dense multiply-accumulates as accumulates, and the first convolution and the
+    classifier, whose input is real-valued, do multiply-accumulates. Where its text leaves a choice open, as for sums of
+    spikes and the order of attention's products, the default is this project's reading.
 
     Never counted, whatever the options: biases, which are added once for each output, the additions of the residual
     stream, pooling, and attention's scale, which a threshold can hold.

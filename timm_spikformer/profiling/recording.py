@@ -17,7 +17,6 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import ConvBNLIF, LinearBNLIF, SpikingSelfAttention
-from ..neurons import LIF
 from ..spikformer import Spikformer
 from ..stems import SpikingConvStem
 

@@ -376,8 +376,8 @@ def profile(
 ) -> Profile:
     """Firing rates, operations and energy of a Spikformer, in one pass over data.
 
-    The memory does not depend on the number of batches. The model is run as it is: in eval or train mode, under autocast
-    or not; and it is left as it was, BN's running statistics included.
+    The memory does not depend on the number of batches. The model is run as it is, in eval or train mode, under
+    autocast or not, and it is left as it was, BN's running statistics included.
 
     Args:
         model: A Spikformer of timm, V1 or V2, what transformers or DDP have made of one, or a masked autoencoder, whose
@@ -407,6 +407,8 @@ def profile(
     with unchanged(encoder, time_steps):
         for batch in itertools.islice([data] if isinstance(data, Tensor) else data, max_batches):
             x, y = _split_batch(batch)
+            if len(x) == 0:
+                continue
             is_sequence = x.ndim == 5
             steps = x.shape[1] if is_sequence else encoder.time_steps
             if is_sequence and time_steps is not None and steps != time_steps:

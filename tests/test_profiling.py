@@ -1,0 +1,528 @@
+"""Firing rates, operations and energy: against counting by hand, against spikingjelly's counters, and against SPEC."""
+import copy
+import csv
+import dataclasses
+import gc
+import io
+import itertools
+import json
+import resource
+
+import pytest
+import timm
+import torch
+from benchmarks.peer import PeerSpikformer
+from conftest import calibrate, firing_rates
+from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
+from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.profiling import Conventions, CostModel, profile
+from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
+
+EXACT = dict(fan_out='exact')
+
+
+@pytest.fixture(params=['scs', 'sps'])
+def tiny(request, images):
+    """A model so small that its multiplications can be done one by one, every layer of it firing."""
+    torch.manual_seed(0)
+    model = Spikformer(
+        patch_size=4, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2., time_steps=3, num_classes=3,
+        stem=request.param, stem_strides=(1, 2, 1, 2))
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.constant_(m.bias, 2. if 'qkv' in name else 0.6)  # four tokens are few
+    return calibrate(model, images[:, :, 24:32, 24:32])
+
+
+def by_hand(layer, x):
+    """Of inputs `[n, ...]`: products with a weight, paddings too; those with an input; their sum; those not of 0."""
+    dense = real = total = nonzero = 0
+    if isinstance(layer, nn.Linear):
+        for value in x.flatten(0, -2).flatten().tolist():
+            for _ in range(layer.out_features):
+                dense += 1
+                real += 1
+                total += value
+                nonzero += value != 0
+        return dense, real, total, nonzero
+    n, C, H, W = x.shape
+    out, _, kh, kw = layer.weight.shape
+    stride, padding = layer.stride[0], layer.padding[0]
+    values = x.tolist()
+    for i, y, z in itertools.product(
+            range(n), range((H + 2 * padding - kh) // stride + 1), range((W + 2 * padding - kw) // stride + 1)):
+        for c, dy, dx in itertools.product(range(C), range(kh), range(kw)):
+            row, column = y * stride + dy - padding, z * stride + dx - padding
+            is_real = 0 <= row < H and 0 <= column < W
+            value = values[i][c][row][column] if is_real else 0
+            for _ in range(out):
+                dense += 1
+                real += is_real
+                total += value
+                nonzero += value != 0
+    return dense, real, total, nonzero
+
+
+def attention_by_hand(q, k, v):
+    """Of spikes `[..., N, d]`: pairs that both fire in q k^T, and in k^T v; accumulates of v and of q."""
+    qk = kv = 0
+    for a, b, c in zip(q.flatten(0, -3).tolist(), k.flatten(0, -3).tolist(), v.flatten(0, -3).tolist()):
+        N, d = len(a), len(a[0])
+        for n, m, i in itertools.product(range(N), range(N), range(d)):
+            qk += a[n][i] * b[m][i]
+        for n, i, j in itertools.product(range(N), range(d), range(d)):
+            kv += b[n][i] * c[n][j]
+    return qk, kv
+
+
+def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
+    x = images[:2, :, 24:32, 24:32]
+    inputs, spikes = {}, {}
+    for name, m in tiny.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(lambda m, args, out, name=name: inputs.update({name: (m, args[0])}))
+        if name.endswith('qkv'):
+            m.register_forward_hook(lambda m, args, out: spikes.update(qkv=out))
+    with torch.no_grad():
+        tiny(x)
+    seen = profile(tiny, x, conventions=Conventions(**EXACT))
+    nonzero_seen = seen.under(residual='nonzero')
+    mean = seen.under(fan_out='dense')
+
+    for name, (m, layer_input) in inputs.items():
+        layer = seen.layer(name if name == 'head.fc' else name.rpartition('.')[0])
+        dense, real, total, nonzero = by_hand(m, layer_input)
+        steps = 1 if layer.input in ('image', 'features') else 3
+        assert layer.dense_macs * len(x) * steps == dense
+        if steps == 1:
+            assert sum(layer.macs) * len(x) == dense and sum(layer.acs) == 0
+        else:
+            assert 0 < total < dense
+            assert sum(layer.acs) * len(x) == pytest.approx(total, abs=1e-6)
+            assert sum(nonzero_seen.layer(layer.name).acs) * len(x) == pytest.approx(nonzero, abs=1e-6)
+            rate = layer_input.mean().item()
+            assert sum(mean.layer(layer.name).acs) * len(x) == pytest.approx(rate * dense, rel=1e-6)
+            if isinstance(m, nn.Linear):
+                assert real == dense
+
+    q, k, v = spikes['qkv'].unflatten(-1, (3, 2, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
+    qk, kv = attention_by_hand(q, k, v)
+    N, d = q.shape[-2:]
+    assert N < d  # so that (q k^T) v is the cheaper one
+    coincident = seen.under(attention='coincidence').layer('blocks.0.attn')
+    assert coincident.dense_macs == 2 * N * N * 16
+    assert sum(coincident.acs) * len(x) == qk + v.sum().item() * N
+    assert sum(seen.layer('blocks.0.attn').acs) * len(x) == pytest.approx((q.sum() + v.sum()).item() * N)
+
+
+def test_both_orders_of_attention(images):
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_heads=16), images)  # N = 16 tokens, d = 4
+    spikes = []
+    handle = model.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: spikes.append(out))
+    seen = profile(model, images[:2])
+    handle.remove()
+    q, k, v = spikes[0].unflatten(-1, (3, 16, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    qk, kv = attention_by_hand(q, k, v)
+    for order, pairs, first, second, fan_out in (('qk', qk, q, v, 16), ('cheaper', kv, k, q, 4)):
+        layer = seen.under(attention_order=order, attention='coincidence').layer('blocks.0.attn')
+        assert layer.dense_macs == 2 * 16 * 64 * fan_out
+        assert sum(layer.acs) * 2 == pytest.approx(pairs + second.sum().item() * fan_out)
+        layer = seen.under(attention_order=order).layer('blocks.0.attn')
+        assert sum(layer.acs) * 2 == pytest.approx((first.sum() + second.sum()).item() * fan_out)
+    assert sum(seen.under(attention='none').layer('blocks.0.attn').acs) == 0
+
+
+@pytest.mark.parametrize('name, total, stem, linears, attention', [
+    ('spikformer_v2_8_384', 11.51e9, 8.50e9, 2.77e9, 0.24e9),
+    ('spikformer_v2_8_512', 20.36e9, 15.12e9, 4.93e9, 0.31e9),
+])
+def test_dense_macs_of_the_published_models(name, total, stem, linears, attention):
+    model = timm.create_model(name, time_steps=1).train()  # in which neurons fire without calibration
+    seen = profile(model, torch.randn(1, 3, 224, 224))
+    assert seen.totals.dense_macs == pytest.approx(total, rel=5e-3)
+    assert seen.groups['stem'].dense_macs == pytest.approx(stem, rel=5e-3)
+    products = sum(x.dense_macs for x in seen.layers if x.name.endswith('.attn'))
+    assert products == pytest.approx(attention, rel=3e-2)  # it is given to two digits
+    assert seen.totals.dense_macs - seen.groups['stem'].dense_macs - products == pytest.approx(linears, rel=5e-3)
+    stages = [sum(x.dense_macs for x in seen.layers if x.name.startswith(f'stem.stages.{i}.')) for i in range(4)]
+    assert stages[1:] == pytest.approx([stages[1]] * 3, rel=0.03)
+    assert seen.totals.parameters == sum(p.numel() for p in model.parameters())
+    assert not seen.silent_layers
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
+    """Where it counts otherwise: sums of spikes are no spikes to it, and its spikes are convolved anew at each step."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_spikformer_v2', num_classes=10, num_heads=16, stem=stem)  # N > d: q (k^T v)
+    for block in model.blocks:
+        nn.init.constant_(block.attn.qkv.bn.bias, 1.)
+    model = calibrate(model, images)
+    peer = PeerSpikformer(model).eval()
+    synops, macs = SynOpCounter(), MACCounter()
+    del macs.rules[torch.ops.aten.native_batch_norm.default]
+    with torch.no_grad(), DispatchCounterMode([synops, macs]):
+        peer(images[:2])
+    seen = profile(model, images[:2], conventions=Conventions(
+        residual='mac', fan_out='exact', first_conv='each_step', attention='coincidence', attention_order='cheaper'))
+
+    def theirs(counter, name):
+        return sum(counter.records[f'PeerSpikformer.{name}'].values())
+
+    for layer in seen.layers:
+        name = layer.name.removeprefix('stem.').replace('head.fc', 'head')
+        name = name.replace('attn.qkv', 'attn.qkv_conv_bn').replace('attn.proj', 'attn.proj_conv_bn')
+        acs = theirs(synops, name)
+        if name.endswith('.attn'):
+            acs -= theirs(synops, f'{name}.proj_conv_bn')
+        else:
+            assert theirs(macs, name) == pytest.approx(2 * sum(layer.macs))
+        assert acs == pytest.approx(2 * sum(layer.acs)), layer.name
+    assert seen.totals.acs > 0
+    assert synops.get_total() == pytest.approx(2 * seen.totals.acs)
+    assert macs.get_total() == pytest.approx(2 * seen.totals.macs)
+
+
+def test_spikingjelly_counts_the_same_of_our_layers(model, images):
+    synops = SynOpCounter()
+    with torch.no_grad(), DispatchCounterMode([synops]):
+        model(images[:2])
+    seen = profile(model, images[:2], conventions=Conventions(residual='mac', **EXACT))
+    for layer in seen.layers:
+        if layer.input == 'spikes' and not layer.name.endswith('.attn'):
+            acs = sum(synops.records[f'Spikformer.{layer.name}'].values())
+            assert acs == pytest.approx(2 * sum(layer.acs)) and acs > 0
+
+
+def test_rates_are_those_of_the_neurons(model, images):
+    seen = profile(model, images.split(5))
+    rates = firing_rates(model, images)
+    assert seen.images == 16
+    for name, rate in rates.items():
+        assert seen.layer(name.rpartition('.')[0]).mean_firing_rate == pytest.approx(rate, rel=1e-5)
+    assert seen.firing_rate == pytest.approx(sum(rates.values()) / len(rates), rel=1e-5)
+    for t in range(4):
+        spikes = []
+        neuron = model.blocks[1].mlp.fc1.lif
+        handle = neuron.register_forward_hook(lambda m, args, out, spikes=spikes: spikes.append(out))
+        with torch.no_grad():
+            model(images)
+        handle.remove()
+        assert seen.layer('blocks.1.mlp.fc1').firing_rate[t] == pytest.approx(spikes[0][t].mean().item(), rel=1e-5)
+
+
+def test_silent_and_saturated_neurons(model, images):
+    for bn in (model.blocks[0].mlp.fc1.bn, model.stem.stages[1].expand.bn if hasattr(model.stem.stages[1], 'expand')
+               else model.stem.stages[1].proj.bn):
+        with torch.no_grad():
+            bn.bias[0], bn.weight[0] = -100., 0.  # never
+            bn.bias[1], bn.weight[1] = 100., 0.  # always
+    seen = profile(model, images.split(4))
+    layers = [seen.layer('blocks.0.mlp.fc1'), next(x for x in seen.layers if x.name.startswith('stem.stages.1.') and
+                                                   x.name.endswith(('expand', 'proj')))]
+    for layer in layers:
+        channels = 256 if layer.group == 'mlp' else 64 if layer.name.endswith('expand') else 16
+        assert 1 / channels <= layer.silent < 1 and 1 / channels <= layer.saturated < 1
+    spikes = []
+    model.blocks[0].mlp.fc1.lif.register_forward_hook(lambda m, args, out: spikes.append(out))
+    with torch.no_grad():
+        model(images)
+    count = spikes[0].sum((0, 1))  # [N, C]
+    assert layers[0].silent == pytest.approx((count == 0).float().mean().item())
+    assert layers[0].saturated == pytest.approx((count == 4 * 16).float().mean().item())
+
+
+def test_values_of_sums(model, images):
+    inputs = []
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
+    seen = profile(model, images.split(8)).layer('blocks.1.mlp.fc1')
+    x = torch.cat(inputs, 1)
+    assert seen.values == pytest.approx({v: (x == v).float().mean().item() for v in range(int(x.max()) + 1)})
+    assert max(seen.values) > 1
+    assert sum(v * share for v, share in seen.values.items()) == pytest.approx(sum(seen.input_rate) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize('how', ['eval', 'train', 'autocast', 'half', 'folded', 'channels_last', 'checkpointing'])
+def test_leaves_the_model_as_it_was(model, images, how):
+    x = images[:4]
+    if how == 'train':
+        model = timm.create_model('test_spikformer_v2', num_classes=10, drop_path_rate=0.2, proj_drop_rate=0.1)
+        model.train()
+    elif how == 'half':
+        model, x = model.bfloat16(), x.bfloat16()
+    elif how == 'folded':
+        model = reparameterize_model(model)
+    elif how == 'channels_last':
+        model = model.to(memory_format=torch.channels_last)
+    elif how == 'checkpointing':
+        model.set_grad_checkpointing()
+
+    def forward():
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+            return model(x)
+
+    outputs = []
+    model.register_forward_hook(lambda m, args, out: outputs.append(out))
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    hooks = {name: [len(h) for h in (m._forward_hooks, m._forward_pre_hooks)] for name, m in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+        seen = profile(model, x, time_steps=5)
+    with torch.random.fork_rng():
+        before, model.time_steps = model.time_steps, 5
+        torch.manual_seed(1)
+        forward()
+        model.time_steps = before
+    assert torch.equal(outputs[0], outputs[1]) and outputs[0].float().std() > 0
+    if how == 'train':
+        model.load_state_dict(state)
+    torch.manual_seed(1)
+    noise = torch.rand(4)
+    torch.manual_seed(1)
+    profile(model, x, time_steps=2)
+    assert torch.equal(torch.rand(4), noise)  # random numbers go on as if nothing had been
+    assert model.time_steps == 4 and model.training == (how == 'train')
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert {name: [len(h) for h in (m._forward_hooks, m._forward_pre_hooks)]
+            for name, m in model.named_modules()} == hooks
+    assert not torch.nn.modules.module._global_forward_hooks and not torch.nn.modules.module._global_forward_pre_hooks
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert seen.time_steps == 5 and len(seen.silent_layers) <= 2 and 0 < seen.firing_rate < 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_interruption_leaves_no_hook(model, images):
+    def data():
+        yield images[:2]
+        raise KeyboardInterrupt
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
+    with pytest.raises(KeyboardInterrupt):
+        profile(model, data(), time_steps=1)
+    with pytest.raises(ValueError, match='channels'):
+        profile(model, images[:, :1], time_steps=1)
+    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert model.time_steps == 4
+    assert torch.equal(model(images[:2]), model(images[:2]))
+
+
+def test_batches_are_added_up(model, images):
+    whole, parts = profile(model, images), profile(model, images.split(3))
+    for a, b in zip(whole.layers, parts.layers):
+        assert a.acs == pytest.approx(b.acs) and a.macs == pytest.approx(b.macs)
+        assert (a.silent, a.saturated, a.dense_macs) == (b.silent, b.saturated, b.dense_macs)
+
+
+def test_memory_is_constant(images):
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2'), images)
+    held = {}
+
+    def data():
+        for i in range(100):
+            if i in (50, 99):
+                gc.collect()
+                held[i] = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+            yield images[:4] * (0.5 + i / 100)
+
+    profile(model, images)  # what is made once is made
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert profile(model, data()).images == 400
+    assert held[50] == held[99]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
+
+
+def test_events(model, images):
+    steps = [(images > level).float() for level in (0., 0.3, 0.6)]
+    events = torch.stack(steps, 1)  # [B, 3, C, H, W], 0 and 1
+    calibrate(model, events)
+    seen = profile(model, events)
+    first = seen.layers[0]
+    assert seen.time_steps == 3 and seen.is_sequence
+    assert sum(first.macs) == 0 and min(first.acs) > 0  # events are spikes
+    assert sum(first.acs) == pytest.approx(events.mean().item() * 3 * first.dense_macs)
+    real = profile(model, torch.stack([images, images * 0.5, images * 2], 1))
+    assert real.layers[0].macs == [first.dense_macs] * 3 and sum(real.layers[0].acs) == 0
+    with pytest.raises(ValueError, match='time_steps is 2, and the sequences have 3'):
+        profile(model, events, time_steps=2)
+    with pytest.raises(ValueError, match='same number of time steps, got 2 after 3'):
+        profile(model, [events, events[:, :2]])
+    assert profile(model, events, time_steps=3).totals == seen.totals
+
+
+def test_masked_autoencoder(model, images):
+    for block in model.blocks:
+        nn.init.constant_(block.attn.qkv.bn.bias, 1.)  # eight tokens are few
+    mae = SpikformerMAE(model, mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1)
+    with torch.no_grad():
+        for _ in range(3):
+            mae.train()(images)
+    mae.eval()
+    torch.manual_seed(0)
+    seen = profile(mae, images.split(8), conventions=Conventions(**EXACT))
+    assert seen.by_channel and not seen.silent_layers
+    assert seen.steps[-1].agreement is None and seen.accuracy is None
+    full = profile(model, images)
+    for a, b in zip(seen.layers, full.layers):
+        assert a.name == b.name
+        if a.name.endswith('.attn'):
+            assert a.dense_macs == b.dense_macs / 4
+        else:
+            assert a.dense_macs == b.dense_macs / 2  # half of the tokens are seen
+    # a spike meets the same weights whether patches are convolved as such or as products
+    assert 0 < seen.totals.acs < full.totals.acs
+
+
+def test_masked_counts_are_those_of_the_masked_maps(images):
+    """The exact counts of the patches are those of a convolution of the whole map with its masked part 0."""
+    torch.manual_seed(0)
+    encoder = timm.create_model('test_spikformer_v2', time_steps=2)
+    mae = SpikformerMAE(encoder, decoder_embed_dim=32, decoder_depth=1)
+    with torch.no_grad():
+        for _ in range(3):
+            mae.train()(images)
+    mae.eval()
+    maps = {}
+    from timm_spikformer.layers import maps_of_patches
+    unit = encoder.stem.stages[0].expand
+    unit.register_forward_hook(
+        lambda m, args, out: maps.update(x=maps_of_patches(args[0], args[2]), visible=args[2]))
+    torch.manual_seed(5)
+    seen = profile(mae, images[:4], conventions=Conventions(**EXACT))
+    x, (ids, height, width) = maps['x'], maps['visible']
+    ones = torch.nn.functional.conv2d(
+        x.flatten(0, 1).double(), torch.ones(1, x.shape[2], 3, 3, dtype=torch.float64), padding=1)
+    uses = ones.unflatten(0, (2, 4)).squeeze(2)  # [T, B, H, W]
+    p = x.shape[-1] // width
+    seen_here = torch.zeros(4, height * width).scatter(1, ids, 1.).view(4, height, width)
+    seen_here = seen_here.repeat_interleave(p, 1).repeat_interleave(p, 2)
+    expected = (uses * seen_here).sum().item() * unit.conv.out_channels
+    assert sum(seen.layer('stem.stages.0.expand').acs) * 4 == pytest.approx(expected) and expected > 0
+
+
+def test_transformers_and_wrappers(model, images):
+    seen = profile(model, images)
+    config = SpikformerConfig.from_timm(model)
+    hf = SpikformerForImageClassification(config).eval()
+    hf.timm_model.load_state_dict(model.state_dict())
+    labels = torch.arange(16) % 10
+    wrapped = profile(hf, [{'pixel_values': images, 'labels': labels}])
+    assert wrapped.totals == seen.totals and wrapped.accuracy is not None
+    assert profile(nn.Sequential(model), images).totals == seen.totals
+    assert profile(torch.compile(model), images).totals == seen.totals
+    features = timm.create_model('test_spikformer_v2', features_only=True, time_steps=1).train()
+    assert profile(features, images).layers[-1].name == 'blocks.1.mlp.fc2'
+
+
+def test_accuracy_and_steps(model, images):
+    y = torch.arange(16) % 10
+    seen = profile(model, zip(images.split(8), y.split(8)))
+    with torch.no_grad():
+        logits = model.forward_steps(images)
+    for t, step in enumerate(seen.steps):
+        assert step.step == t + 1
+        assert step.accuracy == pytest.approx((logits[t].argmax(1) == y).float().mean().item())
+        assert step.agreement == pytest.approx((logits[t].argmax(1) == logits[-1].argmax(1)).float().mean().item())
+        assert step.confidence == pytest.approx(logits[t].softmax(1).amax(1).mean().item(), rel=1e-5)
+        shorter = profile(model, images, time_steps=t + 1)
+        assert step.energy_mj == pytest.approx(shorter.totals.energy_mj)  # time is causal
+    assert seen.accuracy == seen.steps[-1].accuracy
+    assert seen.steps[-1].energy_mj == pytest.approx(seen.totals.energy_mj)
+    assert profile(model, images).accuracy is None
+
+
+def test_energy_and_conventions(model, images):
+    seen = profile(model, images)
+    t = seen.totals
+    assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs) * 1e-9)
+    assert t.ann_energy_mj == pytest.approx(4.6e-9 * t.dense_macs)
+    assert sum(x.energy_mj for x in seen.groups.values()) == pytest.approx(t.energy_mj)
+    assert seen.under('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
+    assert seen.under((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
+    assert seen.under(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
+    assert profile(model, images, cost='fp16').totals.energy_mj == pytest.approx((1.5 * t.macs + 0.4 * t.acs) * 1e-9)
+    assert set(COST_MODELS) == {'fp32', 'fp16', 'int8', 'int32'}
+    changed = {name: seen.under(**{name: value}).totals
+               for name, choices in CHOICES.items() for value in list(choices)[1:]}
+    for name, totals in changed.items():
+        if name != 'attention_order' or model.blocks[0].attn.num_heads > 2:  # N < d: it is the cheaper one
+            assert totals != t, name
+    outputs = sum(x.numel() for x in _outputs(model, images[:1]))
+    assert seen.under(neuron='mac').totals.macs - t.macs == outputs
+    per_step = seen.under(first_conv='each_step').totals.macs - t.macs
+    assert per_step == 3 * seen.layers[0].dense_macs
+    assert seen.under(first_conv='ac').layers[0].acs == [seen.layers[0].dense_macs] * 4
+    with_bn = seen.under(bn='mac').totals.macs - t.macs
+    assert with_bn == outputs - sum(x.numel() for x in _outputs(model, images[:1], 'attn_lif')) - 3 / 4 * next(
+        iter(_outputs(model, images[:1]))).numel()
+
+
+def _outputs(model, x, ending='lif'):
+    outputs = []
+    handles = [m.register_forward_hook(lambda m, args, out: outputs.append(out))
+               for name, m in model.named_modules() if name.endswith(ending)]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def test_to_dict_is_json(model, images):
+    seen = profile(model, images)
+    values = json.loads(json.dumps(seen.to_dict()))
+    assert values['totals'] == dataclasses.asdict(seen.totals)
+    assert [x['name'] for x in values['layers']] == [x.name for x in seen.layers]
+    assert values['conventions']['residual'] == 'sum'
+
+
+def test_csv(model, images):
+    from timm_spikformer.profiling.report import to_csv
+    profiles = [profile(model, images, t) for t in (1, 3)]
+    rows = list(csv.DictReader(io.StringIO(to_csv(profiles))))
+    assert len(rows) == sum(len(p.layers) for p in profiles)
+    last = rows[-2]
+    layer = profiles[1].layers[-2]
+    assert last['name'] == layer.name and float(last['acs_3']) == layer.acs[2]
+    assert rows[0]['firing_rate_2'] == '' and float(rows[0]['firing_rate_1']) == profiles[0].layers[0].firing_rate[0]
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda m, x: profile(m, []), 'There is no data'),
+    (lambda m, x: profile(m, x[:0]), 'There is no data'),
+    (lambda m, x: profile(m, x, accuracy=True), 'no labels'),
+    (lambda m, x: profile(m, [(x, torch.rand(16, 10))], accuracy=True), 'class index'),
+    (lambda m, x: profile(m, [(x, torch.full((16,), 10))]), 'indices of the 10 classes'),
+    (lambda m, x: profile(m, ['cat']), 'batches of images'),
+    (lambda m, x: profile(m, [{'image': x}]), 'pixel_values'),
+    (lambda m, x: profile(m, x, time_steps=0), 'at least 1'),
+    (lambda m, x: profile(m, x, cost='fp64'), "no cost model 'fp64'"),
+    (lambda m, x: profile(m, x, cost=(-1., 0.)), 'not negative'),
+    (lambda m, x: profile(m, x).layer('blocks.7'), "no layer 'blocks.7'"),
+    (lambda m, x: profile(m, x).under(residual='max'), "residual must be one of 'sum'"),
+    (lambda m, x: profile(nn.Linear(3, 3), x), 'Expected a Spikformer'),
+    (lambda m, x: profile(timm.create_model('test_vit'), x), 'Got a VisionTransformer'),
+])
+def test_bad_input(model, images, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, images)
+
+
+def test_labels_can_be_left_alone(model, images):
+    assert profile(model, [(images, torch.full((16,), 10))], accuracy=False).accuracy is None
+    headless = timm.create_model('test_spikformer_v2', num_classes=0).train()
+    assert profile(headless, images).steps[-1].agreement is None
+    with pytest.raises(ValueError, match='no classifier'):
+        profile(headless, images, accuracy=True)
+
+
+def test_warns_of_silence(images, caplog):
+    profile(timm.create_model('test_spikformer_v2').eval(), images)
+    assert 'No neuron fires in' in caplog.text

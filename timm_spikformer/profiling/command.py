@@ -1,0 +1,122 @@
+"""`timm-spikformer profile`: from the name of a model to a table and a page."""
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import datasets
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.utils import random_seed
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from ..demo.data import TestImages, load_test_images
+from ..spikformer import find_spikformer
+from .conventions import CHOICES, COST_MODELS, Conventions
+from .counting import profile
+from .report import create_console, print_profile, print_steps, write_report
+from .samples import look
+
+_DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+_NUM_SAMPLES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('model', metavar='MODEL', help='name of a Spikformer: its pretrained weights, unless --checkpoint says others')
+    add('--checkpoint', metavar='PATH', help="file of train.py's, a state dict, or a folder of timm's or transformers'")
+    add('--calibrate', action='store_true', help='compute BN statistics on the images; needs no weights')
+    add('--data', metavar='DIR', help='image folder or parquet files (default: the shipped slice of Fashion-MNIST)')
+    add('--images', type=int, default=1000, metavar='N', help='use at most so many images (default: %(default)s)')
+    add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
+    add('--time-steps', type=int, nargs='+', metavar='T', help="one or more (default: the model's own)")
+    add('--layers', nargs='+', metavar='NAME', help='layers to draw spike rasters of (default: the last of each part)')
+    add('--cost', default='fp32', choices=list(COST_MODELS), help='energy of an operation (default: %(default)s)')
+    add('--output', metavar='DIR', default='output/profile', help='where the page goes (default: %(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)')
+    counting = parser.add_argument_group('what counts as an operation', "the first of each is the papers', and default")
+    for name, choices in CHOICES.items():
+        counting.add_argument(
+            f'--{name.replace("_", "-")}', choices=list(choices), default=next(iter(choices)),
+            help='; '.join(f'{value}: {meaning}' for value, meaning in choices.items()))
+
+
+def _load(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model in eval mode, and how images are presented to it."""
+    name = args.model
+    if args.checkpoint is not None:
+        from ..publishing.checkpoint import read_checkpoint  # which imports transformers
+        checkpoint = read_checkpoint(args.checkpoint, name)
+        found = checkpoint.encoder.pretrained_cfg['architecture']
+        if found != name.split('.')[0]:
+            raise ValueError(f'{args.checkpoint} holds a {found}, and {name} was named.')
+        return checkpoint.model.eval(), checkpoint.data_config
+    if name.split('.')[0] not in timm.list_models(module='spikformer'):
+        raise ValueError(
+            f'There is no Spikformer {name!r}, expected one of {", ".join(timm.list_models(module="spikformer"))}.')
+    if args.calibrate:
+        random_seed(0)
+        model = timm.create_model(name)
+    else:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except RuntimeError as e:
+            raise ValueError(
+                f'{e} Give weights with --checkpoint, or take random ones with --calibrate: operations and energy '
+                f'then are those of a network that has not learnt.') from e
+    config = resolve_model_data_config(model)
+    return model.eval(), {key: config[key] for key in _DATA_KEYS}
+
+
+def _calibrate(model: nn.Module, images: TestImages, device: torch.device) -> None:
+    training = model.training
+    update_bn(images.loader, find_spikformer(model), device)
+    model.train(training)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Profile, print and write; returns the page."""
+    console = create_console()
+    for name in ('images', 'batch_size'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
+    for steps in args.time_steps or ():
+        if steps < 1:
+            raise ValueError(f'--time-steps must be at least 1, got {steps}.')
+    datasets.disable_progress_bars()
+    device = torch.device(args.device)
+    model, config = _load(args)
+    encoder = find_spikformer(model.to(device))
+    images = load_test_images(args.data and Path(args.data), config, args.images, args.batch_size)
+    data, notes = images.name, []
+    if args.calibrate:
+        _calibrate(model, images, device)
+        what = 'The weights are random' if args.checkpoint is None else 'The weights are those of the checkpoint'
+        notes.append(f"{what}; BN's running statistics were computed on these images.")
+    if not args.calibrate and args.checkpoint is None:
+        data += f', weights {encoder.pretrained_cfg.get("architecture")}.{encoder.pretrained_cfg.get("tag") or ""}'
+    has_labels = images.num_classes is not None and images.num_classes == encoder.num_classes
+    if not has_labels and encoder.num_classes:
+        there = 'no labels' if images.num_classes is None else f'{images.num_classes} classes'
+        notes.append(f'No accuracy: the images have {there}, and the model has {encoder.num_classes} classes.')
+    for note in notes:
+        console.print(note, highlight=False)
+
+    conventions = Conventions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Conventions)})
+    steps: List[int] = sorted(set(args.time_steps or [encoder.time_steps]))
+    first = next(iter(images.loader))
+    x = (first if isinstance(first, torch.Tensor) else first[0])[:_NUM_SAMPLES]
+    samples = look(model, x, args.layers, steps[-1], config['mean'], config['std'])
+    profiles = []
+    for time_steps in steps:
+        with console.status(f'T = {time_steps}: {data}'):
+            profiles.append(profile(
+                model, images.loader, time_steps, conventions, args.cost, accuracy=None if has_labels else False))
+    print_profile(profiles[-1], console)
+    if profiles[-1].steps[-1].agreement is not None:
+        print_steps(profiles[-1], console)
+    page = write_report(args.output, profiles, samples, data, notes)
+    console.print(f'The page is {page}', highlight=False)
+    return page

@@ -1,0 +1,200 @@
+"""Pictures of a profile and of samples, drawn by matplotlib, for a light or a dark page."""
+import io
+import math
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from .counting import GROUPS, Profile
+from .samples import Samples
+
+__all__ = ['render']
+
+_COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
+_INK = {False: '#24292f', True: '#d8dee4'}
+_MAX_IMAGES = 4  # a picture is as wide as a phone
+
+
+def _style(dark: bool) -> Dict[str, object]:
+    ink = _INK[dark]
+    return {
+        'font.size': 10, 'axes.titlesize': 10, 'axes.labelsize': 10, 'text.color': ink, 'axes.labelcolor': ink,
+        'axes.edgecolor': ink, 'xtick.color': ink, 'ytick.color': ink, 'figure.facecolor': 'none',
+        'axes.facecolor': 'none', 'savefig.facecolor': 'none', 'legend.frameon': False, 'axes.spines.top': False,
+        'axes.spines.right': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'timm-spikformer',
+        'font.family': ['DejaVu Sans', 'sans-serif'],
+    }
+
+
+def _figure(height: float, width: float = 4.4) -> Figure:
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def _whole_steps(axes: Axes, time_steps: int) -> None:
+    axes.set_xticks(range(1, time_steps + 1))
+    axes.set_xlabel('time step')
+
+
+def _firing_rates(profile: Profile) -> Figure:
+    layers = [x for x in profile.layers if x.firing_rate is not None]
+    rates = np.array([x.firing_rate for x in layers])
+    fig = _figure(0.6 + 0.22 * len(layers))
+    axes = fig.subplots()
+    extent = (0.5, profile.time_steps + 0.5, len(layers), 0)
+    image = axes.imshow(rates, aspect='auto', cmap='viridis', vmin=0., extent=extent)
+    axes.set_yticks(np.arange(len(layers)) + 0.5, [x.name.replace('stages.', '') for x in layers], fontsize=9)
+    axes.tick_params(left=False)
+    _whole_steps(axes, profile.time_steps)
+    fig.colorbar(image, label='spikes per neuron', fraction=0.05)
+    return fig
+
+
+def _energy(profile: Profile) -> Figure:
+    layers = profile.layers
+    fig = _figure(0.9 + 0.22 * len(layers))
+    axes = fig.subplots()
+    at = np.arange(len(layers))
+    for group in GROUPS:
+        mine = [i for i, x in enumerate(layers) if x.group == group]
+        axes.barh(at[mine], [layers[i].energy_mj * 1e3 for i in mine], color=_COLORS[group], label=group)
+    axes.plot(
+        [x.ann_energy_mj * 1e3 for x in layers], at, linestyle='', marker='|', markersize=7,
+        color=matplotlib.rcParams['text.color'], label='the same, dense')
+    axes.set_yticks(at, [x.name.replace('stages.', '') for x in layers], fontsize=9)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlabel('energy per image, µJ')
+    fig.legend(loc='outside upper center', ncols=3, fontsize=9)
+    return fig
+
+
+def _anytime(profile: Profile) -> Figure:
+    steps = profile.steps
+    at = [x.step for x in steps]
+    fig = _figure(5.0)
+    top, bottom = fig.subplots(2, 1)
+    curves = {'accuracy': 'accuracy', 'agreement': 'agreement with the last step', 'confidence': 'mean confidence'}
+    for key, label in curves.items():
+        values = [getattr(x, key) for x in steps]
+        if None not in values:
+            top.plot(at, [100 * v for v in values], marker='o', markersize=4, label=label)
+    top.set_ylabel('%')
+    top.legend(fontsize=9)
+    _whole_steps(top, profile.time_steps)
+    key = 'accuracy' if profile.accuracy is not None else 'agreement'
+    bottom.plot([x.energy_mj * 1e3 for x in steps], [100 * getattr(x, key) for x in steps], marker='o', markersize=4)
+    for x in steps:
+        bottom.annotate(
+            f'{x.step}', (x.energy_mj * 1e3, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
+            fontsize=9)
+    bottom.set_xlabel('energy per image by then, µJ')
+    bottom.set_ylabel(f'{key}, %')
+    return fig
+
+
+def _rasters(samples: Samples) -> Figure:
+    rasters = {name: spikes[:8] for name, spikes in samples.rasters.items()}
+    columns = 2
+    rows = math.ceil(len(rasters) / columns)
+    fig = _figure(0.3 + 1.7 * rows)
+    grid = fig.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(rasters):]:
+        axes.set_axis_off()
+    for axes, (name, spikes) in zip(grid.flat, rasters.items()):
+        n, T, _ = spikes.shape
+        step, neuron = np.nonzero(spikes.flatten(0, 1).numpy())
+        axes.scatter(step + 0.5, neuron, marker='|', s=9, linewidths=1.2, color=matplotlib.rcParams['text.color'])
+        for i in range(1, n):
+            axes.axvline(i * T, linewidth=0.5, alpha=0.5, color=matplotlib.rcParams['text.color'])
+        axes.set_xlim(0, n * T)
+        axes.set_ylim(-1, spikes.shape[2])
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(name.replace('stages.', ''), fontsize=9)
+    fig.supxlabel('time steps of each of the images', fontsize=9)
+    fig.supylabel('neurons', fontsize=9)
+    return fig
+
+
+def _to_numpy(image: torch.Tensor) -> np.ndarray:
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).numpy()
+
+
+def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Sequence[np.ndarray]]) -> Figure:
+    """Images in rows, each with a title, and over those of some rows a map."""
+    columns = len(rows[0])
+    fig = _figure(4.4 * len(rows) / columns)
+    grid = fig.subplots(len(rows), columns, squeeze=False)
+    for line, images, title, maps in zip(grid, rows, titles, overlays):
+        for axes, image, over in zip(line, images, maps or [None] * columns):
+            axes.set_axis_off()
+            axes.imshow(image)
+            if over is not None:
+                axes.imshow(over, cmap='inferno', alpha=0.75)
+        line[0].set_title(title, loc='left', fontsize=9)
+    return fig
+
+
+def _attention(samples: Samples) -> Figure:
+    images = samples.images[:_MAX_IMAGES]
+    size = images.shape[-2:]
+    shown = [_to_numpy(image) for image in images]
+    rows, titles, overlays = [shown], ['images'], [[]]
+    names = list(samples.attention)
+    for name in names if len(names) <= 4 else [names[0], names[len(names) // 2], names[-1]]:
+        maps = samples.attention[name][:_MAX_IMAGES].unsqueeze(1)
+        maps = F.interpolate(maps, size=size, mode='nearest').squeeze(1)
+        rows.append([image.mean(2, keepdims=True).repeat(3, 2) for image in shown])
+        titles.append(f'attention received, {name}')
+        overlays.append(list(maps.numpy()))
+    return _grid(rows, titles, overlays)
+
+
+def _reconstructions(samples: Samples) -> Figure:
+    rows = [[_to_numpy(image) for image in images[:_MAX_IMAGES]]
+            for images in (samples.images, samples.masked, samples.reconstructed)]
+    return _grid(rows, ['images', 'what the encoder sees', 'masked patches reconstructed'], [[], [], []])
+
+
+def _draw(profile: Profile, samples: Optional[Samples]) -> Iterator[Tuple[str, Figure]]:
+    yield 'firing_rates', _firing_rates(profile)
+    yield 'energy', _energy(profile)
+    if profile.steps[-1].agreement is not None and profile.time_steps > 1:
+        yield 'anytime', _anytime(profile)
+    if samples is not None and samples.rasters:
+        yield 'rasters', _rasters(samples)
+    if samples is not None and samples.attention:
+        yield 'attention', _attention(samples)
+    if samples is not None and samples.reconstructed is not None:
+        yield 'reconstructions', _reconstructions(samples)
+
+
+def render(
+        profile: Profile,
+        samples: Optional[Samples] = None,
+        format: str = 'png',
+        dark: bool = False,
+) -> Dict[str, bytes]:
+    """Files of pictures by name: firing_rates, energy, anytime, rasters, attention, reconstructions; those there are.
+
+    Args:
+        profile: What to draw.
+        samples: The images, if there are to be pictures of them.
+        format: 'png' on white, or 'svg' without a background.
+        dark: Ink for a dark background.
+    """
+    files = {}
+    with matplotlib.rc_context(_style(dark)):
+        for name, figure in _draw(profile, samples):
+            buffer = io.BytesIO()
+            if format == 'png':
+                figure.savefig(buffer, format='png', dpi=160, facecolor='white')
+            else:
+                figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
+            files[name] = buffer.getvalue()
+    return files

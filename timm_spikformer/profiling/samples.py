@@ -1,0 +1,133 @@
+"""Where the spikes are: rasters, attention maps and reconstructions of a few images."""
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import SpikingSelfAttention
+from ..masked_autoencoder import SpikformerMAE
+from ..neurons import LIF
+from ..spikformer import Spikformer, find_spikformer
+from .counting import unchanged
+
+__all__ = ['Samples', 'default_layers', 'look']
+
+_NUM_NEURONS = 64  # of a layer that a raster shows
+
+
+@dataclass
+class Samples:
+    """A few images, and what neurons make of them.
+
+    Args:
+        images: `[n, C, H, W]`, of 0 to 1.
+        rasters: For each layer the spikes, 0 or 1, of neurons that lie evenly spaced in it, `[n, T, neurons]`.
+        attention: For each block how much attention each token receives, `[n, H / patch, W / patch]`.
+        masked: What a masked autoencoder was shown of the images, `[n, C, H, W]`.
+        reconstructed: The images with its prediction in the masked patches, `[n, C, H, W]`.
+    """
+    images: Tensor
+    rasters: Dict[str, Tensor] = field(default_factory=dict)
+    attention: Dict[str, Tensor] = field(default_factory=dict)
+    masked: Optional[Tensor] = None
+    reconstructed: Optional[Tensor] = None
+
+
+def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
+    """Neurons by the name of their layer, as in a `Profile`."""
+    neurons = {}
+    for name, m in encoder.named_modules():
+        if isinstance(m, LIF):
+            neurons[name.rpartition('.')[0]] = m
+    return neurons
+
+
+def default_layers(encoder: Spikformer) -> List[str]:
+    """The last neurons of each stage of the stem, and of attention and MLP in the first and in the last block."""
+    names = list(_neurons(encoder))
+    parts = [f'stem.stages.{i}' for i in range(len(encoder.stem.stages))]
+    for i in sorted({0, len(encoder.blocks) - 1} if len(encoder.blocks) else ()):
+        parts += [f'blocks.{i}.attn', f'blocks.{i}.mlp']
+    return [[name for name in names if name.startswith(f'{part}.')][-1] for part in parts]
+
+
+@torch.no_grad()
+def _attention_map(qkv: Tensor, num_heads: int, grid: Tuple[int, int]) -> Tensor:
+    """Mean of q k^T over queries, heads and time steps, `[n, H / patch, W / patch]`, of spikes `[T, n, N, 3 * C]`."""
+    T, n, N, _ = qkv.shape
+    q, k, _ = qkv.float().view(T, n, N, 3, num_heads, -1).unbind(3)  # [T, n, N, heads, d]
+    received = (k * q.mean(2, keepdim=True)).sum(-1)  # [T, n, N, heads]
+    return received.mean((0, 3)).view(n, *grid).cpu()
+
+
+def look(
+        model: nn.Module,
+        x: Tensor,
+        layers: Optional[Sequence[str]] = None,
+        time_steps: Optional[int] = None,
+        mean: Sequence[float] = (0.,),
+        std: Sequence[float] = (1.,),
+) -> Samples:
+    """Run a model, which is left as it was, on a few images, and keep what is worth a picture.
+
+    There being no softmax, an attention map is not a distribution: it shows q k^T, averaged over the queries.
+
+    Args:
+        model: As of `profile`.
+        x: Images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, of which the mean over time is shown.
+        layers: Names of the layers to draw rasters of, as in a `Profile`; see `default_layers`.
+        time_steps: Time steps to present images for; by default the model's own.
+        mean: By which the images were normalised, for each channel or for all.
+        std: The same.
+
+    Raises:
+        ValueError: There is no layer of a name, or it has no neurons.
+    """
+    encoder = find_spikformer(model)
+    mae = next((m for m in model.modules() if isinstance(m, SpikformerMAE)), None)
+    neurons = _neurons(encoder)
+    layers = default_layers(encoder) if layers is None else list(layers)
+    for name in layers:
+        if name not in neurons:
+            raise ValueError(f'There is no layer {name!r} with neurons, expected one of {", ".join(neurons)}.')
+    x = x.to(next(encoder.parameters()).device)
+    n, grid = len(x), (x.shape[-2] // encoder.patch_size, x.shape[-1] // encoder.patch_size)
+
+    def to_pixels(images: Tensor) -> Tensor:
+        m, s = (torch.tensor(list(v), device=images.device).view(-1, 1, 1) for v in (mean, std))
+        return (images.float() * s + m).clamp(0, 1).cpu()
+
+    shown = x.mean(1) if x.ndim == 5 else x
+    samples = Samples(to_pixels(shown))
+    handles = []
+
+    def keep_spikes(name: str) -> None:
+        def hook(m: nn.Module, args: Tuple, spikes: Tensor) -> None:
+            flat = spikes.reshape(len(spikes), n, -1)
+            at = torch.linspace(0, flat.shape[2] - 1, min(_NUM_NEURONS, flat.shape[2]), device=flat.device).long()
+            samples.rasters[name] = flat[:, :, at].transpose(0, 1).cpu()
+        handles.append(neurons[name].register_forward_hook(hook))
+
+    def keep_attention(name: str, attn: SpikingSelfAttention) -> None:
+        def hook(m: nn.Module, args: Tuple, qkv: Tensor) -> None:
+            samples.attention[name] = _attention_map(qkv, attn.num_heads, grid)
+        handles.append(attn.qkv.register_forward_hook(hook))
+
+    try:
+        for name in layers:
+            keep_spikes(name)
+        if mae is None:  # which sees some of the tokens only
+            for i, block in enumerate(encoder.blocks):
+                keep_attention(f'blocks.{i}', block.attn)
+        with unchanged(encoder, time_steps):
+            if mae is None:
+                model(x)
+            else:
+                _, masked, reconstructed = mae.reconstruct(x)
+                samples.masked, samples.reconstructed = to_pixels(masked), to_pixels(reconstructed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    samples.rasters = {name: samples.rasters[name] for name in layers}
+    return samples

@@ -1,0 +1,47 @@
+"""Logs a profile to TensorBoard: for training loops such as timm's. Trainer has a `ProfileCallback`."""
+from typing import Any, Dict, Optional
+
+import torch
+
+from .pictures import render
+from .counting import Profile
+from .samples import Samples
+
+__all__ = ['log_profile', 'scalars']
+
+
+def scalars(profile: Profile) -> Dict[str, float]:
+    """What is worth a curve over training: rates, energy and accuracy, of the whole and of each layer."""
+    values = {
+        'firing_rate': profile.firing_rate,
+        'energy_mj': profile.totals.energy_mj,
+        'acs': profile.totals.acs,
+        'macs': profile.totals.macs,
+    }
+    if profile.accuracy is not None:
+        values['accuracy'] = profile.accuracy
+    for name, totals in profile.groups.items():
+        values[f'energy_mj/{name}'] = totals.energy_mj
+    for x in profile.layers:
+        if x.firing_rate is not None:
+            values[f'firing_rate/{x.name}'] = x.mean_firing_rate
+            values[f'silent/{x.name}'] = x.silent
+    return values
+
+
+def log_profile(writer: Any, profile: Profile, step: int, samples: Optional[Samples] = None) -> None:
+    """Write a profile's scalars and pictures.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`.
+        profile: What to log.
+        step: Step or epoch of the training.
+        samples: Images, if there are to be pictures of them.
+    """
+    from torchvision.io import ImageReadMode, decode_png
+    for name, value in scalars(profile).items():
+        writer.add_scalar(f'profile/{name}', value, step)
+    for name, png in render(profile, samples).items():
+        image = decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8), ImageReadMode.RGB)
+        writer.add_image(f'profile/{name}', image, step)
+    writer.flush()
