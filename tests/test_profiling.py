@@ -1,4 +1,4 @@
-"""Firing rates, operations and energy: against counting by hand, against spikingjelly's counters, and against SPEC."""
+"""Firing rates, operations and energy: counted by hand, by spikingjelly, and as published."""
 import copy
 import csv
 import dataclasses
@@ -11,12 +11,12 @@ import resource
 import pytest
 import timm
 import torch
-from benchmarks.peer import PeerSpikformer
 from conftest import calibrate, firing_rates
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
 from timm.utils import reparameterize_model
 from torch import nn
 
+from benchmarks.peer import PeerSpikformer
 from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.profiling import Conventions, CostModel, profile

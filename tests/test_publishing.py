@@ -29,7 +29,6 @@ from transformers import (
 from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
 from timm_spikformer.demo.data import FASHION_MNIST
 from timm_spikformer.hf.image_processing import create_image_processor, read_data_config
-from timm_spikformer.profiling import count_operations
 from timm_spikformer.publishing import publish, read_checkpoint
 from timm_spikformer.publishing.card import Dataset, read_results
 from timm_spikformer.publishing.checkpoint import from_model
@@ -242,19 +241,6 @@ def test_results_of_something_else(name, text, tmp_path):
     (tmp_path / 'a.csv').write_text(text)
     with pytest.raises(ValueError, match='validate.py --results-file has written'):
         read_results(tmp_path / name, DATASET)
-
-
-def test_operations():
-    """Real-valued into a convolution, integers into a linear layer: counted by hand."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].bias.copy_(torch.arange(8) - 4.)  # after the ReLU 0, 0, 0, 0, 0, 1, 2, 3
-    operations = count_operations(model, torch.randn(4, 3, 4, 4))
-    assert operations.dense_macs == 8 * 3 * 9 * 16 + 128 * 5
-    assert operations.macs == 8 * 3 * 9 * 16
-    assert operations.acs == pytest.approx(128 * 5 * 6 / 8)
-    assert operations.energy_mj == pytest.approx((4.6 * 3456 + 0.9 * 480) * 1e-9)
 
 
 # -- bad input

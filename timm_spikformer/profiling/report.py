@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .pictures import render
 from .counting import LayerProfile, Profile, Totals
+from .pictures import render
 from .samples import Samples
 
 __all__ = ['create_console', 'print_profile', 'print_steps', 'to_csv', 'to_html', 'write_report']
@@ -58,7 +58,7 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
     is_wide = console.width >= 120
     title = (f'{profile.model}, T = {profile.time_steps}, mean of {profile.images:,} '
              f'{"sequences" if profile.is_sequence else "images"}')
-    table = Table(title=title, title_justify='left', box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify='left', box=box.SIMPLE, pad_edge=False, padding=(0, 1 if is_wide else 0))
     table.add_column('layer', no_wrap=True)
     extra = ['input', 'rate', 'saturated'] if is_wide else []
     for name in (*extra, 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy'):

@@ -3,8 +3,8 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from .pictures import render
 from .counting import Profile
+from .pictures import render
 from .samples import Samples
 
 __all__ = ['log_profile', 'scalars']

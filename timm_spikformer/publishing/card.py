@@ -10,11 +10,11 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
 from ..masked_autoencoder import SpikformerMAE
-from ..profiling import Operations
+from ..profiling import Profile
 from ..stems import SpikingPatchSplitting
 from .checkpoint import Checkpoint
 
-__all__ = ['Dataset', 'Firing', 'Result', 'read_results', 'render_card', 'results_files']
+__all__ = ['Dataset', 'Result', 'read_results', 'render_card', 'results_files']
 
 _TAGS = ['timm', 'transformers', 'snn', 'spikformer']
 _CITATIONS = {
@@ -48,14 +48,6 @@ class Result(NamedTuple):
     value: float
     dataset: Dataset
     measured_by: str
-
-
-class Firing(NamedTuple):
-    """Mean firing rate over the layers, that of the least and of the most active one, and on what it was measured."""
-    mean: float
-    lowest: float
-    highest: float
-    on: str
 
 
 def read_results(path: Union[str, Path], dataset: Dataset) -> List[Result]:
@@ -97,9 +89,9 @@ def render_card(
         checkpoint: Checkpoint,
         repo_id: str,
         license: str,
-        operations: Operations,
+        profile: Profile,
         results: List[Result],
-        firing: Optional[Firing] = None,
+        profiled_on: Optional[str] = None,
         datasets: Optional[List[str]] = None,
         base_model: Optional[str] = None,
 ) -> ModelCard:
@@ -109,9 +101,9 @@ def render_card(
         checkpoint: What the card is of
         repo_id: `ORG/NAME`
         license: Identifier of the licence of the weights, as the Hub has them
-        operations: Of one image
+        profile: Of its operations, counted as the papers do
         results: What was measured of this checkpoint
-        firing: Firing rates, where they were measured on data like the training's
+        profiled_on: What the images were, if rates and energy are those of data like the training's
         datasets: Ids of the datasets that it was trained on
         base_model: Id of the repository that training started from
     """
@@ -153,7 +145,8 @@ def render_card(
         name=repo_id.split('/')[-1], repo_id=repo_id, summary=summary, auto_class=auto_class,
         architecture=encoder.pretrained_cfg['architecture'], time_steps=encoder.time_steps,
         parameters=sum(p.numel() for p in encoder.parameters()), num_classes=encoder.num_classes,
-        labels=checkpoint.labels, operations=operations, firing=firing, training=checkpoint.training, results=results,
+        labels=checkpoint.labels, profile=profile, profiled_on=profiled_on, training=checkpoint.training,
+        rates=[x.mean_firing_rate for x in profile.layers if x.firing_rate is not None], results=results,
         citation=_CITATIONS['sps' if version == 'Spikformer' else 'scs'],
     )
     template = resources.files(__package__).joinpath('card.md.jinja').read_text(encoding='utf-8')

@@ -18,13 +18,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from torch import Tensor, nn
+from torch import nn
 
 from ..demo.data import load_data, make_loader
-from ..demo.training import evaluate
 from ..masked_autoencoder import SpikformerMAE
-from ..profiling import count_operations
-from .card import Dataset, Firing, Result, read_results, render_card, results_files
+from ..profiling import Profile, profile
+from .card import Dataset, Result, read_results, render_card, results_files
 from .checkpoint import Checkpoint, from_model, read_checkpoint, set_labels
 from .folder import example_images, save_folder, verify_folder
 
@@ -101,13 +100,12 @@ def publish(
 
     measured = [] if results is None else read_results(results, dataset)
     if eval_data is None:
-        firing, x = None, example_images(checkpoint)
+        profiled, profiled_on = profile(checkpoint.encoder, example_images(checkpoint)), None
     else:
-        accuracy, firing, x = _evaluate(checkpoint, Path(eval_data), dataset)
-        measured.append(accuracy)
-    card = render_card(
-        checkpoint, repo, license, count_operations(checkpoint.encoder, x), measured, firing, train_datasets,
-        base_model)
+        profiled, profiled_on = _evaluate(checkpoint, Path(eval_data), dataset)
+        by = f'timm-spikformer publish, on {profiled.images:,} images'
+        measured.append(Result('Top-1 accuracy', round(100 * profiled.accuracy, 2), dataset, by))
+    card = render_card(checkpoint, repo, license, profiled, measured, profiled_on, train_datasets, base_model)
     date = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / 'model' if output is None else Path(output)
@@ -137,8 +135,8 @@ def _check_arguments(repo, license, results, eval_data, dataset, output, dry_run
         raise ValueError('A dry run needs an output folder.')
 
 
-def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Result, Firing, Tensor]:
-    """Top-1 accuracy and firing rates on the test images in a folder, and a batch of them."""
+def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Profile, str]:
+    """Accuracy, firing rates and operations on the test images in a folder, and what these are."""
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
         raise ValueError('The model has no classifier, and so no accuracy. Publish without evaluation data.')
@@ -150,12 +148,8 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[R
     elif checkpoint.labels != list(data.classes):
         raise ValueError(f'The classes in {folder} are not those of the model, or in another order.')
     loader = make_loader(data, 64, torch.device('cpu'), is_training=False)
-    x, _ = next(iter(loader))
-    top1, rates = evaluate(encoder, loader)
-    on = f'{len(data.test):,} images of {dataset.name}, {dataset.split} split, operations on {len(x)} of them'
-    firing = Firing(sum(rates.values()) / len(rates), min(rates.values()), max(rates.values()), on)
-    by = f'timm-spikformer publish, on {len(data.test):,} images'
-    return Result('Top-1 accuracy', round(top1, 2), dataset, by), firing, x
+    on = f'{len(data.test):,} images of {dataset.name}, {dataset.split} split'
+    return profile(encoder, loader, accuracy=True), on
 
 
 def _check_texts(folder: Path) -> None:

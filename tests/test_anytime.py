@@ -1,0 +1,148 @@
+"""Logits after each time step, membranes carried from call to call, and stopping when the prediction is confident."""
+import pytest
+import timm
+import torch
+from conftest import calibrate
+from torch import nn
+
+from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime
+from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.neurons import carry_membranes
+
+
+@pytest.fixture(params=['fused', 'apart'])
+def bn_and_neuron(request, monkeypatch):
+    if request.param == 'apart':
+        monkeypatch.setattr('timm_spikformer.layers.norm_of', lambda *args: None)
+
+
+@pytest.fixture
+def sequences(images):
+    return torch.stack([images, images * 0.5, images * 1.5, images.flip(3)], 1)
+
+
+@torch.no_grad()
+def test_the_last_step_is_the_forward(model, images, sequences):
+    for x in (images, sequences):
+        steps = model.forward_steps(x)
+        assert steps.shape == (4, 16, 10)
+        assert torch.equal(steps[-1], model(x))
+        assert (steps[0] - steps[-1]).abs().max() > 0
+
+
+@torch.no_grad()
+def test_each_step_is_the_forward_of_so_many(model, images, sequences):
+    steps = model.forward_steps(images)
+    by_sequence = model.forward_steps(sequences)
+    for t in range(1, 5):
+        model.set_time_steps(t)
+        assert torch.equal(steps[t - 1], model(images))
+        assert torch.equal(by_sequence[t - 1], model(sequences[:, :t]))
+
+
+def test_steps_have_gradients(model, images):
+    model.train()
+    loss = sum(nn.functional.cross_entropy(logits, torch.arange(16) % 10) for logits in model.forward_steps(images))
+    loss.backward()  # as temporal efficient training wants it
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_transformers(model, images):
+    hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model)).eval()
+    hf.timm_model.load_state_dict(model.state_dict())
+    assert torch.equal(hf.forward_steps(images)[-1], hf(images).logits)
+    assert torch.equal(predict_anytime(hf, images, 1.).logits, hf(images).logits)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequences, memory_format, bn_and_neuron):
+    model = model.to(memory_format=memory_format)
+    neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
+    whole, parts = {}, {name: [] for name in neurons}
+
+    handles = [
+        m.register_forward_hook(lambda m, args, out, name=name: whole.update({name: out}))
+        for name, m in neurons.items()]
+    expected = model(sequences)
+    for handle in handles:
+        handle.remove()
+    handles = [
+        m.register_forward_hook(lambda m, args, out, name=name: parts[name].append(out))
+        for name, m in neurons.items()]
+    with carry_membranes(model):
+        for part in sequences.split((1, 2, 1), dim=1):
+            model(part)
+    for handle in handles:
+        handle.remove()
+    for name in neurons:
+        assert torch.equal(torch.cat(parts[name]), whole[name]), name
+        assert whole[name].mean() > 0, name
+    assert torch.equal(model(sequences), expected)  # nothing is left
+    assert all('forward' not in vars(m) for m in neurons.values())
+
+
+@torch.no_grad()
+def test_membranes_follow_their_samples(model, sequences):
+    keep = torch.tensor([3, 11, 4])
+    with carry_membranes(model) as membranes:
+        first = model(sequences[:, :2])
+        membranes.keep(keep)
+        second = model(sequences[keep, 2:])
+    with carry_membranes(model):
+        assert torch.equal(model(sequences[keep, :2]), first[keep])
+        assert torch.equal(model(sequences[keep, 2:]), second)
+    with carry_membranes(model), pytest.raises(ValueError, match='Expected inputs of one shape'):
+        model(sequences[:, :1])
+        model(sequences[:4, 1:2])
+
+
+@torch.no_grad()
+def test_anytime(model, images, sequences, bn_and_neuron):
+    for x in (images, sequences):
+        steps = model.forward_steps(x)
+        confidence = steps.softmax(-1).amax(-1)  # [T, B]
+        threshold = confidence[:3].median().item()
+        out = predict_anytime(model, x, threshold)
+        assert out.steps.unique().numel() > 1 and out.time_steps == 4
+        for i in range(16):
+            reached = (confidence[:, i] >= threshold).nonzero().flatten().tolist() + [3]
+            assert out.steps[i] == reached[0] + 1
+            torch.testing.assert_close(out.logits[i], steps[out.steps[i] - 1, i], rtol=1e-4, atol=1e-5)
+        assert out.saving == pytest.approx(1 - out.steps.float().mean().item() / 4)
+        everything = predict_anytime(model, x, 1.)
+        assert torch.equal(everything.logits, steps[-1]) and everything.saving == 0
+        assert predict_anytime(model, x, 1e-6).steps.tolist() == [1] * 16
+    assert model.time_steps == 4
+
+
+@torch.no_grad()
+def test_anytime_does_less(model, images):
+    seen = []
+    handle = model.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    out = predict_anytime(model, images, model.forward_steps(images).softmax(-1).amax(-1)[:3].median().item())
+    handle.remove()
+    assert seen[-out.steps.max():] == [(out.steps > t).sum().item() for t in range(out.steps.max())]
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda m, x: predict_anytime(m, x, 0.), 'confidence must be a probability'),
+    (lambda m, x: predict_anytime(m, x, 1.5), 'confidence must be a probability'),
+    (lambda m, x: predict_anytime(m.train(), x), 'train mode'),
+    (lambda m, x: predict_anytime(timm.create_model('test_spikformer_v2', num_classes=0).eval(), x), 'no classifier'),
+    (lambda m, x: predict_anytime(nn.Linear(2, 2), x), 'Expected a Spikformer'),
+    (lambda m, x: predict_anytime(m, x[:, :1]), 'Expected 3 channels'),
+])
+def test_bad_input(model, images, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, images)
+    assert model.time_steps == 4 and all('forward' not in vars(m) for m in model.modules())
+
+
+def test_half_precision(images):
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images).bfloat16()
+    x = images.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(predict_anytime(model, x, 1.).logits, model(x))

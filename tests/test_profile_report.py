@@ -1,0 +1,318 @@
+"""What a profile looks like: samples, pictures, tables, the page, the command, TensorBoard."""
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+import timm
+import torch
+from conftest import write_images
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainingArguments
+
+from timm_spikformer import (
+    ProfileCallback,
+    SpikformerForImageClassification,
+    SpikformerForMaskedImageModeling,
+    SpikformerMAE,
+    SpikformerTrainer,
+    cli,
+)
+from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.profiling import log_profile, look, print_profile, print_steps, profile, render, write_report
+from timm_spikformer.profiling.report import to_html
+from timm_spikformer.profiling.samples import default_layers
+from timm_spikformer.publishing import publish
+
+SHIPPED = 'spikformer_v2_2_64_patch4_32'
+
+
+@pytest.fixture(scope='module')
+def labels():
+    return torch.arange(16) % 10
+
+
+# -- samples
+
+def test_rasters_are_spikes_of_the_layer(model, images):
+    spikes = []
+    neuron = model.blocks[0].mlp.fc1.lif
+    handle = neuron.register_forward_hook(lambda m, args, out: spikes.append(out))
+    samples = look(model, images[:3], ['blocks.0.mlp.fc1', 'stem.stages.0.' + (
+        'down' if hasattr(model.stem.stages[0], 'down') else 'proj')])
+    handle.remove()
+    raster = samples.rasters['blocks.0.mlp.fc1']
+    assert raster.shape == (3, 4, 64)
+    flat = spikes[0].flatten(2)
+    assert torch.equal(raster[:, :, 0], flat[:, :, 0].T) and torch.equal(raster[:, :, -1], flat[:, :, -1].T)
+    assert all(set(r.unique().tolist()) == {0., 1.} for r in samples.rasters.values())
+
+
+def test_attention_maps_are_means_of_the_product(model, images):
+    qkv = []
+    handle = model.blocks[1].attn.qkv.register_forward_hook(lambda m, args, out: qkv.append(out))
+    samples = look(model, images[:3])
+    handle.remove()
+    q, k, _ = qkv[0].unflatten(-1, (3, 2, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
+    expected = (q @ k.transpose(-2, -1)).mean((0, 2, 3)).view(3, 4, 4)
+    torch.testing.assert_close(samples.attention['blocks.1'], expected)
+    assert expected.std() > 0
+    assert list(samples.rasters) == default_layers(model)
+
+
+def test_look_leaves_the_model_as_it_was(model, images):
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
+    with torch.no_grad():
+        before = model(images)
+    samples = look(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
+    torch.testing.assert_close(samples.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
+    assert samples.rasters[default_layers(model)[0]].shape[1] == 2
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks and model.time_steps == 4
+
+
+def test_reconstructions(model, images):
+    mae = SpikformerMAE(model, decoder_embed_dim=32, decoder_depth=1)
+    samples = look(mae, images[:2])
+    assert samples.masked.shape == samples.reconstructed.shape == (2, 3, 64, 64)
+    assert not samples.attention and samples.rasters
+    assert 'reconstructions' in render(profile(mae, images[:4]), samples)
+
+
+def test_a_layer_that_is_not_there(model, images):
+    with pytest.raises(ValueError, match=r"no layer 'blocks.9.mlp' with neurons, expected one of stem.stages.0"):
+        look(model, images, ['blocks.9.mlp'])
+
+
+# -- tables, pictures and the page
+
+def test_pictures(model, images, labels):
+    seen, samples = profile(model, [(images, labels)]), look(model, images[:2])
+    pictures = render(seen, samples)
+    assert list(pictures) == ['firing_rates', 'energy', 'anytime', 'rasters', 'attention']
+    for png in pictures.values():
+        image = Image.open(io.BytesIO(png)).convert('L')
+        assert len(image.getcolors(256)) > 10
+    light, dark = (render(seen, samples, 'svg', dark=dark) for dark in (False, True))
+    assert light.keys() == pictures.keys() and light['energy'] != dark['energy']
+    assert render(seen, samples, 'svg') == light  # the same profile, the same file
+    assert 'anytime' not in render(profile(model, images, time_steps=1))
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.references, self.tags, self.text, self.open = [], [], '', []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ('meta', 'link', 'img', 'source', 'br'):
+            self.open.append(tag)
+        self.references += [v for k, v in attrs if k in ('src', 'srcset', 'href', 'action', 'data')]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_else(model, images, labels):
+    profiles = [profile(model, [(images, labels)], t) for t in (1, 4)]
+    html = to_html(profiles, look(model, images[:2]), '<b>data</b>', ['a <note>'])
+    page = Page(html)
+    assert page.open == [] and 'script' not in page.tags
+    assert len(page.references) == 2 * 5 + 1 and all(r.startswith('data:') for r in page.references)
+    assert not re.search(r'url\(|@import', html)
+    assert 'a <note>' in page.text and '<b>data</b>' in page.text  # escaped
+    for layer in profiles[-1].layers:
+        assert layer.name in page.text
+    assert f'{100 * profiles[-1].accuracy:.1f} %' in page.text
+    assert 'None' not in page.text and 'nan' not in page.text
+
+
+def test_report(model, images, tmp_path):
+    seen = profile(model, images)
+    (tmp_path / 'mine.txt').write_text('stays')
+    page = write_report(tmp_path, [seen], look(model, images[:2]))
+    assert page == tmp_path / 'index.html'
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {
+        'mine.txt', 'index.html', 'profile.json', 'layers.csv', 'firing_rates.png', 'energy.png', 'anytime.png',
+        'rasters.png', 'attention.png'}
+    (values,) = json.loads((tmp_path / 'profile.json').read_text())
+    assert values['totals']['acs'] == seen.totals.acs
+
+
+@pytest.mark.parametrize('width', [80, 140])
+def test_tables(model, images, labels, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    seen = profile(model, [(images, labels)])
+    print_profile(seen, console)
+    print_steps(seen, console)
+    text = console.export_text()
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for layer in seen.layers:
+        assert layer.name in rows and '…' not in rows[layer.name]
+    assert ('saturated' in text) == (width == 140)
+    assert 'residual = sum' in text and 'energy' in text
+
+
+# -- TensorBoard
+
+def read_events(folder):
+    events = EventAccumulator(str(folder), size_guidance={'images': 0}).Reload()
+    return events.Tags(), events
+
+
+def test_log_profile(model, images, labels, tmp_path):
+    writer = SummaryWriter(tmp_path)
+    for epoch in (1, 2):
+        log_profile(writer, profile(model, [(images, labels)]), epoch, look(model, images[:2]))
+    writer.close()
+    tags, events = read_events(tmp_path)
+    assert {'profile/firing_rate', 'profile/energy_mj', 'profile/accuracy', 'profile/energy_mj/stem',
+            'profile/firing_rate/blocks.1.mlp.fc2', 'profile/silent/blocks.0.attn'} <= set(tags['scalars'])
+    assert set(tags['images']) == {
+        f'profile/{name}' for name in ('firing_rates', 'energy', 'anytime', 'rasters', 'attention')}
+    assert [e.step for e in events.Scalars('profile/firing_rate')] == [1, 2]
+
+
+def test_callback(model, images, labels, tmp_path):
+    hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model))
+    hf.timm_model.load_state_dict(model.state_dict())
+    data = [dict(pixel_values=x, labels=y) for x, y in zip(images, labels)]
+    args = TrainingArguments(
+        tmp_path, num_train_epochs=1, per_device_train_batch_size=8, per_device_eval_batch_size=4, report_to='none',
+        eval_strategy='epoch', use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True)
+    trainer = SpikformerTrainer(
+        hf, args, train_dataset=data, eval_dataset=data, callbacks=[ProfileCallback(max_batches=2)])
+    trainer.train()
+    (entry,) = [x for x in trainer.state.log_history if 'eval_loss' in x]
+    assert 0 < entry['profile/firing_rate'] < 1 and entry['profile/energy_mj'] > 0
+    metrics = trainer.evaluate()
+    expected = profile(hf.eval(), [{'pixel_values': images[:8]}])
+    assert metrics['profile/energy_mj'] == pytest.approx(expected.totals.energy_mj)
+    tags, _ = read_events(tmp_path / 'runs' / 'profile')
+    assert 'profile/rasters' in tags['images'] and 'profile/energy_mj/mlp' in tags['scalars']
+    with pytest.raises(ValueError, match='max_batches must be at least 1'):
+        ProfileCallback(max_batches=0)
+
+
+# -- the command
+
+def run(tmp_path, *args):
+    cli.main(['profile', *map(str, args), '--output', str(tmp_path / 'out')])
+    return json.loads((tmp_path / 'out' / 'profile.json').read_text())
+
+
+def test_command(tmp_path, capsys):
+    profiles = run(
+        tmp_path, SHIPPED, '--images', 60, '--time-steps', 3, 1, '--residual', 'nonzero', '--cost', 'int8',
+        '--layers', 'blocks.0.attn')
+    assert [p['time_steps'] for p in profiles] == [1, 3]
+    assert profiles[0]['accuracy'] > 0.7 and profiles[0]['images'] == 60
+    assert profiles[0]['conventions']['residual'] == 'nonzero' and profiles[0]['cost']['name'] == 'int8'
+    assert profiles[1]['steps'][0]['accuracy'] == profiles[0]['accuracy']
+    text = (tmp_path / 'out' / 'index.html').read_text()
+    assert '60 images of Fashion-MNIST, test split' in text
+    assert 'head.fc' in capsys.readouterr().out
+
+
+def test_command_calibrates(tmp_path, capsys):
+    (values,) = run(tmp_path, 'test_spikformer_v2', '--calibrate', '--images', 16, '--time-steps', 4)
+    assert min(x['silent'] for x in values['layers'] if x['silent'] is not None) < 1
+    assert values['accuracy'] is None  # of 1000 classes
+    out = capsys.readouterr().out
+    assert 'The weights are random' in out and 'the model has 1000 classes' in out
+
+
+def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
+    write_images(tmp_path / 'images', 'test', classes=1, count=6)
+    model = timm.create_model(SHIPPED, pretrained=True)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
+    (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'a.pth', '--data', tmp_path / 'images' / 'class_0')
+    assert values['images'] == 6 and values['accuracy'] is None and values['steps'][0]['agreement'] == 1
+    assert 'the images have no labels' in (tmp_path / 'out' / 'index.html').read_text()
+
+
+def test_command_on_a_masked_autoencoder(tmp_path):
+    mae = SpikformerForMaskedImageModeling(SpikformerConfig.from_timm(timm.create_model(SHIPPED, pretrained=True)))
+    mae.encoder.load_state_dict({
+        k: v for k, v in timm.create_model(SHIPPED, pretrained=True).state_dict().items() if k[:4] != 'head'})
+    publish(mae.eval(), 'me/name', 'mit', output=tmp_path / 'folder', dry_run=True)
+    (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'folder', '--images', 8)
+    assert values['by_channel'] and values['layers'][-1]['name'] == 'blocks.1.mlp.fc2'
+    assert (tmp_path / 'out' / 'reconstructions.png').is_file()
+
+
+@pytest.mark.parametrize('args, message', [
+    (['resnet18'], "There is no Spikformer 'resnet18'"),
+    (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
+    ([SHIPPED, '--time-steps', '0'], '--time-steps must be at least 1'),
+    ([SHIPPED, '--images', '0'], '--images must be at least 1'),
+    ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
+    ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
+    ([SHIPPED, '--layers', 'head.fc'], "There is no layer 'head.fc' with neurons"),
+])
+def test_command_with_bad_input(args, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path, *args)
+    assert str(e.value).startswith('error: ') and message in str(e.value)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_command_on_an_empty_folder(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(SystemExit, match='holds no images'):
+        run(tmp_path, SHIPPED, '--data', tmp_path / 'empty')
+
+
+# -- a real browser
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [360, 1280])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_in_a_browser(width, scheme, tmp_path):
+    from playwright.sync_api import sync_playwright
+    run(tmp_path, SHIPPED, '--images', 60, '--time-steps', 1, 4)
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=os.environ.get('CHROMIUM', '/usr/bin/chromium'), args=[
+            '--no-sandbox'])
+        page = browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme).new_page()
+        messages, requests = [], []
+        page.on('console', lambda m: messages.append(m.text))
+        page.on('pageerror', lambda e: messages.append(str(e)))
+        page.on('request', lambda r: requests.append(r.url))
+        page.goto((tmp_path / 'out' / 'index.html').as_uri())
+        page.wait_for_load_state('networkidle')
+        assert messages == []
+        assert [r for r in requests if not r.startswith('data:')] == [(tmp_path / 'out' / 'index.html').as_uri()]
+        # no part is wider than the window, every picture is there, and the smallest text can be read
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
+        assert page.evaluate('[...document.images].every(i => i.naturalWidth > 0)')
+        sizes = page.evaluate(
+            '[...document.querySelectorAll("p, td, th, li, figcaption, span")].map(e => parseFloat('
+            'getComputedStyle(e).fontSize))')
+        assert min(sizes) >= 13
+        contrast = page.evaluate('''() => {
+            const channel = c => { c /= 255; return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+            const light = rgb => { const [r, g, b] = rgb.match(/[0-9.]+/g).map(Number).map(channel);
+                                   return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+            const paper = light(getComputedStyle(document.body).backgroundColor);
+            return [...document.querySelectorAll("h1, h2, p, li, figcaption, td")].map(e => {
+                const ink = light(getComputedStyle(e).color);
+                return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+            });
+        }''')
+        assert min(contrast) >= 4.5  # as WCAG 2 asks for
+        browser.close()
