@@ -13,7 +13,7 @@ import torch
 
 from . import plot
 
-GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy')
+GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy', 'profiling', 'energy')
 
 
 def main() -> None:

@@ -304,7 +304,7 @@ def test_in_a_browser(width, scheme, tmp_path):
             '[...document.querySelectorAll("p, td, th, li, figcaption, span")].map(e => parseFloat('
             'getComputedStyle(e).fontSize))')
         assert min(sizes) >= 13
-        contrast = page.evaluate('''() => {
+        contrast = page.evaluate("""() => {
             const channel = c => { c /= 255; return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
             const light = rgb => { const [r, g, b] = rgb.match(/[0-9.]+/g).map(Number).map(channel);
                                    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
@@ -313,6 +313,6 @@ def test_in_a_browser(width, scheme, tmp_path):
                 const ink = light(getComputedStyle(e).color);
                 return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
             });
-        }''')
+        }""")
         assert min(contrast) >= 4.5  # as WCAG 2 asks for
         browser.close()

@@ -357,7 +357,8 @@ def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator
         raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
-    with torch.inference_mode(False), torch.no_grad(), fork_rng, spare_bn_statistics(encoder):
+    eager = torch.compiler.set_stance('force_eager')  # a compiled model would take the hooks for a part of itself
+    with torch.inference_mode(False), torch.no_grad(), eager, fork_rng, spare_bn_statistics(encoder):
         try:
             encoder.time_steps = before if time_steps is None else time_steps
             yield

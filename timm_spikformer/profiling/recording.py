@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
@@ -176,22 +177,48 @@ _USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
 
 
 class _ProductCounter(SynOpCounter):
-    """Finds out which layer a product belongs to, and how many time steps its input holds."""
+    """Hands the products of the layer that runs to its tally."""
 
-    def __init__(self, tallies: Dict[nn.Module, Tally], steps: Dict[nn.Module, int]):
+    def __init__(self) -> None:
         super().__init__()
         self.rules = dict(_USES)
-        self._tallies = tallies
-        self._steps = steps
+        self.tally: Optional[Tally] = None
+        self.steps = 1  # that the layer's input holds
 
     def count(self, func, args, kwargs, out, active_modules=None, parent_names=None) -> int:
-        for layer in active_modules:
-            if layer in self._steps:
-                self._tallies[layer].add_product(func, args, out, self._steps[layer])
+        self.tally.add_product(func, args, out, self.steps)
         return 0
 
     def record(self, scope: str, func: Any, value: int) -> None:
-        """The tallies hold it."""
+        """The tally holds it."""
+
+
+class _CounterMode(DispatchCounterMode):
+    """spikingjelly's, but looking at products alone: at all that neurons do it would take longer than they do."""
+
+    def __init__(self, counter: _ProductCounter):
+        super().__init__([counter])
+        self._is_looking = True
+
+    def __enter__(self) -> '_CounterMode':
+        super().__enter__()
+        self._is_looking = True
+        self.pause()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.resume()
+        super().__exit__(*args)
+
+    def pause(self, *args: Any) -> None:
+        if self._is_looking:
+            TorchDispatchMode.__exit__(self, None, None, None)
+            self._is_looking = False
+
+    def resume(self) -> None:
+        if not self._is_looking:
+            TorchDispatchMode.__enter__(self)
+            self._is_looking = True
 
 
 def _layers(encoder: Spikformer) -> Dict[str, nn.Module]:
@@ -234,7 +261,8 @@ class Recorder:
         self.tallies: Dict[str, Tally] = {}
         self.output: Optional[Tensor] = None  # of the last batch: of the last block at each time step, [T, B, N, C]
         self._layers = _layers(encoder)
-        self._steps: Dict[nn.Module, int] = {}  # of the layer that runs
+        self._counter = _ProductCounter()
+        self._mode = _CounterMode(self._counter)
         for i, (name, m) in enumerate(self._layers.items()):
             is_attention = isinstance(m, SpikingSelfAttention)
             self.tallies[name] = Tally(
@@ -254,23 +282,22 @@ class Recorder:
                     lambda qkv, args, out, tally=tally.attention, heads=m.num_heads: tally.add(out, heads))
                 neuron, channel_dim = m.attn_lif, 3
             else:
-                yield m.register_forward_pre_hook(lambda m, args, tally=tally: self._before(m, args[0], tally))
-                yield m.register_forward_hook(self._after)
+                yield m.register_forward_pre_hook(lambda m, args, tally=tally: self._before(args[0], tally))
+                yield m.register_forward_hook(self._mode.pause)
                 neuron, channel_dim = getattr(m, 'lif', None), 2 if isinstance(m, ConvBNLIF) else 3
             if neuron is not None:
+                yield neuron.register_forward_pre_hook(self._mode.pause)
                 yield neuron.register_forward_hook(
                     lambda m, args, out, tally=tally, dim=channel_dim: tally.add_spikes(out, dim))
         last = self.encoder.blocks[-1] if len(self.encoder.blocks) else self.encoder.stem.stages[-1]
         yield last.register_forward_hook(self._after_last)
 
-    def _before(self, layer: nn.Module, x: Tensor, tally: Tally) -> None:
+    def _before(self, x: Tensor, tally: Tally) -> None:
         if tally.input == 'features':
             x = x.unsqueeze(0)
-        self._steps[layer] = len(x)
         tally.add_input(x)
-
-    def _after(self, layer: nn.Module, args: Any, out: Tensor) -> None:
-        del self._steps[layer]
+        self._counter.tally, self._counter.steps = tally, len(x)
+        self._mode.resume()
 
     def _after_last(self, layer: nn.Module, args: Any, out: Tensor) -> None:
         self.output = out if out.ndim == 4 else out.flatten(3).transpose(2, 3)
@@ -279,12 +306,10 @@ class Recorder:
     def watch(self) -> Iterator[None]:
         """Watch the forwards within; no hook is left behind."""
         handles: List[RemovableHandle] = []
-        tallies = {m: self.tallies[name] for name, m in self._layers.items()}
         try:
             handles.extend(self._hooks())
-            with DispatchCounterMode([_ProductCounter(tallies, self._steps)]):
+            with self._mode:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._steps.clear()

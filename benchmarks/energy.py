@@ -1,0 +1,77 @@
+"""Energies of the two published models under each counting convention, at the firing rates that the paper's imply.
+
+    python -m benchmarks energy
+
+There are no published weights. Random ones are given the bias of BN at which, on photographs, the rate is the one that
+the published energy implies: once the rate of the inputs, where each layer weighs as much as it computes, which is what
+an energy is made of; and once the mean firing rate of the layers, which tables of firing rates show.
+"""
+from typing import Callable, Dict
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from timm_spikformer.profiling import Profile, profile
+from timm_spikformer.profiling.conventions import CHOICES
+
+from .images import photographs
+
+# published energy in millijoules, and the rate that it implies: energy / (0.9 pJ * T * dense MACs)
+PUBLISHED = {'spikformer_v2_8_384': (4.69, 0.11), 'spikformer_v2_8_512': (9.36, 0.13)}
+RATES: Dict[str, Callable[[Profile], float]] = {
+    'of inputs, weighted by MACs': lambda seen: seen.acs_per_dense_mac,
+    'of neurons, mean of the layers': lambda seen: seen.firing_rate,
+}
+SPIKINGJELLY = dict(
+    residual='mac', fan_out='exact', first_conv='each_step', attention='coincidence', attention_order='cheaper')
+
+
+def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], rate: float, rounds: int) -> Profile:
+    """Bisect the bias of BN until the rate is the given one."""
+    low, high = 0., 1.5
+    for _ in range(rounds):
+        bias = (low + high) / 2
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                nn.init.constant_(m.bias, bias)
+        update_bn([x], model)
+        seen = profile(model.eval(), x)
+        if abs(rate_of(seen) - rate) < 5e-4:
+            break
+        low, high = (bias, high) if rate_of(seen) < rate else (low, bias)
+    return seen
+
+
+def energies(seen: Profile) -> Dict[str, float]:
+    """Millijoules under the papers' conventions, and with one of them changed."""
+    found = {'as in the papers': seen.totals.energy_mj}
+    for option, choices in CHOICES.items():
+        for value in list(choices)[1:]:
+            found[f'{option} = {value}'] = seen.under(**{option: value}).totals.energy_mj
+    found["all as spikingjelly's counters"] = seen.under(**SPIKINGJELLY).totals.energy_mj
+    for cost in ('fp16', 'int8', 'int32'):
+        found[f'cost = {cost}'] = seen.under(cost).totals.energy_mj
+    found['dense ANN'] = seen.totals.ann_energy_mj
+    return found
+
+
+def run(quick: bool) -> Dict[str, object]:
+    results: Dict[str, object] = {}
+    for name, (published, rate) in PUBLISHED.items():
+        architecture = 'test_spikformer_v2' if quick else name
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, time_steps=4)
+        x = photographs(4, timm.get_pretrained_cfg(architecture).input_size[-1])
+        columns = {}
+        print(f'  {architecture}, published {published} mJ')
+        for title, rate_of in RATES.items():
+            seen = at_rate(model, x, rate_of, rate, 2 if quick else 10)
+            columns[title] = energies(seen)
+            print(f'    rate {title}: {rate_of(seen):.3f}')
+            results[f'{name}, rate {title}'] = dict(
+                firing_rate=seen.firing_rate, acs_per_dense_mac=seen.acs_per_dense_mac, energies_mj=columns[title])
+        for what in next(iter(columns.values())):
+            print(f'    {what:32s}' + ''.join(f'{column[what]:10.3f} mJ' for column in columns.values()))
+    return results

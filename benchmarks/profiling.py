@@ -1,0 +1,67 @@
+"""What a profile costs beside a forward, and what stopping early saves.
+
+    python -m benchmarks profiling
+"""
+import statistics
+from typing import Dict
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from timm_spikformer import predict_anytime
+from timm_spikformer.demo.data import load_test_images
+from timm_spikformer.profiling import profile
+
+from .images import photographs
+from .measure import interleave, ratio
+from .model import create
+
+DEMO = 'spikformer_v2_2_64_patch4_32'
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _cost(name: str, time_steps: int, batch_size: int, rounds: int) -> Dict[str, object]:
+    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+    model = create(name, time_steps, x[:4])
+    times = interleave(dict(forward=lambda: _forward(model, x), profile=lambda: profile(model, x)), rounds)
+    cost = ratio(times['profile'], times['forward'])
+    print(f'  {name}, T = {time_steps}, batch {batch_size}: a profile takes {cost} times as long as a forward')
+    return dict(seconds=statistics.median(times['forward']), cost=cost._asdict())
+
+
+def _anytime(count: int, rounds: int) -> Dict[str, object]:
+    """The shipped model, trained with one time step: at four its BN gets statistics of four."""
+    model = timm.create_model(DEMO, pretrained=True, time_steps=4)
+    images = load_test_images(None, timm.data.resolve_model_data_config(model), count, count)
+    x, y = next(iter(images.loader))
+    update_bn([x], model)
+    model.eval()
+    results: Dict[str, object] = {}
+    accuracy = (_forward(model, x).argmax(1) == y).float().mean().item()
+    print(f'  {DEMO}, T = 4, {len(x)} images, BN of these: accuracy {100 * accuracy:.1f} % with all steps')
+    for confidence in (0.5, 0.7, 0.9):
+        out = predict_anytime(model, x, confidence)
+        times = interleave(
+            dict(forward=lambda: _forward(model, x), anytime=lambda c=confidence: predict_anytime(model, x, c)), rounds)
+        taken = ratio(times['anytime'], times['forward'])
+        accuracy = (out.logits.argmax(1) == y).float().mean().item()
+        print(f'    stopping at {confidence:.0%}: {100 * accuracy:.1f} %, {out.saving:.0%} of the steps saved, '
+              f'{taken} of the time')
+        results[f'{confidence}'] = dict(accuracy=accuracy, saving=out.saving, time=taken._asdict())
+    return results
+
+
+def run(quick: bool) -> Dict[str, object]:
+    results: Dict[str, object] = {}
+    names = ('test_spikformer_v2',) if quick else ('spikformer_v2_8_512', 'spikformer_8_512', DEMO)
+    for name in names:
+        for batch_size in (1, 8):
+            results[f'{name}, batch {batch_size}'] = _cost(name, 4, batch_size, 1 if quick else 5)
+    results['anytime'] = _anytime(50 if quick else 500, 1 if quick else 5)
+    return results
