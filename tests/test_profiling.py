@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import calibrate, firing_rates
-from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
+from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SimpleEnergyProfiler, SynOpCounter
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -186,6 +186,27 @@ def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
     assert seen.totals.acs > 0
     assert synops.get_total() == pytest.approx(2 * seen.totals.acs)
     assert macs.get_total() == pytest.approx(2 * seen.totals.macs)
+
+
+def test_memory_is_that_of_spikingjellys_simple_model(images):
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
+    peer = PeerSpikformer(model).eval()
+    with torch.no_grad():
+        peer(images[:2])  # so that its neurons have a state
+    profiler = SimpleEnergyProfiler()
+    profiler.bind_model(peer)
+    with torch.no_grad(), profiler:
+        peer(images[:2])
+    counts = profiler.get_counts()
+    seen = profile(model, images[:2], cost='fp32-memory', conventions=Conventions(
+        residual='mac', fan_out='exact', first_conv='each_step'))
+    # ours has biases where spikingjelly's has none
+    biases = sum(4 * 4 * tally.outputs for tally in seen._tallies if tally.has_bias and tally.group != 'head')
+    assert 2 * seen.totals.memory_bytes - biases == pytest.approx(counts['memory_access_bytes'])
+    t = seen.totals
+    assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs + 24.96 * t.memory_bytes) * 1e-9)
+    assert seen.steps[-1].energy_mj == pytest.approx(t.energy_mj)
 
 
 def test_spikingjelly_counts_the_same_of_our_layers(model, images):
@@ -448,7 +469,7 @@ def test_energy_and_conventions(model, images):
     assert seen.under((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
     assert seen.under(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
     assert profile(model, images, cost='fp16').totals.energy_mj == pytest.approx((1.5 * t.macs + 0.4 * t.acs) * 1e-9)
-    assert set(COST_MODELS) == {'fp32', 'fp16', 'int8', 'int32'}
+    assert set(COST_MODELS) == {'fp32', 'fp32-memory', 'fp16', 'int8', 'int32'}
     changed = {name: seen.under(**{name: value}).totals
                for name, choices in CHOICES.items() for value in list(choices)[1:]}
     for name, totals in changed.items():

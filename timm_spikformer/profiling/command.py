@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ..demo.data import TestImages, load_test_images
+from ..demo.data import load_test_images
 from ..spikformer import find_spikformer
 from .conventions import CHOICES, COST_MODELS, Conventions
 from .counting import profile
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('model', metavar='MODEL', help='name of a Spikformer: its pretrained weights, unless --checkpoint says others')
     add('--checkpoint', metavar='PATH', help="file of train.py's, a state dict, or a folder of timm's or transformers'")
-    add('--calibrate', action='store_true', help='compute BN statistics on the images; needs no weights')
+    add('--calibrate', action='store_true',
+        help='compute BN statistics on the images; random weights if there are none')
     add('--data', metavar='DIR', help='image folder or parquet files (default: the shipped slice of Fashion-MNIST)')
     add('--images', type=int, default=1000, metavar='N', help='use at most so many images (default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help='; '.join(f'{value}: {meaning}' for value, meaning in choices.items()))
 
 
-def _load(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The model in eval mode, and how images are presented to it."""
+def _load(args: argparse.Namespace, notes: List[str]) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model in eval mode, and how images are presented to it; adds what there is to note."""
     name = args.model
     if args.checkpoint is not None:
         from ..publishing.checkpoint import read_checkpoint  # which imports transformers
@@ -56,24 +57,18 @@ def _load(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
     if name.split('.')[0] not in timm.list_models(module='spikformer'):
         raise ValueError(
             f'There is no Spikformer {name!r}, expected one of {", ".join(timm.list_models(module="spikformer"))}.')
-    if args.calibrate:
+    cfg = timm.get_pretrained_cfg(name)
+    if args.calibrate and (cfg is None or not cfg.has_weights):
         random_seed(0)
         model = timm.create_model(name)
+        notes.append('The weights are random: these are the operations of a network that has not learnt.')
     else:
         try:
             model = timm.create_model(name, pretrained=True)
         except RuntimeError as e:
-            raise ValueError(
-                f'{e} Give weights with --checkpoint, or take random ones with --calibrate: operations and energy '
-                f'then are those of a network that has not learnt.') from e
+            raise ValueError(f'{e} Give weights with --checkpoint, or take random ones with --calibrate.') from e
     config = resolve_model_data_config(model)
     return model.eval(), {key: config[key] for key in _DATA_KEYS}
-
-
-def _calibrate(model: nn.Module, images: TestImages, device: torch.device) -> None:
-    training = model.training
-    update_bn(images.loader, find_spikformer(model), device)
-    model.train(training)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -87,16 +82,13 @@ def run(args: argparse.Namespace) -> Path:
             raise ValueError(f'--time-steps must be at least 1, got {steps}.')
     datasets.disable_progress_bars()
     device = torch.device(args.device)
-    model, config = _load(args)
+    notes: List[str] = []
+    model, config = _load(args, notes)
     encoder = find_spikformer(model.to(device))
     images = load_test_images(args.data and Path(args.data), config, args.images, args.batch_size)
-    data, notes = images.name, []
+    data = images.name
     if args.calibrate:
-        _calibrate(model, images, device)
-        what = 'The weights are random' if args.checkpoint is None else 'The weights are those of the checkpoint'
-        notes.append(f"{what}; BN's running statistics were computed on these images.")
-    if not args.calibrate and args.checkpoint is None:
-        data += f', weights {encoder.pretrained_cfg.get("architecture")}.{encoder.pretrained_cfg.get("tag") or ""}'
+        notes.append("BN's running statistics were computed on these images, for each number of time steps.")
     has_labels = images.num_classes is not None and images.num_classes == encoder.num_classes
     if not has_labels and encoder.num_classes:
         there = 'no labels' if images.num_classes is None else f'{images.num_classes} classes'
@@ -108,12 +100,17 @@ def run(args: argparse.Namespace) -> Path:
     steps: List[int] = sorted(set(args.time_steps or [encoder.time_steps]))
     first = next(iter(images.loader))
     x = (first if isinstance(first, torch.Tensor) else first[0])[:_NUM_SAMPLES]
-    samples = look(model, x, args.layers, steps[-1], config['mean'], config['std'])
+    look(model, x[:1], args.layers, steps[0])  # a name that is wrong is told before all the work
     profiles = []
     for time_steps in steps:
+        encoder.set_time_steps(time_steps)
         with console.status(f'T = {time_steps}: {data}'):
+            if args.calibrate:
+                update_bn(images.loader, encoder, device)
+                model.eval()
             profiles.append(profile(
-                model, images.loader, time_steps, conventions, args.cost, accuracy=None if has_labels else False))
+                model, images.loader, None, conventions, args.cost, accuracy=None if has_labels else False))
+    samples = look(model, x, args.layers, None, config['mean'], config['std'])
     print_profile(profiles[-1], console)
     if profiles[-1].steps[-1].agreement is not None:
         print_steps(profiles[-1], console)

@@ -89,21 +89,26 @@ class Conventions:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Energy of an operation in picojoules, and where it is from."""
+    """Energy of an operation in picojoules, of a byte of memory that is read or written, and where these are from.
+
+    The papers count arithmetic alone, and so does a model whose `memory_pj_per_byte` is 0.
+    """
     name: str
     mac_pj: float
     ac_pj: float
+    memory_pj_per_byte: float = 0.
     source: str = 'given by the user'
 
     def __post_init__(self) -> None:
-        if not (0. <= self.mac_pj < float('inf') and 0. <= self.ac_pj < float('inf')):
+        values = self.mac_pj, self.ac_pj, self.memory_pj_per_byte
+        if not all(0. <= value < float('inf') for value in values):
             raise ValueError(
-                f'Energies must be finite and not negative, got {self.mac_pj} pJ for a multiply-accumulate and '
-                f'{self.ac_pj} pJ for an accumulate.')
+                f'Energies must be finite and not negative, got {values} pJ for a multiply-accumulate, an accumulate '
+                f'and a byte of memory.')
 
-    def energy_mj(self, macs: Any, acs: Any) -> Any:
+    def energy_mj(self, macs: Any, acs: Any, memory_bytes: Any) -> Any:
         """Energy in millijoules of numbers or tensors of operations."""
-        return (self.mac_pj * macs + self.ac_pj * acs) * 1e-9
+        return (self.mac_pj * macs + self.ac_pj * acs + self.memory_pj_per_byte * memory_bytes) * 1e-9
 
 
 _HOROWITZ = '45 nm, Horowitz 2014, https://doi.org/10.1109/ISSCC.2014.6757323, as in spikingjelly'
@@ -113,11 +118,15 @@ def _of_spikingjelly() -> Dict[str, CostModel]:
     models = {}
     for name in ('fp32', 'fp16', 'int8'):
         costs = getattr(SimpleEnergyCostConfig, name)()
-        models[name] = CostModel(name, costs.e_mac_pj, costs.e_ac_pj, _HOROWITZ)
+        models[name] = CostModel(name, costs.e_mac_pj, costs.e_ac_pj, source=_HOROWITZ)
+        if name == 'fp32':
+            models['fp32-memory'] = CostModel(
+                'fp32-memory', costs.e_mac_pj, costs.e_ac_pj, costs.e_memory_pj_per_byte,
+                f"{_HOROWITZ}'s simple energy model")
     costs = LemaireEnergyCostConfig()
     models['int32'] = CostModel(
         'int32', costs.e_add_pj + costs.e_mul_pj, costs.e_add_pj,
-        '45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; its arithmetic alone')
+        source='45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; its arithmetic alone')
     return models
 
 

@@ -18,6 +18,7 @@ from .recording import Recorder, Tally
 __all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
 
 GROUPS = ('stem', 'attention', 'mlp', 'head')
+_MEMBRANE_BYTES = 4  # of one membrane, float32 whatever the weights are
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Totals:
         dense_macs: Multiply-accumulates that an artificial network of the same shape would do: those of one time step.
         macs: Multiply-accumulates of the spiking network.
         acs: Its accumulates, also called SynOps.
+        memory_bytes: Weights and biases that it reads, and membranes that it reads and writes: without any cache, as
+            spikingjelly's simple energy model has it. Most cost models, the default too, leave this out.
         energy_mj: Its energy, millijoules.
         ann_energy_mj: Energy of the artificial network, millijoules.
     """
@@ -38,6 +41,7 @@ class Totals:
     dense_macs: float
     macs: float
     acs: float
+    memory_bytes: float
     energy_mj: float
     ann_energy_mj: float
 
@@ -59,6 +63,7 @@ class LayerProfile:
         saturated: Share of the neurons that have fired at each step of each image.
         macs: Multiply-accumulates of one image at each time step, as the conventions count.
         acs: Accumulates of one image at each time step.
+        memory_bytes: Weights, biases and membranes read and written for one image at each time step; see `Totals`.
         energy_mj: Energy of one image, millijoules.
         ann_energy_mj: Energy of its dense multiply-accumulates, done once.
     """
@@ -74,6 +79,7 @@ class LayerProfile:
     saturated: Optional[float]
     macs: List[float]
     acs: List[float]
+    memory_bytes: List[float]
     energy_mj: float
     ann_energy_mj: float
 
@@ -168,7 +174,7 @@ class Profile:
 
     def _layer(self, tally: Tally) -> LayerProfile:
         n = self.images
-        dense, macs, acs = self._operations(tally)
+        dense, macs, acs, memory = self._operations(tally)
         spikes_in = tally.input in ('spikes', 'sums') and tally.attention is None
         fired = tally.channels if tally.neurons is None else tally.neurons
         count = sum(tally.values.values())
@@ -181,19 +187,23 @@ class Profile:
             saturated=None if tally.spikes is None else fired.saturated,
             macs=(macs / n).tolist(),
             acs=(acs / n).tolist(),
-            energy_mj=self.cost.energy_mj(macs.sum().item(), acs.sum().item()) / n,
-            ann_energy_mj=self.cost.energy_mj(dense, 0.) / n,
+            memory_bytes=(memory / n).tolist(),
+            energy_mj=self.cost.energy_mj(*(x.sum().item() for x in (macs, acs, memory))) / n,
+            ann_energy_mj=self.cost.energy_mj(
+                dense, 0., 0. if tally.attention is not None else tally.weight_bytes * dense) / n,
         )
 
-    def _operations(self, tally: Tally) -> Tuple[float, Tensor, Tensor]:
-        """Of all images: dense multiply-accumulates of a time step; those done, and accumulates, at each of them."""
+    def _operations(self, tally: Tally) -> Tuple[float, Tensor, Tensor, Tensor]:
+        """Of all images: dense multiply-accumulates of a time step; at each step those done, accumulates, and bytes."""
         by = self.conventions
         nothing = torch.zeros(self.time_steps, dtype=torch.float64)
         at_each = torch.ones_like(nothing)
         macs = acs = nothing
         done = at_each  # at which steps the product is
+        weights = None  # that are read, where these are not all of the dense operations'
         if tally.attention is not None:
             dense, acs = self._attention(tally)
+            weights = nothing
         else:
             dense = tally.dense
             input = tally.input
@@ -212,6 +222,7 @@ class Profile:
                 macs = at_each * dense
             else:
                 is_nonzero = by.residual == 'nonzero'
+                weights = tally.nonzero_uses
                 if by.fan_out == 'exact':
                     acs = tally.nonzero_uses if is_nonzero else tally.uses
                 else:
@@ -220,7 +231,12 @@ class Profile:
             macs = macs + done * tally.outputs
         if by.neuron == 'mac' and tally.spikes is not None:
             macs = macs + at_each * tally.outputs
-        return dense, macs, acs
+        memory = tally.weight_bytes * (done * dense if weights is None else weights)
+        if tally.has_bias:
+            memory = memory + done * tally.outputs * tally.weight_bytes
+        if tally.spikes is not None:
+            memory = memory + at_each * (2 * _MEMBRANE_BYTES * tally.outputs)
+        return dense, macs, acs, memory
 
     def _attention(self, tally: Tally) -> Tuple[float, Tensor]:
         by, a = self.conventions, tally.attention
@@ -240,6 +256,7 @@ class Profile:
             sum(x.dense_macs for x in layers),
             sum(sum(x.macs) for x in layers),
             sum(sum(x.acs) for x in layers),
+            sum(sum(x.memory_bytes) for x in layers),
             sum(x.energy_mj for x in layers),
             sum(x.ann_energy_mj for x in layers),
         )
@@ -286,7 +303,8 @@ class Profile:
         head = sum(x.energy_mj for x in self.layers if x.group == 'head')
         body = [x for x in self.layers if x.group != 'head']
         energies = [
-            self.cost.energy_mj(sum(x.macs[t] for x in body), sum(x.acs[t] for x in body))
+            self.cost.energy_mj(*(sum(values[t] for values in lists) for lists in zip(
+                *((x.macs, x.acs, x.memory_bytes) for x in body))))
             for t in range(self.time_steps)
         ]
         steps = []

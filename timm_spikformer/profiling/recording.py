@@ -74,6 +74,8 @@ class Tally:
     input: str  # image, spikes, sums or features
     parameters: int
     has_bn: bool
+    has_bias: bool  # in its product
+    weight_bytes: int  # of one weight
     dense: float = 0.  # multiply-accumulates of one time step
     numel: float = 0.  # inputs of one time step
     total: Optional[Tensor] = None  # sum of the inputs
@@ -265,10 +267,13 @@ class Recorder:
         self._mode = _CounterMode(self._counter)
         for i, (name, m) in enumerate(self._layers.items()):
             is_attention = isinstance(m, SpikingSelfAttention)
+            product = next((p for p in m.modules() if isinstance(p, (nn.Conv2d, nn.Linear))), m)
             self.tallies[name] = Tally(
                 name,
                 parameters=0 if is_attention else sum(p.numel() for p in m.parameters()),
                 has_bn=not isinstance(getattr(m, 'bn', nn.Identity()), nn.Identity),
+                has_bias=not is_attention and product.bias is not None,
+                weight_bytes=next(m.parameters()).element_size(),
                 neurons=None if by_channel else Fired(),
                 attention=AttentionTally() if is_attention else None,
                 **_describe(encoder, name, i == 0),

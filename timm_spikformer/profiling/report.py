@@ -103,7 +103,9 @@ def _how(profile: Profile) -> List[str]:
     cost = profile.cost
     lines = [
         f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
-        f'({cost.name}; {cost.source}). Arithmetic alone, without memory.',
+        f'({cost.name}; {cost.source}). '
+        + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights that is read and of membranes that is read or '
+           f'written.' if cost.memory_pj_per_byte else 'Arithmetic alone, without memory.'),
     ]
     lines += [f'{name.replace("_", " ")} = {getattr(profile.conventions, name)}: {meaning}.'
               for name, meaning in profile.conventions.describe().items()]
