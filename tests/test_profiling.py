@@ -128,6 +128,9 @@ def test_both_orders_of_attention(images):
     handle.remove()
     q, k, v = spikes[0].unflatten(-1, (3, 16, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
     qk, kv = attention_by_hand(q, k, v)
+    for name, x in (('q', q), ('k', k), ('v', v)):
+        rates = seen.layer('blocks.0.attn').operand_rates[name]
+        assert rates == pytest.approx(x.flatten(1).mean(1).tolist(), rel=1e-5)
     for order, pairs, first, second, fan_out in (('qk', qk, q, v, 16), ('cheaper', kv, k, q, 4)):
         layer = seen.under(attention_order=order, attention='coincidence').layer('blocks.0.attn')
         assert layer.dense_macs == 2 * 16 * 64 * fan_out

@@ -169,6 +169,7 @@ Time                    {results['seconds']:.0f} s
 
 The classifier is saved in {folder}. What to do next:
   load it         python -c "import timm, timm_spikformer; timm.create_model('local-dir:{folder}', pretrained=True)"
+  look inside     timm-spikformer profile {args.model} --checkpoint {folder}
   your own images timm-spikformer demo --data DIR       (DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or parquet)
   train for real  python -m timm_spikformer train.py -c recipes/cifar10.yaml   (timm's own script, with a GPU)""")
     return results

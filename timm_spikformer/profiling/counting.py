@@ -57,6 +57,7 @@ class LayerProfile:
         parameters: Number of its parameters, BN's included.
         dense_macs: Multiply-accumulates of one image and one time step, if no input were 0.
         input_rate: Mean of the input at each time step, where it is spikes or sums of spikes.
+        operand_rates: Of attention, the firing rates of q, k and v at each time step.
         values: Of an input of sums, the share of each value.
         firing_rate: Spikes per neuron at each time step; none of the classifier.
         silent: Share of the neurons that have never fired.
@@ -73,6 +74,7 @@ class LayerProfile:
     parameters: int
     dense_macs: float
     input_rate: Optional[List[float]]
+    operand_rates: Optional[Dict[str, List[float]]]
     values: Optional[Dict[int, float]]
     firing_rate: Optional[List[float]]
     silent: Optional[float]
@@ -142,8 +144,8 @@ class Profile:
     by_channel: bool
     conventions: Conventions
     cost: CostModel
-    _tallies: List[Tally]
-    _predictions: Optional[_Predictions]
+    _tallies: List[Tally] = dataclasses.field(repr=False)
+    _predictions: Optional[_Predictions] = dataclasses.field(repr=False)
 
     def under(
             self,
@@ -177,10 +179,13 @@ class Profile:
         dense, macs, acs, memory = self._operations(tally)
         spikes_in = tally.input in ('spikes', 'sums') and tally.attention is None
         fired = tally.channels if tally.neurons is None else tally.neurons
-        count = sum(tally.values.values())
+        count, attention = sum(tally.values.values()), tally.attention
+        operands = None if attention is None else {
+            name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')}
         return LayerProfile(
             tally.name, tally.group, tally.input, tally.parameters, dense / n,
             input_rate=(tally.total / tally.numel).tolist() if spikes_in else None,
+            operand_rates=operands,
             values={value: tally.values[value] / count for value in sorted(tally.values)} if count else None,
             firing_rate=None if tally.spikes is None else (tally.spikes / tally.outputs).tolist(),
             silent=None if tally.spikes is None else fired.silent,

@@ -137,8 +137,6 @@ class AttentionTally:
     qk: Optional[Tensor] = None  # number of pairs of both firing, over all pairs that are multiplied
     kv: Optional[Tensor] = None
     numel: float = 0.  # of q, of one time step
-    uses_q: float = 0.  # weights that a spike meets: of v in (q k^T) v, and of q in q (k^T v)
-    uses_v: float = 0.
 
     def add(self, qkv: Tensor, num_heads: int) -> None:
         """Spikes `[T, B, N, 3 * C]`."""
@@ -150,7 +148,6 @@ class AttentionTally:
         self.dense_kv += B * N * C * d
         self.kv_is_cheaper = N > d
         self.numel += B * N * C
-        self.uses_v, self.uses_q = N, d
         self.q, self.k, self.v = (
             _add(total, _per_step(x)) for total, x in ((self.q, q), (self.k, k), (self.v, v)))
         self.qk = _add(self.qk, _per_step(q.sum(2) * k.sum(2)))
@@ -211,6 +208,11 @@ class _CounterMode(DispatchCounterMode):
     def __exit__(self, *args: Any) -> None:
         self.resume()
         super().__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in _USES:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def pause(self, *args: Any) -> None:
         if self._is_looking:
