@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from .counting import GROUPS, Profile
+from .counting import Profile
 from .samples import Samples
 
 __all__ = ['render']
@@ -59,7 +59,7 @@ def _energy(profile: Profile) -> Figure:
     fig = _figure(0.9 + 0.22 * len(layers))
     axes = fig.subplots()
     at = np.arange(len(layers))
-    for group in GROUPS:
+    for group in profile.groups:
         mine = [i for i, x in enumerate(layers) if x.group == group]
         axes.barh(at[mine], [layers[i].energy_mj * 1e3 for i in mine], color=_COLORS[group], label=group)
     axes.plot(
