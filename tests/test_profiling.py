@@ -376,8 +376,11 @@ def test_events(model, images):
     assert real.layers[0].macs == [first.dense_macs] * 3 and sum(real.layers[0].acs) == 0
     with pytest.raises(ValueError, match='time_steps is 2, and the sequences have 3'):
         profile(model, events, time_steps=2)
-    with pytest.raises(ValueError, match='same number of time steps, got 2 after 3'):
+    with pytest.raises(ValueError, match='got a sequence of 2 after a sequence of 3'):
         profile(model, [events, events[:, :2]])
+    model.set_time_steps(3)
+    with pytest.raises(ValueError, match='got images of 3 after a sequence of 3'):
+        profile(model, [events, images])
     assert profile(model, events, time_steps=3).totals == seen.totals
 
 

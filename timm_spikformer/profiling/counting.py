@@ -304,7 +304,10 @@ class Profile:
 
     @cached_property
     def steps(self) -> List[StepProfile]:
-        """After each time step: energy, agreement with the last one, confidence and accuracy."""
+        """After each time step: energy, agreement with the last one, confidence and accuracy.
+
+        In eval mode they are those of so many time steps; in train mode BN mixes the steps.
+        """
         head = sum(x.energy_mj for x in self.layers if x.group == 'head')
         body = [x for x in self.layers if x.group != 'head']
         energies = [
@@ -427,7 +430,7 @@ def profile(
     conventions, cost = conventions or Conventions(), cost_model(cost)
     recorder = Recorder(encoder, by_channel=is_mae)
     device = next(encoder.parameters()).device
-    images, is_sequence, length = 0, False, None
+    images, kind = 0, None
     with unchanged(encoder, time_steps):
         for batch in itertools.islice([data] if isinstance(data, Tensor) else data, max_batches):
             x, y = _split_batch(batch)
@@ -437,9 +440,12 @@ def profile(
             steps = x.shape[1] if is_sequence else encoder.time_steps
             if is_sequence and time_steps is not None and steps != time_steps:
                 raise ValueError(f'time_steps is {time_steps}, and the sequences have {steps} time steps of their own.')
-            if length not in (None, steps):
-                raise ValueError(f'All inputs must have the same number of time steps, got {steps} after {length}.')
-            length = steps
+            if kind not in (None, (is_sequence, steps)):
+                raise ValueError(
+                    f'Expected images alone, or sequences of the same number of time steps; got '
+                    f'{"a sequence" if is_sequence else "images"} of {steps} after '
+                    f'{"a sequence" if kind[0] else "images"} of {kind[1]}.')
+            kind = is_sequence, steps
             if predictions is not None:
                 y = _check_labels(y, encoder.num_classes, accuracy)
             with recorder.watch():
@@ -454,7 +460,7 @@ def profile(
     tallies = list(recorder.tallies.values())
     name = getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__)
     result = Profile(
-        name, length, images, is_sequence, any(t.neurons is None for t in tallies if t.spikes is not None),
+        name, steps, images, is_sequence, any(t.neurons is None for t in tallies if t.spikes is not None),
         conventions, cost, tallies, predictions)
     if result.silent_layers:
         _logger.warning(
