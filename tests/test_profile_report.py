@@ -30,6 +30,7 @@ from timm_spikformer.profiling.samples import default_layers
 from timm_spikformer.publishing import publish
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
+v2_alone = pytest.mark.parametrize('model', ['test_spikformer_v2'], indirect=True)  # drawing takes its time
 
 
 @pytest.fixture(scope='module')
@@ -92,6 +93,7 @@ def test_a_layer_that_is_not_there(model, images):
 
 # -- tables, pictures and the page
 
+@v2_alone
 def test_pictures(model, images, labels):
     seen, samples = profile(model, [(images, labels)]), look(model, images[:2])
     pictures = render(seen, samples)
@@ -126,6 +128,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@v2_alone
 def test_the_page_needs_nothing_else(model, images, labels):
     profiles = [profile(model, [(images, labels)], t) for t in (1, 4)]
     html = to_html(profiles, look(model, images[:2]), '<b>data</b>', ['a <note>'])
@@ -140,6 +143,7 @@ def test_the_page_needs_nothing_else(model, images, labels):
     assert 'None' not in page.text and 'nan' not in page.text
 
 
+@v2_alone
 def test_report(model, images, tmp_path):
     seen = profile(model, images)
     (tmp_path / 'mine.txt').write_text('stays')
@@ -174,6 +178,7 @@ def read_events(folder):
     return events.Tags(), events
 
 
+@v2_alone
 def test_log_profile(model, images, labels, tmp_path):
     writer = SummaryWriter(tmp_path)
     for epoch in (1, 2):
@@ -187,6 +192,7 @@ def test_log_profile(model, images, labels, tmp_path):
     assert [e.step for e in events.Scalars('profile/firing_rate')] == [1, 2]
 
 
+@v2_alone
 def test_callback(model, images, labels, tmp_path):
     hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model))
     hf.timm_model.load_state_dict(model.state_dict())
