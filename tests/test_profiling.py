@@ -246,6 +246,7 @@ def test_silent_and_saturated_neurons(model, images):
         with torch.no_grad():
             bn.bias[0], bn.weight[0] = -100., 0.  # never
             bn.bias[1], bn.weight[1] = 100., 0.  # always
+            bn.bias[2], bn.weight[2] = 1.5, 0.  # at every second step
     seen = profile(model, images.split(4))
     layers = [seen.layer('blocks.0.mlp.fc1'), next(x for x in seen.layers if x.name.startswith('stem.stages.1.') and
                                                    x.name.endswith(('expand', 'proj')))]
