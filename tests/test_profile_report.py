@@ -73,6 +73,8 @@ def test_look_leaves_the_model_as_it_was(model, images):
     samples = look(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
     torch.testing.assert_close(samples.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
     assert samples.rasters[default_layers(model)[0]].shape[1] == 2
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    torch.testing.assert_close(look(model, images[:2]).images, (images[:2] * std + mean).clamp(0, 1))
     with torch.no_grad():
         assert torch.equal(model(images), before)
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks and model.time_steps == 4

@@ -66,8 +66,8 @@ def look(
         x: Tensor,
         layers: Optional[Sequence[str]] = None,
         time_steps: Optional[int] = None,
-        mean: Sequence[float] = (0.,),
-        std: Sequence[float] = (1.,),
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
 ) -> Samples:
     """Run a model, which is left as it was, on a few images, and keep what is worth a picture.
 
@@ -78,7 +78,7 @@ def look(
         x: Images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, of which the mean over time is shown.
         layers: Names of the layers to draw rasters of, as in a `Profile`; see `default_layers`.
         time_steps: Time steps to present images for; by default the model's own.
-        mean: By which the images were normalised, for each channel or for all.
+        mean: By which the images were normalised, for each channel or for all; by default the model's.
         std: The same.
 
     Raises:
@@ -94,9 +94,13 @@ def look(
     x = x.to(next(encoder.parameters()).device)
     n, grid = len(x), (x.shape[-2] // encoder.patch_size, x.shape[-1] // encoder.patch_size)
 
+    cfg = getattr(encoder, 'pretrained_cfg', {})
+    mean = cfg.get('mean', (0.,)) if mean is None else mean
+    std = cfg.get('std', (1.,)) if std is None else std
+
     def to_pixels(images: Tensor) -> Tensor:
-        m, s = (torch.tensor(list(v), device=images.device).view(-1, 1, 1) for v in (mean, std))
-        return (images.float() * s + m).clamp(0, 1).cpu()
+        m, s = (torch.tensor(v if len(v) in (1, images.shape[1]) else [sum(v) / len(v)]) for v in (mean, std))
+        return (images.float().cpu() * s.view(-1, 1, 1) + m.view(-1, 1, 1)).clamp(0, 1)
 
     shown = x.mean(1) if x.ndim == 5 else x
     samples = Samples(to_pixels(shown))
