@@ -40,6 +40,11 @@ def _whole_steps(axes: Axes, time_steps: int) -> None:
     axes.set_xlabel('time step')
 
 
+def _unit(highest_mj: float) -> Tuple[str, float]:
+    """Unit of energy for an axis, and how many of it make a millijoule."""
+    return ('mJ', 1.) if highest_mj >= 1. else ('µJ', 1e3)
+
+
 def _firing_rates(profile: Profile) -> Figure:
     layers = [x for x in profile.layers if x.firing_rate is not None]
     rates = np.array([x.firing_rate for x in layers])
@@ -59,15 +64,16 @@ def _energy(profile: Profile) -> Figure:
     fig = _figure(0.9 + 0.22 * len(layers))
     axes = fig.subplots()
     at = np.arange(len(layers))
+    unit, factor = _unit(max(max(x.energy_mj, x.ann_energy_mj) for x in layers))
     for group in profile.groups:
         mine = [i for i, x in enumerate(layers) if x.group == group]
-        axes.barh(at[mine], [layers[i].energy_mj * 1e3 for i in mine], color=_COLORS[group], label=group)
+        axes.barh(at[mine], [layers[i].energy_mj * factor for i in mine], color=_COLORS[group], label=group)
     axes.plot(
-        [x.ann_energy_mj * 1e3 for x in layers], at, linestyle='', marker='|', markersize=7,
+        [x.ann_energy_mj * factor for x in layers], at, linestyle='', marker='|', markersize=7,
         color=matplotlib.rcParams['text.color'], label='the same, dense')
     axes.set_yticks(at, [x.name.replace('stages.', '') for x in layers], fontsize=9)
     axes.set_ylim(len(layers) - 0.5, -0.5)
-    axes.set_xlabel('energy per image, µJ')
+    axes.set_xlabel(f'energy per image, {unit}')
     fig.legend(loc='outside upper center', ncols=3, fontsize=9)
     return fig
 
@@ -86,12 +92,13 @@ def _anytime(profile: Profile) -> Figure:
     top.legend(fontsize=9)
     _whole_steps(top, profile.time_steps)
     key = 'accuracy' if profile.accuracy is not None else 'agreement'
-    bottom.plot([x.energy_mj * 1e3 for x in steps], [100 * getattr(x, key) for x in steps], marker='o', markersize=4)
+    unit, factor = _unit(steps[-1].energy_mj)
+    bottom.plot([x.energy_mj * factor for x in steps], [100 * getattr(x, key) for x in steps], marker='o', markersize=4)
     for x in steps:
         bottom.annotate(
-            f'{x.step}', (x.energy_mj * 1e3, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
+            f'{x.step}', (x.energy_mj * factor, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
             fontsize=9)
-    bottom.set_xlabel('energy per image by then, µJ')
+    bottom.set_xlabel(f'energy per image by then, {unit}')
     bottom.set_ylabel(f'{key}, %')
     return fig
 
