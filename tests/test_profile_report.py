@@ -236,6 +236,17 @@ def test_command(tmp_path, capsys):
     assert 'head.fc' in capsys.readouterr().out
 
 
+def test_command_with_a_cost_of_ones_own(tmp_path, capsys):
+    (values,) = run(tmp_path, SHIPPED, '--images', 4, '--cost', '2,0.5')
+    assert values['totals']['energy_mj'] == pytest.approx(
+        (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
+    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', 'could not convert'), ('1,2,3', 'two values'),
+                          ('-1,2', 'not negative')):
+        with pytest.raises(SystemExit):
+            run(tmp_path, SHIPPED, f'--cost={text}')
+        assert message in capsys.readouterr().err
+
+
 def test_command_calibrates(tmp_path, capsys):
     (values,) = run(tmp_path, 'test_spikformer_v2', '--calibrate', '--images', 16, '--time-steps', 4)
     assert min(x['silent'] for x in values['layers'] if x['silent'] is not None) < 1
@@ -250,6 +261,9 @@ def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
     (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'a.pth', '--data', tmp_path / 'images' / 'class_0')
     assert values['images'] == 6 and values['accuracy'] is None and values['steps'][0]['agreement'] == 1
+    publish(model, 'me/name', 'mit', output=tmp_path / 'folder', dry_run=True)
+    (again,) = run(tmp_path, f'local-dir:{tmp_path / "folder"}', '--data', tmp_path / 'images' / 'class_0')
+    assert again['totals'] == values['totals']
     assert 'the images have no labels' in (tmp_path / 'out' / 'index.html').read_text()
 
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..demo.data import load_test_images
 from ..spikformer import find_spikformer
-from .conventions import CHOICES, COST_MODELS, Conventions
+from .conventions import CHOICES, COST_MODELS, Conventions, CostModel, cost_model
 from .counting import profile
 from .report import create_console, print_profile, print_steps, write_report
 from .samples import look
@@ -23,10 +23,17 @@ _DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 _NUM_SAMPLES = 8
 
 
+def _cost(text: str) -> CostModel:
+    try:
+        return cost_model(text if ',' not in text else tuple(float(value) for value in text.split(',')))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('model', metavar='MODEL', help='name of a Spikformer: its pretrained weights, unless --checkpoint says others')
-    add('--checkpoint', metavar='PATH', help="file of train.py's, a state dict, or a folder of timm's or transformers'")
+    add('model', metavar='MODEL', help="of timm's: a name, hf-hub:ORG/NAME or local-dir:DIR")
+    add('--checkpoint', metavar='PATH', help="other weights: a file of train.py's, a folder of timm's or transformers'")
     add('--calibrate', action='store_true',
         help='compute BN statistics on the images; random weights if there are none')
     add('--data', metavar='DIR', help='image folder or parquet files (default: the shipped slice of Fashion-MNIST)')
@@ -34,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
     add('--time-steps', type=int, nargs='+', metavar='T', help="one or more (default: the model's own)")
     add('--layers', nargs='+', metavar='NAME', help='layers to draw spike rasters of (default: the last of each part)')
-    add('--cost', default='fp32', choices=list(COST_MODELS), help='energy of an operation (default: %(default)s)')
+    add('--cost', default='fp32', metavar='MODEL', type=_cost,
+        help=f'{", ".join(COST_MODELS)}, or picojoules of a multiply-accumulate and an accumulate, such as 4.6,0.9')
     add('--output', metavar='DIR', default='output/profile', help='where the page goes (default: %(default)s)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)')
     counting = parser.add_argument_group('what counts as an operation', "the first of each is the papers', and default")
@@ -54,11 +62,11 @@ def _load(args: argparse.Namespace, notes: List[str]) -> Tuple[nn.Module, Dict[s
         if found != name.split('.')[0]:
             raise ValueError(f'{args.checkpoint} holds a {found}, and {name} was named.')
         return checkpoint.model.eval(), checkpoint.data_config
-    if name.split('.')[0] not in timm.list_models(module='spikformer'):
+    is_registered = name.split('.')[0] in timm.list_models(module='spikformer')
+    if not is_registered and not name.startswith(('hf-hub:', 'local-dir:')):
         raise ValueError(
             f'There is no Spikformer {name!r}, expected one of {", ".join(timm.list_models(module="spikformer"))}.')
-    cfg = timm.get_pretrained_cfg(name)
-    if args.calibrate and (cfg is None or not cfg.has_weights):
+    if args.calibrate and is_registered and not timm.get_pretrained_cfg(name).has_weights:
         random_seed(0)
         model = timm.create_model(name)
         notes.append('The weights are random: these are the operations of a network that has not learnt.')

@@ -147,5 +147,7 @@ def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
                 f'There is no cost model {cost!r}, expected one of {", ".join(map(repr, COST_MODELS))}, or a pair of '
                 f'picojoules for a multiply-accumulate and an accumulate.')
         return COST_MODELS[cost]
+    if len(cost) != 2:
+        raise ValueError(f'Expected two values, picojoules of a multiply-accumulate and of an accumulate, got {cost}.')
     mac_pj, ac_pj = cost
     return CostModel('custom', float(mac_pj), float(ac_pj))
