@@ -26,7 +26,8 @@ def _count(n: float) -> str:
     """1234567 as 1.23 M."""
     for factor, prefix in _PREFIXES:
         if n >= factor:
-            return f'{n / factor:.3g} {prefix}' if n < 999.5 * factor else f'{n / factor:.0f} {prefix}'
+            digits = '.3g' if n < 999.5 * factor else '.0f'  # and not 1e+03
+            return f'{n / factor:{digits}} {prefix}'
     return f'{n:.3g}'
 
 
@@ -77,9 +78,9 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
     t = profile.totals
     add('all', t, [*[''] * len(extra), _rate(profile.firing_rate), ''], style='bold')
     console.print(table)
+    if profile.by_channel:
+        console.print('Silent and saturated are shares of channels.')
     if t.energy_mj:
-        if profile.by_channel:
-            console.print('Silent and saturated are shares of channels.')
         console.print(
             f'Energy per image {_energy(t.energy_mj)}; the same network, dense and artificial: '
             f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.', highlight=False)
