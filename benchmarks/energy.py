@@ -11,12 +11,11 @@ from typing import Callable, Dict
 import timm
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from timm_spikformer.profiling import Profile, profile
 from timm_spikformer.profiling.conventions import CHOICES
 
-from .images import photographs
+from .images import calibrate, photographs
 
 # published energy in millijoules, and the rate that it implies: energy / (0.9 pJ * T * dense MACs)
 PUBLISHED = {'spikformer_v2_8_384': (4.69, 0.11), 'spikformer_v2_8_512': (9.36, 0.13)}
@@ -33,11 +32,7 @@ def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], ra
     low, high = 0., 1.5
     for _ in range(rounds):
         bias = (low + high) / 2
-        for m in model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                nn.init.constant_(m.bias, bias)
-        update_bn([x], model)
-        seen = profile(model.eval(), x)
+        seen = profile(calibrate(model, x, bias), x)
         if abs(rate_of(seen) - rate) < 5e-4:
             break
         low, high = (bias, high) if rate_of(seen) < rate else (low, bias)

@@ -28,10 +28,10 @@ def photographs(count: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Running statistics of `x`; a bias of BN that makes neurons fire about as often as published, 0.1 to 0.2."""
+def calibrate(model: nn.Module, x: Tensor, bias: float = 0.7) -> nn.Module:
+    """Running statistics of `x`; a bias of BN that, by default, makes neurons fire at rates of about 0.1 to 0.2."""
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            nn.init.constant_(m.bias, 0.7)
+            nn.init.constant_(m.bias, bias)
     update_bn([x], model)
     return model.eval()

@@ -19,8 +19,10 @@ from torch import nn
 from benchmarks.peer import PeerSpikformer
 from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.layers import maps_of_patches
 from timm_spikformer.profiling import Conventions, CostModel, profile
 from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
+from timm_spikformer.profiling.report import to_csv
 
 EXACT = dict(fan_out='exact')
 
@@ -418,7 +420,6 @@ def test_masked_counts_are_those_of_the_masked_maps(images):
             mae.train()(images)
     mae.eval()
     maps = {}
-    from timm_spikformer.layers import maps_of_patches
     unit = encoder.stem.stages[0].expand
     unit.register_forward_hook(
         lambda m, args, out: maps.update(x=maps_of_patches(args[0], args[2]), visible=args[2]))
@@ -512,7 +513,6 @@ def test_to_dict_is_json(model, images):
 
 
 def test_csv(model, images):
-    from timm_spikformer.profiling.report import to_csv
     profiles = [profile(model, images, t) for t in (1, 3)]
     rows = list(csv.DictReader(io.StringIO(to_csv(profiles))))
     assert len(rows) == sum(len(p.layers) for p in profiles)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .neurons import carry_membranes
-from .spikformer import Spikformer, find_spikformer
+from .spikformer import find_spikformer
 
 __all__ = ['AnytimeOutput', 'predict_anytime']
 
@@ -20,11 +20,6 @@ class AnytimeOutput(NamedTuple):
     def saving(self) -> float:
         """Share of the time steps that were not taken."""
         return 1. - self.steps.float().mean().item() / self.time_steps
-
-
-def _one_step(encoder: Spikformer, x: Tensor, t: int) -> Tensor:
-    """Output of the encoder at step t, `[B, D, H, W]`."""
-    return encoder.forward_features(x[:, t:t + 1] if x.ndim == 5 else x)
 
 
 def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> AnytimeOutput:
@@ -58,7 +53,7 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
     try:
         with carry_membranes(encoder) as membranes:
             for t in range(time_steps):
-                new = _one_step(encoder, x, t)
+                new = encoder.forward_features(x[:, t:t + 1] if x.ndim == 5 else x)  # [B, D, H, W]
                 features = new if features is None else features + new
                 out = encoder.forward_head(features / (t + 1))
                 if logits is None:

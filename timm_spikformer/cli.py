@@ -4,6 +4,7 @@ import sys
 from typing import List, Optional
 
 from . import __version__, demo
+from .profiling import command as profiling
 
 
 def _add_publish(parser: argparse.ArgumentParser) -> None:
@@ -72,23 +73,13 @@ def _demo(args: argparse.Namespace) -> None:
         sys.exit(f'\nInterrupted. Go on with: timm-spikformer demo --resume --output {args.output}')
 
 
-def _add_profile(parser: argparse.ArgumentParser) -> None:
-    from .profiling import command
-    command.add_arguments(parser)
-
-
-def _profile(args: argparse.Namespace) -> None:
-    from .profiling import command
-    command.run(args)
-
-
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, add_arguments, run, text in (
         ('demo', demo.add_arguments, _demo, 'train a small model on real images'),
-        ('profile', _add_profile, _profile, 'firing rates, operations and energy of a model: a table and a page'),
+        ('profile', profiling.add_arguments, profiling.run, 'firing rates, operations and energy: a table and a page'),
         ('publish', _add_publish, _publish, 'publish a checkpoint on the Hub, for timm and transformers'),
         ('convert', _add_convert, _convert, "convert a checkpoint of V1's authors or spikingjelly's"),
     ):

@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, list_models, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .layers import SpikingBlock, Visible
 from .pretrained import locate_weights, shipped_weights
 from .stems import STEMS
 
-__all__ = ['Spikformer', 'find_spikformer']
+__all__ = ['Spikformer', 'check_model_name', 'find_spikformer']
 
 
 @torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
@@ -405,6 +405,16 @@ class Spikformer(nn.Module):
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+
+def check_model_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: It is not the name of a registered Spikformer.
+    """
+    models = list_models(module='spikformer')
+    if name not in models:
+        raise ValueError(f'There is no Spikformer {name!r}, expected one of {", ".join(models)}.')
 
 
 def find_spikformer(model: nn.Module) -> Spikformer:

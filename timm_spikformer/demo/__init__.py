@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checkpoints import TRAINING_FILE
 from ..masked_autoencoder import SpikformerMAE
+from ..spikformer import check_model_name
 from .data import Data, load_data, make_loader, take
 from .picture import reconstruction_loss, save_picture
 from .training import Stage, classify, evaluate, fit_linear, reconstruct, train
@@ -56,9 +57,7 @@ def save(model: nn.Module, data: Data, folder: Path, args: argparse.Namespace) -
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    models = timm.list_models(module='spikformer')
-    if args.model not in models:
-        raise ValueError(f'There is no Spikformer {args.model!r}, expected one of {", ".join(models)}.')
+    check_model_name(args.model)
     for name in ('epochs', 'pretrain_epochs', 'finetune_epochs', 'batch_size', 'labelled'):
         if getattr(args, name) < 1:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..pretrained import cfg_to_train
 
 FASHION_MNIST = Path(__file__).parents[1] / 'data' / 'fashion_mnist'
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # of timm's data config
 _TEST_SPLITS = ('test', 'validation')
 _HELD_OUT = 0.1  # share of the training images that is tested on where a dataset has no test split
 
@@ -34,6 +35,13 @@ def _split_names(folder: Path, expected: str) -> List[str]:
         raise ValueError(f'{folder} holds no images. {expected}') from e
 
 
+def _load_split(folder: Path, split: str, expected: str) -> datasets.Dataset:
+    dataset = datasets.load_dataset(str(folder), split=split)
+    if not isinstance(dataset.features.get('image'), datasets.Image):
+        raise ValueError(f'{folder} has the columns {", ".join(dataset.features) or "none"}. {expected}')
+    return dataset
+
+
 def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
     """Read a folder of images or parquet files, by default the shipped Fashion-MNIST.
 
@@ -51,17 +59,15 @@ def load_data(folder: Optional[Path], model: str, seed: int = 0) -> Data:
         cfg = timm.get_pretrained_cfg('spikformer_v2_2_64_patch4_32.fashion_mnist')
     else:
         cfg = cfg_to_train(model)
-    config = {key: getattr(cfg, key) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    config = {key: getattr(cfg, key) for key in DATA_KEYS}
     expected = 'Expected DIR/{train,test}/CLASS/*.png, or parquet files with columns image and label.'
     splits = _split_names(folder, expected)
     test_split = next((s for s in _TEST_SPLITS if s in splits), None)
     if 'train' not in splits:
         raise ValueError(f'{folder} has no training split, only {", ".join(splits)}. {expected}')
 
-    dataset = datasets.load_dataset(str(folder), split='train')
+    dataset = _load_split(folder, 'train', expected)
     columns = dataset.features
-    if not isinstance(columns.get('image'), datasets.Image):
-        raise ValueError(f'{folder} has the columns {", ".join(columns) or "none"}. {expected}')
     # datasets gives no labels where all images lie in one folder
     labels = set(dataset['label']) if 'label' in columns else set()
     if len(labels) < 2:
@@ -131,15 +137,13 @@ def load_test_images(
     expected = 'Expected DIR/{train,test}/CLASS/*.png, DIR/*.png, or parquet files with a column image.'
     splits = _split_names(folder, expected)
     split = next((s for s in _TEST_SPLITS if s in splits), splits[0])
-    source = datasets.load_dataset(str(folder), split=split)
-    if not isinstance(source.features.get('image'), datasets.Image):
-        raise ValueError(f'{folder} has the columns {", ".join(source.features) or "none"}. {expected}')
+    source = _load_split(folder, split, expected)
     label = source.features.get('label')
     num_classes = None
     if isinstance(label, datasets.ClassLabel):
         num_classes = label.num_classes
-    elif label is not None and source['label'] and isinstance(source['label'][0], int):
-        num_classes = max(source['label']) + 1
+    elif isinstance(label, datasets.Value) and 'int' in label.dtype:
+        num_classes = max(source['label'], default=-1) + 1
     if count is not None and count < len(source):
         source = source.select(torch.linspace(0, len(source) - 1, count).long().tolist())
     loader = DataLoader(_Images(source, config), batch_size)

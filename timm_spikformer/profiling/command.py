@@ -12,14 +12,13 @@ from timm.utils import random_seed
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ..demo.data import load_test_images
-from ..spikformer import find_spikformer
+from ..demo.data import DATA_KEYS, load_test_images
+from ..spikformer import check_model_name, find_spikformer
 from .conventions import CHOICES, COST_MODELS, Conventions, CostModel, cost_model
 from .counting import profile
 from .report import create_console, print_profile, print_steps, write_report
 from .samples import look
 
-_DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 _NUM_SAMPLES = 8
 
 
@@ -62,10 +61,9 @@ def _load(args: argparse.Namespace, notes: List[str]) -> Tuple[nn.Module, Dict[s
         if found != name.split('.')[0]:
             raise ValueError(f'{args.checkpoint} holds a {found}, and {name} was named.')
         return checkpoint.model.eval(), checkpoint.data_config
-    is_registered = name.split('.')[0] in timm.list_models(module='spikformer')
-    if not is_registered and not name.startswith(('hf-hub:', 'local-dir:')):
-        raise ValueError(
-            f'There is no Spikformer {name!r}, expected one of {", ".join(timm.list_models(module="spikformer"))}.')
+    is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
+    if is_registered:
+        check_model_name(name.split('.')[0])
     if args.calibrate and is_registered and not timm.get_pretrained_cfg(name).has_weights:
         random_seed(0)
         model = timm.create_model(name)
@@ -76,7 +74,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> Tuple[nn.Module, Dict[s
         except RuntimeError as e:
             raise ValueError(f'{e} Give weights with --checkpoint, or take random ones with --calibrate.') from e
     config = resolve_model_data_config(model)
-    return model.eval(), {key: config[key] for key in _DATA_KEYS}
+    return model.eval(), {key: config[key] for key in DATA_KEYS}
 
 
 def run(args: argparse.Namespace) -> Path:

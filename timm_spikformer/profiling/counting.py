@@ -311,8 +311,7 @@ class Profile:
         head = sum(x.energy_mj for x in self.layers if x.group == 'head')
         body = [x for x in self.layers if x.group != 'head']
         energies = [
-            self.cost.energy_mj(*(sum(values[t] for values in lists) for lists in zip(
-                *((x.macs, x.acs, x.memory_bytes) for x in body))))
+            sum(self.cost.energy_mj(x.macs[t], x.acs[t], x.memory_bytes[t]) for x in body)
             for t in range(self.time_steps)
         ]
         steps = []

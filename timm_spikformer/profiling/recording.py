@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
-from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
+from spikingjelly.activation_based.op_counter import BaseCounter, DispatchCounterMode
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -175,7 +175,7 @@ _USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
 }
 
 
-class _ProductCounter(SynOpCounter):
+class _ProductCounter(BaseCounter):
     """Hands the products of the layer that runs to its tally."""
 
     def __init__(self) -> None:
@@ -193,11 +193,14 @@ class _ProductCounter(SynOpCounter):
 
 
 class _CounterMode(DispatchCounterMode):
-    """spikingjelly's, but looking at products alone: at all that neurons do it would take longer than they do."""
+    """spikingjelly's, but looking at products alone: at all that neurons do it would take longer than they do.
+
+    It is paused while they run, and passes over what else is between a layer's input and them.
+    """
 
     def __init__(self, counter: _ProductCounter):
         super().__init__([counter])
-        self._is_looking = True
+        self._is_looking = False
 
     def __enter__(self) -> '_CounterMode':
         super().__enter__()

@@ -16,14 +16,14 @@ from timm.models._helpers import _torch_load
 from torch import nn
 
 from ..checkpoints import TRAINING_FILE, convert_state_dict
+from ..demo.data import DATA_KEYS
 from ..hf.configuration_spikformer import SpikformerConfig
 from ..hf.image_processing import read_data_config
 from ..masked_autoencoder import SpikformerMAE
-from ..spikformer import Spikformer
+from ..spikformer import Spikformer, check_model_name
 
 __all__ = ['Checkpoint', 'Training', 'create_matching', 'from_model', 'read_checkpoint', 'read_tensors']
 
-_DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 # of the machine, or of the run's place on it
 _PRIVATE_ARGS = re.compile(
     r'(data|dataset)_dir$|^(data|output|output_dir|config|experiment|resume|initial_checkpoint|class_map|device|'
@@ -82,9 +82,7 @@ def read_tensors(path: Path) -> Dict[str, Any]:
 
 def create_matching(name: str, state_dict: Dict[str, Any], **kwargs) -> Spikformer:
     """The model `name` with the classes and input channels of `state_dict`, which is loaded: all of it, or an error."""
-    if name not in timm.list_models(module='spikformer'):
-        models = ', '.join(timm.list_models(module='spikformer'))
-        raise ValueError(f'There is no Spikformer {name!r}, expected one of {models}.')
+    check_model_name(name)
     empty = timm.create_model(name, device='meta', **{**kwargs, 'num_classes': 0})
     converted = convert_state_dict(state_dict, empty).state_dict
     head = converted.get('head.fc.weight')
@@ -154,14 +152,14 @@ def _read_file(path: Path, name: Optional[str], ema: bool) -> Checkpoint:
         raise ValueError(f'{path} does not say what model it is of. Name it with --model.')
     state_dict = content['state_dict_ema'] if ema else content
     model = create_matching(name.split('.')[0], state_dict, **(args.get('model_kwargs') or {}))
-    sizes = {k: v for k, v in args.items() if k in (*_DATA_KEYS, 'img_size', 'in_chans') and v is not None}
+    sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size', 'in_chans') and v is not None}
     config = _resolve({**sizes, 'in_chans': model.in_chans}, model)
     if not args:
-        return Checkpoint(model, {k: config[k] for k in _DATA_KEYS})
+        return Checkpoint(model, {k: config[k] for k in DATA_KEYS})
     model.set_input_size(config['input_size'][1:])
     shown = {k: v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(k, v)}
     command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
-    return Checkpoint(model, {k: config[k] for k in _DATA_KEYS}, None, Training(command, shown))
+    return Checkpoint(model, {k: config[k] for k in DATA_KEYS}, None, Training(command, shown))
 
 
 def _resolve(args: Dict[str, Any], model: Spikformer) -> Dict[str, Any]:
@@ -268,4 +266,4 @@ def from_model(model: nn.Module, config: Optional[SpikformerConfig] = None) -> C
         names = list(config.id2label.values())
         if len(names) == encoder.num_classes and names != [f'LABEL_{i}' for i in range(len(names))]:
             labels = names
-    return Checkpoint(model.eval().to('cpu', torch.float32), {k: data_config[k] for k in _DATA_KEYS}, labels)
+    return Checkpoint(model.eval().to('cpu', torch.float32), {k: data_config[k] for k in DATA_KEYS}, labels)
