@@ -35,7 +35,7 @@ __all__ = ['cfg_to_train', 'download', 'locate_weights', 'set_hub_namespace', 's
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
-# of the files in data/weights
+# of the files in assets/weights
 _SHA256 = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': '97918b915d5bf2ef8b19146aa6eecc85b2c390673b5b8de6642abfca4f8f805b',
 }
@@ -46,7 +46,7 @@ _namespace: Optional[str] = None
 
 def shipped_weights(name: str) -> Optional[str]:
     """Path of the weights of `name`, model.tag, that the package holds; None beside copies of the code alone."""
-    path = Path(__file__).parent / 'data' / 'weights' / f'{name}.safetensors'
+    path = Path(__file__).parent / 'assets' / 'weights' / f'{name}.safetensors'
     return str(path) if path.is_file() else None
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..pretrained import cfg_to_train
 
-FASHION_MNIST = Path(__file__).parents[1] / 'data' / 'fashion_mnist'
+FASHION_MNIST = Path(__file__).parents[1] / 'assets' / 'fashion_mnist'
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # of timm's data config
 _TEST_SPLITS = ('test', 'validation')
 _HELD_OUT = 0.1  # share of the training images that is tested on where a dataset has no test split
