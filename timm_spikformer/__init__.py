@@ -8,10 +8,9 @@ from .neurons import LIF, lif
 from .pretrained import set_hub_namespace
 from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
+from .version import __version__
 
-__version__ = '0.1.0.dev0'
-
-# where what needs transformers is found, which takes seconds to import: it waits until it is asked for
+# Names that need transformers, and their modules in `hf`; importing transformers takes seconds, so it happens on demand
 _OF_TRANSFORMERS = {
     'SpikformerConfig': 'configuration_spikformer',
     'SpikformerBackbone': 'modeling_spikformer',
@@ -27,6 +26,7 @@ __all__ = [
     'LIF',
     'Spikformer',
     'SpikformerMAE',
+    '__version__',
     'lif',
     'predict_anytime',
     'set_hub_namespace',

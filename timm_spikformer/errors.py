@@ -32,8 +32,8 @@ _HINTS = {
 
 def explain(error: BaseException) -> Optional[str]:
     """Return what to tell the user of a command about an exception, or None if it is a bug."""
-    if isinstance(error, ModuleNotFoundError):
-        return _explain_missing(error)
+    if isinstance(error, ImportError):
+        return _explain_import(error)
     if type(error).__name__ == 'OutOfMemoryError':
         return f'There is not enough memory: {_first_line(error)} Use a smaller batch size or model, or another device.'
     if _comes_from_network(error):
@@ -63,11 +63,13 @@ def requirement(module: str) -> str:
     return name
 
 
-def _explain_missing(error: ModuleNotFoundError) -> Optional[str]:
+def _explain_import(error: ImportError) -> Optional[str]:
     module = (error.name or '').partition('.')[0]
-    if not module or module.startswith('timm_spikformer'):
+    if not module or module.startswith(('timm_spikformer', '_timm_spikformer')):
         return None
-    return f'{module} is required here and is not installed. Run: pip install "{requirement(module)}"'
+    if isinstance(error, ModuleNotFoundError) and module == error.name:
+        return f'{module} is required here and is not installed. Run: pip install "{requirement(module)}"'
+    return f'{_first_line(error)} Its version does not fit. Run: pip install "{requirement(module)}"'
 
 
 def _explain_os_error(error: OSError) -> str:

@@ -23,7 +23,8 @@ try:
 except ImportError:  # Windows: two runs that end in the same instant are not told apart there
     fcntl = None
 
-__all__ = ['MANIFEST', 'check_output', 'manifest_files', 'remove_files', 'write_file', 'write_folder']
+__all__ = [
+    'MANIFEST', 'check_output', 'manifest_files', 'remove_files', 'write_file', 'write_folder', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
 # Path in the folder, with '/', to the sha256 digests that its content may have: two while a file is being replaced
@@ -124,22 +125,56 @@ def write_file(path: PathLike) -> Iterator[Path]:
         ValueError: The file is there already and was not written by this package, or has been changed since.
         OSError: The disk is full, the folder may not be written, and the like.
     """
-    path = Path(os.path.abspath(path))
-    if not path.parent.is_dir():
-        raise ValueError(f'{path} cannot be written: {path.parent} is not a folder.')
+    path = _check_file(path)
     _check_own(path.parent, path.name, _read_manifest(path.parent))
+    with _partial_file(path) as partial:
+        yield partial
+        digest = _digest(partial)
+        with _lock(path.parent):
+            manifest = _read_manifest(path.parent)
+            _check_own(path.parent, path.name, manifest)
+            # in this order, an interruption leaves a file of which the manifest knows the content
+            before = [_digest(path)] if path.exists() else []
+            _write_manifest(path.parent, {**manifest, path.name: [*before, digest]})
+            os.replace(partial, path)
+
+
+@contextmanager
+def write_new_file(path: PathLike) -> Iterator[Path]:
+    """Write a file that does not exist yet, completely or not at all. No manifest is kept.
+
+    Yields the path of a temporary sibling, as `write_file` does.
+
+    Raises:
+        ValueError: The file is there already, or its folder is not.
+        OSError: The disk is full, the folder may not be written, and the like.
+    """
+    path = _check_file(path)
+    _check_own(path.parent, path.name, {}, f'{path} is there already. Name a new file, or remove it first.')
+    with _partial_file(path) as partial:
+        yield partial
+        with _lock(path.parent):
+            _check_own(path.parent, path.name, {}, f'{path} has appeared in the meantime and is not replaced.')
+            os.replace(partial, path)
+
+
+def _check_file(path: PathLike) -> Path:
+    if not os.fspath(path) or '\0' in os.fspath(path):
+        raise ValueError(f'{os.fspath(path)!r} is not the name of a file.')
+    absolute = Path(os.path.abspath(path))
+    if absolute.is_dir():
+        raise ValueError(f'{path} is a folder. Name a file.')
+    if not absolute.parent.is_dir():
+        raise ValueError(f'{path} cannot be written: {absolute.parent} is not a folder.')
+    return absolute
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f'{_TEMPORARY}{secrets.token_hex(8)}{path.suffix}')
     try:
         with _about(path, partial):
             yield partial
-            digest = _digest(partial)
-            with _lock(path.parent):
-                manifest = _read_manifest(path.parent)
-                _check_own(path.parent, path.name, manifest)
-                # in this order, an interruption leaves a file of which the manifest knows the content
-                before = [_digest(path)] if path.exists() else []
-                _write_manifest(path.parent, {**manifest, path.name: [*before, digest]})
-                os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -268,7 +303,7 @@ def _check_foreign(folder: Path, add: bool) -> None:
             f'folder.')
 
 
-def _check_own(folder: Path, name: str, manifest: Manifest) -> None:
+def _check_own(folder: Path, name: str, manifest: Manifest, message: Optional[str] = None) -> None:
     """Raise a ValueError if `name` stands in the folder with another content than this package has given it."""
     path = folder
     for part in Path(name).parts[:-1]:
@@ -279,7 +314,7 @@ def _check_own(folder: Path, name: str, manifest: Manifest) -> None:
     if not os.path.lexists(path):
         return
     if name not in manifest:
-        raise ValueError(f'{path} was not written by timm-spikformer, and is not replaced. {_ADVICE}')
+        raise ValueError(message or f'{path} was not written by timm-spikformer, and is not replaced. {_ADVICE}')
     if not stat.S_ISREG(path.lstat().st_mode) or _digest(path) not in manifest[name]:
         raise ValueError(
             f'{path} has been changed since timm-spikformer wrote it, and is not replaced or removed. {_ADVICE}')
