@@ -8,7 +8,7 @@ from .neurons import LIF, lif
 from .pretrained import set_hub_namespace
 from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
-from .version import __version__
+from .version import __version__ as __version__
 
 # Names that need transformers, and their modules in `hf`; importing transformers takes seconds, so it happens on demand
 _OF_TRANSFORMERS = {
@@ -26,7 +26,6 @@ __all__ = [
     'LIF',
     'Spikformer',
     'SpikformerMAE',
-    '__version__',
     'lif',
     'predict_anytime',
     'set_hub_namespace',
