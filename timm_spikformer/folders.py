@@ -24,7 +24,8 @@ except ImportError:  # Windows: two runs that end in the same instant are not to
     fcntl = None
 
 __all__ = [
-    'MANIFEST', 'check_output', 'manifest_files', 'remove_files', 'write_file', 'write_folder', 'write_new_file']
+    'MANIFEST', 'check_output', 'manifest_files', 'remove_files', 'write_file', 'write_folder',
+    'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
 # Path in the folder, with '/', to the sha256 digests that its content may have: two while a file is being replaced
@@ -76,6 +77,12 @@ def check_output(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = 
 def manifest_files(folder: PathLike) -> List[str]:
     """Return the paths, with '/', of the files in a folder that this package wrote, none without a manifest."""
     return sorted(_read_manifest(Path(folder)))
+
+
+def write_manifest(folder: PathLike) -> None:
+    """List all files of a folder in its manifest, for a folder that is uploaded before `write_folder` is done."""
+    folder = Path(folder)
+    _write_manifest(folder, {name: [_digest(folder / name)] for name in _files(folder)})
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import hashlib
 import os
 import re
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HTTPError,
@@ -31,7 +32,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-__all__ = ['cfg_to_train', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+__all__ = ['cfg_to_train', 'check_hub', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
@@ -40,6 +41,8 @@ _SHA256 = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': '97918b915d5bf2ef8b19146aa6eecc85b2c390673b5b8de6642abfca4f8f805b',
 }
 _WITHOUT_WEIGHTS = 'untrained'  # tag of what nobody is to publish
+
+_PATIENCE = 4.  # seconds that the Hub has to answer in
 
 _namespace: Optional[str] = None
 
@@ -88,6 +91,37 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
             f'format than safetensors are not loaded.') from e
     except (HTTPError, OSError) as e:
         raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
+
+
+def check_hub(endpoint: Optional[str] = None) -> None:
+    """Fail within seconds if the Hub cannot be reached; the client itself would try again for up to a minute.
+
+    Args:
+        endpoint: Address of the Hub, by default the one of huggingface_hub.
+
+    Raises:
+        RuntimeError: It cannot be reached, and why.
+    """
+    endpoint = endpoint or constants.ENDPOINT
+    outcome: List[Optional[BaseException]] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=_PATIENCE)
+            outcome.append(None)
+        except Exception as e:
+            outcome.append(e)
+
+    # in a thread, as looking up a name has no time limit, and a host with several addresses has one for each
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    error = outcome[0] if outcome else TimeoutError(f'{endpoint} did not answer within {_PATIENCE:g} seconds')
+    if error is not None:
+        reason = str(error).strip().splitlines()[0].removesuffix('.') if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f'The Hub cannot be reached: {reason}. Check the network, or unset HF_HUB_OFFLINE where it is set, and try '
+            f'again.') from error
 
 
 def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
@@ -150,6 +184,8 @@ def locate_weights(
             f'{filename!r} of {repo} is not a name of a safetensors file, and nothing else is loaded from the Hub.')
     cache_dir = kwargs.get('cache_dir')
     kwargs = dict(kwargs)
+    if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
+        check_hub()
     if cfg.source != 'hf-hub':  # then timm has not read the repository's config.json yet
         with _explained(repo, 'config.json'):
             repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
@@ -170,16 +206,19 @@ def _repository(name: str) -> Optional[str]:
     return f'{organisation}/{name}@{revision}' if revision else f'{organisation}/{name}'
 
 
-def _is_cached(repo: str) -> bool:
+def _is_cached(repo: str, filename: str = WEIGHTS_FILE, cache_dir: Optional[Union[str, Path]] = None) -> bool:
     repo_id, revision = split_revision(repo)
-    return isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, revision=revision), str)
+    return isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str)
 
 
 def _listed(namespace: str) -> Optional[Set[str]]:
-    """Repositories of the namespace; None where the Hub cannot be asked."""
+    """Return the repositories of a namespace; None, with a warning, if the Hub cannot be asked."""
     try:
+        check_hub()
         return {info.id for info in HfApi().list_models(author=split_revision(namespace)[0])}
-    except (HTTPError, OSError):
+    except (RuntimeError, HTTPError, OSError) as e:
+        warnings.warn(
+            f'{e} The models of {namespace} are not listed, other than those downloaded before.', stacklevel=3)
         return None
 
 

@@ -1,5 +1,5 @@
 """Configuration of the transformers classes around Spikformer and Spikformer V2."""
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -17,6 +17,11 @@ _NOT_KEPT = (
 def label_maps(labels: Sequence[str]) -> Dict[str, Dict]:
     """`id2label` and `label2id` of the names of the classes, in their order."""
     return dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+
+
+def ordered_labels(id2label: Dict[Any, str]) -> List[str]:
+    """Return the names of the classes by number: a config.json has the numbers as strings, and '10' before '2'."""
+    return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
 
 
 @strict
@@ -121,6 +126,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop('out_features', None), out_indices=kwargs.pop('out_indices', None))
         super().__post_init__(**kwargs)
+        self.id2label = dict(enumerate(ordered_labels(self.id2label)))
 
     def validate_architecture(self):
         if self.time_steps < 1:
@@ -151,7 +157,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     def to_dict(self) -> Dict[str, Any]:
         output = super().to_dict()
         is_classifier = any('ForImageClassification' in name for name in self.architectures or [])
-        labels = list(self.id2label.values())
+        labels = ordered_labels(self.id2label)
         size = self.image_size
         height, width = [size, size] if isinstance(size, int) else size
         output['architecture'] = self.architecture or (
