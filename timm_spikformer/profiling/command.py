@@ -55,7 +55,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> Tuple[nn.Module, Dict[s
     """The model in eval mode, and how images are presented to it; adds what there is to note."""
     name = args.model
     if args.checkpoint is not None:
-        from ..publishing.checkpoint import read_checkpoint  # which imports transformers
+        from ..reading import read_checkpoint
         checkpoint = read_checkpoint(args.checkpoint, name)
         found = checkpoint.encoder.pretrained_cfg['architecture']
         if found != name.split('.')[0]:
