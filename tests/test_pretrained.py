@@ -10,8 +10,8 @@ from timm.models import save_for_hf
 
 import timm_spikformer
 from timm_spikformer import pretrained
-from timm_spikformer.demo.data import FASHION_MNIST, load_data, make_loader
 from timm_spikformer.demo.training import evaluate
+from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
@@ -28,11 +28,11 @@ def namespace(monkeypatch):
 def test_the_shipped_weights_classify(monkeypatch):
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
-    data = load_data(None, SHIPPED.split('.')[0])
-    top1, rates = evaluate(model, make_loader(data, 250, torch.device('cpu'), is_training=False))
+    test = read_splits()['test']
+    top1, rates = evaluate(model, make_loader(test, data_config(model), 250))
     assert 85. < top1 < 95.
     assert min(rates.values()) > 0.005
-    assert tuple(data.classes) == tuple(model.pretrained_cfg['label_names'])
+    assert tuple(test.classes) == tuple(model.pretrained_cfg['label_names'])
 
 
 def test_damaged_weights_are_refused(monkeypatch):

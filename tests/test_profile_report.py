@@ -1,4 +1,4 @@
-"""What a profile looks like: samples, pictures, tables, the page, the command, TensorBoard."""
+"""What a profile looks like: activity, pictures, tables, the page, the command, TensorBoard."""
 import io
 import json
 import os
@@ -24,9 +24,17 @@ from timm_spikformer import (
     cli,
 )
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.profiling import log_profile, look, print_profile, print_steps, profile, render, write_report
+from timm_spikformer.profiling import (
+    log_profile,
+    print_profile,
+    print_steps,
+    profile,
+    record_activity,
+    render,
+    write_report,
+)
+from timm_spikformer.profiling.activity import default_layers
 from timm_spikformer.profiling.report import to_html
-from timm_spikformer.profiling.samples import default_layers
 from timm_spikformer.publishing import publish
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
@@ -38,43 +46,43 @@ def labels():
     return torch.arange(16) % 10
 
 
-# -- samples
+# -- activity
 
 def test_rasters_are_spikes_of_the_layer(model, images):
     spikes = []
     neuron = model.blocks[0].mlp.fc1.lif
     handle = neuron.register_forward_hook(lambda m, args, out: spikes.append(out))
-    samples = look(model, images[:3], ['blocks.0.mlp.fc1', 'stem.stages.0.' + (
+    activity = record_activity(model, images[:3], ['blocks.0.mlp.fc1', 'stem.stages.0.' + (
         'down' if hasattr(model.stem.stages[0], 'down') else 'proj')])
     handle.remove()
-    raster = samples.rasters['blocks.0.mlp.fc1']
+    raster = activity.rasters['blocks.0.mlp.fc1']
     assert raster.shape == (3, 4, 64)
     flat = spikes[0].flatten(2)
     assert torch.equal(raster[:, :, 0], flat[:, :, 0].T) and torch.equal(raster[:, :, -1], flat[:, :, -1].T)
-    assert all(set(r.unique().tolist()) == {0., 1.} for r in samples.rasters.values())
+    assert all(set(r.unique().tolist()) == {0., 1.} for r in activity.rasters.values())
 
 
 def test_attention_maps_are_means_of_the_product(model, images):
     qkv = []
     handle = model.blocks[1].attn.qkv.register_forward_hook(lambda m, args, out: qkv.append(out))
-    samples = look(model, images[:3])
+    activity = record_activity(model, images[:3])
     handle.remove()
     q, k, _ = qkv[0].unflatten(-1, (3, 2, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
     expected = (q @ k.transpose(-2, -1)).mean((0, 2, 3)).view(3, 4, 4)
-    torch.testing.assert_close(samples.attention['blocks.1'], expected)
+    torch.testing.assert_close(activity.attention['blocks.1'], expected)
     assert expected.std() > 0
-    assert list(samples.rasters) == default_layers(model)
+    assert list(activity.rasters) == default_layers(model)
 
 
 def test_look_leaves_the_model_as_it_was(model, images):
     hooks = sum(len(m._forward_hooks) for m in model.modules())
     with torch.no_grad():
         before = model(images)
-    samples = look(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
-    torch.testing.assert_close(samples.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
-    assert samples.rasters[default_layers(model)[0]].shape[1] == 2
+    activity = record_activity(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
+    torch.testing.assert_close(activity.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
+    assert activity.rasters[default_layers(model)[0]].shape[1] == 2
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    torch.testing.assert_close(look(model, images[:2]).images, (images[:2] * std + mean).clamp(0, 1))
+    torch.testing.assert_close(record_activity(model, images[:2]).images, (images[:2] * std + mean).clamp(0, 1))
     with torch.no_grad():
         assert torch.equal(model(images), before)
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks and model.time_steps == 4
@@ -82,30 +90,30 @@ def test_look_leaves_the_model_as_it_was(model, images):
 
 def test_reconstructions(model, images):
     mae = SpikformerMAE(model, decoder_embed_dim=32, decoder_depth=1)
-    samples = look(mae, images[:2])
-    assert samples.masked.shape == samples.reconstructed.shape == (2, 3, 64, 64)
-    assert not samples.attention and samples.rasters
-    assert 'reconstructions' in render(profile(mae, images[:4]), samples)
+    activity = record_activity(mae, images[:2])
+    assert activity.masked.shape == activity.reconstructed.shape == (2, 3, 64, 64)
+    assert not activity.attention and activity.rasters
+    assert 'reconstructions' in render(profile(mae, images[:4]), activity)
 
 
 def test_a_layer_that_is_not_there(model, images):
     with pytest.raises(ValueError, match=r"no layer 'blocks.9.mlp' with neurons, expected one of stem.stages.0"):
-        look(model, images, ['blocks.9.mlp'])
+        record_activity(model, images, ['blocks.9.mlp'])
 
 
 # -- tables, pictures and the page
 
 @v2_alone
 def test_pictures(model, images, labels):
-    seen, samples = profile(model, [(images, labels)]), look(model, images[:2])
-    pictures = render(seen, samples)
+    result, activity = profile(model, [(images, labels)]), record_activity(model, images[:2])
+    pictures = render(result, activity)
     assert list(pictures) == ['firing_rates', 'energy', 'anytime', 'rasters', 'attention']
     for png in pictures.values():
         image = Image.open(io.BytesIO(png)).convert('L')
         assert len(image.getcolors(256)) > 10
-    light, dark = (render(seen, samples, 'svg', dark=dark) for dark in (False, True))
+    light, dark = (render(result, activity, 'svg', dark=dark) for dark in (False, True))
     assert light.keys() == pictures.keys() and light['energy'] != dark['energy']
-    assert render(seen, samples, 'svg') == light  # the same profile, the same file
+    assert render(result, activity, 'svg') == light  # the same profile, the same file
     assert 'anytime' not in render(profile(model, images, time_steps=1))
 
 
@@ -133,7 +141,7 @@ class Page(HTMLParser):
 @v2_alone
 def test_the_page_needs_nothing_else(model, images, labels):
     profiles = [profile(model, [(images, labels)], t) for t in (1, 4)]
-    html = to_html(profiles, look(model, images[:2]), '<b>data</b>', ['a <note>'])
+    html = to_html(profiles, record_activity(model, images[:2]), '<b>data</b>', ['a <note>'])
     page = Page(html)
     assert page.open == [] and 'script' not in page.tags
     assert len(page.references) == 2 * 5 + 1 and all(r.startswith('data:') for r in page.references)
@@ -147,27 +155,27 @@ def test_the_page_needs_nothing_else(model, images, labels):
 
 @v2_alone
 def test_report(model, images, tmp_path):
-    seen = profile(model, images)
+    result = profile(model, images)
     (tmp_path / 'mine.txt').write_text('stays')
-    page = write_report(tmp_path, [seen], look(model, images[:2]))
+    page = write_report(tmp_path, [result], record_activity(model, images[:2]))
     assert page == tmp_path / 'index.html'
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
         'mine.txt', 'index.html', 'profile.json', 'layers.csv', 'firing_rates.png', 'energy.png', 'anytime.png',
         'rasters.png', 'attention.png'}
     (values,) = json.loads((tmp_path / 'profile.json').read_text())
-    assert values['totals']['acs'] == seen.totals.acs
+    assert values['totals']['acs'] == result.totals.acs
 
 
 @pytest.mark.parametrize('width', [80, 140])
 def test_tables(model, images, labels, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    seen = profile(model, [(images, labels)])
-    print_profile(seen, console)
-    print_steps(seen, console)
+    result = profile(model, [(images, labels)])
+    print_profile(result, console)
+    print_steps(result, console)
     text = console.export_text()
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    for layer in seen.layers:
+    for layer in result.layers:
         assert layer.name in rows and '…' not in rows[layer.name]
     assert ('saturated' in text) == (width == 140)
     assert 'residual = sum' in text and 'energy' in text
@@ -184,7 +192,7 @@ def read_events(folder):
 def test_log_profile(model, images, labels, tmp_path):
     writer = SummaryWriter(tmp_path)
     for epoch in (1, 2):
-        log_profile(writer, profile(model, [(images, labels)]), epoch, look(model, images[:2]))
+        log_profile(writer, profile(model, [(images, labels)]), epoch, record_activity(model, images[:2]))
     writer.close()
     tags, events = read_events(tmp_path)
     assert {'profile/firing_rate', 'profile/energy_mj', 'profile/accuracy', 'profile/energy_mj/stem',

@@ -10,16 +10,16 @@ from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
 from .version import __version__ as __version__
 
-# Names that need transformers, and their modules in `hf`; importing transformers takes seconds, so it happens on demand
+# Names that need transformers, and their modules; importing transformers takes seconds, so it happens on demand
 _OF_TRANSFORMERS = {
-    'SpikformerConfig': 'configuration_spikformer',
-    'SpikformerBackbone': 'modeling_spikformer',
-    'SpikformerForImageClassification': 'modeling_spikformer',
-    'SpikformerForMaskedImageModeling': 'modeling_spikformer',
-    'SpikformerModel': 'modeling_spikformer',
-    'FiringRateCallback': 'trainer',
-    'ProfileCallback': 'trainer',
-    'SpikformerTrainer': 'trainer',
+    'SpikformerConfig': 'hf.configuration_spikformer',
+    'SpikformerBackbone': 'hf.modeling_spikformer',
+    'SpikformerForImageClassification': 'hf.modeling_spikformer',
+    'SpikformerForMaskedImageModeling': 'hf.modeling_spikformer',
+    'SpikformerModel': 'hf.modeling_spikformer',
+    'FiringRateCallback': 'hf.trainer',
+    'ProfileCallback': 'profiling.callback',
+    'SpikformerTrainer': 'hf.trainer',
 }
 
 __all__ = [
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OF_TRANSFORMERS:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module
-    return getattr(import_module(f'.hf.{_OF_TRANSFORMERS[name]}', __name__), name)
+    return getattr(import_module(f'.{_OF_TRANSFORMERS[name]}', __name__), name)
 
 
 def __dir__() -> list:

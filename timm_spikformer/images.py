@@ -213,7 +213,8 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     - `DIR/*`, without labels, if `labels` is False.
     - `DIR/SPLIT.parquet`, `DIR/SPLIT-00000-of-00002.parquet`, the same in `DIR/data`, or parquet files of other names,
       which are all one dataset without splits. Their columns are `image` (encoded bytes, a path, or both in the form of
-      the library datasets) and `label` (integers, or datasets' ClassLabel).
+      the library datasets) and `label` (integers, or datasets' ClassLabel). Where there are parquet files, image
+      folders beside them are not read: they may hold what the paths lead to.
 
     Symbolic links are followed. Images have the extensions that timm reads. Classes of folders are numbered by timm's
     reader, in natural order; classes of all splits are numbered as in the training split.
@@ -233,9 +234,8 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     root = FASHION_MNIST if folder is None else Path(folder)
     if not root.is_dir():
         raise ValueError(f'{root} is not a folder. {expected}')
-    files, folders = _find_parquet(root, expected), _find_folders(root, expected)
-    if files and folders:
-        raise ValueError(f'{root} holds parquet files and image folders. Name a folder that holds one of them.')
+    files = _find_parquet(root, expected)
+    folders = {} if files else _find_folders(root, expected)
     if not files and not folders:
         extensions = ', '.join(get_img_extensions())
         raise ValueError(f'{root} holds no images ({extensions}) where they were expected. {expected}')

@@ -31,31 +31,31 @@ class FiringRateMonitor:
         """
         self.enabled = True
         self._totals: Dict[str, Tensor] = {}
-        self._counts: Dict[str, int] = {}
+        self._numels: Dict[str, int] = {}
         self._handles: List[RemovableHandle] = []
         for name, module in model.named_modules():
             if isinstance(module, LIF):
-                self._counts[name] = 0
+                self._numels[name] = 0
                 self._handles.append(module.register_forward_hook(self._hook(name)))
 
     def _hook(self, name: str):
         @torch.no_grad()
         def record(module: nn.Module, args: Any, spikes: Tensor) -> None:
             if self.enabled:
-                rate = spikes.float().mean()
-                self._totals[name] = self._totals[name] + rate if self._counts[name] else rate
-                self._counts[name] += 1
+                count = spikes.float().sum().double()
+                self._totals[name] = self._totals[name] + count if self._numels[name] else count
+                self._numels[name] += spikes.numel()
         return record
 
     @property
     def layers(self) -> List[str]:
         """Names of the neuron layers, in the order of the model's modules."""
-        return list(self._counts)
+        return list(self._numels)
 
     @property
     def rates(self) -> Dict[str, float]:
-        """Firing rate of each layer that has run, averaged over the forwards that were recorded."""
-        return {name: self._totals[name].item() / count for name, count in self._counts.items() if count}
+        """Firing rate of each layer that has run, over all of the forwards that were recorded."""
+        return {name: self._totals[name].item() / numel for name, numel in self._numels.items() if numel}
 
     @property
     def mean(self) -> float:
@@ -65,7 +65,7 @@ class FiringRateMonitor:
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        self._counts = dict.fromkeys(self._counts, 0)
+        self._numels = dict.fromkeys(self._numels, 0)
         self._totals = {}
 
     def close(self) -> None:
