@@ -9,10 +9,10 @@ import timm
 import yaml
 
 import timm_spikformer  # noqa: F401  registers the models
-from timm_spikformer.demo.data import FASHION_MNIST
+from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
-from timm_spikformer.publishing.checkpoint import Training, from_model, set_labels
+from timm_spikformer.reading import Training, from_model, set_labels
 
 # of each, what its accuracy is measured on, and the licence: Fashion-MNIST's
 MEASURED_ON = {

@@ -16,8 +16,8 @@ from loopback_hub import Fault, File, LoopbackHub, Repo, User
 
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.publishing import save_folder
-from timm_spikformer.publishing.checkpoint import from_model, set_labels
 from timm_spikformer.publishing.folder import example_images
+from timm_spikformer.reading import from_model, set_labels
 
 REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -431,7 +431,7 @@ TRAIN = """
     from pathlib import Path
     from transformers import Trainer, TrainingArguments, AutoImageProcessor, CLIPImageProcessor
     from timm_spikformer import *
-    from timm_spikformer.demo.data import FASHION_MNIST
+    from timm_spikformer.images import FASHION_MNIST
 
     def data(is_mim):
         processor = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))

@@ -7,6 +7,7 @@ is read by `timm.create_model`, one of transformers by `from_pretrained`, a file
 import argparse
 import copy
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import timm
 import torch
 import yaml
 from safetensors import SafetensorError
+from timm.data import str_to_pil_interp
 from timm.models import get_model_input_config, load_checkpoint, load_state_dict
 from timm.models._helpers import _torch_load
 from torch import Tensor, nn
@@ -38,7 +40,9 @@ _PRIVATE_ARGS = re.compile(
     r'(data|dataset)_dir$|^(data|output|output_dir|config|experiment|resume|initial_checkpoint|class_map|device|'
     r'device_modules|local_rank|rank|world_size|distributed|prefetcher|log_interval|workers|pin_mem|log_wandb)$|^wandb_')
 # What code that parses the data of others raises where that data is not what it should be
-_PARSING_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, SafetensorError)
+_PARSING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    ValueError)
 _DOES_NOT_LOAD = 'The weights in {} do not load into the model of its config.json: {}.'
 
 
@@ -96,10 +100,31 @@ def read_checkpoint(
         if ema or model_kwargs:
             option = '--ema' if ema else '--model-kwargs'
             raise ValueError(f'{path} is a folder, whose config.json describes its weights. {option} is for a file.')
-        return _read_folder(path)
-    if path.is_file():
-        return _read_file(path, model, ema, model_kwargs)
-    raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
+        checkpoint = _read_folder(path)
+    elif path.is_file():
+        checkpoint = _read_file(path, model, ema, model_kwargs)
+    else:
+        raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
+    _check_data_config(path, checkpoint.data_config)
+    return checkpoint
+
+
+def _check_data_config(path: Path, config: Dict[str, Any]) -> None:
+    """Raise a ValueError if images cannot be presented by a data config."""
+    def are_numbers(values: Any, count: int) -> bool:
+        return len(values) == count and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+
+    try:
+        channels, height, width = config['input_size']
+        fits = are_numbers((channels, height, width), 3) and min(channels, height, width) > 0
+        fits &= all(are_numbers(config[key], channels) for key in ('mean', 'std')) and min(config['std']) > 0
+        fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
+        str_to_pil_interp(config['interpolation'])
+    except _PARSING_ERRORS as e:
+        raise ValueError(f'{path} describes its images by {config}: {type(e).__name__} {_first_line(e)}.') from e
+    if not fits:
+        raise ValueError(f'{path} describes its images by {config}; expected a size, mean and std of each channel, and '
+                         f'crop_pct.')
 
 
 def read_tensors(path: Path) -> Dict[str, Any]:
@@ -315,7 +340,7 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     checkpoint = Checkpoint(model, {}, source=path)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
-        checkpoint.data_config = data_config(model, **sizes)
+        checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
     except _PARSING_ERRORS as e:
