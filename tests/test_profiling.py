@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.peer import PeerSpikformer
 from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.layers import maps_of_patches
+from timm_spikformer.masking import maps_of_patches
 from timm_spikformer.profiling import Conventions, CostModel, profile
 from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
 from timm_spikformer.profiling.report import to_csv

@@ -21,7 +21,8 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import SpikingBlock, Visible
+from .layers import SpikingBlock
+from .masking import Visible
 from .pretrained import locate_weights, shipped_weights
 from .stems import STEMS
 

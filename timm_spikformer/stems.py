@@ -8,7 +8,8 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF, Visible, maps_of_patches, visible_patches, with_halo
+from .layers import ConvBNLIF
+from .masking import Visible, maps_of_patches, visible_patches, with_halo
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
