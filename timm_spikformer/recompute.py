@@ -1,0 +1,47 @@
+"""Gradient checkpointing of layers with BatchNorm."""
+import contextlib
+from typing import Any
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from .kernels import get_kernels, use_kernels
+
+__all__ = ['checkpoint_once']
+
+
+class _Recomputation(contextlib.AbstractContextManager):
+    """Run a recomputation as the forward ran, and let BN update copies of its running statistics.
+
+    Each backward through the same graph enters it once more.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.kernels = get_kernels()
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self.stack.enter_context(use_kernels(self.kernels))
+        for m in self.module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+                for name, value in m.named_buffers(recurse=False):
+                    self.stack.callback(setattr, m, name, value)
+                    setattr(m, name, value.clone())
+
+    def __exit__(self, *args: Any) -> None:
+        self.stack.close()
+
+
+def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
+    """Call a module with gradient checkpointing; the recomputation does not update the running statistics again.
+
+    Args:
+        module: Module to call.
+        args: Its arguments.
+    """
+    if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
+        return checkpoint(module, *args, use_reentrant=False)
+    context_fn = lambda: (contextlib.nullcontext(), _Recomputation(module))  # noqa: E731
+    return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
