@@ -58,9 +58,9 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
     is_eager = x.device.type == 'cpu' and not torch.compiler.is_compiling()
     if not torch.jit.is_scripting():
         is_eager = is_eager and not in_transform()  # vmap has no rule for memory formats
-    if is_eager and x.numel() > 0:
-        B = x.shape[1]
-        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (-1, B))
+    if is_eager:
+        S = x.shape[0]
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
     return x, time_steps
 
 

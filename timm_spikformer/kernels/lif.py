@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import in_transform, why_not
+from .rules import is_batched, why_not
 
 __all__ = ['LIFConstants', 'fire', 'fire_cuda', 'lif_cpu', 'norm_lif', 'why_not_norm_lif']
 
@@ -182,7 +182,7 @@ class _LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled() or in_transform():  # a double backward, or a batch of gradients
+        if torch.is_grad_enabled() or is_batched(grad):  # a double backward, or a batch of gradients
             grads = _replay(ctx, grad)
         else:
             grads = _backward(*ctx.saved_tensors, ctx.norm, ctx.time_steps, ctx.constants, grad)

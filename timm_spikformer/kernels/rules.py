@@ -14,7 +14,7 @@ from torch.utils._device import DeviceContext
 
 from .switch import get_kernels
 
-__all__ = ['in_transform', 'register_class', 'why_not', 'why_not_here', 'why_not_module']
+__all__ = ['in_transform', 'is_batched', 'register_class', 'why_not', 'why_not_here', 'why_not_module']
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
 _INSTANCE_METHODS = frozenset((*_METHODS, '_call_impl', '_wrapped_call_impl', '_compiled_call_impl'))
@@ -41,6 +41,11 @@ for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d,
 def in_transform() -> bool:
     """Return whether a `torch.func` transform, such as `vmap` or `grad`, is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(x: Tensor) -> bool:
+    """Return whether `x` stands for a batch of tensors under `vmap`, or under a vectorized backward."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def why_not_here() -> Optional[str]:
