@@ -1,5 +1,6 @@
 """Arguments of `timm-spikformer demo`."""
 import argparse
+import os
 import shlex
 from typing import Any, Dict
 
@@ -11,6 +12,7 @@ pretrain: pre-train it without labels as a masked autoencoder, fine-tune it with
 from scratch on these."""
 
 STAGES = ('classify', 'train', 'pretrain')
+SETTINGS = 'args.json'  # file in the output folder with the arguments of a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,5 +47,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def interrupted(args: argparse.Namespace) -> str:
     """Return what to tell a user who has interrupted the command."""
+    if not os.path.isfile(os.path.join(args.output, SETTINGS)):
+        return 'Nothing was written. Run the same command again.'
     command = shlex.join(['timm-spikformer', 'demo', '--resume', '--output', args.output])
     return f'To continue, run: {command}'
