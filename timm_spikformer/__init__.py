@@ -1,8 +1,7 @@
 """Spikformer V2, a spiking vision transformer, for timm and transformers. Importing this registers its models."""
-from typing import Any
-
 from .anytime import predict_anytime
 from .hf.registration import register as _register_with_transformers
+from .lazy import import_on_demand
 from .masked_autoencoder import SpikformerMAE
 from .neurons import LIF, lif
 from .pretrained import set_hub_namespace
@@ -11,15 +10,15 @@ from .spikformer import Spikformer
 from .version import __version__ as __version__
 
 # Names that need transformers, and their modules; importing transformers takes seconds, so it happens on demand
-_OF_TRANSFORMERS = {
-    'SpikformerConfig': 'hf.configuration_spikformer',
-    'SpikformerBackbone': 'hf.modeling_spikformer',
-    'SpikformerForImageClassification': 'hf.modeling_spikformer',
-    'SpikformerForMaskedImageModeling': 'hf.modeling_spikformer',
-    'SpikformerModel': 'hf.modeling_spikformer',
-    'FiringRateCallback': 'hf.trainer',
-    'ProfileCallback': 'profiling.callback',
-    'SpikformerTrainer': 'hf.trainer',
+_ON_DEMAND = {
+    'SpikformerConfig': '.hf.configuration_spikformer',
+    'SpikformerBackbone': '.hf.modeling_spikformer',
+    'SpikformerForImageClassification': '.hf.modeling_spikformer',
+    'SpikformerForMaskedImageModeling': '.hf.modeling_spikformer',
+    'SpikformerModel': '.hf.modeling_spikformer',
+    'FiringRateCallback': '.hf.trainer',
+    'ProfileCallback': '.profiling.callback',
+    'SpikformerTrainer': '.hf.trainer',
 }
 
 __all__ = [
@@ -29,15 +28,11 @@ __all__ = [
     'lif',
     'predict_anytime',
     'set_hub_namespace',
-    *_OF_TRANSFORMERS,
+    *_ON_DEMAND,
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _OF_TRANSFORMERS:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
-    return getattr(import_module(f'.{_OF_TRANSFORMERS[name]}', __name__), name)
+__getattr__ = import_on_demand(__name__, _ON_DEMAND)
 
 
 def __dir__() -> list:

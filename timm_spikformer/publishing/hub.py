@@ -167,7 +167,7 @@ def upload(
                 commit_message='Publish with timm-spikformer')
         except HfHubHTTPError as e:
             if e.response.status_code == 412:
-                raise RuntimeError('Somebody else has changed the repository meanwhile, and it is as they left it.') from e
+                raise RuntimeError('Somebody else has changed the repository; it is as they left it.') from e
             raise
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=info.oid)
@@ -215,7 +215,7 @@ def _explained(repo: Optional[str] = None) -> Iterator[None]:
         if repo is not None and e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
         raise RuntimeError(f'{start or "The Hub does not answer as it should: "}{_first_line(e)} {advice}') from e
-    except (HTTPError, OSError, *((RuntimeError,) if repo else ())) as e:  # huggingface_hub's uploads raise the last
+    except (HTTPError, OSError, RuntimeError) as e:  # huggingface_hub's uploads raise the last
         raise RuntimeError(f'{start or "The Hub cannot be reached: "}{_first_line(e)} {advice}') from e
     except ValueError as e:
         if re.match('Invalid metadata in README.md', str(e)):  # the Hub's own words, by huggingface_hub
