@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer import SpikformerMAE
-from timm_spikformer.layers import ConvBNLIF, Visible
+from timm_spikformer.layers import ConvBNLIF
+from timm_spikformer.masking import Visible
 
 from .images import photographs
 from .measure import interleave, ratio

@@ -1,7 +1,7 @@
 """What makes a spiking network worth comparing: real images, calibrated BN, neurons that fire."""
 import os
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Iterator
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers share the cores; PyTorch reads this when it is imported
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from timm_spikformer import use_kernels
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.monitor import FiringRateMonitor
 
@@ -46,6 +47,13 @@ def write_images(folder: Path, split: str, classes: int, count: int) -> None:
         (folder / f'class_{label}').mkdir(parents=True)
         for i in np.flatnonzero(labels == label)[:count]:
             source[int(i)]['image'].convert('RGB').save(folder / f'class_{label}' / f'{i}.png')
+
+
+@pytest.fixture(params=['auto', 'plain'])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with kernels, and with the modules alone."""
+    with use_kernels(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope='session')

@@ -7,13 +7,7 @@ from torch import nn
 
 from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.neurons import carry_membranes
-
-
-@pytest.fixture(params=['fused', 'apart'])
-def bn_and_neuron(request, monkeypatch):
-    if request.param == 'apart':
-        monkeypatch.setattr('timm_spikformer.layers.norm_of', lambda *args: None)
+from timm_spikformer.neurons import CarriedMembranes
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ def test_transformers(model, images):
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @torch.no_grad()
-def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequences, memory_format, bn_and_neuron):
+def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequences, memory_format, kernels):
     model = model.to(memory_format=memory_format)
     neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
     whole, parts = {}, {name: [] for name in neurons}
@@ -71,35 +65,36 @@ def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequence
     handles = [
         m.register_forward_hook(lambda m, args, out, name=name: parts[name].append(out))
         for name, m in neurons.items()]
-    with carry_membranes(model):
-        for part in sequences.split((1, 2, 1), dim=1):
-            model(part)
+    carried = CarriedMembranes(model)
+    for part in sequences.split((1, 2, 1), dim=1):
+        logits = carried(part)
     for handle in handles:
         handle.remove()
     for name in neurons:
         assert torch.equal(torch.cat(parts[name]), whole[name]), name
         assert whole[name].mean() > 0, name
+    torch.testing.assert_close(logits, expected)
     assert torch.equal(model(sequences), expected)  # nothing is left
-    assert all('forward' not in vars(m) for m in neurons.values())
 
 
 @torch.no_grad()
 def test_membranes_follow_their_samples(model, sequences):
     keep = torch.tensor([3, 11, 4])
-    with carry_membranes(model) as membranes:
-        first = model(sequences[:, :2])
-        membranes.keep(keep)
-        second = model(sequences[keep, 2:])
-    with carry_membranes(model):
-        assert torch.equal(model(sequences[keep, :2]), first[keep])
-        assert torch.equal(model(sequences[keep, 2:]), second)
-    with carry_membranes(model), pytest.raises(ValueError, match='Expected inputs of one shape'):
-        model(sequences[:, :1])
-        model(sequences[:4, 1:2])
+    carried = CarriedMembranes(model)
+    first = carried(sequences[:, :2])
+    carried.keep(keep)
+    second = carried(sequences[keep, 2:])
+    carried = CarriedMembranes(model)
+    torch.testing.assert_close(carried(sequences[keep, :2]), first[keep])
+    torch.testing.assert_close(carried(sequences[keep, 2:]), second)
+    carried = CarriedMembranes(model)
+    carried(sequences[:, :1])
+    with pytest.raises(ValueError, match='Expected inputs of one shape'):
+        carried(sequences[:4, 1:2])
 
 
 @torch.no_grad()
-def test_anytime(model, images, sequences, bn_and_neuron):
+def test_anytime(model, images, sequences, kernels):
     for x in (images, sequences):
         steps = model.forward_steps(x)
         confidence = steps.softmax(-1).amax(-1)  # [T, B]
@@ -130,14 +125,15 @@ def test_anytime_does_less(model, images):
     (lambda m, x: predict_anytime(m, x, 0.), 'confidence must be a probability'),
     (lambda m, x: predict_anytime(m, x, 1.5), 'confidence must be a probability'),
     (lambda m, x: predict_anytime(m.train(), x), 'train mode'),
-    (lambda m, x: predict_anytime(timm.create_model('test_spikformer_v2', num_classes=0).eval(), x), 'no classifier'),
+    (lambda m, x: predict_anytime(timm.create_model('test_spikformer_v2', num_classes=0).eval(), x),
+     'requires a classifier'),
     (lambda m, x: predict_anytime(nn.Linear(2, 2), x), 'Expected a Spikformer'),
     (lambda m, x: predict_anytime(m, x[:, :1]), 'Expected 3 channels'),
 ])
 def test_bad_input(model, images, make, message):
     with pytest.raises(ValueError, match=message):
         make(model, images)
-    assert model.time_steps == 4 and all('forward' not in vars(m) for m in model.modules())
+    assert model.time_steps == 4
 
 
 def test_half_precision(images):

@@ -10,11 +10,7 @@ from timm_spikformer.layers import (
     SpikingBlock,
     SpikingSelfAttention,
     TimeSharedDropPath,
-    conv3x3_of_patches,
-    maps_of_patches,
     spiking_attention,
-    visible_patches,
-    with_halo,
 )
 
 
@@ -129,83 +125,3 @@ def test_drop_path_drops_a_sample_at_all_steps_together():
     assert set(y.unique().tolist()) == {0., 2.}
     per_sample = y.transpose(0, 1).flatten(1)
     assert (per_sample == per_sample[:, :1]).all()
-
-
-@pytest.mark.parametrize('p', [1, 2, 4, 8])
-@pytest.mark.parametrize('n', [1, 3])
-def test_patches_are_convolved_as_masked_maps(p, n):
-    """Outputs, and gradients of input and weight, of the convolution; a grid that is not square; images' own masks."""
-    torch.manual_seed(0)
-    B, C, h, w = 2, 5, 3, 4
-    visible = (torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
-    seen = torch.zeros(B, h * w).scatter(1, visible[0], 1.).view(B, 1, h, w)
-    seen = seen.repeat_interleave(p, 2).repeat_interleave(p, 3).double()
-    maps = torch.randn(n, B, C, h * p, w * p, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(7, C, 3, 3, dtype=torch.double, requires_grad=True)
-
-    masked = (maps * seen).flatten(0, 1)
-    dense = torch.nn.functional.conv2d(masked, weight, padding=1).unflatten(0, (n, B)) * seen
-    patches = visible_patches(maps, visible)
-    assert patches.shape == (n, B * 5, C, p, p)
-    out = conv3x3_of_patches(patches, weight, visible).unflatten(0, (n, -1))
-    torch.testing.assert_close(maps_of_patches(out, visible), dense)
-    assert torch.equal(maps_of_patches(patches, visible), maps * seen)
-    assert with_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
-
-    grad = torch.randn_like(dense)
-    expected = torch.autograd.grad(dense, (maps, weight), grad)
-    given = torch.autograd.grad(maps_of_patches(out, visible), (maps, weight), grad)
-    for a, b in zip(given, expected):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_masked_pixel_is_never_read():
-    visible = (torch.tensor([[1, 2, 7]]), 4, 4)
-    maps = torch.full((1, 1, 2, 8, 8), float('nan'))
-    maps[..., 0:2, 2:6] = 1.
-    maps[..., 2:4, 6:8] = 1.
-    patches = visible_patches(maps, visible)
-    assert torch.equal(patches, torch.ones(1, 3, 2, 2, 2))
-    assert with_halo(patches, visible).isfinite().all()
-
-
-@pytest.mark.parametrize('make', [
-    lambda of_spikes: ConvBNLIF(6, 8, of_spikes=of_spikes),
-    lambda of_spikes: ConvBNLIF(6, 8, kernel_size=2, stride=2, of_spikes=of_spikes),
-    lambda of_spikes: LinearBNLIF(6, 8, of_spikes=of_spikes),
-    lambda of_spikes: LinearBNLIF(6, 8, bias=False, of_spikes=of_spikes),
-], ids=['convolution', 'stride', 'linear', 'no bias'])
-@pytest.mark.parametrize('frozen', [None, 'weight', 'input'])
-def test_spikes_are_kept_as_bytes(make, frozen):
-    torch.manual_seed(0)
-    plain, layer = make(False), make(True)
-    layer.load_state_dict(plain.state_dict())
-    spikes = (torch.rand(2, 3, 6, 8, 8) < 0.3).float()
-    args = (2,)
-    if isinstance(layer, LinearBNLIF):
-        spikes, args = spikes.flatten(3).transpose(2, 3).contiguous(), ()
-    grads = {}
-    for m in (plain, layer):
-        next(m.children()).weight.requires_grad_(frozen != 'weight')
-        x = spikes.clone().requires_grad_(frozen != 'input')
-        dtypes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.append(t.dtype) or t, lambda t: t):  # noqa: B023
-            out = m(x, *args)
-        assert (torch.int8 in dtypes) == m.of_spikes
-        out.cos().sum().backward()
-        grads[m] = [x.grad] + [p.grad for p in m.parameters()]
-    for expected, grad in zip(grads[plain], grads[layer]):
-        assert grad is None if expected is None else torch.equal(grad, expected)
-
-
-def test_a_product_that_is_more_than_itself_keeps_its_input():
-    """A hook, an adapter, autocast: the layer is called, and what it is called with is kept as it is."""
-    torch.manual_seed(0)
-    x = (torch.rand(2, 3, 16, 6) < 0.3).float()
-    layer = LinearBNLIF(6, 8, of_spikes=True)
-    expected = layer(x)
-    seen = []
-    layer.linear.register_forward_hook(lambda m, args, out: seen.append(out))
-    assert torch.equal(layer(x), expected) and len(seen) == 1
-    with torch.autocast('cpu', torch.bfloat16):
-        assert LinearBNLIF(6, 8, of_spikes=True)(x).dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """The contract of an image model, on networks whose every neuron layer fires: a silent one would pass all of it.
 
-The `model` fixture calibrates BN on real images and checks the firing rates. Each test runs with BN and neuron in one
-pass and apart, but for those that compile or export for long, and those in which they are apart anyway.
+The `model` fixture calibrates BN on real images and checks the firing rates. Each test runs with kernels and without,
+except for those that compile or export for long, and those in which no kernel runs anyway.
 """
 import copy
 import io
@@ -16,13 +16,9 @@ from timm.models import create_feature_extractor
 from timm.utils import ModelEmaV3
 from torch import nn
 
-fused_alone = pytest.mark.parametrize('bn_and_neuron', ['fused'], indirect=True)
+auto_alone = pytest.mark.parametrize('kernels', ['auto'], indirect=True)
 
-
-@pytest.fixture(autouse=True, params=['fused', 'apart'])
-def bn_and_neuron(request, monkeypatch):
-    if request.param == 'apart':
-        monkeypatch.setattr('timm_spikformer.layers.norm_of', lambda *args: None)
+pytestmark = pytest.mark.usefixtures('kernels')
 
 
 def train_step(model, x):
@@ -110,7 +106,7 @@ def test_compile_is_one_graph_of_equal_spikes(images, kwargs):
         assert features.mean() > 0 and torch.equal(features, model.forward_features(images))
 
 
-@fused_alone  # apart, PyTorch's statistics of channels-last maps are too coarse for what is flat in these images
+@auto_alone  # PyTorch's own statistics of channels-last maps are too coarse where these images are flat
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_compile_trains(images, grad_checkpointing):
     torch.manual_seed(0)
@@ -128,7 +124,7 @@ def test_compile_trains(images, grad_checkpointing):
         torch.testing.assert_close(value, statistics(model)[key], rtol=1e-2, atol=1e-2, msg=key)
 
 
-@fused_alone
+@auto_alone
 def test_export(model, images):
     batch = torch.export.Dim('batch', min=2, max=64)
     program = torch.export.export(model, (images[:4],), dynamic_shapes=({0: batch},))
@@ -155,7 +151,7 @@ def test_fx(model, images):
     assert features.shape == (4, 16, 16, 64) and features.mean() > 0
 
 
-@fused_alone
+@auto_alone
 def test_onnx(model, images):
     buffer = io.BytesIO()
     batch = torch.export.Dim('batch', min=2, max=64)
@@ -182,7 +178,7 @@ def test_channels_last_is_kept_through_the_stem(model, images):
     assert strides[0][1] == 1
 
 
-@fused_alone
+@auto_alone
 def test_bf16_autocast_trains(model, images):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     target = torch.arange(len(images)) % 10
@@ -199,7 +195,7 @@ def test_bf16_autocast_trains(model, images):
     assert_live(model, images)
 
 
-@fused_alone
+@auto_alone
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(model, images, dtype):
     model = model.to(dtype)

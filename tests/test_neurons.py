@@ -6,10 +6,10 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
 from timm_spikformer import LIF, lif
-from timm_spikformer.neurons import _lif_eager, _lif_traceable
+from timm_spikformer.neurons import lif_plain
 
 DTYPES = (torch.float32, torch.bfloat16)
-BACK_ENDS = dict(eager=_lif_eager, traceable=_lif_traceable)
+BACK_ENDS = dict(eager=lif, plain=lif_plain)
 
 
 def reference(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
@@ -96,7 +96,7 @@ def test_gradient_is_that_of_the_smooth_form(time_steps):
 def test_membrane_is_float32_for_half_input_and_under_autocast():
     # h = 0.5039, 0.7598, 0.9971, 0.9985: bfloat16, in steps of 0.0039, would round the last one up to the threshold
     x = torch.tensor([1.0078125, 1.015625, 1.234375, 1.0], dtype=torch.bfloat16)[:, None]
-    assert not lif(x).any() and not _lif_traceable(x, 2., 1., 4.).any()
+    assert not lif(x).any() and not lif_plain(x, 2., 1., 4.).any()
     with torch.autocast('cpu', torch.bfloat16):
         assert not lif(x).any() and lif(x).dtype == torch.bfloat16
         assert lif(x.float()).dtype == torch.float32

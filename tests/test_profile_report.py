@@ -3,6 +3,9 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -23,17 +26,21 @@ from timm_spikformer import (
     SpikformerTrainer,
     cli,
 )
+from timm_spikformer.folders import MANIFEST, write_file
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.profiling import (
+    COST_MODELS,
     log_profile,
     print_profile,
     print_steps,
     profile,
     record_activity,
     render,
+    report,
     write_report,
 )
 from timm_spikformer.profiling.activity import default_layers
+from timm_spikformer.profiling.choices import COST_NAMES
 from timm_spikformer.profiling.report import to_html
 from timm_spikformer.publishing import publish
 
@@ -74,7 +81,7 @@ def test_attention_maps_are_means_of_the_product(model, images):
     assert list(activity.rasters) == default_layers(model)
 
 
-def test_look_leaves_the_model_as_it_was(model, images):
+def test_recording_leaves_the_model_as_it_was(model, images):
     hooks = sum(len(m._forward_hooks) for m in model.modules())
     with torch.no_grad():
         before = model(images)
@@ -162,12 +169,12 @@ def test_report(model, images, tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
         'mine.txt', 'index.html', 'profile.json', 'layers.csv', 'firing_rates.png', 'energy.png', 'anytime.png',
-        'rasters.png', 'attention.png'}
+        'rasters.png', 'attention.png', MANIFEST}
     (values,) = json.loads((tmp_path / 'profile.json').read_text())
     assert values['totals']['acs'] == result.totals.acs
 
 
-@pytest.mark.parametrize('width', [80, 140])
+@pytest.mark.parametrize('width', [30, 50, 80, 140])
 def test_tables(model, images, labels, width):
     console = Console(width=width, record=True, file=io.StringIO())
     result = profile(model, [(images, labels)])
@@ -175,10 +182,46 @@ def test_tables(model, images, labels, width):
     print_steps(result, console)
     text = console.export_text()
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert '…' not in text and max(map(len, text.splitlines())) <= width
     for layer in result.layers:
-        assert layer.name in rows and '…' not in rows[layer.name]
+        assert layer.name[:9] in text if width == 30 else 'J' in rows[layer.name]  # names are on several lines there
     assert ('saturated' in text) == (width == 140)
     assert 'residual = sum' in text and 'energy' in text
+
+
+@v2_alone
+def test_a_terminal_without_the_prefix_micro(model, images, labels):
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    console = Console(file=buffer, width=100)
+    result = profile(model, [(images, labels)])
+    print_profile(result, console)
+    print_steps(result, console)
+    buffer.flush()
+    text = buffer.buffer.getvalue().decode('ascii')
+    assert ' uJ' in text and '?' not in text
+
+
+@v2_alone
+def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
+    result = profile(model, images[:2])
+    (tmp_path / 'index.html').write_text('precious')
+    with pytest.raises(ValueError, match='index.html was not written by timm-spikformer'):
+        write_report(tmp_path, [result])
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('index.html', 'precious')]
+    (tmp_path / 'index.html').unlink()
+    with write_file(tmp_path / 'results.json') as partial:
+        partial.write_text('{}')
+    with pytest.raises(ValueError, match='holds results.json, which another command of timm-spikformer wrote'):
+        write_report(tmp_path, [result])
+
+
+@v2_alone
+def test_a_second_report_replaces_the_first(model, images, tmp_path, monkeypatch):
+    result = profile(model, images[:2])
+    for pictures in ({'energy': b'1', 'anytime': b'2'}, {'energy': b'3'}):
+        monkeypatch.setattr(report, 'render', lambda *args, pictures=pictures: pictures)
+        write_report(tmp_path / 'out', [result])
+    assert (tmp_path / 'out' / 'energy.png').read_bytes() == b'3' and not (tmp_path / 'out' / 'anytime.png').exists()
 
 
 # -- TensorBoard
@@ -226,6 +269,12 @@ def test_callback(model, images, labels, tmp_path):
 
 # -- the command
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of the time of the command."""
+    monkeypatch.setattr(report, 'render', lambda *args: {})
+
+
 def run(tmp_path, *args):
     cli.main(['profile', *map(str, args), '--output', str(tmp_path / 'out')])
     return json.loads((tmp_path / 'out' / 'profile.json').read_text())
@@ -244,15 +293,18 @@ def test_command(tmp_path, capsys):
     assert 'head.fc' in capsys.readouterr().out
 
 
-def test_command_with_a_cost_of_ones_own(tmp_path, capsys):
+def test_command_with_a_cost_of_ones_own(tmp_path, no_pictures):
     (values,) = run(tmp_path, SHIPPED, '--images', 4, '--cost', '2,0.5')
     assert values['totals']['energy_mj'] == pytest.approx(
         (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
-    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', 'could not convert'), ('1,2,3', 'two values'),
+    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', "got '1,x'"), ('1,2,3', 'two values'),
                           ('-1,2', 'not negative')):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=f'error: .*{message}'):
             run(tmp_path, SHIPPED, f'--cost={text}')
-        assert message in capsys.readouterr().err
+
+
+def test_the_help_names_the_cost_models():
+    assert COST_NAMES == tuple(COST_MODELS)
 
 
 def test_command_calibrates(tmp_path, capsys):
@@ -260,7 +312,7 @@ def test_command_calibrates(tmp_path, capsys):
     assert min(x['silent'] for x in values['layers'] if x['silent'] is not None) < 1
     assert values['accuracy'] is None  # of 1000 classes
     out = capsys.readouterr().out
-    assert 'The weights are random' in out and 'the model has 1000 classes' in out
+    assert 'The weights are random' in out and 'there are 10 classes, and the model has 1000' in out
 
 
 def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
@@ -272,7 +324,7 @@ def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
     publish(model, 'me/name', 'mit', output=tmp_path / 'folder', dry_run=True)
     (again,) = run(tmp_path, f'local-dir:{tmp_path / "folder"}', '--data', tmp_path / 'images' / 'class_0')
     assert again['totals'] == values['totals']
-    assert 'the images have no labels' in (tmp_path / 'out' / 'index.html').read_text()
+    assert 'there are no labels' in (tmp_path / 'out' / 'index.html').read_text()
 
 
 def test_command_on_a_masked_autoencoder(tmp_path):
@@ -285,6 +337,52 @@ def test_command_on_a_masked_autoencoder(tmp_path):
     assert (tmp_path / 'out' / 'reconstructions.png').is_file()
 
 
+def test_no_accuracy_against_other_classes(tmp_path, capsys, no_pictures):
+    """Ten classes, as many as the model has, of other names."""
+    write_images(tmp_path / 'images', 'test', classes=10, count=2)
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'images')
+    assert values['accuracy'] is None and values['images'] == 20
+    assert "the class 'class_0' is not one of the model, whose classes are 'T-shirt/top'" in ' '.join(
+        capsys.readouterr().out.split())
+
+
+def test_accuracy_of_classes_in_another_order(tmp_path, no_pictures):
+    """Folders with the names of the model's classes, whose natural order is not the model's."""
+    names = timm.get_pretrained_cfg(SHIPPED).label_names
+    write_images(tmp_path / 'all', 'test', classes=10, count=10)
+    (tmp_path / 'all' / 'class_0').rename(tmp_path / 'all' / 'Zebra')
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'all')
+    assert values['accuracy'] is None
+    for i in range(1, 10):
+        (tmp_path / 'all' / f'class_{i}').rename(tmp_path / 'all' / names[i])
+    shutil.rmtree(tmp_path / 'all' / 'Zebra')
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'all')
+    assert values['accuracy'] > 0.75 and values['images'] == 90
+
+
+def test_accuracy_of_a_model_that_does_not_name_its_classes(tmp_path, capsys, no_pictures):
+    model = timm.create_model(SHIPPED, pretrained=True)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
+    (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'a.pth', '--images', 50)
+    assert values['accuracy'] > 0.7
+    assert 'The model does not name its classes' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize('encoding, width', [('ascii', 30), ('latin-1', 200)])
+def test_command_in_any_terminal(encoding, width, tmp_path):
+    """As a process, in a folder whose name has brackets and characters that the terminal does not have."""
+    output = tmp_path / '[red]\u00b5 \u4e2d[/red]'
+    env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_spikformer.cli', 'profile', SHIPPED, '--images', '4', '--output', output], env=env,
+        capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (output / 'index.html').is_file()
+    last = done.stdout.decode(encoding).splitlines()[-1]
+    assert last.startswith('Page: ') and '[red]' in last and last.endswith('[/red]/index.html')
+    assert b'\x1b' not in done.stdout
+
+
 @pytest.mark.parametrize('args, message', [
     (['resnet18'], "There is no Spikformer 'resnet18'"),
     (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
@@ -292,6 +390,7 @@ def test_command_on_a_masked_autoencoder(tmp_path):
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
     ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
+    ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),
     ([SHIPPED, '--layers', 'head.fc'], "There is no layer 'head.fc' with neurons"),
 ])
 def test_command_with_bad_input(args, message, tmp_path, capsys):

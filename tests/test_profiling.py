@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.peer import PeerSpikformer
 from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.layers import maps_of_patches
+from timm_spikformer.masking import maps_of_patches
 from timm_spikformer.profiling import Conventions, CostModel, profile
 from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
 from timm_spikformer.profiling.report import to_csv
@@ -256,7 +256,7 @@ def test_silent_and_saturated_neurons(model, images):
         channels = 256 if layer.group == 'mlp' else 64 if layer.name.endswith('expand') else 16
         assert 1 / channels <= layer.silent < 1 and 1 / channels <= layer.saturated < 1
     spikes = []
-    model.blocks[0].mlp.fc1.lif.register_forward_hook(lambda m, args, out: spikes.append(out))
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda m, args, out: spikes.append(out))
     with torch.no_grad():
         model(images)
     count = spikes[0].sum((0, 1))  # [N, C]

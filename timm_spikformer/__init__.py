@@ -1,9 +1,10 @@
 """Spikformer V2, a spiking vision transformer, for timm and transformers. Importing this registers its models."""
 from .anytime import predict_anytime
 from .hf.registration import register as _register_with_transformers
+from .kernels import explain_kernels, get_kernels, set_kernels, use_kernels
 from .lazy import import_on_demand
 from .masked_autoencoder import SpikformerMAE
-from .neurons import LIF, lif
+from .neurons import LIF, CarriedMembranes, lif, membrane_potentials, record_membranes
 from .pretrained import set_hub_namespace
 from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
@@ -22,12 +23,19 @@ _ON_DEMAND = {
 }
 
 __all__ = [
+    'CarriedMembranes',
     'LIF',
     'Spikformer',
     'SpikformerMAE',
+    'explain_kernels',
+    'get_kernels',
     'lif',
+    'membrane_potentials',
     'predict_anytime',
+    'record_membranes',
     'set_hub_namespace',
+    'set_kernels',
+    'use_kernels',
     *_ON_DEMAND,
 ]
 

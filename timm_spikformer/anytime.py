@@ -1,71 +1,89 @@
 """Anytime inference: classify step by step, and stop for each sample as soon as the prediction is confident."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .neurons import carry_membranes
+from .neurons import CarriedMembranes
 from .spikformer import find_spikformer
 
 __all__ = ['AnytimeOutput', 'predict_anytime']
 
 
 class AnytimeOutput(NamedTuple):
-    """What is known when each sample has stopped."""
+    """Prediction for each sample, at the time step at which it stopped."""
     logits: Tensor  # [B, num_classes]
-    steps: Tensor  # [B], time steps that each sample has taken
-    time_steps: int  # that each could have taken
+    steps: Tensor  # [B], number of time steps that each sample took
+    time_steps: int  # number of time steps available to each
 
     @property
     def saving(self) -> float:
-        """Share of the time steps that were not taken."""
+        """Share of the time steps that were not taken, in [0, 1)."""
+        if len(self.steps) == 0:
+            return 0.
         return 1. - self.steps.float().mean().item() / self.time_steps
 
 
-def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> AnytimeOutput:
-    """Classify, a time step at a time; a sample leaves the batch once its highest probability reaches `confidence`.
+def _logits_of(output: Any) -> Tensor:
+    logits = getattr(output, 'logits', output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError(
+            f'The model must return logits [B, num_classes], or an output that has them as .logits; it returned '
+            f'{type(output).__name__}{list(logits.shape) if isinstance(logits, Tensor) else ""}.')
+    return logits
 
-    The membranes are carried from step to step, so each step is computed once, and only for the samples that are left.
-    A sample that takes all steps gets the logits of the ordinary forward, one that takes t those after t steps. When to
-    stop is this project's choice; the paper knows a fixed number of steps only.
+
+@torch.no_grad()
+def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> AnytimeOutput:
+    """Classify one time step at a time; a sample leaves the batch once its highest probability reaches `confidence`.
+
+    Membranes are carried from step to step, so each step is computed once, and only for the samples that remain. A
+    sample that takes all steps gets the logits of the ordinary forward, one that takes t gets those after t steps. The
+    whole `model` is called at each step, with whatever is around the Spikformer; the model is not changed, and other
+    threads may use it meanwhile.
+
+    The criterion is this project's choice. The paper uses a fixed number of time steps.
 
     Args:
-        model: A Spikformer with a classifier, in eval mode, or what holds one.
+        model: A Spikformer with a classifier, or a module that holds one, in eval mode.
         x: Images `[B, C, H, W]`, for up to the model's time steps, or sequences `[B, T, C, H, W]`.
-        confidence: Probability in (0, 1] after a softmax; 1 is reached by rounding only.
+        confidence: Probability after a softmax, in (0, 1]. 1 is reached only by rounding.
 
     Raises:
-        ValueError: The model has no classifier or is in train mode, or the confidence is out of its range.
+        ValueError: The model has no classifier or is in train mode, holds something that cannot be run step by step, or
+            the confidence is out of range.
+
+    >>> import timm
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', pretrained=True, time_steps=2).eval()
+    >>> predict_anytime(model, torch.zeros(3, 3, 28, 28), confidence=0.01).steps
+    tensor([1, 1, 1])
     """
     encoder = find_spikformer(model)
     if not 0. < confidence <= 1.:
         raise ValueError(f'confidence must be a probability greater than 0 and at most 1, got {confidence}.')
     if encoder.num_classes == 0:
-        raise ValueError('The model has no classifier to be confident. Give it one by reset_classifier(num_classes).')
-    if encoder.training:
-        raise ValueError('The model is in train mode, in which BN mixes samples and time steps. Call eval() first.')
-    time_steps = x.shape[1] if x.ndim == 5 else encoder.time_steps
-    left = torch.arange(len(x), device=x.device)
+        raise ValueError('predict_anytime requires a classifier; call reset_classifier(num_classes).')
+    if x.ndim not in (4, 5):
+        raise ValueError(f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got an input of {list(x.shape)}.')
+    is_sequence = x.ndim == 5
+    time_steps = x.shape[1] if is_sequence else encoder.time_steps
+    if time_steps == 0:
+        raise ValueError(f'Expected sequences of at least one time step, got an input of {list(x.shape)}.')
+    carried = CarriedMembranes(model)
+    remaining = torch.arange(len(x), device=x.device)
     steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    features = logits = None
-    before = encoder.time_steps
-    encoder.time_steps = 1
-    try:
-        with carry_membranes(encoder) as membranes:
-            for t in range(time_steps):
-                new = encoder.forward_features(x[:, t:t + 1] if x.ndim == 5 else x)  # [B, D, H, W]
-                features = new if features is None else features + new
-                out = encoder.forward_head(features / (t + 1))
-                if logits is None:
-                    logits = torch.empty_like(out)
-                logits[left] = out
-                steps[left] = t + 1
-                unsure = (out.float().softmax(-1).amax(-1) < confidence).nonzero().squeeze(1)
-                if len(unsure) == 0:
-                    break
-                if len(unsure) < len(left):
-                    x, features, left = x[unsure], features[unsure], left[unsure]
-                    membranes.keep(unsure)
-    finally:
-        encoder.time_steps = before
+    logits = None
+    for t in range(time_steps):
+        out = _logits_of(carried(x[:, t:t + 1] if is_sequence else x))
+        if logits is None:
+            logits = torch.empty_like(out)
+        logits[remaining] = out
+        steps[remaining] = t + 1
+        is_unsure = out.float().softmax(-1).amax(-1) < confidence
+        if not is_unsure.any():
+            break
+        if not is_unsure.all():
+            unsure = is_unsure.nonzero().squeeze(1)
+            x, remaining = x[unsure], remaining[unsure]
+            carried.keep(unsure)
     return AnytimeOutput(logits, steps, time_steps)

@@ -329,6 +329,7 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
     classes = list(class_to_idx)
     for a, b in zip(classes, classes[1:]):
         if natural_key(a) == natural_key(b):  # timm numbers them by chance
+            a, b = sorted((a, b))
             raise ValueError(
                 f'The class folders {a!r} and {b!r} in {folder} have no order, as timm ignores case and leading zeros. '
                 f'Rename one of them.')

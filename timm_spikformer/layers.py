@@ -1,21 +1,27 @@
-"""Layers of a spiking transformer: convolution or linear + BN + LIF, spiking self-attention and MLP, encoder block.
+"""Layers of a spiking transformer: spiking self-attention, spiking MLP, encoder block, and the units they consist of.
 
-Activations are time-major, `[T, B, ...]`. Weights see time as part of the batch; only neurons see it as time.
+Activations are time-major, `[T, B, ...]`. Convolutions, linear layers and BatchNorm fold time into the batch; only
+neurons see it as time.
 
-Source: section numbers of the paper are those of Spikformer V2, https://arxiv.org/abs/2401.02020; what the paper leaves
-open follows the authors' V1 code, https://github.com/ZK-Zhou/spikformer.
+Source: the authors' V1 code, https://github.com/ZK-Zhou/spikformer, except where a docstring says otherwise. The paper
+on Spikformer V2, https://arxiv.org/abs/2401.02020, leaves these layers as they are.
 """
 import copy
-from typing import Any, Optional, Tuple
+import math
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.fx
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
-from .neurons import LIF, is_plain, norm_of
+from .kernels.lif import norm_lif, why_not_norm_lif
+from .kernels.products import product, why_not_product
+from .kernels.rules import why_not_here, why_not_module
+from .masking import Visible, apply_to_patches
+from .neurons import LIF, carried_membranes, lif_plain
 
 __all__ = [
     'ConvBNLIF',
@@ -23,268 +29,22 @@ __all__ = [
     'SpikingBlock',
     'SpikingMLP',
     'SpikingSelfAttention',
-    'Visible',
-    'conv3x3_of_patches',
-    'maps_of_patches',
+    'TimeSharedDropPath',
     'spiking_attention',
-    'visible_patches',
-    'with_halo',
 ]
-
-# What is left of masked images: the tokens, [B, N'] in increasing order, and height and width of the grid of them all.
-Visible = Tuple[Tensor, int, int]
-
-
-def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` of a matrix. As a gather, whose gradient is a scatter, many times faster on a CPU than index_add."""
-    return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
-
-
-def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
-    """Indices of the visible pixels among all of n * B maps, token by token of p x p: `[n * B * N' * p * p]`."""
-    ids, height, width = visible
-    H, W = height * p, width * p
-    inside = torch.arange(p, device=ids.device)
-    rows = (ids // width).unsqueeze(2) * p + inside  # [B, N', p]
-    cols = (ids % width).unsqueeze(2) * p + inside
-    pixels = (rows.unsqueeze(3) * W + cols.unsqueeze(2)).flatten(1)  # [B, N' * p * p]
-    pixels = pixels.repeat(n, 1)
-    return (pixels + torch.arange(pixels.shape[0], device=ids.device).unsqueeze(1) * (H * W)).flatten()
-
-
-def visible_patches(x: Tensor, visible: Visible) -> Tensor:
-    """The visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where W is p times the grid's width."""
-    n, B, C, H, W = x.shape
-    p = W // visible[2]
-    pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
-    patches = _take_rows(pixels, _visible_rows(visible, n, p))
-    return patches.view(n, -1, p, p, C).permute(0, 1, 4, 2, 3)
-
-
-def maps_of_patches(x: Tensor, visible: Visible) -> Tensor:
-    """The inverse of `visible_patches`, 0 where nothing is visible."""
-    n, _, C, p, _ = x.shape
-    ids, height, width = visible
-    B, H, W = ids.shape[0], height * p, width * p
-    rows = _visible_rows(visible, n, p)
-    pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
-    maps = pixels.new_zeros(n * B * H * W, C).scatter(0, rows.unsqueeze(1).expand(-1, C), pixels)
-    return maps.view(n, B, H, W, C).permute(0, 1, 4, 2, 3)
-
-
-def _halo_rows(visible: Visible, p: int) -> Tensor:
-    """Where the pixels of each visible patch and around it are among the `M * p * p` of all: `[M, p + 2, p + 2]`.
-
-    What is around a patch is of its neighbours in the grid. `M * p * p` stands for what is masked or outside.
-    """
-    ids, height, width = visible
-    B, N = ids.shape
-    M = B * N
-    # which patch is at each place of a grid with a border: M stands for none
-    place = torch.full((B, (height + 2) * (width + 2)), M, dtype=torch.long, device=ids.device)
-    at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
-    place = place.scatter(1, at, torch.arange(M, device=ids.device).view(B, N))
-    step = torch.arange(-1, 2, device=ids.device)
-    around = (step.unsqueeze(1) * (width + 2) + step).flatten()  # [9]
-    neighbours = place.gather(1, (at.unsqueeze(2) + around).flatten(1)).view(M, 3, 3)
-    inside = torch.arange(-1, p + 1, device=ids.device)
-    which = (inside >= p).long() - (inside < 0).long() + 1  # 0, 1, 2: before, in, after the patch
-    source = neighbours[:, which][:, :, which]  # [M, p + 2, p + 2]
-    offset = inside.remainder(p)
-    rows = source * (p * p) + offset.unsqueeze(1) * p + offset
-    return rows.clamp(max=M * p * p)
-
-
-def _take_with_zero(x: Tensor, rows: Tensor) -> Tensor:
-    """Pixels of patches `[n, M, C, p, p]` by their indices, `[..., 9 or so]`, among each n's `M * p * p`, or 0."""
-    n, C = x.shape[0], x.shape[2]
-    pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
-    pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C)], dim=1)
-    rows = rows.flatten() + torch.arange(n, device=rows.device).unsqueeze(1) * pixels.shape[1]
-    return _take_rows(pixels.flatten(0, 1), rows.flatten())
-
-
-def with_halo(x: Tensor, visible: Visible) -> Tensor:
-    """Patches and the pixels around them, 0 where masked: `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`."""
-    C, p = x.shape[2], x.shape[-1]
-    pixels = _take_with_zero(x, _halo_rows(visible, p))
-    return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
-
-
-def conv3x3_of_patches(x: Tensor, weight: Tensor, visible: Visible, bias: Optional[Tensor] = None) -> Tensor:
-    """What a 3x3 convolution, padded by 1, gives at the visible patches of masked maps: `[n * M, C', p, p]`.
-
-    Of patches of 1 and 2 pixels it is a matrix product: as convolutions these are up to ten times slower on a CPU.
-    """
-    n, M, C, p, _ = x.shape
-    if p > 2:
-        return nn.functional.conv2d(with_halo(x, visible), weight, bias)
-    rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
-    windows = _take_with_zero(x, rows).view(n * M * p * p, 9 * C)
-    out = nn.functional.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
-    return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
-
-
-class _ProductOfSpikes(torch.autograd.Function):
-    """A convolution or linear layer that keeps its input, spikes, as a byte each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], *conv_args: Tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x.to(torch.int8), weight)  # to uint8 takes a CPU many times as long
-        ctx.conv_args = conv_args
-        return nn.functional.conv2d(x, weight, bias, *conv_args) if conv_args else nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x = x.to(weight.dtype)
-        if ctx.conv_args:
-            stride, padding = ctx.conv_args
-            grads = torch.ops.aten.convolution_backward(
-                grad, x, weight, weight.shape[:1], stride, padding, (1, 1), False, (0, 0), 1,
-                (needs_x, needs_weight, needs_bias))
-        else:
-            grads = (
-                grad @ weight if needs_x else None,
-                grad.t() @ x if needs_weight else None,
-                grad.sum(0) if needs_bias else None,
-            )
-        return *grads, *(None for _ in ctx.conv_args)
-
-
-def _apply_to_spikes(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` of a convolution or linear layer; keeps bytes, unless something else is made of the layer."""
-    is_eager = type(x) is Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    if not is_eager or not torch.is_grad_enabled() or not is_plain(layer, nn.Conv2d, nn.Linear):
-        return layer(x)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        return layer(x)
-    args = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else ()
-    return _ProductOfSpikes.apply(x, layer.weight, layer.bias, *args)
-
-
-class ConvBNLIF(nn.Module):
-    """Convolution without bias - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
-
-    An input with a single step stands for one that is the same at all T steps. It is convolved and normalised once: the
-    result is exact, and so are the batch statistics, but for the factor n / (n - 1) of the running variance, where n
-    then counts each value once, not T times.
-
-    Of masked images, the visible patches take the place of images, `[T or 1, B * N', C, p, p]`: they are normalised by
-    statistics of their own, and a 3x3 convolution sees 0 where its neighbours are masked. So nothing of a masked pixel
-    reaches a visible one, as in SparK, https://arxiv.org/abs/2301.03580, and nothing is computed where nothing is seen.
-
-    Args:
-        of_spikes: That the input is 0 and 1 alone, so that a byte of each value will do for the backward.
-    """
-
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            kernel_size: int = 3,
-            stride: int = 1,
-            of_spikes: bool = False,
-            device=None,
-            dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.of_spikes = of_spikes
-        self.conv = nn.Conv2d(
-            in_chs,
-            out_chs,
-            kernel_size,
-            stride=stride,
-            padding=(kernel_size - stride + 1) // 2,
-            bias=False,
-            **dd,
-        )
-        self.bn = nn.BatchNorm2d(out_chs, **dd)
-        self.lif = LIF()
-
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
-        B = x.shape[1]
-        if visible is not None and self.conv.kernel_size[0] == 3:
-            x = conv3x3_of_patches(x, self.conv.weight, visible, self.conv.bias)
-        elif not torch.jit.is_scripting() and self.of_spikes:
-            x = _apply_to_spikes(self.conv, x.flatten(0, 1))
-        else:
-            x = self.conv(x.flatten(0, 1))
-        if not torch.jit.is_scripting():
-            norm = norm_of(self.bn, x, time_steps)
-            if norm is not None:
-                return self.lif(x.unflatten(0, (-1, B)), norm)
-        x = self.bn(x)
-        x = x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1)
-        return self.lif(x)
-
-    def fuse(self) -> 'ConvBNLIF':
-        """A copy for inference, BN folded into the convolution: what `timm.utils.reparameterize_model` puts in place.
-
-        The running statistics are folded in train mode too, as timm's scripts fold a model before they call eval().
-        """
-        if isinstance(self.bn, nn.Identity):
-            return self
-        fused = copy.deepcopy(self).eval()
-        fused.conv, fused.bn = fuse_conv_bn_eval(fused.conv, fused.bn), nn.Identity()
-        return fused
-
-
-class LinearBNLIF(nn.Module):
-    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`, where BN takes its statistics over T, B and N.
-
-    Args:
-        of_spikes: That the input is 0 and 1 alone, so that a byte of each value will do for the backward.
-    """
-
-    def __init__(
-            self,
-            in_features: int,
-            out_features: int,
-            bias: bool = True,
-            of_spikes: bool = False,
-            device=None,
-            dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.of_spikes = of_spikes
-        self.linear = nn.Linear(in_features, out_features, bias=bias, **dd)
-        self.bn = nn.BatchNorm1d(out_features, **dd)
-        self.lif = LIF()
-
-    def forward(self, x: Tensor) -> Tensor:
-        T, B, N, _ = x.shape
-        x = x.flatten(0, 2)
-        if not torch.jit.is_scripting() and self.of_spikes:
-            x = _apply_to_spikes(self.linear, x)
-        else:
-            x = self.linear(x)  # [T * B * N, C']
-        if not torch.jit.is_scripting():
-            norm = norm_of(self.bn, x, T)
-            if norm is not None:
-                return self.lif(x.unflatten(0, (T, B, N)), norm)
-        x = self.bn(x)
-        return self.lif(x.unflatten(0, (T, B, N)))
-
-    def fuse(self) -> 'LinearBNLIF':
-        """A copy for inference, BN folded into the linear layer: see `ConvBNLIF.fuse`."""
-        if isinstance(self.bn, nn.Identity):
-            return self
-        fused = copy.deepcopy(self).eval()
-        fused.linear, fused.bn = fuse_linear_bn_eval(fused.linear, fused.bn), nn.Identity()
-        return fused
 
 
 @torch.fx.wrap  # the order of the products depends on the shape
 def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a softmax, `q k^T v`, over spikes `[..., N, d]`; the result holds integers.
+    """Return attention without a softmax, `q k^T v`, `[..., N, d]`; of binary spikes it holds integers.
 
-    There being no softmax, the product is associative, exactly for integers: the cheaper order is taken, so that the
-    cost per head is `2 N d min(N, d)`.
+    Without a softmax the product is associative, exactly so for integers. The cheaper order is taken: the cost per head
+    is `2 N d min(N, d)` multiply-accumulates.
+
+    Args:
+        q: Spikes, `[..., N, d]`.
+        k: Spikes, `[..., N, d]`.
+        v: Spikes, `[..., N, d]`.
     """
     if q.shape[-2] > q.shape[-1]:
         return q @ (k.transpose(-2, -1) @ v)
@@ -294,8 +54,16 @@ def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SpikingSelfAttention(nn.Module):
     """Spiking self-attention (SSA), `[T, B, N, C] -> [T, B, N, C]`.
 
-    `lif(proj(LIF_0.5(q k^T v * 0.125)))` per head, with spikes q, k, v. They come from one product, which equals three
-    with a BN each. The scale does not depend on the width of a head, as in V1.
+    `LIF(BN(proj(LIF_0.5(q k^T v * 0.125))))` per head, with spikes q, k and v. They come from one product, which equals
+    three with a BN each. The scale does not depend on the width of a head, as in V1.
+
+    Args:
+        dim: C.
+        num_heads: Number of heads.
+        proj_drop: Dropout rate of the output.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
     """
 
     def __init__(
@@ -315,7 +83,7 @@ class SpikingSelfAttention(nn.Module):
         self.scale = 0.125
         self.qkv = LinearBNLIF(dim, 3 * dim, bias=False, **dd)
         self.attn_lif = LIF(v_threshold=0.5)
-        self.proj = LinearBNLIF(dim, dim, of_spikes=True, **dd)
+        self.proj = LinearBNLIF(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -327,9 +95,21 @@ class SpikingSelfAttention(nn.Module):
         x = self.proj(self.attn_lif(x))
         return self.proj_drop(x)
 
+    @torch.jit.ignore
+    def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
+        """Return whether the neuron of the attention runs in a kernel: see `explain_kernels`."""
+        reason = None if type(self.attn_lif) is LIF else f'attn_lif is a {type(self.attn_lif).__name__}'
+        return [('attn_lif', reason or why_not_here())]
+
 
 class SpikingMLP(nn.Module):
-    """Two layers of linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C]`."""
+    """Two layers of linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C]`.
+
+    Args:
+        dim: C.
+        hidden_dim: Width between the two.
+        drop: Dropout rate of the spikes of both.
+    """
 
     def __init__(
             self,
@@ -343,7 +123,7 @@ class SpikingMLP(nn.Module):
         super().__init__()
         self.fc1 = LinearBNLIF(dim, hidden_dim, **dd)
         self.drop1 = nn.Dropout(drop) if drop > 0. else nn.Identity()
-        self.fc2 = LinearBNLIF(hidden_dim, dim, of_spikes=not drop > 0., **dd)
+        self.fc2 = LinearBNLIF(hidden_dim, dim, **dd)
         self.drop2 = nn.Dropout(drop) if drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,7 +132,7 @@ class SpikingMLP(nn.Module):
 
 
 class TimeSharedDropPath(nn.Module):
-    """Stochastic depth on `[T, B, ...]`: a sample keeps or loses the branch at all time steps together."""
+    """Stochastic depth on `[T, B, ...]` that keeps or drops the branch of a sample at all time steps together."""
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()
@@ -365,7 +145,14 @@ class TimeSharedDropPath(nn.Module):
 class SpikingBlock(nn.Module):
     """Encoder block, `[T, B, N, C] -> [T, B, N, C]`: `x + SSA(x)`, then `x + MLP(x)`.
 
-    Each branch ends in a neuron and the sums are of spikes, so x holds small integers.
+    Each branch ends in a neuron, so x is a sum of spikes and holds small integers.
+
+    Args:
+        dim: C.
+        num_heads: Number of attention heads.
+        mlp_ratio: Width of the MLP's hidden layer over C.
+        proj_drop: Dropout rate of the spikes of attention and MLP.
+        drop_path: Stochastic depth rate.
     """
 
     def __init__(
@@ -389,3 +176,181 @@ class SpikingBlock(nn.Module):
         x = x + self.drop_path1(self.attn(x))
         x = x + self.drop_path2(self.mlp(x))
         return x
+
+
+def _norm_and_fire(
+        bn: nn.Module,
+        neuron: nn.Module,
+        x: Tensor,
+        time_steps: int,
+        batch: Tuple[int, ...],
+) -> Optional[Tensor]:
+    """Return the spikes of `neuron(bn(x))` from one kernel, or None if the modules have to be called.
+
+    Args:
+        bn: Normalization.
+        neuron: What follows it.
+        x: `[S * prod(batch), C, ...]`, where S is T or, if all time steps are the same, 1.
+        time_steps: T.
+        batch: Sizes of the dimensions between time and channels: samples, or samples and tokens.
+
+    Returns:
+        Spikes `[T, *batch, C, ...]`.
+    """
+    if why_not_norm_lif(bn, neuron, LIF, x) is not None:
+        return None
+    rows = math.prod(batch)
+    args = bn, neuron.constants, x, time_steps, rows, lif_plain
+    carried = carried_membranes()
+    if carried is None:
+        spikes, _ = norm_lif(*args)
+        return spikes.unflatten(1, batch)
+
+    def run(membrane: Tensor) -> Tuple[Tensor, Tensor]:
+        spikes, membrane = norm_lif(*args, membrane.flatten(0, len(batch) - 1))
+        return spikes.unflatten(1, batch), membrane.unflatten(0, batch)
+
+    return carried.fire(neuron, x[:rows].unflatten(0, batch), run)
+
+
+_FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+class _Unit(nn.Module):
+    """A convolution or linear layer, its BatchNorm `bn` and its neuron `lif`.
+
+    Each is a module that is called as one, except where a kernel may stand in for it: see `kernels.rules`.
+    """
+    product_name: str
+
+    def _fold(self, fold: Callable[[nn.Module, nn.Module], nn.Module]) -> '_Unit':
+        layer = getattr(self, self.product_name)
+        is_foldable = (
+            why_not_module(layer, (nn.Conv2d, nn.Linear)) is None
+            and why_not_module(self.bn, _FOLDABLE_NORMS) is None
+            and layer.weight.shape[0] == self.bn.num_features
+        )
+        if not is_foldable:
+            return self
+        folded = copy.deepcopy(self).eval()
+        setattr(folded, self.product_name, fold(getattr(folded, self.product_name), folded.bn))
+        folded.bn = nn.Identity()
+        return folded
+
+    @torch.jit.ignore
+    def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
+        """Return the groups of modules that kernels stand in for, and why they do not: see `explain_kernels`."""
+        return [
+            (f'{self.product_name}: input saved as int8', why_not_product(getattr(self, self.product_name))),
+            ('bn + lif: one pass', why_not_norm_lif(self.bn, self.lif, LIF)),
+        ]
+
+
+class ConvBNLIF(_Unit):
+    """Convolution - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
+
+    An input with a single step stands for one that is the same at all T steps. It is convolved and normalized once. The
+    result is exact, and so are the batch statistics, except for the factor n / (n - 1) of the running variance: n
+    counts each value once, not T times.
+
+    Of masked images, patches take the place of images, `[T or 1, B * N', C, p, p]`. The convolution sees 0 where a
+    neighbor is masked, and BN takes its statistics over visible positions only, as in SparK,
+    https://arxiv.org/abs/2301.03580, so nothing of a masked pixel reaches a visible one.
+
+    Args:
+        in_chs: Number of input channels.
+        out_chs: Number of output channels.
+        kernel_size: Side of the kernel. The convolution is padded so that stride 1 keeps the resolution.
+        stride: Stride.
+    """
+    product_name = 'conv'
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 3,
+            stride: int = 1,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_chs,
+            out_chs,
+            kernel_size,
+            stride=stride,
+            padding=(kernel_size - stride + 1) // 2,
+            bias=False,
+            **dd,
+        )
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+        self.lif = LIF()
+
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+        S, B = x.shape[:2]
+        if torch.jit.is_scripting():
+            x = self.conv(x.flatten(0, 1))
+        elif visible is not None:
+            x = apply_to_patches(self.conv, x, visible).flatten(0, 1)
+        else:
+            x = product(self.conv, x.flatten(0, 1))
+        if not torch.jit.is_scripting():
+            spikes = _norm_and_fire(self.bn, self.lif, x, time_steps, (B,))
+            if spikes is not None:
+                return spikes
+        x = self.bn(x)
+        x = x.unflatten(0, (S, -1)).expand(time_steps, -1, -1, -1, -1)
+        return self.lif(x)
+
+    def fuse(self) -> 'ConvBNLIF':
+        """Return a copy for inference with BN folded into the convolution, for `timm.utils.reparameterize_model`.
+
+        The running statistics are folded in train mode too, as timm's scripts fold a model before they call eval().
+        A unit whose members are not plain ones is returned as it is: with hooks or parametrizations, of a subclass,
+        without running statistics, pruned, or replaced.
+        """
+        return self._fold(fuse_conv_bn_eval)
+
+
+class LinearBNLIF(_Unit):
+    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`; BN takes its statistics over T, B and N.
+
+    Args:
+        in_features: C.
+        out_features: C'.
+        bias: Whether the linear layer has a bias.
+    """
+    product_name = 'linear'
+
+    def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias, **dd)
+        self.bn = nn.BatchNorm1d(out_features, **dd)
+        self.lif = LIF()
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, B, N, _ = x.shape
+        x = x.flatten(0, 2)
+        if torch.jit.is_scripting():
+            x = self.linear(x)
+        else:
+            x = product(self.linear, x)  # [T * B * N, C']
+            spikes = _norm_and_fire(self.bn, self.lif, x, T, (B, N))
+            if spikes is not None:
+                return spikes
+        x = self.bn(x)
+        return self.lif(x.unflatten(0, (T, -1, N)))
+
+    def fuse(self) -> 'LinearBNLIF':
+        """Return a copy for inference with BN folded into the linear layer: see `ConvBNLIF.fuse`."""
+        return self._fold(fuse_linear_bn_eval)

@@ -1,267 +1,67 @@
-"""Leaky integrate-and-fire neuron: the function, its gradient, the module.
+"""Leaky integrate-and-fire neuron: the equation, its surrogate gradient, the module, carried membranes.
 
-The only file that knows about recurrence in time and about back ends. The neuron is a pure function of a whole
-sequence: its membrane is a local variable, so nothing has to be reset between batches, and deepcopy, EMA, gradient
-checkpointing, DDP, TorchScript, FX, `torch.compile` and `torch.export` need no special case.
+The neuron is a pure function of a whole sequence. Its membrane is a local variable, so there is nothing to reset
+between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX, `torch.compile` and `torch.export`
+need no special case.
 
-Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is
-taken to share.
+Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is assumed
+to share.
 """
 import contextlib
-import functools
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from contextvars import ContextVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-__all__ = ['LIF', 'Membranes', 'Norm', 'carry_membranes', 'is_plain', 'lif', 'norm_lif', 'norm_of']
+from .kernels.lif import LIFConstants, fire_cuda, lif_cpu
+from .kernels.products import mark_spikes
+from .kernels.rules import register_class, why_not_here
 
-
-class Norm(NamedTuple):
-    """BN that a neuron applies on its way: `(x - mean) * invstd * weight + bias`, each `[C]`. See `norm_of`.
-
-    Args:
-        from_batch: Mean and deviation are those of the input, so the gradient passes through them.
-        time_steps: Number of steps that an input with a single one stands for.
-    """
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    invstd: Tensor
-    from_batch: bool
-    time_steps: int
+__all__ = [
+    'LIF',
+    'CarriedMembranes',
+    'carried_membranes',
+    'lif',
+    'lif_plain',
+    'membrane_potentials',
+    'record_membranes',
+]
 
 
-_CHUNK = 1 << 19  # values of one step that are worked on at a time: a few such buffers fit a CPU's last cache
-
-
-def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Over the rows of `x`, float64 `[C]`: chunk by chunk, merged after Chan et al., https://doi.org/10.2307/2683386.
-
-    PyTorch's own statistics of channels-last maps are float32 sums, too coarse where an image is flat: spikes flip.
-    """
-    n, mean, squares = 0, x.new_zeros(x.shape[1], dtype=torch.float64), 0.
-    chunks = x.split(max(1, _CHUNK // x.shape[1]))
-    buffer = torch.empty_like(chunks[0])
-    for chunk in chunks:
-        m = len(chunk)
-        chunk_mean = chunk.mean(0)
-        chunk_squares = torch.sub(chunk, chunk_mean, out=buffer[:m]).square_().sum(0)
-        distance = chunk_mean.double() - mean
-        mean = mean + distance * (m / (n + m))
-        squares = squares + chunk_squares + distance.square() * (n * m / (n + m))
-        n += m
-    return mean, squares / n
-
-
-def is_plain(layer: nn.Module, *classes: type) -> bool:
-    """Whether a layer is of one of the classes itself, and nobody has hooked it or replaced its forward."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) in classes and not any(hooks) and 'forward' not in vars(layer)
-
-
-@torch.no_grad()
-def norm_of(bn: nn.Module, x: Tensor, time_steps: int) -> Optional[Norm]:
-    """What BN would do to its input, for a neuron that does it in the same pass; None where the two stay apart.
-
-    Updates the running statistics, as BN does. The two stay apart unless the BN is a plain one, with hooks of nobody
-    (SyncBN's statistics are not of `x` alone), and `x` in float32 on a CPU with its channels last in memory; and under
-    tracing and compilers, which fuse by themselves.
-
-    Args:
-        bn: The layer before the neuron.
-        x: Its input, `[n, C]` or `[n, C, H, W]`.
-        time_steps: See `Norm`.
-    """
-    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return None
-    if not is_plain(bn, nn.BatchNorm1d, nn.BatchNorm2d) or not bn.affine or not bn.track_running_stats:
-        return None
-    if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, bn.weight, bn.running_mean)):
-        return None
-    rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
-    n = x.numel() // x.shape[1]
-    if n < 2 or not rows.is_contiguous():  # of a single value BN says what is wrong
-        return None
-    mean, var = bn.running_mean, bn.running_var
-    if bn.training:
-        mean, var = _mean_and_var(rows.reshape(n, -1))
-        bn.num_batches_tracked += 1
-        momentum = 1. / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean.float(), momentum)
-        bn.running_var.lerp_((var * (n / (n - 1))).float(), momentum)
-    invstd = (var.double() + bn.eps).rsqrt()
-    return Norm(bn.weight, bn.bias, mean.float(), invstd.float(), bn.training, time_steps)
-
-
-def _affine(weight: Optional[Tensor], bias: Tensor, mean: Tensor, invstd: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
-    """BN as `x * scale + shift`."""
-    if weight is None:
-        return None
-    scale = weight * invstd
-    return scale, torch.addcmul(bias, mean, scale, value=-1)
-
-
-def _chunks(x: Tensor, time_steps: int) -> Iterator[Tuple[slice, Tensor]]:
-    """Ranges of the rows of `[_, R, C]`, each with buffers `[T + 2, rows, C]`, in at least single precision."""
-    _, R, C = x.shape
-    size = min(R, max(1, _CHUNK // C))
-    buffers = x.new_empty(time_steps + 2, size, C, dtype=torch.promote_types(x.dtype, torch.float32))
-    for start in range(0, R, size):
-        stop = min(R, start + size)
-        yield slice(start, stop), buffers[:, :stop - start]
-
-
-def _charge(
+def lif_plain(
         x: Tensor,
-        affine: Optional[Tuple[Tensor, Tensor]],
-        tau: float,
-        v_threshold: float,
-        buffers: Tensor,
-        last: Optional[Tensor] = None,
-) -> None:
-    """The charged membranes of currents `[T or 1, rows, C]` into the first T of `T + 2` buffers.
-
-    Negated, as `threshold` can then reset them: it keeps what is above a value, and sets the rest to 0. `last` are
-    those of the step before, `[rows, C]`, where there is one.
-    """
-    *membranes, v, current = buffers
-    tau_tensor = torch.tensor(tau, dtype=v.dtype)
-    for t, h in enumerate(membranes):
-        if t < len(x):
-            if affine is not None:
-                torch.addcmul(affine[1], x[t], affine[0], out=current)
-            else:
-                current = x[t].to(v.dtype)
-        if last is None:
-            torch.div(current, -tau, out=h)
-        else:
-            torch.threshold(last, -v_threshold, 0., out=v)
-            torch.addcdiv(v, torch.add(current, v, out=h), tau_tensor, value=-1, out=h)
-        last = h
-
-
-def _fire(
-        x: Tensor,
-        affine: Optional[Tuple[Tensor, Tensor]],
-        time_steps: int,
-        tau: float,
-        v_threshold: float,
-        last: Optional[Tensor] = None,
-        charged: Optional[Tensor] = None,
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        alpha: float = 4.0,
+        has_grad: bool = True,
 ) -> Tensor:
-    """Spikes `[T, R, C]` of currents `[T or 1, R, C]`; the last charged membranes go into `charged`. See `_charge`."""
-    spikes = x.new_empty(time_steps, *x.shape[1:])
-    for rows, buffers in _chunks(x, time_steps):
-        _charge(x[:, rows], affine, tau, v_threshold, buffers, None if last is None else last[rows])
-        for t in range(time_steps):
-            torch.le(buffers[t], -v_threshold, out=spikes[t, rows])
-        if charged is not None:
-            charged[rows] = buffers[time_steps - 1]
+    """Return the neuron's spikes as one differentiable expression: the reference, and what compilers and exporters see.
+
+    Args:
+        x: See `lif`.
+        tau: See `lif`.
+        v_threshold: See `lif`.
+        alpha: See `lif`.
+        has_grad: Whether to include the surrogate. An exported graph would compute it even if no gradient is wanted.
+    """
+    spikes, v = _lif_steps(x, None, tau, v_threshold, alpha, has_grad)
     return spikes
 
 
-class _LIFFunction(torch.autograd.Function):
-    """The neuron, and BN where there is one, `[T or 1, R, C] -> [T, R, C]`, with a hand-written gradient.
-
-    It keeps its input and nothing else: the backward computes currents and membranes again. All is done in chunks of
-    rows, which stay in the caches from the first operation on them to the last. Comparisons write 0 and 1 straight into
-    floating point buffers: on a CPU, boolean masks are several times slower.
-    """
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            x: Tensor,
-            weight: Optional[Tensor],  # down to `time_steps` these are a Norm's, or None
-            bias: Optional[Tensor],
-            mean: Optional[Tensor],
-            invstd: Optional[Tensor],
-            from_batch: bool,
-            time_steps: int,
-            tau: float,
-            v_threshold: float,
-            alpha: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, mean, invstd)
-        ctx.args = from_batch, time_steps, tau, v_threshold, alpha
-        return _fire(x, _affine(weight, bias, mean, invstd), time_steps, tau, v_threshold)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, weight, bias, mean, invstd = ctx.saved_tensors
-        from_batch, time_steps, tau, v_threshold, alpha = ctx.args
-        affine = _affine(weight, bias, mean, invstd)
-        num_steps = len(x)
-        grad_x = torch.empty_like(x)
-        grad_weight = grad_bias = None
-        if affine is not None:
-            offset = -mean * invstd
-            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for rows, buffers in _chunks(x, time_steps):
-            _charge(x[:, rows], affine, tau, v_threshold, buffers)
-            sig, not_reset = buffers[-2:]
-            for t in range(time_steps - 1, -1, -1):  # the gradient of each current takes the place of its membrane
-                h = buffers[t]
-                torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
-                is_last = t == time_steps - 1
-                if not is_last:
-                    torch.gt(h, -v_threshold, out=not_reset)
-                torch.addcmul(sig, sig, sig, value=-1, out=h).mul_(grad[t, rows]).mul_(alpha / tau)
-                if not is_last:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
-                    h.addcmul_(not_reset, buffers[t + 1], value=1. - 1. / tau)
-            for t in range(num_steps, time_steps):
-                buffers[0].add_(buffers[t])
-            for t in range(num_steps):
-                if affine is not None:
-                    grad_bias += buffers[t].sum(0)
-                    normed = torch.addcmul(offset, x[t, rows], invstd, out=sig)
-                    grad_weight += normed.mul_(buffers[t]).sum(0)
-                grad_x[t, rows] = buffers[t]
-        if affine is not None:
-            scale, _ = affine
-            flat_grad, flat_x = grad_x.flatten(0, 1), x.flatten(0, 1)
-            along_x = constant = torch.zeros_like(scale)
-            if from_batch:  # the gradient of x sums to 0 and does not correlate with x
-                along_x = -scale * invstd * grad_weight / len(flat_x)
-                constant = -scale * grad_bias / len(flat_x) - along_x * mean
-            size = max(1, _CHUNK // len(scale))
-            for g, chunk in zip(flat_grad.split(size), flat_x.split(size)):
-                torch.addcmul(constant, g, scale, out=g)
-                if from_batch:
-                    g.addcmul_(chunk, along_x)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
-
-
-def norm_lif(x: Tensor, norm: Norm, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
-    """`lif(bn(x))` in one pass: see `norm_of` and `lif`.
-
-    Args:
-        x: What BN is to normalise, `[T or 1, ..., C]` or, channels-last in memory, `[T or 1, B, C, H, W]`.
-        norm: The BN.
-        tau: Membrane time constant, in time steps, > 1.
-        v_threshold: Firing threshold.
-        alpha: Steepness of the surrogate gradient.
-
-    Returns:
-        Spikes, 0 or 1, `[T, ...]`, laid out as `x`.
-    """
-    rows = x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x  # [T or 1, ..., C]
-    spikes = _LIFFunction.apply(rows.flatten(1, -2), *norm, tau, v_threshold, alpha)
-    spikes = spikes.unflatten(1, rows.shape[1:-1])
-    return spikes.permute(0, 1, 4, 2, 3) if x.ndim == 5 else spikes
-
-
-def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float, has_grad: bool = True) -> Tensor:
-    """The same neuron as one differentiable expression, for compilers, exporters and scripting.
-
-    Where nobody wants a gradient the surrogate is left out: in an exported graph it would be computed.
-    """
+def _lif_steps(
+        x: Tensor,
+        v: Optional[Tensor],
+        tau: float,
+        v_threshold: float,
+        alpha: float,
+        has_grad: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Return the spikes, and the membrane after the last step, from the membrane before the first."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    v = torch.zeros_like(x[0], dtype=dtype)
+    if v is None:
+        v = torch.zeros_like(x[0], dtype=dtype)
     spikes = []
     for current in x.unbind(0):
         h = v + (current.to(dtype) - v) / tau
@@ -272,43 +72,18 @@ def _lif_traceable(x: Tensor, tau: float, v_threshold: float, alpha: float, has_
             spike = spike + (sig - sig.detach())
         spikes.append(spike)
         v = h * torch.logical_not(fired).to(dtype)
-    return torch.stack(spikes).to(x.dtype)
-
-
-@torch.jit.ignore
-def _lif_cuda(
-        x: Tensor,
-        tau: float,
-        v_threshold: float,
-        alpha: float,
-        v: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor]:
-    """The same neuron through spikingjelly, which picks its fused CUDA or Triton kernel, and its last membrane."""
-    from spikingjelly.activation_based import functional, surrogate
-    if v is None:
-        v = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    spikes, v, _ = functional.lif_multi_step(
-        x,
-        v,
-        tau=tau,
-        decay_input=True,
-        v_threshold=v_threshold,
-        v_reset=0.,
-        surrogate_function=surrogate.Sigmoid(alpha=alpha),
-        detach_reset=True,
-    )
-    return spikes.to(x.dtype), v
+    # v - v is 0, or NaN where a current was NaN or infinite
+    return (torch.stack(spikes) + (v - v).detach()).to(x.dtype), v
 
 
 @torch.jit.ignore
 def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
+    constants = LIFConstants(tau, v_threshold, alpha)
+    if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
+        return lif_plain(x, tau, v_threshold, alpha)
     if x.is_cuda:
-        return _lif_cuda(x, tau, v_threshold, alpha)[0]
-    order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # as it lies in memory
-    rows = x.permute(order)
-    spikes = _LIFFunction.apply(
-        rows.reshape(len(x), -1, 1), None, None, None, None, False, len(x), tau, v_threshold, alpha)
-    return spikes.view(rows.shape).permute([order.index(d) for d in range(x.ndim)])
+        return mark_spikes(fire_cuda(x, constants)[0])
+    return lif_cpu(x, constants, lif_plain)[0]
 
 
 @torch.fx.wrap  # a loop over time has no symbolic form, so every FX tracer keeps the call whole
@@ -321,12 +96,16 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         s[t] = 1 if h[t] >= v_threshold else 0          ds/dh := alpha * sig * (1 - sig)
         v[t] = h[t] * (1 - s[t])                        sig = sigmoid(alpha * (h - v_threshold))
 
-    The reset is detached: no gradient flows from v[t] to s[t]. The membrane is float32 (float64 for float64 input)
-    also under autocast and for half-precision input.
+    The reset is detached: no gradient flows from v[t] to s[t]. The membrane is float32 (float64 for float64 input),
+    also under autocast and for half-precision input. A neuron one of whose currents is NaN or infinite gives NaN at all
+    time steps.
 
-    The back end follows from where the tensor is: spikingjelly's fused kernels on CUDA; an autograd function with
-    in-place arithmetic elsewhere; one plain expression under `torch.compile`, export, tracing and scripting. A graph
-    made by FX calls this function, and so chooses when it runs. All back ends give identical spikes.
+    The back end follows from the tensor: spikingjelly's fused kernels on CUDA; an autograd function with in-place
+    arithmetic elsewhere; one plain expression, `lif_plain`, under `torch.compile`, export, tracing, scripting and
+    `torch.func` transforms, and under `use_kernels('plain')`. A graph made by FX calls this function, and so chooses
+    when it runs. All back ends give identical spikes.
+
+    Source: the LIF node of the authors' V1 code. What becomes of NaN and infinity is this project's choice.
 
     Args:
         x: Input current, `[T, ...]`, floating point. It may be expanded over time; its memory format is kept.
@@ -335,19 +114,40 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         alpha: Steepness of the surrogate gradient.
 
     Returns:
-        Spikes, 0 or 1, of the shape and dtype of `x`.
+        Binary spikes, 0 or 1, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: There is no time step.
+
+    >>> lif(torch.tensor([[2.0, 1.0], [2.0, 1.5]]))
+    tensor([[1., 0.],
+            [1., 1.]])
     """
+    if not torch.jit.is_tracing() and (x.ndim == 0 or x.shape[0] == 0):
+        raise ValueError(f'Expected currents [T, ...] of at least one time step, got an input of {x.shape}.')
     if torch.jit.is_scripting():
-        return _lif_traceable(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
+        return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
     if torch.jit.is_tracing():  # without gradients too, for use with them
-        return _lif_traceable(x, tau, v_threshold, alpha)
+        return lif_plain(x, tau, v_threshold, alpha)
     if torch.compiler.is_compiling():
-        return _lif_traceable(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
+        return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
     return _lif_eager(x, tau, v_threshold, alpha)
 
 
 class LIF(nn.Module):
-    """Leaky integrate-and-fire neurons `[T, ...] -> [T, ...]`, without parameters, buffers or state: see `lif`."""
+    """Leaky integrate-and-fire neurons `[T, ...] -> [T, ...]`, without parameters, buffers or state: see `lif`.
+
+    Args:
+        tau: Membrane time constant, in time steps, > 1.
+        v_threshold: Firing threshold.
+        alpha: Steepness of the surrogate gradient.
+
+    Raises:
+        ValueError: `tau` is not greater than 1.
+
+    >>> LIF(v_threshold=0.5)(torch.ones(2, 1, 1)).flatten()
+    tensor([1., 1.])
+    """
 
     def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0):
         super().__init__()
@@ -357,62 +157,216 @@ class LIF(nn.Module):
         self.v_threshold = float(v_threshold)
         self.alpha = float(alpha)
 
-    def forward(self, x: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    @torch.jit.unused
+    @property
+    def constants(self) -> LIFConstants:
+        return LIFConstants(self.tau, self.v_threshold, self.alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if isinstance(norm, Norm):  # and not the placeholder of a symbolic trace
-                return norm_lif(x, norm, self.tau, self.v_threshold, self.alpha)
+            carried = carried_membranes()
+            if carried is not None:
+                return carried.fire(self, x)
         return lif(x, self.tau, self.v_threshold, self.alpha)
 
     def extra_repr(self) -> str:
         return f'tau={self.tau}, v_threshold={self.v_threshold}, alpha={self.alpha}'
 
 
-class Membranes:
-    """Membranes that neurons carry from one call to the next: see `carry_membranes`."""
+register_class(LIF)
 
-    def __init__(self) -> None:
-        # [B, rows of a sample, C]: charged and negated, but on CUDA after the reset
-        self._membranes: Dict[LIF, Tensor] = {}
 
-    def keep(self, samples: Tensor) -> None:
-        """Drop all samples of the batch but some, given as indices."""
-        self._membranes = {neuron: v[samples] for neuron, v in self._membranes.items()}
+@torch.no_grad()
+def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -> Tuple[Tensor, Tensor]:
+    """Return the membrane potentials of `lif`, before and after the reset: h and v of its equation.
 
-    def _forward(self, neuron: LIF, x: Tensor, norm: Optional[Norm] = None) -> Tensor:
-        rows = x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x  # [T or 1, B, ..., C]
-        shape = rows.shape[1:]
-        rows = rows.flatten(2, -2)
-        last = self._membranes.get(neuron)
-        if last is not None and last.shape != rows.shape[1:]:
-            raise ValueError(f'Expected inputs of one shape, got {list(rows.shape[1:])} after {list(last.shape)}.')
-        if x.is_cuda:
-            spikes, membrane = _lif_cuda(rows, neuron.tau, neuron.v_threshold, neuron.alpha, last)
-        else:
-            affine = None if norm is None else _affine(*norm[:4])
-            time_steps = len(x) if norm is None else norm.time_steps
-            membrane = rows.new_empty(rows.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
-            spikes = _fire(
-                rows.flatten(1, 2), affine, time_steps, neuron.tau, neuron.v_threshold,
-                None if last is None else last.flatten(0, 1), membrane.flatten(0, 1))
-        self._membranes[neuron] = membrane
-        spikes = spikes.reshape(-1, *shape)
-        return spikes.permute(0, 1, 4, 2, 3) if x.ndim == 5 else spikes
+    Args:
+        x: Input current, `[T, ...]`.
+        tau: Membrane time constant, in time steps, > 1.
+        v_threshold: Firing threshold.
+
+    Returns:
+        h and v, `[T, ...]`, float32 (float64 for float64 input). v is what spikingjelly's neurons keep as `v_seq`.
+
+    >>> h, v = membrane_potentials(torch.tensor([[1.5], [1.5]]))
+    >>> h.flatten().tolist(), v.flatten().tolist()
+    ([0.75, 1.125], [0.75, 0.0])
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    v = torch.zeros_like(x[0])
+    charged, after = [], []
+    for current in x:
+        h = v + (current - v) / tau
+        v = h * (h < v_threshold)
+        charged.append(h)
+        after.append(v)
+    return torch.stack(charged), torch.stack(after)
 
 
 @contextlib.contextmanager
-def carry_membranes(model: nn.Module) -> Iterator[Membranes]:
-    """Within it the neurons of a model go on where the call before has left them: a sequence, part by part.
+def record_membranes(
+        model: nn.Module,
+        layers: Optional[Sequence[str]] = None,
+        before_reset: bool = False,
+) -> Iterator[Dict[str, List[Tensor]]]:
+    """Record the membrane potentials of neuron layers in every forward within a `with` block.
 
-    The spikes are those of the whole sequence, to the bit. Without gradients. What is carried is in the `Membranes`
-    that it gives, and nothing in the modules: it ends with the `with` block.
+    They are recomputed from the currents by forward hooks, in eager mode, so the layers recorded run without kernels.
+
+    Args:
+        model: Any module that holds `LIF` layers.
+        layers: Names of some of them, as in `model.named_modules()`; by default all.
+        before_reset: Record h of the equation in `lif`, not v, the potential after the reset.
+
+    Yields:
+        For each layer a list with a tensor `[T, B, ...]` per call of the layer, detached, on its device.
+
+    Raises:
+        ValueError: The model has no such neuron layer.
+
+    >>> import timm
+    >>> model = timm.create_model('test_spikformer_v2')
+    >>> with record_membranes(model, ['blocks.0.attn.attn_lif']) as membranes:
+    ...     logits = model(torch.rand(2, 3, 64, 64))
+    >>> membranes['blocks.0.attn.attn_lif'][0].shape
+    torch.Size([4, 2, 16, 64])
     """
-    membranes = Membranes()
-    neurons = [m for m in model.modules() if isinstance(m, LIF)]
-    with torch.no_grad():
+    neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
+    layers = list(neurons) if layers is None else list(layers)
+    for name in layers:
+        if name not in neurons:
+            raise ValueError(f'The model has no neuron layer {name!r}. It has {", ".join(neurons) or "none"}.')
+    records: Dict[str, List[Tensor]] = {name: [] for name in layers}
+
+    def record(name: str, neuron: LIF, x: Tensor) -> None:
+        charged, after = membrane_potentials(x, neuron.tau, neuron.v_threshold)
+        records[name].append(charged if before_reset else after)
+
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            hook = lambda m, args, out, name=name: record(name, m, args[0])  # noqa: E731
+            stack.callback(neurons[name].register_forward_hook(hook).remove)
+        yield records
+
+
+_carried: ContextVar[Optional['CarriedMembranes']] = ContextVar('carried', default=None)
+
+
+def carried_membranes() -> Optional['CarriedMembranes']:
+    """Return the membranes that the present call carries, if it is one of a `CarriedMembranes`."""
+    return None if torch.compiler.is_compiling() else _carried.get()
+
+
+class CarriedMembranes:
+    """Call a model with a sequence part by part, as if with the whole: membranes are carried from call to call.
+
+    The membranes belong to this object and are keyed by the order in which neurons are called, so nothing is kept in
+    the modules, a layer that is called several times has as many membranes, and other threads may use the model at the
+    same time. The output is that of the whole sequence up to now: the model averages its features over all steps so
+    far. Gradients are not recorded.
+
+    Args:
+        model: A module in eval mode that holds a Spikformer, with anything around it that treats time steps alike.
+        time_steps: Number of steps for which each call presents images `[B, C, H, W]`.
+
+    Raises:
+        ValueError: The model holds something that cannot be run part by part; the error names it.
+
+    >>> import timm
+    >>> model = timm.create_model('test_spikformer_v2').eval()
+    >>> events = torch.rand(1, 4, 3, 32, 32)
+    >>> carried = CarriedMembranes(model)
+    >>> logits = [carried(part) for part in events.split(2, dim=1)]
+    >>> torch.allclose(logits[-1], model(events))
+    True
+    """
+
+    def __init__(self, model: nn.Module, time_steps: int = 1):
+        self.model = model
+        self.time_steps = time_steps
+        _check_steppable(model)
+        self._states: List[Tuple[Any, ...]] = []
+        self._next = 0
+
+    def __call__(self, x: Tensor, **kwargs: Any) -> Any:
+        """Run the model on the next part: images `[B, C, H, W]` or sequences `[B, t, C, H, W]`."""
+        self._next = 0
+        token = _carried.set(self)
         try:
-            for neuron in neurons:
-                neuron.forward = functools.partial(membranes._forward, neuron)
-            yield membranes
+            with torch.no_grad():
+                return self.model(x, **kwargs)
         finally:
-            for neuron in neurons:
-                vars(neuron).pop('forward', None)
+            _carried.reset(token)
+
+    def keep(self, samples: Tensor) -> None:
+        """Keep some samples of the batch, given as indices `[b]`, and drop the others."""
+        self._states = [(kind, *(t[samples] if torch.is_tensor(t) else t for t in state))
+                        for kind, *state in self._states]
+
+    @contextlib.contextmanager
+    def _state(self, kind: str) -> Iterator[List[Any]]:
+        """Give the state of this call, a list that is empty at first, to be changed."""
+        i, self._next = self._next, self._next + 1
+        if i < len(self._states) and self._states[i][0] != kind:
+            raise ValueError('Expected each call to run the same layers in the same order as the first.')
+        state = list(self._states[i][1:]) if i < len(self._states) else []
+        yield state
+        self._states[i:i + 1] = [(kind, *state)]
+
+    def fire(
+            self,
+            neuron: LIF,
+            x: Tensor,
+            run: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]] = None,
+    ) -> Tensor:
+        """Return the spikes of a neuron for its next currents, and carry its membranes.
+
+        Args:
+            neuron: The neuron.
+            x: Currents `[T, B, ...]`; of a kernel, one time step of what it reads, `[B, ...]`.
+            run: Kernel to use, from initial membranes to spikes and final membranes.
+        """
+        shape = x.shape if run is not None else x.shape[1:]
+        with self._state('membrane') as state:
+            if not state:
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                state.append(torch.zeros(shape, dtype=dtype, device=x.device))
+            if state[0].shape != shape:
+                raise ValueError(f'Expected inputs of one shape, got {list(shape)} after {list(state[0].shape)}.')
+            if run is not None:
+                spikes, state[0] = run(state[0])
+            elif why_not_here() is not None or x.numel() == 0:
+                spikes, state[0] = _lif_steps(x, state[0], *neuron.constants, has_grad=False)
+            elif x.is_cuda:
+                spikes, state[0] = fire_cuda(x, neuron.constants, state[0])
+            else:
+                spikes, state[0] = lif_cpu(x, neuron.constants, lif_plain, state[0])
+        return spikes
+
+    def mean_over_time(self, x: Tensor) -> Tensor:
+        """Return the mean over all time steps so far of features, given the next ones, `[T, B, ...]`."""
+        with self._state('mean') as state:
+            total = x.sum(0) if not state else state[0] + x.sum(0)
+            count = len(x) if not state else state[1] + len(x)
+            state[:] = total, count
+        return total / count
+
+
+def _check_steppable(model: nn.Module) -> None:
+    """Raise a ValueError that names what of a model cannot be run part by part."""
+    problems = []
+    for name, m in model.named_modules():
+        what = f'{name or "the model"} ({type(m).__name__})'
+        if m.training:
+            problems.append(f'{what} is in train mode: call eval() first')
+        elif isinstance(m, torch.jit.ScriptModule) or '_compiled_call_impl' in vars(m) or hasattr(m, '_orig_mod'):
+            problems.append(f'{what} is compiled or scripted: pass the original module')
+        elif isinstance(m, nn.DataParallel):
+            problems.append(f'{what} calls the model in other threads: pass its module')
+        elif isinstance(m, LIF) and (type(m).forward is not LIF.forward or 'forward' in vars(m)):
+            problems.append(f'the forward of {what} has been replaced')
+        elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):
+            problems.append(f'{what} keeps a state of its own over time')
+    if problems:
+        more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
+        raise ValueError(f'The model cannot be run step by step: {"; ".join(problems[:3])}{more}.')

@@ -8,21 +8,24 @@ Spiking vision transformers: every activation between layers is a spike, or a sm
 The authors have released code for V1 only, https://github.com/ZK-Zhou/spikformer. V1 follows it. V2 is built from the
 paper and its published parameter counts; the docstrings say where a choice is this project's.
 """
-import contextlib
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, list_models, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, list_models, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import SpikingBlock, Visible
+from .kernels.rules import in_transform
+from .layers import SpikingBlock
+from .masking import Visible
+from .neurons import carried_membranes
 from .pretrained import locate_weights, shipped_weights
+from .recompute import checkpoint_once
 from .stems import STEMS
 
 __all__ = ['Spikformer', 'check_model_name', 'find_spikformer']
@@ -32,8 +35,11 @@ __all__ = ['Spikformer', 'check_model_name', 'find_spikformer']
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
     """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
 
-    On a CPU the images become channels-last, and with them all maps of the stem, for BN and neuron to be one pass. A
-    compiler lays its maps out itself.
+    On a CPU the images become channels-last, and with them all maps of the stem, as the kernels expect it. A compiler
+    chooses its layouts itself.
+
+    Raises:
+        ValueError: The number of dimensions, of channels or of time steps, or the image size, is not what is expected.
     """
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
@@ -44,38 +50,38 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
         raise ValueError(
             f'Height and width must be multiples of the patch size {patch_size}, got an input of {x.shape}.')
     if x.ndim == 5:
+        if x.shape[1] == 0:
+            raise ValueError(f'Expected sequences of at least one time step, got an input of {x.shape}.')
         x, time_steps = x.transpose(0, 1), x.shape[1]
     else:
         x = x.unsqueeze(0)
-    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
-        B = x.shape[1]
-        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (-1, B))
+    is_eager = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    if not torch.jit.is_scripting():
+        is_eager = is_eager and not in_transform()  # vmap has no rule for memory formats
+    if is_eager:
+        S = x.shape[0]
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
     return x, time_steps
 
 
-@contextlib.contextmanager
-def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BN update copies of its running statistics."""
-    buffers = [
-        (m, name, value)
-        for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        for name, value in m.named_buffers(recurse=False)
-    ]
-    for m, name, value in buffers:
-        setattr(m, name, value.clone())
-    try:
-        yield
-    finally:
-        for m, name, value in buffers:
-            setattr(m, name, value)
+def mean_over_time(x: Tensor) -> Tensor:
+    """Return the mean over time, `[T, ...] -> [...]`; over all steps so far where membranes are carried."""
+    if not torch.jit.is_scripting():
+        carried = carried_membranes()
+        if carried is not None:
+            return carried.mean_over_time(x)
+    return x.mean(0)
 
 
-def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
-    """Gradient checkpointing whose recomputation does not update the BN statistics a second time."""
-    if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
-        return checkpoint(module, *args, use_reentrant=False)
-    context_fn = lambda: (contextlib.nullcontext(), spare_bn_statistics(module))  # noqa: E731
-    return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
+class SpikformerHead(ClassifierHead):
+    """timm's classifier head, whose `reset()` without arguments does nothing.
+
+    spikingjelly's `reset_net` calls the `reset` of every module that has one, to reset the state of neurons.
+    """
+
+    def reset(self, num_classes: Optional[int] = None, *args: Any, **kwargs: Any) -> None:
+        if num_classes is not None:
+            super().reset(num_classes, *args, **kwargs)
 
 
 class Spikformer(nn.Module):
@@ -156,7 +162,7 @@ class Spikformer(nn.Module):
             )
             for i in range(depth)
         ])
-        self.head = ClassifierHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head = SpikformerHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
         # one level per stage of the stem, but for the last: the encoder runs on it, so its output is the level
@@ -250,65 +256,77 @@ class Spikformer(nn.Module):
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
-    def _encode(
+    def _present(self, x: Tensor) -> Tuple[Tensor, int]:
+        """Check the input, put time first and return the number of time steps: see `to_time_major`."""
+        time_steps = self.time_steps
+        if not torch.jit.is_scripting():
+            carried = carried_membranes()
+            if carried is not None:
+                time_steps = carried.time_steps
+        return to_time_major(x, time_steps, self.in_chans, self.patch_size)
+
+    def _forward_stem(
             self,
             x: Tensor,
-            take_indices: List[int],
+            time_steps: int,
+            visible: Optional[Visible],
             num_levels: int,
-            visible: Optional[Tensor] = None,
-            take_blocks: bool = False,
-            keep_time: bool = False,
+            take_indices: List[int],
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Run the first of the levels; everything that is returned is a mean over time.
+        """Run stages of the stem.
 
         Args:
-            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
-            take_indices: Levels to return, `[B, C, H, W]`
-            num_levels: Number of levels to run
-            visible: Indices of the tokens to see, `[B, N']`, in increasing order; by default all
-            take_blocks: Return the stem's output and that of each block, `[B, N, D]`, and no level
-            keep_time: Return the last output at each time step, `[T, B, D, H, W]`
+            x: `[T or 1, B, C, H, W]`
+            time_steps: T
+            visible: The visible tokens of masked images
+            num_levels: Number of stages to run
+            take_indices: Stages, other than the last one, whose output to return
         Returns:
-            The last output, a map or, of visible tokens, `[B, N', D]`, and what was to be returned
+            The last output `[T, B, C', H', W']`, and the means over time of those that are to be returned
         """
-        x, time_steps = to_time_major(x, self.time_steps, self.in_chans, self.patch_size)
-        seen: Optional[Visible] = None
-        if visible is not None:
-            seen = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-
-        taken = []
+        taken: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint_once(stage, x, time_steps, seen)
+                    x = checkpoint_once(stage, x, time_steps, visible)
                 else:
-                    x = stage(x, time_steps, seen)
+                    x = stage(x, time_steps, visible)
                 if i < self.num_levels - 1 and i in take_indices:
-                    taken.append(x.mean(0))
-
-        if num_levels == self.num_levels:
-            H, W = x.shape[-2:]
-            x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
-            if visible is not None:
-                x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
-            if take_blocks:
-                taken.append(x.mean(0))
-            for block in self.blocks:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint_once(block, x)
-                else:
-                    x = block(x)
-                if take_blocks:
-                    taken.append(x.mean(0))
-            if visible is None:
-                x = x.transpose(2, 3).unflatten(3, (H, W))
-
-        if keep_time:
-            return x, taken
-        x = x.mean(0)
-        if self.num_levels - 1 in take_indices:
-            taken.append(x)
+                    taken.append(mean_over_time(x))
         return x, taken
+
+    def _forward_blocks(self, x: Tensor, take_blocks: bool = False) -> Tuple[Tensor, List[Tensor]]:
+        """Run the encoder blocks on tokens `[T, B, N, C]`.
+
+        Args:
+            x: Tokens
+            take_blocks: Return the mean over time of the input, and of the output of each block
+        """
+        taken: List[Tensor] = []
+        if take_blocks:
+            taken.append(mean_over_time(x))
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_once(block, x)
+            else:
+                x = block(x)
+            if take_blocks:
+                taken.append(mean_over_time(x))
+        return x, taken
+
+    def _forward_maps(self, x: Tensor) -> Tensor:
+        """Run stem and blocks, `[B, C, H, W]` or `[B, T, C, H, W]` to `[T, B, D, H / patch, W / patch]`."""
+        x, time_steps = self._present(x)
+        x, _ = self._forward_stem(x, time_steps, None, self.num_levels, [])
+        return self._encode_maps(x)
+
+    def _encode_maps(self, x: Tensor) -> Tensor:
+        """Run the encoder blocks on the maps of the stem, `[T, B, D, H', W']`; a pruned model has neither."""
+        if len(self.stem.stages) < self.num_levels:
+            return x
+        H, W = x.shape[-2:]
+        x, _ = self._forward_blocks(x.flatten(3).transpose(2, 3))
+        return x.transpose(2, 3).unflatten(3, (H, W))
 
     @torch.jit.ignore
     def forward_tokens(
@@ -317,15 +335,25 @@ class Spikformer(nn.Module):
             visible: Optional[Tensor] = None,
             take_blocks: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Features as tokens, `[B, N, D]`, row by row, and on request the stem's output and that of each block.
+        """Return features as tokens, row by row, and on request the stem's output and that of each block.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
-            visible: Indices of the tokens to see, `[B, N']`, in increasing order: nothing of the others reaches them
+            visible: Indices of the visible tokens, `[B, N']`, in increasing order. Nothing of the others reaches them.
             take_blocks: Return the stem's output and that of each block
+        Returns:
+            Features `[B, N, D]`, or `[B, N', D]` of the visible tokens, and the list, all of them means over time
         """
-        x, taken = self._encode(x, [], self.num_levels, visible, take_blocks)
-        return (x if visible is not None else x.flatten(2).transpose(1, 2)), taken
+        grid: Optional[Visible] = None
+        x, time_steps = self._present(x)
+        if visible is not None:
+            grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        x, _ = self._forward_stem(x, time_steps, grid, self.num_levels, [])
+        x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
+        if visible is not None:
+            x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
+        x, taken = self._forward_blocks(x, take_blocks)
+        return mean_over_time(x), taken
 
     def forward_intermediates(
             self,
@@ -352,7 +380,13 @@ class Spikformer(nn.Module):
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         take_indices, max_index = feature_take_indices(self.num_levels, indices)
         num_levels = max_index + 1 if stop_early else len(self.stem.stages)
-        x, intermediates = self._encode(x, take_indices, num_levels)
+        x, time_steps = self._present(x)
+        x, intermediates = self._forward_stem(x, time_steps, None, num_levels, take_indices)
+        if num_levels == self.num_levels:
+            x = self._encode_maps(x)
+        x = mean_over_time(x)
+        if self.num_levels - 1 in take_indices:
+            intermediates.append(x)
         if intermediates_only:
             return intermediates
         return x, intermediates
@@ -378,28 +412,26 @@ class Spikformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, C, H, W]` or sequences `[B, T, C, H, W]` to features `[B, D, H / patch, W / patch]`."""
-        x, _ = self._encode(x, [], len(self.stem.stages))
-        return x
+        return mean_over_time(self._forward_maps(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     @torch.jit.ignore
     def classify_steps(self, x: Tensor) -> Tensor:
-        """Logits after each time step, `[T, B, K]`, of the encoder's output at each, `[T, B, D, H, W]`."""
+        """Return the logits after each time step, `[T, B, K]`, given the features at each, `[T, B, D, H, W]`."""
         return torch.stack([self.forward_head(x[:t].mean(0)) for t in range(1, len(x) + 1)])
 
     @torch.jit.ignore
     def forward_steps(self, x: Tensor) -> Tensor:
-        """Logits after each time step, `[T, B, num_classes]`; in eval mode the last are those of `forward`.
+        """Return the logits after each time step, `[T, B, num_classes]`; the last are those of `forward` in eval mode.
 
-        Time is causal: in eval mode those after t steps are what the model says with `time_steps=t`.
+        Time is causal: in eval mode the logits after t steps are those of a model with `time_steps=t`.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
         """
-        x, _ = self._encode(x, [], len(self.stem.stages), keep_time=True)
-        return self.classify_steps(x)
+        return self.classify_steps(self._forward_maps(x))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)

@@ -1,14 +1,16 @@
 """The two stems: the Spiking Convolutional Stem of Spikformer V2 and Spiking Patch Splitting of Spikformer (V1).
 
 Both turn images `[T or 1, B, in_chans, H, W]` into feature maps `[T, B, embed_dim, H / patch_size, W / patch_size]` in
-four stages of widths D/8, D/4, D/2, D. `stem_strides` says which of the stages halve the resolution.
+four stages of widths D/8, D/4, D/2 and D. `stem_strides` says which of the stages halve the resolution.
 """
 import math
 from typing import List, Optional, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF, Visible, maps_of_patches, visible_patches, with_halo
+from .layers import ConvBNLIF
+from .masking import Visible, apply_to_patches, maps_of_patches, visible_patches
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
@@ -16,9 +18,12 @@ _NUM_STAGES = 4
 
 
 def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = None) -> List[int]:
-    """Strides of the four stages; by default the last ones reduce, as in V1's CIFAR model.
+    """Return the strides of the four stages; by default the last ones reduce, as in V1's CIFAR model.
 
-    Reducing early instead is several times cheaper: most of a stem's arithmetic is at its highest resolutions.
+    Reducing early instead is several times cheaper, as most of a stem's arithmetic is at its highest resolutions.
+
+    Raises:
+        ValueError: The strides are not four values of 1 or 2 whose product is the patch size.
     """
     if stem_strides is None:
         num_reductions = int(math.log2(patch_size)) if patch_size > 0 else 0
@@ -34,7 +39,10 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
 
 
 class _Stage(nn.Module):
-    """`[T or 1, B, C, H, W] -> [T, B, C', H', W']` by `forward_patches`; of masked images, on visible patches alone."""
+    """A stage, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`, computed by `forward_patches`.
+
+    Of masked images, `forward_patches` gets the visible patches, `[T or 1, B * N', C, p, p]`.
+    """
 
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         if visible is None:
@@ -58,8 +66,8 @@ class SpikingConvStage(_Stage):
         super().__init__()
         hidden_chs = int(out_chs * expand_ratio)
         self.down = ConvBNLIF(in_chs, out_chs, kernel_size=2 if stride == 2 else 3, stride=stride, **dd)
-        self.expand = ConvBNLIF(out_chs, hidden_chs, of_spikes=True, **dd)
-        self.contract = ConvBNLIF(hidden_chs, out_chs, of_spikes=True, **dd)
+        self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
+        self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.down(x, time_steps, visible)
@@ -67,9 +75,9 @@ class SpikingConvStage(_Stage):
 
 
 class SpikingPatchStage(_Stage):
-    """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes where the stage reduces.
+    """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes if the stage reduces.
 
-    With `pos_embed`, which the last stage is given: then `x + LIF(BN(conv3x3(x)))`.
+    With `pos_embed`, which only the last stage has: then `x + LIF(BN(conv3x3(x)))`.
     """
 
     def __init__(
@@ -83,18 +91,18 @@ class SpikingPatchStage(_Stage):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.proj = ConvBNLIF(in_chs, out_chs, **dd)
-        self.reduces = stride == 2
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if self.reduces else nn.Identity()
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
         self.pos_embed = None
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.proj(x, time_steps, visible)
-        B = x.shape[1]
-        if visible is None or not self.reduces:
-            x = self.pool(x.flatten(0, 1))
+        T = x.shape[0]
+        if torch.jit.is_scripting():
+            x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
+        elif visible is None:
+            x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
         else:
-            x = nn.functional.max_pool2d(with_halo(x, visible), 3, 2)
-        x = x.unflatten(0, (-1, B))
+            x = apply_to_patches(self.pool, x, visible)
         if self.pos_embed is not None:
             x = x + self.pos_embed(x, time_steps, visible)
         return x
@@ -116,7 +124,7 @@ class _Stem(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if embed_dim % 8 != 0:
-            raise ValueError(f'embed_dim must be divisible by 8, the narrowest stage having embed_dim / 8 channels, '
+            raise ValueError(f'embed_dim must be divisible by 8, as the narrowest stage has embed_dim / 8 channels, '
                              f'got {embed_dim}.')
         self.strides = resolve_strides(patch_size, stem_strides)
         self.widths = [embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
@@ -133,7 +141,7 @@ class _Stem(nn.Module):
 
 
 class SpikingConvStem(_Stem):
-    """Spiking Convolutional Stem (SCS) of V2.
+    """Spiking Convolutional Stem (SCS) of V2, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
     One residual block of ratio 4 per stage, no pooling and no position embedding: the structure that the published
     parameter counts imply. That the residual adds spikes, and the order convolution - BN - LIF, follow V1.
@@ -142,9 +150,9 @@ class SpikingConvStem(_Stem):
 
 
 class SpikingPatchSplitting(_Stem):
-    """Spiking Patch Splitting (SPS) of V1; it pools after the neuron, as the authors' code does.
+    """Spiking Patch Splitting (SPS) of V1, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
-    The last stage ends in V1's conditional position embedding.
+    It pools after the neuron, as the authors' code does. The last stage ends in V1's conditional position embedding.
     """
     stage_cls = SpikingPatchStage
 
@@ -159,9 +167,7 @@ class SpikingPatchSplitting(_Stem):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(in_chans, embed_dim, patch_size, stem_strides, **dd)
-        for stage in self.stages[1:]:
-            stage.proj.of_spikes = True
-        self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, of_spikes=True, **dd)
+        self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, **dd)
 
 
 STEMS = {'scs': SpikingConvStem, 'sps': SpikingPatchSplitting}

@@ -7,6 +7,7 @@ from typing import Union
 _PACKAGE = Path(__file__).parents[1]
 _FILES = (
     'neurons.py',
+    'masking.py',
     'layers.py',
     'stems.py',
     'checkpoints.py',

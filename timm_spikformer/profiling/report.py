@@ -25,6 +25,7 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 
+_ADVICE = 'Name another folder.'
 _PAGE = 'index.html'
 _FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
 _PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -225,10 +226,14 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = ()) -> No
         ValueError: See `timm_spikformer.folders.check_output`; or the folder holds the output of another command.
     """
     path = check_output(folder, inputs, add=True)
-    others = [name for name in manifest_files(path) if name not in _FILES]
+    ours = manifest_files(path)
+    for name in sorted(_FILES):
+        if name not in ours and os.path.lexists(path / name):
+            raise ValueError(f'{path / name} was not written by timm-spikformer, and would be replaced. {_ADVICE}')
+    others = [name for name in ours if name not in _FILES]
     if others:
         raise ValueError(
-            f'{folder} holds {others[0]}, which another command of timm-spikformer wrote. Name another folder.')
+            f'{folder} holds {others[0]}, which another command of timm-spikformer wrote. {_ADVICE}')
 
 
 def write_report(

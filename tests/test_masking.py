@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from timm_spikformer.masking import conv3x3_of_patches, maps_of_patches, visible_patches, with_halo
+
+
+@pytest.mark.parametrize('p', [1, 2, 4, 8])
+@pytest.mark.parametrize('n', [1, 3])
+def test_patches_are_convolved_as_masked_maps(p, n):
+    """Outputs, and gradients of input and weight, of the convolution; a grid that is not square; images' own masks."""
+    torch.manual_seed(0)
+    B, C, h, w = 2, 5, 3, 4
+    visible = (torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
+    seen = torch.zeros(B, h * w).scatter(1, visible[0], 1.).view(B, 1, h, w)
+    seen = seen.repeat_interleave(p, 2).repeat_interleave(p, 3).double()
+    maps = torch.randn(n, B, C, h * p, w * p, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(7, C, 3, 3, dtype=torch.double, requires_grad=True)
+
+    masked = (maps * seen).flatten(0, 1)
+    dense = torch.nn.functional.conv2d(masked, weight, padding=1).unflatten(0, (n, B)) * seen
+    patches = visible_patches(maps, visible)
+    assert patches.shape == (n, B * 5, C, p, p)
+    out = conv3x3_of_patches(patches, weight, visible).unflatten(0, (n, -1))
+    torch.testing.assert_close(maps_of_patches(out, visible), dense)
+    assert torch.equal(maps_of_patches(patches, visible), maps * seen)
+    assert with_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
+
+    grad = torch.randn_like(dense)
+    expected = torch.autograd.grad(dense, (maps, weight), grad)
+    given = torch.autograd.grad(maps_of_patches(out, visible), (maps, weight), grad)
+    for a, b in zip(given, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_masked_pixel_is_never_read():
+    visible = (torch.tensor([[1, 2, 7]]), 4, 4)
+    maps = torch.full((1, 1, 2, 8, 8), float('nan'))
+    maps[..., 0:2, 2:6] = 1.
+    maps[..., 2:4, 6:8] = 1.
+    patches = visible_patches(maps, visible)
+    assert torch.equal(patches, torch.ones(1, 3, 2, 2, 2))
+    assert with_halo(patches, visible).isfinite().all()

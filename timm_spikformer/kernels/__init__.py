@@ -1,0 +1,14 @@
+"""Kernels: faster counterparts of groups of modules, used only where no caller can tell the difference.
+
+- `switch.py`: the public switch, `set_kernels` and `use_kernels`.
+- `rules.py`: the decision whether a kernel may stand in for a group of modules.
+- `lif.py`: the neuron, and BatchNorm and neuron in one pass.
+- `products.py`: convolutions and linear layers that save their input for backward as int8.
+- `explain.py`: a table of which groups of a model run how.
+
+This package imports nothing else of timm_spikformer. Each kernel has a plain counterpart, the modules themselves.
+"""
+from .explain import explain_kernels
+from .switch import get_kernels, set_kernels, use_kernels
+
+__all__ = ['explain_kernels', 'get_kernels', 'set_kernels', 'use_kernels']

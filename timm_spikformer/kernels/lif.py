@@ -1,0 +1,388 @@
+"""The neuron on a CPU, alone or with the BatchNorm before it, in one pass over memory; and on CUDA, by spikingjelly.
+
+On a CPU the work is done in chunks that stay in the caches from the first operation on them to the last. The backward
+recomputes currents and membranes from the input, so nothing but the input is saved. Comparisons write 0 and 1 into
+floating-point buffers, as boolean masks are several times slower on a CPU.
+
+The plain counterparts are `neurons.lif_plain` and `nn.BatchNorm`.
+"""
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .rules import is_batched, why_not
+
+__all__ = ['LIFConstants', 'fire', 'fire_cuda', 'lif_cpu', 'norm_lif', 'why_not_norm_lif']
+
+_CHUNK = 1 << 19  # values of one time step per chunk: a few such buffers fit the last cache of a CPU
+
+
+class LIFConstants(NamedTuple):
+    """Constants of a neuron, see `neurons.lif`."""
+    tau: float
+    v_threshold: float
+    alpha: float
+
+
+class Norm(NamedTuple):
+    """Normalization by BatchNorm, `(x - mean) * invstd * weight + bias`; mean and invstd are `[C]`.
+
+    `from_batch` says that they are those of the input, so the gradient passes through them too.
+    """
+    mean: Tensor
+    invstd: Tensor
+    eps: float
+    from_batch: bool
+
+
+def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return mean and biased variance over the rows of `[n, C]`, float64 `[C]`.
+
+    Chunks are merged by the formula of Chan et al., https://doi.org/10.2307/2683386. PyTorch sums the statistics of
+    channels-last maps in float32, which is too coarse where an image is nearly flat: spikes flip.
+    """
+    n, mean, squares = 0, x.new_zeros(x.shape[1], dtype=torch.float64), 0.
+    chunks = x.split(max(1, _CHUNK // x.shape[1]))
+    buffer = torch.empty_like(chunks[0])
+    for chunk in chunks:
+        m = len(chunk)
+        chunk_mean = chunk.mean(0)
+        chunk_squares = torch.sub(chunk, chunk_mean, out=buffer[:m]).square_().sum(0)
+        distance = chunk_mean.double() - mean
+        mean = mean + distance * (m / (n + m))
+        squares = squares + chunk_squares + distance.square() * (n * m / (n + m))
+        n += m
+    return mean, squares / n
+
+
+@torch.no_grad()
+def _norm_of(bn: nn.Module, rows: Tensor) -> Norm:
+    """Return the normalization that BatchNorm applies to `[n, C]`; in train mode update its running statistics."""
+    n, dtype = len(rows), rows.dtype
+    mean, var = bn.running_mean, bn.running_var
+    if bn.training:
+        mean, var = _mean_and_var(rows)
+        bn.num_batches_tracked += 1
+        momentum = 1. / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+        bn.running_mean.lerp_(mean.to(dtype), momentum)
+        bn.running_var.lerp_((var * (n / (n - 1))).to(dtype), momentum)
+    invstd = (var.double() + bn.eps).rsqrt()
+    # copies: a later forward in train mode updates the running statistics in place
+    return Norm(mean.to(dtype, copy=True), invstd.to(dtype), bn.eps, bn.training)
+
+
+def _affine(weight: Optional[Tensor], bias: Optional[Tensor], norm: Optional[Norm]) -> Optional[Tuple[Tensor, Tensor]]:
+    """Return the normalization as scale and shift, `[C]` each."""
+    if norm is None:
+        return None
+    scale = weight * norm.invstd
+    return scale, torch.addcmul(bias, norm.mean, scale, value=-1)
+
+
+def _chunks(x: Tensor, time_steps: int) -> Iterator[Tuple[slice, Tensor]]:
+    """Yield ranges of the rows of `[_, R, C]`, with buffers `[T + 2, rows, C]` of at least single precision."""
+    _, R, C = x.shape
+    size = min(R, max(1, _CHUNK // C))
+    buffers = x.new_empty(time_steps + 2, size, C, dtype=torch.promote_types(x.dtype, torch.float32))
+    for start in range(0, R, size):
+        stop = min(R, start + size)
+        yield slice(start, stop), buffers[:, :stop - start]
+
+
+def _charge(
+        x: Tensor,
+        affine: Optional[Tuple[Tensor, Tensor]],
+        constants: LIFConstants,
+        buffers: Tensor,
+        membrane: Optional[Tensor] = None,
+) -> None:
+    """Write the charged membranes of currents `[T or 1, rows, C]`, negated, into the first T of `T + 2` buffers.
+
+    Negated, as `torch.threshold` can then reset them: it keeps what is above a value and sets the rest to 0.
+    `membrane` is the initial one, `[rows, C]`, 0 by default.
+    """
+    *membranes, v, current = buffers
+    tau = torch.tensor(constants.tau, dtype=v.dtype)
+    last = None
+    for t, h in enumerate(membranes):
+        if t < len(x):
+            if affine is not None:
+                torch.addcmul(affine[1], x[t], affine[0], out=current)
+            else:
+                current = x[t].to(v.dtype)
+        if last is not None:
+            torch.threshold(last, -constants.v_threshold, 0., out=v)
+        elif membrane is not None:
+            torch.neg(membrane, out=v)
+        if last is None and membrane is None:
+            torch.div(current, -constants.tau, out=h)
+        else:
+            torch.addcdiv(v, torch.add(current, v, out=h), tau, value=-1, out=h)
+        last = h
+
+
+def fire(
+        x: Tensor,
+        constants: LIFConstants,
+        time_steps: int,
+        affine: Optional[Tuple[Tensor, Tensor]] = None,
+        membrane: Optional[Tensor] = None,
+        new_membrane: Optional[Tensor] = None,
+        is_finite: bool = False,
+) -> Tensor:
+    """Return the spikes `[T, R, C]` of currents `[T or 1, R, C]`.
+
+    Args:
+        x: Currents. One step stands for T equal ones.
+        constants: Constants of the neuron.
+        time_steps: T.
+        affine: Scale and shift of the currents.
+        membrane: Membranes before the first step, after the reset, `[R, C]`; 0 by default.
+        new_membrane: Where to write those after the last step.
+        is_finite: Whether the currents are known to be finite.
+    """
+    spikes = x.new_empty(time_steps, *x.shape[1:])
+    threshold = -constants.v_threshold
+    for rows, buffers in _chunks(x, time_steps):
+        _charge(x[:, rows], affine, constants, buffers, None if membrane is None else membrane[rows])
+        charged = buffers[:time_steps]
+        for t in range(time_steps):
+            torch.le(charged[t], threshold, out=spikes[t, rows])
+        if new_membrane is not None:
+            torch.threshold(charged[-1], threshold, 0., out=new_membrane[rows]).neg_()
+        if not is_finite and not charged.sum().isfinite():  # a cheap test that never misses; what follows is exact
+            is_bad = ~charged.isfinite().all(0)
+            spikes[:, rows].masked_fill_(is_bad, torch.nan)
+            if new_membrane is not None:
+                new_membrane[rows].masked_fill_(is_bad, torch.nan)
+    return spikes
+
+
+class _LIFFunction(torch.autograd.Function):
+    """The neuron, and BatchNorm where there is one, `[T or 1, R, C] -> [T, R, C]`; saves its input alone."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            x: Tensor,
+            weight: Optional[Tensor],
+            bias: Optional[Tensor],
+            norm: Optional[Norm],
+            time_steps: int,
+            constants: LIFConstants,
+            plain: Callable[..., Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.norm, ctx.time_steps, ctx.constants, ctx.plain = norm, time_steps, constants, plain
+        affine = _affine(weight, bias, norm)
+        # the statistics of a batch are finite only if all of its values are
+        is_finite = norm is not None and norm.from_batch and bool(sum(affine).sum().isfinite())
+        return fire(x, constants, time_steps, affine, is_finite=is_finite)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled() or is_batched(grad):  # a double backward, or a batch of gradients
+            grads = _replay(ctx, grad)
+        else:
+            grads = _backward(*ctx.saved_tensors, ctx.norm, ctx.time_steps, ctx.constants, grad)
+        return *grads, None, None, None, None
+
+
+def _backward(
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        norm: Optional[Norm],
+        time_steps: int,
+        constants: LIFConstants,
+        grad: Tensor,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Return the gradients of input, weight and bias, given that of the spikes, `[T, R, C]`."""
+    tau, v_threshold, alpha = constants
+    affine = _affine(weight, bias, norm)
+    num_steps = len(x)
+    grad_x = torch.empty_like(x)
+    grad_weight = grad_bias = None
+    if affine is not None:
+        offset = -norm.mean * norm.invstd
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    for rows, buffers in _chunks(x, time_steps):
+        _charge(x[:, rows], affine, constants, buffers)
+        sig, not_reset = buffers[-2:]
+        for t in range(time_steps - 1, -1, -1):  # the gradient of each current takes the place of its membrane
+            h = buffers[t]
+            torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
+            is_last = t == time_steps - 1
+            if not is_last:
+                torch.gt(h, -v_threshold, out=not_reset)
+            torch.addcmul(sig, sig, sig, value=-1, out=h).mul_(grad[t, rows]).mul_(alpha / tau)
+            if not is_last:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
+                h.addcmul_(not_reset, buffers[t + 1], value=1. - 1. / tau)
+        for t in range(num_steps, time_steps):
+            buffers[0].add_(buffers[t])
+        for t in range(num_steps):
+            if affine is not None:
+                grad_bias += buffers[t].sum(0)
+                normed = torch.addcmul(offset, x[t, rows], norm.invstd, out=sig)
+                grad_weight += normed.mul_(buffers[t]).sum(0)
+            grad_x[t, rows] = buffers[t]
+    if affine is not None:
+        scale, _ = affine
+        flat_grad, flat_x = grad_x.flatten(0, 1), x.flatten(0, 1)
+        along_x = constant = torch.zeros_like(scale)
+        if norm.from_batch:  # the gradient of x sums to 0 and does not correlate with x
+            along_x = -scale * norm.invstd * grad_weight / len(flat_x)
+            constant = -scale * grad_bias / len(flat_x) - along_x * norm.mean
+        size = max(1, _CHUNK // len(scale))
+        for g, chunk in zip(flat_grad.split(size), flat_x.split(size)):
+            torch.addcmul(constant, g, scale, out=g)
+            if norm.from_batch:
+                g.addcmul_(chunk, along_x)
+    return grad_x, grad_weight, grad_bias
+
+
+def _replay(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    """Return the same gradients by differentiating the plain counterpart."""
+    x, weight, bias = ctx.saved_tensors
+    norm, needed = ctx.norm, ctx.needs_input_grad[:3]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [
+            None if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_()
+            for t in (x, weight, bias)]
+        current, weight, bias = inputs
+        if norm is not None:
+            rows = current.flatten(0, 1)
+            if norm.from_batch:
+                rows = nn.functional.batch_norm(rows, None, None, weight, bias, True, 0., norm.eps)
+            else:
+                rows = (rows - norm.mean) * norm.invstd * weight + bias
+            current = rows.view_as(current)
+        spikes = ctx.plain(current.expand(ctx.time_steps, -1, -1), *ctx.constants)
+    wanted = [t for t, is_needed in zip(inputs, needed) if is_needed]
+    grads = iter(torch.autograd.grad(spikes, wanted, grad, create_graph=create_graph))
+    return tuple(next(grads) if is_needed else None for is_needed in needed)
+
+
+def lif_cpu(
+        x: Tensor,
+        constants: LIFConstants,
+        plain: Callable[..., Tensor],
+        membrane: Optional[Tensor] = None,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Return the spikes of currents `[T, ...]`, laid out in memory as these, and the membranes after the last step.
+
+    Args:
+        x: Currents, on a CPU. They may be expanded over time.
+        constants: Constants of the neuron.
+        plain: Differentiable counterpart, `(x, tau, v_threshold, alpha) -> spikes`.
+        membrane: Initial membranes, `x.shape[1:]`. If given, nothing is recorded for backward; otherwise no final
+            membranes are returned.
+    """
+    order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # as it lies in memory
+    inverse = [order.index(d) for d in range(x.ndim)]
+    rows = x.permute(order)
+    flat = rows.reshape(len(x), -1, 1)
+    if membrane is None:
+        spikes = _LIFFunction.apply(flat, None, None, None, len(x), constants, plain)
+        return spikes.view(rows.shape).permute(inverse), None
+    membrane = membrane.permute([d - 1 for d in order[1:]])
+    new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
+    spikes = fire(
+        flat, constants, len(x), membrane=membrane.reshape(-1, 1), new_membrane=new_membrane.view(-1, 1))
+    return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
+
+
+def fire_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """Return the spikes of currents `[T, ...]`, and the membranes after the last step, by spikingjelly's fused kernels.
+
+    They give no spike where the membrane is NaN, and an infinite one becomes NaN at its reset. Adding `v - v`, which is
+    0 or NaN, makes the neuron's output NaN in both cases.
+    """
+    from spikingjelly.activation_based import functional, surrogate
+    if membrane is None:
+        membrane = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    spikes, membrane, _ = functional.lif_multi_step(
+        x,
+        membrane,
+        tau=constants.tau,
+        decay_input=True,
+        v_threshold=constants.v_threshold,
+        v_reset=0.,
+        surrogate_function=surrogate.Sigmoid(alpha=constants.alpha),
+        detach_reset=True,
+    )
+    return (spikes + (membrane - membrane).detach()).to(x.dtype), membrane
+
+
+def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Optional[Tensor] = None) -> Optional[str]:
+    """Return why BatchNorm and neuron must be called one by one, in words; None if `norm_lif` may stand in for both.
+
+    Args:
+        bn: BatchNorm.
+        neuron: The module called next.
+        neuron_class: The class of neuron that the kernel implements.
+        x: Input of `bn`, `[n, C]` or `[n, C, H, W]`. None leaves the conditions on the input out.
+    """
+    reason = why_not((bn, neuron), ((nn.BatchNorm1d, nn.BatchNorm2d), (neuron_class,)), x)
+    if reason is not None:
+        return reason
+    if bn.weight.device.type != 'cpu':
+        return f'the kernel is for CPUs, the parameters are on {bn.weight.device}'
+    dtypes = {t.dtype for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)}
+    if not dtypes <= {torch.float32} and not dtypes <= {torch.float64}:
+        return f'the kernel is for float32 or float64, BatchNorm has {", ".join(sorted(map(str, dtypes)))}'
+    if x is None:
+        return None
+    if x.ndim != (2 if type(bn) is nn.BatchNorm1d else 4) or x.shape[1] != bn.num_features:
+        return f'the input has the shape {list(x.shape)}'
+    if x.numel() // x.shape[1] < 2:
+        return 'the input has one value per channel'
+    if x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last) or x.ndim == 2 and not x.is_contiguous():
+        return 'the channels are not last in memory'
+    return None
+
+
+def norm_lif(
+        bn: nn.Module,
+        constants: LIFConstants,
+        x: Tensor,
+        time_steps: int,
+        batch_size: int,
+        plain: Callable[..., Tensor],
+        membrane: Optional[Tensor] = None,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Return the spikes of `neuron(bn(x))` in one pass over memory; ask `why_not_norm_lif` first.
+
+    Args:
+        bn: BatchNorm, whose running statistics are updated in train mode.
+        constants: Constants of the neuron.
+        x: `[S * batch_size, C]` or, channels last in memory, `[S * batch_size, C, H, W]`, where S is T or 1. One step
+            stands for T equal ones.
+        time_steps: T.
+        batch_size: Number of rows per time step: samples, or samples times tokens.
+        plain: Differentiable counterpart of the neuron.
+        membrane: Initial membranes, `[batch_size, C]` or `[batch_size, C, H, W]`. If given, nothing is recorded for
+            backward; otherwise no final membranes are returned.
+
+    Returns:
+        Spikes `[T, batch_size, ...]`, laid out in memory as `x`, and the membranes after the last step.
+    """
+    rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    norm = _norm_of(bn, flat)
+    shape = (time_steps, batch_size, *rows.shape[1:])
+    currents = flat.view(-1, flat.shape[0] // (len(x) // batch_size), flat.shape[1])
+    new_membrane = None
+    if membrane is None:
+        spikes = _LIFFunction.apply(currents, bn.weight, bn.bias, norm, time_steps, constants, plain)
+    else:
+        membrane = membrane if x.ndim == 2 else membrane.permute(0, 2, 3, 1)
+        new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
+        spikes = fire(
+            currents, constants, time_steps, _affine(bn.weight, bn.bias, norm),
+            membrane.reshape(currents.shape[1:]), new_membrane.view(currents.shape[1:]))
+        new_membrane = new_membrane if x.ndim == 2 else new_membrane.permute(0, 3, 1, 2)
+    spikes = spikes.view(shape)
+    return (spikes if x.ndim == 2 else spikes.permute(0, 1, 4, 2, 3)), new_membrane

@@ -1,0 +1,115 @@
+"""Convolutions and linear layers that save their input for backward as int8, where every value of it is one.
+
+Spikes and their sums are small integers, so a byte holds each of them exactly. The plain counterpart is the layer.
+"""
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .rules import why_not
+
+__all__ = ['mark_spikes', 'product', 'to_bytes', 'why_not_product']
+
+_CHUNK = 1 << 18  # values that are checked at a time
+_CLASSES = ((nn.Conv2d, nn.Linear),)
+
+
+def mark_spikes(spikes: Tensor) -> Tensor:
+    """Record on the neuron's own output that it is binary, for `to_bytes` where reading values would synchronize."""
+    spikes._spikes_version = spikes._version
+    return spikes
+
+
+def _is_marked(x: Tensor) -> bool:
+    """Return whether `x` is the unchanged output of a neuron, or a view of it."""
+    base = x if x._base is None else x._base
+    return getattr(base, '_spikes_version', None) == x._version
+
+
+def to_bytes(x: Tensor) -> Optional[Tensor]:
+    """Return `x` as int8 if that is exact, else None.
+
+    On a CPU the values are checked, whoever made them; reading them costs about a tenth of the smallest convolution.
+    Elsewhere that would make the host wait for the device, so `x` has to come from our neuron: see `mark_spikes`.
+    """
+    if x.device.type != 'cpu':
+        return x.to(torch.int8) if _is_marked(x) else None
+    x_bytes = torch.empty_like(x, dtype=torch.int8)
+    size = max(1, _CHUNK // max(1, x[0].numel()))
+    for chunk, chunk_bytes in zip(x.split(size), x_bytes.split(size)):
+        chunk_bytes.copy_(chunk)
+        if not torch.equal(chunk_bytes.to(x.dtype), chunk):
+            return None
+    return x_bytes
+
+
+class _ProductOfBytes(torch.autograd.Function):
+    """A convolution or linear layer that saves `x_bytes`, which equals `x`, in its place."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            x: Tensor,
+            x_bytes: Tensor,
+            weight: Tensor,
+            bias: Optional[Tensor],
+            conv_args: Tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(x_bytes, weight)
+        ctx.conv_args = conv_args
+        if conv_args:
+            return nn.functional.conv2d(x, weight, bias, *conv_args)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'A double backward (create_graph=True) needs the input of each layer, of which the kernels save a copy '
+                "in int8 only. Run forward and backward under timm_spikformer.use_kernels('plain').")
+        x_bytes, weight = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        x = x_bytes.to(weight.dtype)
+        if ctx.conv_args:
+            stride, padding, dilation, groups = ctx.conv_args
+            grads = torch.ops.aten.convolution_backward(
+                grad, x, weight, weight.shape[:1], stride, padding, dilation, False, (0, 0), groups,
+                (needs_x, needs_weight, needs_bias))
+        else:
+            grads = (
+                grad @ weight if needs_x else None,
+                grad.t() @ x if needs_weight else None,
+                grad.sum(0) if needs_bias else None,
+            )
+        return grads[0], None, grads[1], grads[2], None
+
+
+def why_not_product(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
+    """Return why a convolution or linear layer must be called as a module, in words; None if `product` may stand in.
+
+    Args:
+        layer: The layer.
+        x: Its input. None leaves the conditions on the input out.
+    """
+    reason = why_not((layer,), _CLASSES, x)
+    if reason is None and x is not None and x.ndim != (2 if type(layer) is nn.Linear else 4):
+        reason = f'the input has the shape {list(x.shape)}'
+    return reason
+
+
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return `layer(x)`, saving `x` for backward as int8 where that is exact and nobody can tell the difference.
+
+    Args:
+        layer: Convolution, linear layer, or any module in the place of one.
+        x: Its input: `[n, C, H, W]` or `[n, C]`.
+    """
+    if not torch.is_grad_enabled() or why_not_product(layer, x) is not None or not layer.weight.requires_grad:
+        return layer(x)
+    with torch.no_grad():
+        x_bytes = to_bytes(x)
+    if x_bytes is None:
+        return layer(x)
+    conv_args = (layer.stride, layer.padding, layer.dilation, layer.groups) if type(layer) is nn.Conv2d else ()
+    return _ProductOfBytes.apply(x, x_bytes, layer.weight, layer.bias, conv_args)

@@ -1,0 +1,183 @@
+"""The arithmetic of masked images: visible patches, their halos, and layers applied to them.
+
+Under a mask, a layer of the stem sees 0 at masked pixels, and only its output at visible pixels is used, as in SparK,
+https://arxiv.org/abs/2301.03580. So feature maps are kept as their visible patches, `[n, M, C, p, p]`: n is the number
+of time steps, or 1 if all are the same, M = B * N' the number of visible patches of all images, and p the side of a
+patch at the resolution of the map.
+
+`apply_to_patches` calls any module on the masked maps, `[n * B, C, H, W]`. For a plain convolution or pooling layer it
+computes the same from the visible patches alone, and saves the work at masked positions.
+"""
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kernels.rules import why_not
+
+__all__ = [
+    'Visible',
+    'apply_to_patches',
+    'conv3x3_of_patches',
+    'maps_of_patches',
+    'visible_patches',
+    'with_halo',
+]
+
+# Visible tokens of each image, [B, N'] in increasing order, and height and width of the grid of all tokens.
+Visible = Tuple[Tensor, int, int]
+
+
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return `x[rows]` of a matrix; a gather, whose gradient is many times faster on a CPU than that of indexing."""
+    return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
+
+
+def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
+    """Return the indices of the visible pixels in n * B maps, token by token of p x p: `[n * B * N' * p * p]`."""
+    ids, height, width = visible
+    H, W = height * p, width * p
+    inside = torch.arange(p, device=ids.device)
+    rows = (ids // width).unsqueeze(2) * p + inside  # [B, N', p]
+    cols = (ids % width).unsqueeze(2) * p + inside
+    pixels = (rows.unsqueeze(3) * W + cols.unsqueeze(2)).flatten(1)  # [B, N' * p * p]
+    pixels = pixels.repeat(n, 1)
+    return (pixels + torch.arange(pixels.shape[0], device=ids.device).unsqueeze(1) * (H * W)).flatten()
+
+
+def visible_patches(x: Tensor, visible: Visible) -> Tensor:
+    """Return the visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where p is W over grid width."""
+    n, B, C, H, W = x.shape
+    p = W // visible[2]
+    pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
+    patches = _take_rows(pixels, _visible_rows(visible, n, p))
+    return patches.view(n, -1, p, p, C).permute(0, 1, 4, 2, 3)
+
+
+def maps_of_patches(x: Tensor, visible: Visible) -> Tensor:
+    """Return the maps `[n, B, C, H, W]` of patches `[n, B * N', C, p, p]`, 0 where nothing is visible."""
+    n, _, C, p, _ = x.shape
+    ids, height, width = visible
+    B, H, W = ids.shape[0], height * p, width * p
+    rows = _visible_rows(visible, n, p)
+    pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
+    maps = pixels.new_zeros(n * B * H * W, C).scatter(0, rows.unsqueeze(1).expand(-1, C), pixels)
+    return maps.view(n, B, H, W, C).permute(0, 1, 4, 2, 3)
+
+
+def _halo_rows(visible: Visible, p: int) -> Tensor:
+    """Return where the pixels in and around each visible patch are among the `M * p * p` visible ones.
+
+    Returns:
+        Indices `[M, p + 2, p + 2]`; `M * p * p` is a masked pixel, `M * p * p + 1` one outside of the image.
+    """
+    ids, height, width = visible
+    B, N = ids.shape
+    M = B * N
+    # the patch at each place of a grid with a border: M is masked, M + 1 outside
+    place = torch.full((B, height, width), M, dtype=torch.long, device=ids.device)
+    place = F.pad(place, (1, 1, 1, 1), value=M + 1).flatten(1)
+    at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
+    place = place.scatter(1, at, torch.arange(M, device=ids.device).view(B, N))
+    step = torch.arange(-1, 2, device=ids.device)
+    around = (step.unsqueeze(1) * (width + 2) + step).flatten()  # [9]
+    neighbors = place.gather(1, (at.unsqueeze(2) + around).flatten(1)).view(M, 3, 3)
+    inside = torch.arange(-1, p + 1, device=ids.device)
+    which = (inside >= p).long() - (inside < 0).long() + 1  # 0, 1, 2: before, in, after the patch
+    source = neighbors[:, which][:, :, which]  # [M, p + 2, p + 2]
+    offset = inside.remainder(p)
+    rows = source * (p * p) + offset.unsqueeze(1) * p + offset
+    return torch.where(source < M, rows, source + (M * p * p - M))
+
+
+def _take_around(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
+    """Return pixels of patches `[n, M, C, p, p]` by indices of `_halo_rows`: 0 if masked, `outside` if outside."""
+    n, C = x.shape[0], x.shape[2]
+    pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
+    pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C), pixels.new_full((n, 1, C), outside)], dim=1)
+    rows = rows.flatten() + torch.arange(n, device=rows.device).unsqueeze(1) * pixels.shape[1]
+    return _take_rows(pixels.flatten(0, 1), rows.flatten())
+
+
+def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
+    """Return patches and the pixels around them, `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`.
+
+    Args:
+        x: Patches.
+        visible: The visible tokens.
+        outside: Value of pixels outside of the image. Masked ones are 0.
+    """
+    C, p = x.shape[2], x.shape[-1]
+    pixels = _take_around(x, _halo_rows(visible, p), outside)
+    return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
+
+
+def conv3x3_of_patches(
+        x: Tensor,
+        weight: Tensor,
+        visible: Visible,
+        bias: Optional[Tensor] = None,
+        groups: int = 1,
+) -> Tensor:
+    """Return the 3x3 convolution, padded by 1, of masked maps at the visible patches.
+
+    For patches of 1 and 2 pixels it is a matrix product, as convolutions of these are up to ten times slower on a CPU.
+
+    Args:
+        x: Patches, `[n, M, C, p, p]`.
+        weight: `[C', C / groups, 3, 3]`.
+        visible: The visible tokens.
+        bias: `[C']`.
+        groups: Groups of the convolution.
+
+    Returns:
+        Patches, `[n * M, C', p, p]`.
+    """
+    n, M, C, p, _ = x.shape
+    if p > 2 or groups > 1:
+        return F.conv2d(with_halo(x, visible), weight, bias, groups=groups)
+    rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
+    windows = _take_around(x, rows).view(n * M * p * p, 9 * C)
+    out = F.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _from_patches_alone(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
+    """Return what `apply_to_patches` does from the visible patches alone, or None if `layer` must see the maps."""
+    if why_not((layer,), ((nn.Conv2d, nn.MaxPool2d, nn.Identity),), x) is not None:
+        return None
+    if type(layer) is nn.Identity:
+        return x
+    n, _, _, p, _ = x.shape
+    if type(layer) is nn.MaxPool2d:
+        args = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
+        if args != (3, 2, 1, 1, False, False) or p % 2 != 0:
+            return None
+        return F.max_pool2d(with_halo(x, visible, -torch.inf), 3, 2).unflatten(0, (n, -1))
+    args = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    if args == ((3, 3), (1, 1), (1, 1), (1, 1)):
+        out = conv3x3_of_patches(x, layer.weight, visible, layer.bias, layer.groups)
+    elif args[0] == args[1] and args[2:] == ((0, 0), (1, 1)) and p % args[0][0] == 0 and p % args[0][1] == 0:
+        out = F.conv2d(x.flatten(0, 1), layer.weight, layer.bias, layer.stride, groups=layer.groups)
+    else:
+        return None
+    return out.unflatten(0, (n, -1))
+
+
+def apply_to_patches(layer: nn.Module, x: Tensor, visible: Visible) -> Tensor:
+    """Return the visible patches of `layer(maps)`, where maps are 0 at masked positions.
+
+    Args:
+        layer: Any module `[n * B, C, H, W] -> [n * B, C', H', W']`.
+        x: Visible patches of its input, `[n, M, C, p, p]`.
+        visible: The visible tokens.
+
+    Returns:
+        Patches, `[n, M, C', p', p']`.
+    """
+    out = _from_patches_alone(layer, x, visible)
+    if out is None:
+        maps = layer(maps_of_patches(x, visible).flatten(0, 1))
+        out = visible_patches(maps.unflatten(0, (x.shape[0], -1)), visible)
+    return out

@@ -1,0 +1,60 @@
+"""Gradient checkpointing of layers with BatchNorm."""
+import contextlib
+from typing import Any, Iterator
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from .kernels import get_kernels, use_kernels
+
+__all__ = ['checkpoint_once', 'spare_bn_statistics']
+
+
+@contextlib.contextmanager
+def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BN layers in train mode update copies of their running statistics."""
+    buffers = [
+        (m, name, value)
+        for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+        for name, value in m.named_buffers(recurse=False)
+    ]
+    for m, name, value in buffers:
+        setattr(m, name, value.clone())
+    try:
+        yield
+    finally:
+        for m, name, value in buffers:
+            setattr(m, name, value)
+
+
+class _Recomputation(contextlib.AbstractContextManager):
+    """Run a recomputation with the kernels of the forward, and spare the BN statistics.
+
+    Each backward through the same graph enters it once more.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.kernels = get_kernels()
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self.stack.enter_context(use_kernels(self.kernels))
+        self.stack.enter_context(spare_bn_statistics(self.module))
+
+    def __exit__(self, *args: Any) -> None:
+        self.stack.close()
+
+
+def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
+    """Call a module with gradient checkpointing; the recomputation does not update the running statistics again.
+
+    Args:
+        module: Module to call.
+        args: Its arguments.
+    """
+    if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
+        return checkpoint(module, *args, use_reentrant=False)
+    context_fn = lambda: (contextlib.nullcontext(), _Recomputation(module))  # noqa: E731
+    return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
