@@ -1,6 +1,5 @@
 """From a checkpoint to a folder, and a Hub repository, that timm and transformers both load."""
-from importlib import import_module
-from typing import Any
+from ..lazy import import_on_demand
 
 # Imported on demand: converting needs nothing of what a model card needs
 _MODULES = {
@@ -15,7 +14,4 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(_MODULES[name], __name__), name)
+__getattr__ = import_on_demand(__name__, _MODULES)

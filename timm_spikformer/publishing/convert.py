@@ -30,10 +30,11 @@ def _report(conversion: Conversion) -> List[str]:
 def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> Conversion:
     """Convert for a model; raise a ValueError if a tensor of the checkpoint or of the model is left over."""
     check_model_name(name)
-    head = state_dict.get('head.fc.weight', state_dict.get('head.weight'))
-    empty = create(name, device='meta', **{'num_classes': 0 if head is None else 1000, **model_kwargs})
+    empty = create(name, device='meta', **model_kwargs)
     try:
         conversion = convert_state_dict(state_dict, empty)
+        if not any(key.startswith('head.') for key in conversion.state_dict):
+            empty.reset_classifier(0)
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f'{path} is not a checkpoint of {name}: {type(e).__name__} {e}.') from e
     expected = set(empty.state_dict())

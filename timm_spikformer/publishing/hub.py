@@ -84,7 +84,7 @@ def check_token(api: HfApi) -> None:
         RuntimeError: The Hub cannot be reached.
     """
     check_hub(api.endpoint)
-    with _explained('Nothing was uploaded; try again.'):
+    with _explained():
         try:
             api.whoami()
         except LocalTokenNotFoundError as e:
@@ -110,7 +110,7 @@ def inspect(
         ValueError: It holds another model, is public and asked to be private, or has the tag.
         RuntimeError: The Hub does not say.
     """
-    with _explained('Nothing was uploaded; try again.'):
+    with _explained():
         try:
             info = api.model_info(repo)
         except RepositoryNotFoundError as e:
@@ -128,10 +128,10 @@ def inspect(
             revision, head = None, info.sha
         at = head if revision is None else revision
         config = _read_json(api, repo, 'config.json', at)
-        found = config and (config.get('architecture') or config.get('model_type') or 'model of an unknown kind')
+        found = None if config is None else config.get('architecture') or config.get('model_type') or 'another model'
         if found not in (None, architecture):
             raise ValueError(
-                f'The repository {repo} holds a {found}, and this is a {architecture}. Choose another name.')
+                f'The repository {repo} holds {found}, and this is a {architecture}. Choose another name.')
         return Target(head, _read_manifest(api, repo, at))
 
 
@@ -153,7 +153,7 @@ def upload(
         RuntimeError: The upload failed; the repository is as it was, or empty.
     """
     new = [*manifest_files(folder), MANIFEST]
-    with _explained(f'The upload to {repo} failed. Run the same command again to finish it.', repo):
+    with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         # between this look and the commit nobody can change the branch: the commit names its parent
         target = inspect(api, repo, architecture, private, revision, tag)
@@ -167,9 +167,7 @@ def upload(
                 commit_message='Publish with timm-spikformer')
         except HfHubHTTPError as e:
             if e.response.status_code == 412:
-                raise RuntimeError(
-                    f'The repository {repo} was changed by somebody else during the upload, and is as they left it. '
-                    f'Run the same command again.') from e
+                raise RuntimeError('Somebody else has changed the repository; it is as they left it.') from e
             raise
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=info.oid)
@@ -203,16 +201,22 @@ def _read_manifest(api: HfApi, repo: str, revision: Optional[str]) -> List[str]:
 
 
 @contextmanager
-def _explained(advice: str, repo: Optional[str] = None) -> Iterator[None]:
-    """Turn errors of the Hub and of the network into a ValueError or a RuntimeError that says what to do."""
+def _explained(repo: Optional[str] = None) -> Iterator[None]:
+    """Turn errors of the Hub and of the network into a ValueError or a RuntimeError that says what to do.
+
+    Args:
+        repo: Repository that is uploaded to; by default, the Hub is only asked.
+    """
+    advice = 'Nothing was uploaded; try again.' if repo is None else 'Run the same command again to finish it.'
+    start = '' if repo is None else f'The upload to {repo} failed: '
     try:
         yield
     except HfHubHTTPError as e:
         if repo is not None and e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
-        raise RuntimeError(f'The Hub does not answer as it should: {_first_line(e)} {advice}') from e
-    except (HTTPError, OSError) as e:
-        raise RuntimeError(f'The Hub cannot be reached: {_first_line(e)} {advice}') from e
+        raise RuntimeError(f'{start or "The Hub does not answer as it should: "}{_first_line(e)} {advice}') from e
+    except (HTTPError, OSError, RuntimeError) as e:  # huggingface_hub's uploads raise the last
+        raise RuntimeError(f'{start or "The Hub cannot be reached: "}{_first_line(e)} {advice}') from e
     except ValueError as e:
         if re.match('Invalid metadata in README.md', str(e)):  # the Hub's own words, by huggingface_hub
             raise RuntimeError(f'The Hub refuses the model card: {e}') from e
