@@ -199,7 +199,7 @@ def train(
         model, 'adamw', lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2))
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=1, warmup_lr=stage.lr / 100,
+        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=0.5, warmup_lr=stage.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
     checkpoint = output / stage.checkpoint
     start_epoch, seconds_before = 0, 0.
