@@ -71,7 +71,7 @@ class Progress:
 
     def update(self, work: float, postfix: str = '') -> None:
         self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(work)
+        self.bar.update(min(work, self.bar.total - self.bar.n))  # rounding could make it a little more
 
     def title(self, text: str) -> None:
         self.bar.set_description_str(text)
