@@ -248,13 +248,13 @@ class _Demo:
 def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Path) -> None:
     lines: List[str] = []
     if 'accuracy' in results:
-        rates = results['firing_rates']
+        rates, linear = results['firing_rates'], results['linear_accuracy']
         lowest, highest = min(rates, key=rates.get), max(rates, key=rates.get)
         lines += [
             '',
             f'With all labels, tested on: {results["tested_on"]}',
             f'  accuracy              {results["accuracy"]:.1f} %',
-            f'  linear classifier     {results["linear_accuracy"]:.1f} %  (logistic regression on the same pixels)',
+            *([f'  linear classifier     {linear:.1f} %  (logistic regression on the same pixels)'] if linear else []),
             f'  firing rate           {results["firing_rate"]:.3f} on average: from {rates[lowest]:.3f} ({lowest}) to '
             f'{rates[highest]:.3f} ({highest})',
         ]
