@@ -6,7 +6,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .kernels import get_kernels, use_kernels
+from .kernels.switch import get_kernels, use_kernels
 
 __all__ = ['checkpoint_once', 'spare_bn_statistics']
 
