@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .kernels.lif import LIFConstants, fire_cuda, lif_cpu
 from .kernels.products import mark_spikes
-from .kernels.rules import register_class, why_not_here
+from .kernels.rules import back_end, register_class, why_not_here
 
 __all__ = ['LIF', 'CarriedMembranes', 'carried_membranes', 'lif', 'lif_plain', 'membrane_potentials']
 

@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import in_transform, why_not
+from .rules import back_end, in_transform, why_not
 
 __all__ = ['LIFConstants', 'fire', 'fire_cuda', 'lif_cpu', 'norm_lif', 'why_not_norm_lif']
 
@@ -328,7 +328,7 @@ def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Op
     reason = why_not((bn, neuron), ((nn.BatchNorm1d, nn.BatchNorm2d), (neuron_class,)), x)
     if reason is not None:
         return reason
-    if bn.weight.device.type != 'cpu':
+    if back_end(bn.weight) != 'cpu':
         return f'the kernel is for CPUs, the parameters are on {bn.weight.device}'
     dtypes = {t.dtype for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)}
     if not dtypes <= {torch.float32} and not dtypes <= {torch.float64}:

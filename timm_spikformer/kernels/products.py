@@ -7,7 +7,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import why_not
+from .rules import back_end, why_not
 
 __all__ = ['mark_spikes', 'product', 'to_bytes', 'why_not_product']
 
@@ -33,7 +33,7 @@ def to_bytes(x: Tensor) -> Optional[Tensor]:
     On a CPU the values are checked, whoever made them; reading them costs about a tenth of the smallest convolution.
     Elsewhere that would make the host wait for the device, so `x` has to come from our neuron: see `mark_spikes`.
     """
-    if x.device.type != 'cpu':
+    if back_end(x) != 'cpu':
         return x.to(torch.int8) if _is_marked(x) else None
     x_bytes = torch.empty_like(x, dtype=torch.int8)
     size = max(1, _CHUNK // max(1, x[0].numel()))
