@@ -73,7 +73,7 @@ def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tenso
     constants = LIFConstants(tau, v_threshold, alpha)
     if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
         return lif_plain(x, tau, v_threshold, alpha)
-    if x.is_cuda:
+    if back_end(x) == 'cuda':
         return mark_spikes(fire_cuda(x, constants)[0])
     return lif_cpu(x, constants, lif_plain)[0]
 
@@ -283,7 +283,7 @@ class CarriedMembranes:
                 spikes, state[0] = run(state[0])
             elif why_not_here() is not None or x.numel() == 0:
                 spikes, state[0] = _lif_steps(x, state[0], *neuron.constants, has_grad=False)
-            elif x.is_cuda:
+            elif back_end(x) == 'cuda':
                 spikes, state[0] = fire_cuda(x, neuron.constants, state[0])
             else:
                 spikes, state[0] = lif_cpu(x, neuron.constants, lif_plain, state[0])
