@@ -256,7 +256,7 @@ def test_silent_and_saturated_neurons(model, images):
         channels = 256 if layer.group == 'mlp' else 64 if layer.name.endswith('expand') else 16
         assert 1 / channels <= layer.silent < 1 and 1 / channels <= layer.saturated < 1
     spikes = []
-    model.blocks[0].mlp.fc1.lif.register_forward_hook(lambda m, args, out: spikes.append(out))
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda m, args, out: spikes.append(out))
     with torch.no_grad():
         model(images)
     count = spikes[0].sum((0, 1))  # [N, C]

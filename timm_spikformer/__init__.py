@@ -5,7 +5,7 @@ from .anytime import predict_anytime
 from .hf.registration import register as _register_with_transformers
 from .kernels import explain_kernels, get_kernels, set_kernels, use_kernels
 from .masked_autoencoder import SpikformerMAE
-from .neurons import LIF, CarriedMembranes, lif, membrane_potentials
+from .neurons import LIF, CarriedMembranes, lif, membrane_potentials, record_membranes
 from .pretrained import set_hub_namespace
 from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
@@ -34,6 +34,7 @@ __all__ = [
     'lif',
     'membrane_potentials',
     'predict_anytime',
+    'record_membranes',
     'set_hub_namespace',
     'set_kernels',
     'use_kernels',

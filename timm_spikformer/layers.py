@@ -289,7 +289,7 @@ class ConvBNLIF(_Unit):
         self.lif = LIF()
 
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
-        B = x.shape[1]
+        S, B = x.shape[:2]
         if torch.jit.is_scripting():
             x = self.conv(x.flatten(0, 1))
         elif visible is not None:
@@ -301,7 +301,7 @@ class ConvBNLIF(_Unit):
             if spikes is not None:
                 return spikes
         x = self.bn(x)
-        x = x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1)
+        x = x.unflatten(0, (S, -1)).expand(time_steps, -1, -1, -1, -1)
         return self.lif(x)
 
     def fuse(self) -> 'ConvBNLIF':
@@ -349,7 +349,7 @@ class LinearBNLIF(_Unit):
             if spikes is not None:
                 return spikes
         x = self.bn(x)
-        return self.lif(x.unflatten(0, (T, B, N)))
+        return self.lif(x.unflatten(0, (T, -1, N)))
 
     def fuse(self) -> 'LinearBNLIF':
         """Return a copy for inference with BN folded into the linear layer: see `ConvBNLIF.fuse`."""

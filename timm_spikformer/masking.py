@@ -70,13 +70,12 @@ def _halo_rows(visible: Visible, p: int) -> Tensor:
     """Return where the pixels in and around each visible patch are among the `M * p * p` visible ones.
 
     Returns:
-        Indices `[M, p + 2, p + 2]`; `M * p * p` stands for a masked pixel, `M * p * p + 1` for one outside of the
-        image.
+        Indices `[M, p + 2, p + 2]`; `M * p * p` is a masked pixel, `M * p * p + 1` one outside of the image.
     """
     ids, height, width = visible
     B, N = ids.shape
     M = B * N
-    # the patch at each place of a grid with a border; M stands for a masked one, M + 1 for the border
+    # the patch at each place of a grid with a border: M is masked, M + 1 outside
     place = torch.full((B, height, width), M, dtype=torch.long, device=ids.device)
     place = F.pad(place, (1, 1, 1, 1), value=M + 1).flatten(1)
     at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
@@ -89,11 +88,11 @@ def _halo_rows(visible: Visible, p: int) -> Tensor:
     source = neighbors[:, which][:, :, which]  # [M, p + 2, p + 2]
     offset = inside.remainder(p)
     rows = source * (p * p) + offset.unsqueeze(1) * p + offset
-    return torch.where(source > M, M * p * p + 1, rows.clamp(max=M * p * p))
+    return torch.where(source < M, rows, source + (M * p * p - M))
 
 
-def _take_pixels(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
-    """Return pixels of patches `[n, M, C, p, p]` by the indices of `_halo_rows`: 0 where masked."""
+def _take_around(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
+    """Return pixels of patches `[n, M, C, p, p]` by indices of `_halo_rows`: 0 if masked, `outside` if outside."""
     n, C = x.shape[0], x.shape[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
     pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C), pixels.new_full((n, 1, C), outside)], dim=1)
@@ -105,12 +104,12 @@ def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
     """Return patches and the pixels around them, `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`.
 
     Args:
-        x: Patches. Masked pixels around them are 0.
+        x: Patches.
         visible: The visible tokens.
-        outside: Value of pixels outside of the image.
+        outside: Value of pixels outside of the image. Masked ones are 0.
     """
     C, p = x.shape[2], x.shape[-1]
-    pixels = _take_pixels(x, _halo_rows(visible, p), outside)
+    pixels = _take_around(x, _halo_rows(visible, p), outside)
     return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
 
 
@@ -139,7 +138,7 @@ def conv3x3_of_patches(
     if p > 2 or groups > 1:
         return F.conv2d(with_halo(x, visible), weight, bias, groups=groups)
     rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
-    windows = _take_pixels(x, rows).view(n * M * p * p, 9 * C)
+    windows = _take_around(x, rows).view(n * M * p * p, 9 * C)
     out = F.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
@@ -155,8 +154,7 @@ def _from_patches_alone(layer: nn.Module, x: Tensor, visible: Visible) -> Option
         args = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
         if args != (3, 2, 1, 1, False, False) or p % 2 != 0:
             return None
-        # as the padding of the layer: the gradient of a window without spikes stays in the image
-        return F.max_pool2d(with_halo(x, visible, outside=-torch.inf), 3, 2).unflatten(0, (n, -1))
+        return F.max_pool2d(with_halo(x, visible, -torch.inf), 3, 2).unflatten(0, (n, -1))
     args = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     if args == ((3, 3), (1, 1), (1, 1), (1, 1)):
         out = conv3x3_of_patches(x, layer.weight, visible, layer.bias, layer.groups)

@@ -9,7 +9,7 @@ to share.
 """
 import contextlib
 from contextvars import ContextVar
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, takes_lif_cuda
 from .kernels.rules import back_end, register_class, why_not_here
 
-__all__ = ['LIF', 'CarriedMembranes', 'carried_membranes', 'lif', 'lif_plain', 'membrane_potentials']
+__all__ = [
+    'LIF',
+    'CarriedMembranes',
+    'carried_membranes',
+    'lif',
+    'lif_plain',
+    'membrane_potentials',
+    'record_membranes',
+]
 
 
 def lif_plain(
@@ -209,6 +217,52 @@ def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -
         charged.append(h)
         after.append(v)
     return torch.stack(charged), torch.stack(after)
+
+
+@contextlib.contextmanager
+def record_membranes(
+        model: nn.Module,
+        layers: Optional[Sequence[str]] = None,
+        before_reset: bool = False,
+) -> Iterator[Dict[str, List[Tensor]]]:
+    """Record the membrane potentials of neuron layers in every forward within a `with` block.
+
+    They are recomputed from the currents by forward hooks, in eager mode, so the layers recorded run without kernels.
+
+    Args:
+        model: Any module that holds `LIF` layers.
+        layers: Names of some of them, as in `model.named_modules()`; by default all.
+        before_reset: Record h of the equation in `lif`, not v, the potential after the reset.
+
+    Yields:
+        For each layer a list with a tensor `[T, B, ...]` per call of the layer, detached, on its device.
+
+    Raises:
+        ValueError: The model has no such neuron layer.
+
+    >>> import timm
+    >>> model = timm.create_model('test_spikformer_v2')
+    >>> with record_membranes(model, ['blocks.0.attn.attn_lif']) as membranes:
+    ...     logits = model(torch.rand(2, 3, 64, 64))
+    >>> membranes['blocks.0.attn.attn_lif'][0].shape
+    torch.Size([4, 2, 16, 64])
+    """
+    neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
+    layers = list(neurons) if layers is None else list(layers)
+    for name in layers:
+        if name not in neurons:
+            raise ValueError(f'The model has no neuron layer {name!r}. It has {", ".join(neurons) or "none"}.')
+    records: Dict[str, List[Tensor]] = {name: [] for name in layers}
+
+    def record(name: str, neuron: LIF, x: Tensor) -> None:
+        charged, after = membrane_potentials(x, neuron.tau, neuron.v_threshold)
+        records[name].append(charged if before_reset else after)
+
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            hook = lambda m, args, out, name=name: record(name, m, args[0])  # noqa: E731
+            stack.callback(neurons[name].register_forward_hook(hook).remove)
+        yield records
 
 
 _carried: ContextVar[Optional['CarriedMembranes']] = ContextVar('carried', default=None)

@@ -1,6 +1,6 @@
 """Gradient checkpointing of layers with BatchNorm."""
 import contextlib
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from timm.models import checkpoint
@@ -9,11 +9,28 @@ from torch import Tensor, nn
 from .kernels import get_kernels, use_kernels
 from .kernels.products import is_marked, mark_spikes
 
-__all__ = ['checkpoint_once']
+__all__ = ['checkpoint_once', 'spare_bn_statistics']
+
+
+@contextlib.contextmanager
+def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BN layers in train mode update copies of their running statistics."""
+    buffers = [
+        (m, name, value)
+        for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+        for name, value in m.named_buffers(recurse=False)
+    ]
+    for m, name, value in buffers:
+        setattr(m, name, value.clone())
+    try:
+        yield
+    finally:
+        for m, name, value in buffers:
+            setattr(m, name, value)
 
 
 class _Recomputation(contextlib.AbstractContextManager):
-    """Run a recomputation as the forward ran, and let BN update copies of its running statistics.
+    """Run a recomputation with the kernels of the forward, and spare the BN statistics.
 
     Each backward through the same graph enters it once more.
     """
@@ -25,11 +42,7 @@ class _Recomputation(contextlib.AbstractContextManager):
 
     def __enter__(self) -> None:
         self.stack.enter_context(use_kernels(self.kernels))
-        for m in self.module.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
-                for name, value in m.named_buffers(recurse=False):
-                    self.stack.callback(setattr, m, name, value)
-                    setattr(m, name, value.clone())
+        self.stack.enter_context(spare_bn_statistics(self.module))
 
     def __exit__(self, *args: Any) -> None:
         self.stack.close()

@@ -59,9 +59,9 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
         is_channels_last = x.device.type == 'cpu'
     else:  # vmap has no rule for memory formats
         is_channels_last = not torch.compiler.is_compiling() and not in_transform() and back_end(x) == 'cpu'
-    if is_channels_last and x.numel() > 0:
-        B = x.shape[1]
-        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (-1, B))
+    if is_channels_last:
+        S = x.shape[0]
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
     return x, time_steps
 
 

@@ -96,11 +96,11 @@ class SpikingPatchStage(_Stage):
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.proj(x, time_steps, visible)
-        B = x.shape[1]
+        T = x.shape[0]
         if torch.jit.is_scripting():
-            x = self.pool(x.flatten(0, 1)).unflatten(0, (-1, B))
+            x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
         elif visible is None:
-            x = self.pool(x.flatten(0, 1)).unflatten(0, (-1, B))
+            x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
         else:
             x = apply_to_patches(self.pool, x, visible)
         if self.pos_embed is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .products import mark_spikes
-from .rules import back_end, in_transform, why_not
+from .rules import back_end, is_batched, why_not
 
 __all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'takes_lif_cuda', 'norm_lif', 'why_not_norm_lif']
 
@@ -184,7 +184,7 @@ class _LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled() or in_transform():  # a double backward, or a batch of gradients
+        if torch.is_grad_enabled() or is_batched(grad):  # a double backward, or a batch of gradients
             grads = _replay(ctx, grad)
         else:
             grads = _backward(*ctx.saved_tensors, ctx.norm, ctx.time_steps, ctx.constants, grad)

@@ -14,7 +14,16 @@ from torch.utils._device import DeviceContext
 
 from .switch import get_kernels
 
-__all__ = ['BACK_ENDS', 'back_end', 'in_transform', 'register_class', 'why_not', 'why_not_here', 'why_not_module']
+__all__ = [
+    'BACK_ENDS',
+    'back_end',
+    'in_transform',
+    'is_batched',
+    'register_class',
+    'why_not',
+    'why_not_here',
+    'why_not_module',
+]
 
 # The kernels that tensors of a type of device take; those of another type take the modules. spikingjelly's are for
 # CUDA alone, not for ROCm, which PyTorch calls 'cuda' too.
@@ -52,16 +61,26 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_batched(x: Tensor) -> bool:
+    """Return whether `x` stands for a batch of tensors under `vmap`, or under a vectorized backward."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def why_not_here() -> Optional[str]:
-    """Return why no kernel may run in this call, whatever the modules; None if one may."""
+    """Return why no kernel may run in this call, whatever the modules; None if one may.
+
+    A TorchDispatchMode that does not depend on the operators by which a result is computed may allow kernels by an
+    attribute `allows_kernels = True`.
+    """
     if get_kernels() == 'plain':
         return 'kernels are switched off'
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return 'the call is traced or compiled'
     if in_transform() or forward_ad._current_level >= 0:
         return 'a torch.func transform or forward-mode AD is active'
-    if torch._C._len_torch_dispatch_stack():
-        return 'a TorchDispatchMode is active'
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        if not getattr(torch._C._get_dispatch_stack_at(i), 'allows_kernels', False):
+            return 'a TorchDispatchMode is active'
     for i in range(torch._C._len_torch_function_stack()):
         if not isinstance(torch._C._get_function_stack_at(i), DeviceContext):
             return 'a TorchFunctionMode is active'

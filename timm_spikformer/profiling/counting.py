@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..masked_autoencoder import SpikformerMAE
-from ..spikformer import Spikformer, find_spikformer, spare_bn_statistics
+from ..recompute import spare_bn_statistics
+from ..spikformer import Spikformer, find_spikformer
 from .conventions import Conventions, CostModel, cost_model
 from .recording import Recorder, Tally
 

@@ -1,9 +1,8 @@
-"""What a forward does, layer by layer and time step by time step, seen from outside the model.
+"""Record what a forward computes, by layer and time step, from outside of the model.
 
-spikingjelly's `DispatchCounterMode` shows each matrix product and convolution; a counter of its kind adds up the inputs
-that meet a weight. Its own `SynOpCounter` takes inputs of 0 and 1, and gives a sum over time; ours also takes the sums
-of spikes that a residual makes, and splits by time step. Its neuron counters know spikingjelly's nodes only, which hold
-their membranes: our neurons, which are stateless and fused with BN, are watched by forward hooks.
+A dispatch mode sees each matrix product and convolution and adds up the inputs that meet a weight, as spikingjelly's
+`SynOpCounter` does. That one takes binary inputs and sums over time; this one also takes the sums of spikes that a
+residual makes, and splits by time step. Spikes are recorded by forward hooks on the layers.
 """
 import contextlib
 from collections import Counter
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
-from spikingjelly.activation_based.op_counter import BaseCounter, DispatchCounterMode
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -175,57 +173,32 @@ _USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
 }
 
 
-class _ProductCounter(BaseCounter):
-    """Hands the products of the layer that runs to its tally."""
+class _ProductCounter(TorchDispatchMode):
+    """Hands the products of the running layer to its tally; active between `resume` and `pause`."""
+    allows_kernels = True  # a kernel runs the same products
 
     def __init__(self) -> None:
         super().__init__()
-        self.rules = dict(_USES)
         self.tally: Optional[Tally] = None
-        self.steps = 1  # that the layer's input holds
-
-    def count(self, func, args, kwargs, out, active_modules=None, parent_names=None) -> int:
-        self.tally.add_product(func, args, out, self.steps)
-        return 0
-
-    def record(self, scope: str, func: Any, value: int) -> None:
-        """The tally holds it."""
-
-
-class _CounterMode(DispatchCounterMode):
-    """spikingjelly's, but looking at products alone: at all that neurons do it would take longer than they do.
-
-    It is paused while they run, and passes over what else is between a layer's input and them.
-    """
-
-    def __init__(self, counter: _ProductCounter):
-        super().__init__([counter])
-        self._is_looking = False
-
-    def __enter__(self) -> '_CounterMode':
-        super().__enter__()
-        self._is_looking = True
-        self.pause()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.resume()
-        super().__exit__(*args)
+        self.steps = 1  # number of time steps in the layer's input
+        self._is_active = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in _USES:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **(kwargs or {}))
+        if func in _USES:
+            self.tally.add_product(func, args, out, self.steps)
+        return out
+
+    def resume(self, tally: Tally, steps: int) -> None:
+        self.tally, self.steps = tally, steps
+        if not self._is_active:
+            self._is_active = True
+            self.__enter__()
 
     def pause(self, *args: Any) -> None:
-        if self._is_looking:
-            TorchDispatchMode.__exit__(self, None, None, None)
-            self._is_looking = False
-
-    def resume(self) -> None:
-        if not self._is_looking:
-            TorchDispatchMode.__enter__(self)
-            self._is_looking = True
+        if self._is_active:
+            self._is_active = False
+            self.__exit__(None, None, None)
 
 
 def _layers(encoder: Spikformer) -> Dict[str, nn.Module]:
@@ -269,7 +242,6 @@ class Recorder:
         self.output: Optional[Tensor] = None  # of the last batch: of the last block at each time step, [T, B, N, C]
         self._layers = _layers(encoder)
         self._counter = _ProductCounter()
-        self._mode = _CounterMode(self._counter)
         for i, (name, m) in enumerate(self._layers.items()):
             is_attention = isinstance(m, SpikingSelfAttention)
             product = next((p for p in m.modules() if isinstance(p, (nn.Conv2d, nn.Linear))), m)
@@ -293,10 +265,9 @@ class Recorder:
                 neuron, channel_dim = m.attn_lif, 3
             else:
                 yield m.register_forward_pre_hook(lambda m, args, tally=tally: self._before(args[0], tally))
-                yield m.register_forward_hook(self._mode.pause)
-                neuron, channel_dim = getattr(m, 'lif', None), 2 if isinstance(m, ConvBNLIF) else 3
-            if neuron is not None:
-                yield neuron.register_forward_pre_hook(self._mode.pause)
+                yield m.register_forward_hook(self._counter.pause)
+                neuron, channel_dim = (m if hasattr(m, 'lif') else None), 2 if isinstance(m, ConvBNLIF) else 3
+            if neuron is not None:  # hooks within a layer would keep its kernels from running
                 yield neuron.register_forward_hook(
                     lambda m, args, out, tally=tally, dim=channel_dim: tally.add_spikes(out, dim))
         last = self.encoder.blocks[-1] if len(self.encoder.blocks) else self.encoder.stem.stages[-1]
@@ -306,8 +277,7 @@ class Recorder:
         if tally.input == 'features':
             x = x.unsqueeze(0)
         tally.add_input(x)
-        self._counter.tally, self._counter.steps = tally, len(x)
-        self._mode.resume()
+        self._counter.resume(tally, len(x))
 
     def _after_last(self, layer: nn.Module, args: Any, out: Tensor) -> None:
         self.output = out if out.ndim == 4 else out.flatten(3).transpose(2, 3)
@@ -318,8 +288,8 @@ class Recorder:
         handles: List[RemovableHandle] = []
         try:
             handles.extend(self._hooks())
-            with self._mode:
-                yield
+            yield
         finally:
+            self._counter.pause()
             for handle in handles:
                 handle.remove()

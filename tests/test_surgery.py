@@ -1,0 +1,140 @@
+"""What is computed is what the modules say, whatever has been done to a model: kernels against the modules alone.
+
+In float64, where rounding flips no spike.
+"""
+import contextlib
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from surgeries import SURGERIES
+from torch import nn
+
+from timm_spikformer import Spikformer, SpikformerMAE, layers, use_kernels
+from timm_spikformer.kernels.lif import norm_lif
+
+MODES = ('eval', 'train', 'masked', 'masked eval', 'checkpointed', 'fx', 'traced')
+
+
+def make_model(stem: str, is_masked: bool) -> nn.Module:
+    """A small model in float64 all of whose neuron layers fire, calibrated."""
+    torch.manual_seed(0)
+    model = Spikformer(
+        stem=stem, patch_size=4, stem_strides=(1, 2, 2, 1), in_chans=2, embed_dim=16, depth=1, num_heads=2,
+        num_classes=3, time_steps=2, mlp_ratio=2.)
+    if is_masked:
+        model = SpikformerMAE(model, mask_ratio=0.5, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(m.weight, 0.8, 1.5)
+            nn.init.uniform_(m.bias, 0.5, 1.2)
+            nn.init.uniform_(m.running_mean, -0.3, 0.3)
+            nn.init.uniform_(m.running_var, 0.2, 0.6)
+    return model
+
+
+def run(stem, mode, surgeries, seed, sequence):
+    """Build, change and run a model; everything that it gave, by name, and the number of kernels that ran."""
+    is_masked = mode.startswith('masked')
+    model = make_model(stem, is_masked).double()
+    rng = random.Random(seed)
+    contexts = [c for c in (SURGERIES[name](rng, model) for name in surgeries) if c is not None]
+    model.double().train(mode in ('train', 'masked', 'checkpointed'))
+    torch.manual_seed(seed)
+    x = torch.randn((3, 2, 2, 16, 16) if sequence else (3, 2, 16, 16), dtype=torch.float64)
+    if mode == 'checkpointed':
+        model.set_grad_checkpointing()
+    calls = []
+    with contextlib.ExitStack() as stack:
+        monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
+        monkeypatch.setattr(layers, 'norm_lif', lambda *args: calls.append(0) or norm_lif(*args))
+        for context in contexts:
+            stack.enter_context(context)
+        function = model
+        if mode == 'fx':
+            function = torch.fx.symbolic_trace(model)
+        elif mode == 'traced':
+            function = torch.jit.trace(model, (x.flip(0),), check_trace=False)
+        x.requires_grad_()
+        if is_masked:
+            noise = torch.rand(3, 16)
+            torch.manual_seed(seed)
+            loss, out, _, _ = function(x, noise=noise)
+        else:
+            torch.manual_seed(seed)
+            out = function(x)
+            loss = (out * torch.linspace(-1., 1., out.numel(), dtype=out.dtype).view(out.shape)).sum()
+        loss.backward()
+    result = {'output': out.detach(), 'grad of the input': x.grad}
+    result.update({f'grad of {name}': p.grad for name, p in model.named_parameters() if p.requires_grad})
+    result.update({f'buffer {name}': b for name, b in model.named_buffers()})
+    return result, len(calls)
+
+
+def compare(*args):
+    """Assert that a model gives the same with kernels and without; return what it gave."""
+    with use_kernels('plain'):
+        expected, plain_calls = run(*args)
+    given, calls = run(*args)
+    assert plain_calls == 0
+    assert given.keys() == expected.keys()
+    # what BN cancels, such as the gradient of a bias before it, is rounding error of this size
+    largest = max(t.abs().max().item() for name, t in expected.items() if 'grad' in name and t is not None)
+    for name, value in expected.items():
+        if value is None or given[name] is None:
+            assert value is given[name], name
+        else:
+            scale = largest if 'grad' in name else value.abs().max().item()
+            assert (given[name] - value).abs().max() <= 1e-9 * scale, name
+    return expected, calls
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+@pytest.mark.parametrize('mode', MODES)
+def test_the_untouched_model_runs_in_kernels_and_fires(stem, mode):
+    """Else the comparisons below would be of nothing with nothing."""
+    result, calls = compare(stem, mode, [], 0, False)
+    assert result['output'].std() > 0 and result['grad of the input'].abs().max() > 0
+    layers_of_stem = 12 if stem == 'scs' else 5
+    assert calls == (0 if mode in ('fx', 'traced') else (layers_of_stem + 4) * (2 if mode == 'checkpointed' else 1))
+
+
+@pytest.mark.parametrize('name', SURGERIES)
+def test_each_surgery(name):
+    for stem in ('scs', 'sps'):
+        for mode in ('train', 'eval', 'masked'):
+            compare(stem, mode, [name], 1, True)
+
+
+cases = dict(
+    stem=st.sampled_from(('scs', 'sps')),
+    mode=st.sampled_from(MODES),
+    surgeries=st.lists(st.sampled_from(sorted(SURGERIES)), min_size=1, max_size=3, unique=True),
+    seed=st.integers(0, 2 ** 31),
+    sequence=st.booleans(),
+)
+
+
+def check(stem, mode, surgeries, seed, sequence):
+    if mode in ('fx', 'traced'):
+        try:
+            with use_kernels('plain'):
+                run(stem, mode, surgeries, seed, sequence)
+        except Exception:  # PyTorch cannot trace such a model
+            return
+    compare(stem, mode, surgeries, seed, sequence)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(**cases)
+def test_any_surgeries(stem, mode, surgeries, seed, sequence):
+    check(stem, mode, surgeries, seed, sequence)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=10_000, deadline=None)
+@given(**cases)
+def test_many_surgeries(stem, mode, surgeries, seed, sequence):
+    check(stem, mode, surgeries, seed, sequence)
