@@ -89,7 +89,7 @@ def _run_kernel(
     """
     if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
         return None
-    if takes_lif_cuda(x):
+    if takes_lif_cuda(x, constants):
         return lif_cuda(x, constants, membrane)
     if back_end(x) == 'cpu':
         return lif_cpu(x, constants, lif_plain, membrane)
@@ -118,8 +118,9 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
 
     The back end follows from the tensor: an autograd function with in-place arithmetic on a CPU; spikingjelly's fused
     kernels on CUDA, for float32, float16 and bfloat16; elsewhere one plain expression, `lif_plain`, and also under
-    `torch.compile`, export, tracing, scripting and `torch.func` transforms, and `use_kernels('plain')`. A graph made by FX calls this function, and so chooses
-    when it runs. All back ends give identical spikes.
+    `torch.compile`, export, tracing, scripting and `torch.func` transforms, and `use_kernels('plain')`. A graph made by
+    FX calls this function, and so chooses when it runs. All back ends give identical spikes, except that on CUDA the
+    plain expression rounds otherwise if `tau` is not a power of 2.
 
     Source: the LIF node of the authors' V1 code. What becomes of NaN and infinity is this project's choice.
 

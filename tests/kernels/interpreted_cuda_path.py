@@ -8,8 +8,6 @@ import functools
 import os
 from typing import Any, Dict, List, Tuple
 
-assert os.environ.get('TRITON_INTERPRET') == '1', 'Run tests/kernels/test_cuda_path.py instead.'
-
 import pytest
 import spikingjelly._ops.lif as sj_lif
 import timm
@@ -25,6 +23,8 @@ from timm_spikformer.kernels import rules
 from timm_spikformer.kernels.lif import LIFConstants, lif_cuda
 from timm_spikformer.kernels.products import to_bytes
 from timm_spikformer.neurons import CarriedMembranes, lif_plain, membrane_potentials
+
+assert os.environ.get('TRITON_INTERPRET') == '1', 'Run tests/kernels/test_cuda_path.py instead.'
 
 LAUNCHES: List[str] = []  # 'forward' or 'backward' for each kernel that was run
 
@@ -84,7 +84,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize('layout, constants', [
-    *((layout, (2., 1., 4.)) for layout in LAYOUTS), ('contiguous', (3., 0.5, 2.)), ('expanded over time', (3., 1., 4.)),
+    *((layout, (2., 1., 4.)) for layout in LAYOUTS),
+    ('contiguous', (3., 0.5, 2.)),
+    ('expanded over time', (3., 1., 4.)),
 ], ids=str)
 def test_kernels_equal_the_equation(layout, dtype, constants):
     torch.manual_seed(0)
@@ -109,15 +111,23 @@ def test_kernels_equal_the_equation(layout, dtype, constants):
     assert torch.equal(membrane, membrane_potentials(data, *constants[:2])[1][-1])
 
 
-@pytest.mark.parametrize('x', [
-    torch.linspace(0., 3., 12).view(3, 4).double(), torch.linspace(0., 3., 12), torch.ones(3, 0),
-], ids=['float64', 'one dimension', 'empty'])
-def test_what_the_kernels_do_not_take_runs_without(x):
-    x = x.requires_grad_()
-    spikes = lif(x)
+RAMP = torch.linspace(0., 3., 12).view(3, 4)
+
+
+@pytest.mark.parametrize('x, kwargs', [
+    (RAMP.double(), {}),
+    (RAMP.flatten(), {}),
+    (RAMP[:, :0], {}),
+    (RAMP, dict(tau=torch.inf)),
+    (RAMP, dict(v_threshold=torch.inf)),
+    (RAMP, dict(alpha=0.)),
+], ids=['float64', 'one dimension', 'empty', 'tau', 'v_threshold', 'alpha'])
+def test_what_the_kernels_do_not_take_runs_without(x, kwargs):
+    x = x.clone().requires_grad_()
+    spikes = lif(x, **kwargs)
     spikes.sum().backward()
     assert not LAUNCHES
-    assert spikes.dtype == x.dtype and torch.equal(spikes, lif_plain(x)) and x.grad is not None
+    assert spikes.dtype == x.dtype and torch.equal(spikes, lif_plain(x, **kwargs)) and x.grad is not None
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf])

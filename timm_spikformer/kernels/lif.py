@@ -6,6 +6,7 @@ floating-point buffers, as boolean masks are several times slower on a CPU.
 
 The plain counterparts are `neurons.lif_plain` and `nn.BatchNorm`.
 """
+import math
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -296,9 +297,11 @@ def lif_cpu(
     return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
 
 
-def takes_lif_cuda(x: Tensor) -> bool:
-    """Return whether spikingjelly's kernels are implemented for currents `[T, ...]`."""
-    return back_end(x) == 'cuda' and x.dtype in _CUDA_DTYPES and x.ndim > 1
+def takes_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
+    """Return whether spikingjelly's kernels are implemented for currents `[T, ...]` and constants of the neuron."""
+    tau, v_threshold, alpha = constants
+    are_valid = 1. < tau < math.inf and math.isfinite(v_threshold) and 0. < alpha < math.inf
+    return back_end(x) == 'cuda' and x.dtype in _CUDA_DTYPES and x.ndim > 1 and are_valid
 
 
 def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
@@ -308,7 +311,7 @@ def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = No
     0 or NaN, makes the neuron's output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
 
     Args:
-        x: Currents, for which `takes_lif_cuda` is true.
+        x: Currents. Ask `takes_lif_cuda` first.
         constants: Constants of the neuron.
         membrane: Initial membranes, `x.shape[1:]`, float32; 0 by default.
     """
