@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def same_convolutions() -> Iterator[None]:
     """Compute convolutions by the same algorithm each time, and without TF32, as PyTorch does matrix products."""
-    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
 
 
@@ -183,6 +183,15 @@ def test_predict_anytime(device, model, images):
     assert out.steps.unique().numel() > 1 and out.logits.device.type == device.type
     whole = predict_anytime(model, x, 1.).logits  # by other convolutions than those of a whole sequence
     assert (whole.argmax(1) == steps[-1].argmax(1)).float().mean() >= 0.9
+
+
+def test_inference_mode(device, model, images):
+    model, x = model.to(device), images.to(device)
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(predict_anytime(model, x, 1.).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)

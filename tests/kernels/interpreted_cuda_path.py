@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from timm_spikformer import LIF, SpikformerMAE, explain_kernels, lif, predict_anytime, use_kernels
 from timm_spikformer.kernels import rules
 from timm_spikformer.kernels.lif import LIFConstants, lif_cuda
-from timm_spikformer.kernels.products import to_bytes
+from timm_spikformer.kernels.products import product, to_bytes
 from timm_spikformer.neurons import CarriedMembranes, lif_plain, membrane_potentials
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'Run tests/kernels/test_cuda_path.py instead.'
@@ -236,6 +236,21 @@ def test_training_step(name, memory_format):
     assert LAUNCHES == ['forward'] * num_neurons(model) + ['backward'] * num_neurons(model)
     assert torch.equal(logits, expected)
     assert_grads_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_inference_mode(name):
+    model, x = make(name).eval(), images()
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(predict_anytime(model, x, 1.).steps, torch.tensor([2, 2]))
+        model.set_grad_checkpointing()
+        assert torch.equal(model(x), expected)
+        spikes = lif(torch.randn(2, 3, 8).mul(2)).flatten(0, 1)
+    with pytest.raises(RuntimeError, match='Inference tensors cannot be saved for backward'):
+        product(nn.Linear(8, 4), spikes)  # as of the layer
 
 
 def test_training_step_under_autocast():

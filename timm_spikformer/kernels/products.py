@@ -17,12 +17,15 @@ _CLASSES = ((nn.Conv2d, nn.Linear),)
 
 def mark_spikes(spikes: Tensor) -> Tensor:
     """Record on the neuron's own output that it is binary, for `to_bytes` where reading values would synchronize."""
-    spikes._spikes_version = spikes._version
+    if not spikes.is_inference():  # those have no version, and cannot be saved for backward
+        spikes._spikes_version = spikes._version
     return spikes
 
 
 def is_marked(x: Tensor) -> bool:
     """Return whether `x` is the unchanged output of a neuron, or a view of it."""
+    if x.is_inference():
+        return False
     return any(getattr(t, '_spikes_version', None) == x._version for t in (x, x._base))
 
 
