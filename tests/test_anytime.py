@@ -1,8 +1,11 @@
 """Logits after each time step, membranes carried from call to call, and stopping when the prediction is confident."""
+import threading
+
 import pytest
 import timm
 import torch
 from conftest import calibrate
+from spikingjelly.activation_based import neuron as sj_neuron
 from torch import nn
 
 from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime
@@ -142,3 +145,93 @@ def test_half_precision(images):
     x = images.bfloat16()
     with torch.no_grad():
         assert torch.equal(predict_anytime(model, x, 1.).logits, model(x))
+
+
+# -- state belongs to the call
+
+@torch.no_grad()
+def test_other_threads_may_use_the_model_meanwhile(model, images):
+    expected = model(images[:4])
+    stop = threading.Event()
+    results = []
+
+    def run():
+        with torch.no_grad():
+            while not stop.is_set():
+                results.append(torch.equal(model(images[:4]), expected))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(5):
+            predict_anytime(model, images, 1.)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(results) > 2 and all(results)
+
+
+@torch.no_grad()
+def test_a_shared_block_has_a_membrane_for_each_call(model, images, kernels):
+    model.blocks.append(model.blocks[0])
+    assert torch.equal(predict_anytime(model, images, 1.).logits, model(images))
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return (x - 0.1) / 0.8
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda m: nn.Sequential(Normalize(), m),
+    lambda m: nn.Sequential(m, nn.Linear(10, 10), nn.Softmax(1)),
+    lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)) and m,
+    lambda m: m.stem.register_forward_pre_hook(lambda m, args: (args[0] * 0.5, *args[1:])) and m,
+    lambda m: m.head.register_forward_hook(lambda m, args, out: out + 1) and m,
+], ids=['normalization', 'head of its own', 'pre-hook', 'hook of the stem', 'hook of the head'])
+@torch.no_grad()
+def test_what_is_around_the_encoder_is_called(model, images, sequences, wrap):
+    bare = [model(x) for x in (images, sequences)]
+    wrapped = wrap(model).eval()
+    for x, without in zip((images, sequences), bare):
+        logits = predict_anytime(wrapped, x, 1.).logits
+        assert torch.equal(logits, wrapped(x)) and not torch.equal(logits, without)
+
+
+@torch.no_grad()
+def test_the_cast_of_a_transformers_model(images):
+    torch.manual_seed(0)
+    model = SpikformerForImageClassification(SpikformerConfig.from_timm('test_spikformer_v2', num_labels=10))
+    model = calibrate(model, images).double()
+    assert torch.equal(predict_anytime(model, images, 1.).logits, model(images).logits)
+
+
+class OwnLIF(LIF):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda m: setattr(m.blocks[0].mlp.fc1, 'lif', sj_neuron.LIFNode(step_mode='m')),
+     r'blocks\.0\.mlp\.fc1\.lif \(LIFNode\) keeps a state of its own'),
+    (lambda m: setattr(m.blocks[1].attn, 'attn_lif', OwnLIF(v_threshold=0.5)),
+     r'forward of blocks\.1\.attn\.attn_lif \(OwnLIF\) has been replaced'),
+    (lambda m: m.blocks[0].train(), r'blocks\.0 \(SpikingBlock\) is in train mode.*and \d+ more'),
+    (lambda m: m.blocks[0].compile(), r'blocks\.0 \(SpikingBlock\) is compiled'),
+    (lambda m: setattr(m, 'blocks', torch.compile(m.blocks)), r'blocks \(OptimizedModule\) is compiled'),
+])
+def test_what_cannot_be_stepped_is_refused_by_name(model, images, change, message):
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        predict_anytime(model, images)
+
+
+def test_data_parallel_is_refused(model, images):
+    with pytest.raises(ValueError, match='DataParallel.*other threads'):
+        predict_anytime(nn.DataParallel(model).eval(), images)
+
+
+@torch.no_grad()
+def test_empty_batch(model, images):
+    out = predict_anytime(model, images[:0])
+    assert out.logits.shape == (0, 10) and out.steps.shape == (0,) and out.saving == 0.

@@ -163,6 +163,26 @@ def test_onnx(model, images):
     assert (logits.argmax(1) == expected.argmax(1)).all()
 
 
+@auto_alone
+@pytest.mark.filterwarnings('ignore')
+def test_older_onnx_exporter_leaves_the_batch_size_open(model, images, tmp_path):
+    path = tmp_path / 'model.onnx'
+    with torch.no_grad():
+        torch.onnx.export(
+            model, (images[:4],), path, dynamo=False, input_names=['x'], output_names=['y'],
+            dynamic_axes={'x': {0: 'batch'}, 'y': {0: 'batch'}})
+        session = onnxruntime.InferenceSession(path)
+        for batch in (images[:1], images[:7]):
+            (logits,) = session.run(None, {'x': batch.numpy()})
+            np.testing.assert_allclose(logits, model(batch), rtol=1e-4, atol=1e-4)
+
+
+@auto_alone
+def test_a_trace_leaves_the_batch_size_open(model, images):
+    traced = torch.jit.trace(model, (images[:4],))
+    assert torch.allclose(traced(images[:7]), model(images[:7]), atol=1e-5)
+
+
 def test_channels_last(model, images):
     expected = model(images)
     model = model.to(memory_format=torch.channels_last)

@@ -22,11 +22,13 @@ from .kernels.products import product, why_not_product
 from .kernels.rules import why_not_here, why_not_module
 from .masking import Visible, apply_to_patches
 from .neurons import LIF, carried_membranes, lif_plain
+from .recompute import checkpoint_once
 
 __all__ = [
     'ConvBNLIF',
     'LinearBNLIF',
     'SpikingBlock',
+    'SpikingBlocks',
     'SpikingMLP',
     'SpikingSelfAttention',
     'TimeSharedDropPath',
@@ -87,11 +89,10 @@ class SpikingSelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        T, B, N, C = x.shape
-        qkv = self.qkv(x).reshape(T, B, N, 3, self.num_heads, C // self.num_heads)
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, x.shape[3] // self.num_heads))  # [T, B, N, 3, heads, d]
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
         x = spiking_attention(q, k, v) * self.scale
-        x = x.transpose(2, 3).reshape(T, B, N, C)
+        x = x.transpose(2, 3).flatten(3)  # [T, B, N, C]
         x = self.proj(self.attn_lif(x))
         return self.proj_drop(x)
 
@@ -211,6 +212,22 @@ def _norm_and_fire(
         return spikes.unflatten(1, batch), membrane.unflatten(0, batch)
 
     return carried.fire(neuron, x[:rows].unflatten(0, batch), run)
+
+
+class SpikingBlocks(nn.Sequential):
+    """The encoder blocks, one after the other, `[T, B, N, C] -> [T, B, N, C]`."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_once(block, x)
+            else:
+                x = block(x)
+        return x
 
 
 _FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)

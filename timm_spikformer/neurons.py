@@ -59,11 +59,13 @@ def _lif_steps(
 ) -> Tuple[Tensor, Tensor]:
     """Return the spikes, and the membrane after the last step, from the membrane before the first."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    if v is None:
-        v = torch.zeros_like(x[0], dtype=dtype)
     spikes = []
     for current in x.unbind(0):
-        h = v + (current.to(dtype) - v) / tau
+        current = current.to(dtype)
+        if v is None:  # of a tensor of zeros, a tracer would record the size
+            h = current / tau
+        else:
+            h = v + (current - v) / tau
         fired = h >= v_threshold
         spike = fired.to(dtype)
         if has_grad:  # the value is the step, exactly (sig - sig is 0); the gradient is that of sig
@@ -71,6 +73,7 @@ def _lif_steps(
             spike = spike + (sig - sig.detach())
         spikes.append(spike)
         v = h * torch.logical_not(fired).to(dtype)
+    assert v is not None
     # v - v is 0, or NaN where a current was NaN or infinite
     return (torch.stack(spikes) + (v - v).detach()).to(x.dtype), v
 
@@ -373,9 +376,7 @@ def _check_steppable(model: nn.Module) -> None:
     problems = []
     for name, m in model.named_modules():
         what = f'{name or "the model"} ({type(m).__name__})'
-        if m.training:
-            problems.append(f'{what} is in train mode: call eval() first')
-        elif isinstance(m, torch.jit.ScriptModule) or '_compiled_call_impl' in vars(m) or hasattr(m, '_orig_mod'):
+        if isinstance(m, torch.jit.ScriptModule) or '_compiled_call_impl' in vars(m) or hasattr(m, '_orig_mod'):
             problems.append(f'{what} is compiled or scripted: pass the original module')
         elif isinstance(m, nn.DataParallel):
             problems.append(f'{what} calls the model in other threads: pass its module')
@@ -383,6 +384,8 @@ def _check_steppable(model: nn.Module) -> None:
             problems.append(f'the forward of {what} has been replaced')
         elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):
             problems.append(f'{what} keeps a state of its own over time')
+        elif m.training:
+            problems.append(f'{what} is in train mode: call eval() first')
     if problems:
         more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
         raise ValueError(f'The model cannot be run step by step: {"; ".join(problems[:3])}{more}.')

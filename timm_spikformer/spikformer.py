@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
 from .kernels.rules import back_end, in_transform
-from .layers import SpikingBlock
+from .layers import SpikingBlock, SpikingBlocks
 from .masking import Visible
 from .neurons import carried_membranes
 from .pretrained import locate_weights, shipped_weights
@@ -152,7 +152,7 @@ class Spikformer(nn.Module):
 
         self.stem = STEMS[stem](in_chans, embed_dim, patch_size, stem_strides, **dd)
         dpr = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(*[
+        self.blocks = SpikingBlocks(*[
             SpikingBlock(
                 embed_dim,
                 num_heads=num_heads,
@@ -245,7 +245,7 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        self.grad_checkpointing = self.stem.grad_checkpointing = self.blocks.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -266,20 +266,19 @@ class Spikformer(nn.Module):
                 time_steps = carried.time_steps
         return to_time_major(x, time_steps, self.in_chans, self.patch_size)
 
-    def _forward_stem(
+    @torch.jit.ignore
+    def _forward_stages(
             self,
             x: Tensor,
             time_steps: int,
-            visible: Optional[Visible],
             num_levels: int,
             take_indices: List[int],
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Run stages of the stem.
+        """Run some stages of the stem, and return the output of some.
 
         Args:
             x: `[T or 1, B, C, H, W]`
             time_steps: T
-            visible: The visible tokens of masked images
             num_levels: Number of stages to run
             take_indices: Stages, other than the last one, whose output to return
         Returns:
@@ -288,45 +287,34 @@ class Spikformer(nn.Module):
         taken: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint_once(stage, x, time_steps, visible)
+                if self.grad_checkpointing:
+                    x = checkpoint_once(stage, x, time_steps, None)
                 else:
-                    x = stage(x, time_steps, visible)
+                    x = stage(x, time_steps)
                 if i < self.num_levels - 1 and i in take_indices:
                     taken.append(mean_over_time(x))
         return x, taken
 
-    def _forward_blocks(self, x: Tensor, take_blocks: bool = False) -> Tuple[Tensor, List[Tensor]]:
-        """Run the encoder blocks on tokens `[T, B, N, C]`.
-
-        Args:
-            x: Tokens
-            take_blocks: Return the mean over time of the input, and of the output of each block
-        """
-        taken: List[Tensor] = []
-        if take_blocks:
-            taken.append(mean_over_time(x))
+    @torch.jit.ignore
+    def _forward_each_block(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+        """Run the encoder blocks on tokens `[T, B, N, C]`; return the means over time of the input and each output."""
+        taken = [mean_over_time(x)]
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_once(block, x)
-            else:
-                x = block(x)
-            if take_blocks:
-                taken.append(mean_over_time(x))
+            x = checkpoint_once(block, x) if self.grad_checkpointing else block(x)
+            taken.append(mean_over_time(x))
         return x, taken
 
     def _forward_maps(self, x: Tensor) -> Tensor:
         """Run stem and blocks, `[B, C, H, W]` or `[B, T, C, H, W]` to `[T, B, D, H / patch, W / patch]`."""
         x, time_steps = self._present(x)
-        x, _ = self._forward_stem(x, time_steps, None, self.num_levels, [])
-        return self._encode_maps(x)
+        return self._encode_maps(self.stem(x, time_steps))
 
     def _encode_maps(self, x: Tensor) -> Tensor:
         """Run the encoder blocks on the maps of the stem, `[T, B, D, H', W']`; a pruned model has neither."""
         if len(self.stem.stages) < self.num_levels:
             return x
         H, W = x.shape[-2:]
-        x, _ = self._forward_blocks(x.flatten(3).transpose(2, 3))
+        x = self.blocks(x.flatten(3).transpose(2, 3))
         return x.transpose(2, 3).unflatten(3, (H, W))
 
     @torch.jit.ignore
@@ -349,11 +337,15 @@ class Spikformer(nn.Module):
         x, time_steps = self._present(x)
         if visible is not None:
             grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-        x, _ = self._forward_stem(x, time_steps, grid, self.num_levels, [])
+        x = self.stem(x, time_steps, grid)
         x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
         if visible is not None:
             x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
-        x, taken = self._forward_blocks(x, take_blocks)
+        taken: List[Tensor] = []
+        if take_blocks:
+            x, taken = self._forward_each_block(x)
+        else:
+            x = self.blocks(x)
         return mean_over_time(x), taken
 
     def forward_intermediates(
@@ -382,7 +374,7 @@ class Spikformer(nn.Module):
         take_indices, max_index = feature_take_indices(self.num_levels, indices)
         num_levels = max_index + 1 if stop_early else len(self.stem.stages)
         x, time_steps = self._present(x)
-        x, intermediates = self._forward_stem(x, time_steps, None, num_levels, take_indices)
+        x, intermediates = self._forward_stages(x, time_steps, num_levels, take_indices)
         if num_levels == self.num_levels:
             x = self._encode_maps(x)
         x = mean_over_time(x)
@@ -404,7 +396,7 @@ class Spikformer(nn.Module):
         prune_end = max_index < self.num_levels - 1
         if prune_end:
             self.stem.stages = self.stem.stages[:max_index + 1]
-            self.blocks = nn.Sequential()
+            self.blocks = SpikingBlocks()
             # the head is sized for the encoder's output, so it goes too
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .layers import ConvBNLIF
 from .masking import Visible, apply_to_patches, maps_of_patches, visible_patches
+from .recompute import checkpoint_once
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
@@ -123,6 +124,7 @@ class _Stem(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.grad_checkpointing = False
         if embed_dim % 8 != 0:
             raise ValueError(f'embed_dim must be divisible by 8, as the narrowest stage has embed_dim / 8 channels, '
                              f'got {embed_dim}.')
@@ -136,7 +138,10 @@ class _Stem(nn.Module):
 
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         for stage in self.stages:
-            x = stage(x, time_steps, visible)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_once(stage, x, time_steps, visible)
+            else:
+                x = stage(x, time_steps, visible)
         return x
 
 
