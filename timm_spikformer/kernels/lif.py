@@ -12,10 +12,12 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import is_batched, why_not
+from .products import mark_spikes
+from .rules import back_end, is_batched, why_not
 
-__all__ = ['LIFConstants', 'fire', 'fire_cuda', 'lif_cpu', 'norm_lif', 'why_not_norm_lif']
+__all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'takes_lif_cuda', 'norm_lif', 'why_not_norm_lif']
 
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 19  # values of one time step per chunk: a few such buffers fit the last cache of a CPU
 
 
@@ -314,15 +316,27 @@ def lif_cpu(
     return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
 
 
-def fire_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+def takes_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
+    """Return whether spikingjelly's kernels are implemented for currents `[T, ...]` and constants of the neuron."""
+    tau, v_threshold, alpha = constants
+    are_valid = 1. < tau < math.inf and math.isfinite(v_threshold) and 0. < alpha < math.inf
+    return back_end(x) == 'cuda' and x.dtype in _CUDA_DTYPES and x.ndim > 1 and are_valid
+
+
+def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
     """Return the spikes of currents `[T, ...]`, and the membranes after the last step, by spikingjelly's fused kernels.
 
     They give no spike where the membrane is NaN, and an infinite one becomes NaN at its reset. Adding `v - v`, which is
-    0 or NaN, makes the neuron's output NaN in both cases.
+    0 or NaN, makes the neuron's output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
+
+    Args:
+        x: Currents. Ask `takes_lif_cuda` first.
+        constants: Constants of the neuron.
+        membrane: Initial membranes, `x.shape[1:]`, float32; 0 by default.
     """
     from spikingjelly.activation_based import functional, surrogate
-    if membrane is None:
-        membrane = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if membrane is None:  # laid out as the currents, which the kernels then read in the order of memory
+        membrane = torch.zeros_like(x[0], dtype=torch.float32)
     spikes, membrane, _ = functional.lif_multi_step(
         x,
         membrane,
@@ -333,7 +347,7 @@ def fire_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = N
         surrogate_function=surrogate.Sigmoid(alpha=constants.alpha),
         detach_reset=True,
     )
-    return (spikes + (membrane - membrane).detach()).to(x.dtype), membrane
+    return mark_spikes(spikes.add_((membrane - membrane).detach())), membrane
 
 
 def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Optional[Tensor] = None) -> Optional[str]:
@@ -349,7 +363,7 @@ def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Op
     if reason is not None:
         return reason
     weight = bn._parameters['weight']
-    if weight.device.type != 'cpu':
+    if back_end(weight) != 'cpu':
         return f'the kernel is for CPUs, the parameters are on {weight.device}'
     dtype = weight.dtype
     if dtype not in (torch.float32, torch.float64) or bn._buffers['running_mean'].dtype != dtype:

@@ -14,7 +14,20 @@ from torch.utils._device import DeviceContext
 
 from .switch import get_kernels
 
-__all__ = ['in_transform', 'is_batched', 'register_class', 'why_not', 'why_not_here', 'why_not_module']
+__all__ = [
+    'BACK_ENDS',
+    'back_end',
+    'in_transform',
+    'is_batched',
+    'register_class',
+    'why_not',
+    'why_not_here',
+    'why_not_module',
+]
+
+# The kernels that tensors of a type of device take; those of another type take the modules. spikingjelly's are for
+# CUDA alone, not for ROCm, which PyTorch calls 'cuda' too.
+BACK_ENDS = {'cpu': 'cpu'} if torch.version.hip else {'cpu': 'cpu', 'cuda': 'cuda'}
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
 # what stands in the __dict__ of an instance only if somebody has put it there
@@ -39,6 +52,11 @@ def register_class(cls: type) -> type:
 
 for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.Identity):
     register_class(_cls)
+
+
+def back_end(x: Tensor) -> str:
+    """Return whose kernels a tensor takes: `'cpu'`, `'cuda'`, or `''` for none."""
+    return BACK_ENDS.get(x.device.type, '')
 
 
 def in_transform() -> bool:
