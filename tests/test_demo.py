@@ -175,7 +175,7 @@ def test_stages(tmp_path):
 
 
 def test_a_class_of_one_image_and_300_classes(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (300, 8, 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 8, 8), dtype=np.uint8)
     for label in range(300):
         (tmp_path / 'data' / str(label)).mkdir(parents=True)
         for i in range(1 if label == 7 else 2):
@@ -253,7 +253,8 @@ def test_progress_counts_the_work_of_all_stages():
     with training.Progress(total) as progress:
         progress.skip(16)
         progress.update(16)
-        assert progress.bar.n == 32 and progress.bar.initial == 16
+        progress.update(100)
+        assert progress.bar.n == total and progress.bar.initial == 16
 
 
 def test_fewer_images_than_a_batch(folder, tmp_path):
@@ -265,7 +266,7 @@ def test_fewer_images_than_a_batch(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('encoding, width', [('ascii', 40), ('latin-1', 100), ('utf-8', 30)])
+@pytest.mark.parametrize('encoding, width', [('ascii', 40), ('utf-8', 30)])
 def test_terminals(encoding, width, folder, tmp_path):
     env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
     done = subprocess.run(

@@ -55,7 +55,8 @@ def relative(images: Images, root: Path):
 # -- folders, against timm's reader
 
 CLASSES = [
-    'a', 'A', 'b', '1', '01', '2', '10', 'class_2', 'class_10', 'train', 'test', 'val', '²', 'é', '.x', 'train_3']
+    'a', 'A', 'b', '1', '01', '2', '10', 'class_2', 'class_10', 'train', 'test', 'val', '²', 'é', '.x', 'train_3',
+    'd.png']
 FILES = ['1.png', '2.PNG', '10.jpg', 'train_3.png', 'test.jpeg', 'notes.txt', '.png', 'x²1²', 'a.tif']
 SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}
 names = st.sampled_from(CLASSES)
@@ -63,7 +64,8 @@ files = st.sampled_from(FILES)
 paths = st.one_of(
     st.tuples(files), st.tuples(names, files), st.tuples(st.sampled_from(list(SPLITS)), names, files),
     st.tuples(names, names, files), st.tuples(names, names, names, files))
-regular_class = st.sampled_from(['a', 'b', '1', '2', '10', 'class_2', 'class_10', 'train', 'val', 'é', 'train_3', 'C'])
+regular_class = st.sampled_from(
+    ['a', 'b', '1', '2', '10', 'class_2', 'class_10', 'train', 'val', 'é', 'train_3', 'C', 'd.png'])
 regular_file = st.sampled_from(['1.png', '2.PNG', '10.jpg', 'train_3.png', 'test.jpeg', 'notes.txt'])
 
 

@@ -291,7 +291,8 @@ def _subfolders(folder: Path) -> List[Path]:
 def _has_images(folder: Path) -> bool:
     extensions = get_img_extensions(as_set=True)
     with os.scandir(folder) as entries:
-        return any(os.path.splitext(entry.name)[1].lower() in extensions for entry in entries)
+        return any(
+            os.path.splitext(entry.name)[1].lower() in extensions and not entry.is_dir() for entry in entries)
 
 
 def _find_folders(root: Path, expected: str) -> Dict[str, Path]:

@@ -1,5 +1,6 @@
 """Arguments of `timm-spikformer demo`."""
 import argparse
+import os
 import shlex
 from typing import Any, Dict
 
@@ -11,6 +12,7 @@ pretrain: pre-train it without labels as a masked autoencoder, fine-tune it with
 from scratch on these."""
 
 STAGES = ('classify', 'train', 'pretrain')
+SETTINGS = 'args.json'  # file in the output folder with the arguments of a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--quick', action='store_true', help='one epoch of few images in each stage, to check that everything runs')
     add('--model', default='spikformer_v2_2_64_patch4_32', metavar='NAME', help='(default: %(default)s)')
     add('--time-steps', type=int, default=1, metavar='T', help='(default: %(default)s)')
-    add('--epochs', type=int, default=7, metavar='N', help='epochs with all labels (default: %(default)s)')
+    add('--epochs', type=int, default=8, metavar='N', help='epochs with all labels (default: %(default)s)')
     add('--pretrain-epochs', type=int, default=2, metavar='N', help='(default: %(default)s)')
-    add('--finetune-epochs', type=int, default=12, metavar='N', help='(default: %(default)s)')
+    add('--finetune-epochs', type=int, default=10, metavar='N', help='(default: %(default)s)')
     add('--labeled', type=int, default=600, metavar='N', help='labeled images to fine-tune with (default: %(default)s)')
     add('--mask-ratio', type=float, default=0.75, metavar='R', help='share of masked patches (default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
@@ -45,5 +47,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def interrupted(args: argparse.Namespace) -> str:
     """Return what to tell a user who has interrupted the command."""
+    if not os.path.isfile(os.path.join(args.output, SETTINGS)):
+        return 'Nothing was written. Run the same command again.'
     command = shlex.join(['timm-spikformer', 'demo', '--resume', '--output', args.output])
     return f'To continue, run: {command}'

@@ -71,7 +71,7 @@ class Progress:
 
     def update(self, work: float, postfix: str = '') -> None:
         self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(work)
+        self.bar.update(min(work, self.bar.total - self.bar.n))  # rounding could make it a little more
 
     def title(self, text: str) -> None:
         self.bar.set_description_str(text)
@@ -199,7 +199,7 @@ def train(
         model, 'adamw', lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2))
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=1, warmup_lr=stage.lr / 100,
+        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=0.5, warmup_lr=stage.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
     checkpoint = output / stage.checkpoint
     start_epoch, seconds_before = 0, 0.
