@@ -147,17 +147,6 @@ def test_half_precision(images):
         assert torch.equal(predict_anytime(model, x, 1.).logits, model(x))
 
 
-@pytest.mark.cuda
-@torch.no_grad()
-def test_on_cuda(model, images):
-    model, images = model.cuda(), images.cuda()
-    steps = model.forward_steps(images)
-    out = predict_anytime(model, images, steps.softmax(-1).amax(-1)[:3].median().item())
-    assert out.steps.unique().numel() > 1
-    whole = predict_anytime(model, images, 1.).logits  # by other convolutions than those of a whole sequence
-    assert (whole.argmax(1) == steps[-1].argmax(1)).float().mean() >= 0.9
-
-
 # -- state belongs to the call
 
 @torch.no_grad()

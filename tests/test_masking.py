@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
-from timm_spikformer.masking import conv3x3_of_patches, maps_of_patches, visible_patches, with_halo
+from timm_spikformer import use_kernels
+from timm_spikformer.masking import apply_to_patches, conv3x3_of_patches, maps_of_patches, visible_patches, with_halo
 
 
 @pytest.mark.parametrize('p', [1, 2, 4, 8])
@@ -40,3 +42,23 @@ def test_a_masked_pixel_is_never_read():
     patches = visible_patches(maps, visible)
     assert torch.equal(patches, torch.ones(1, 3, 2, 2, 2))
     assert with_halo(patches, visible).isfinite().all()
+
+
+@pytest.mark.parametrize('p', [2, 4])
+def test_patches_of_spikes_are_pooled_as_masked_maps(p):
+    """Spikes tie, and the gradient of a window without one goes to its first pixel, which padding is never."""
+    torch.manual_seed(0)
+    visible = (torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]), 3, 4)
+    spikes = (torch.rand(3, 2 * 7, 5, p, p) > 0.8).double()
+    grad = torch.randn(3, 2 * 7, 5, p // 2, p // 2).double()
+
+    def run():
+        x = spikes.clone().requires_grad_()
+        out = apply_to_patches(nn.MaxPool2d(3, 2, 1), x, visible)
+        return out, *torch.autograd.grad(out, x, grad)
+
+    given = run()
+    with use_kernels('plain'):
+        expected = run()
+    assert 0. < expected[0].mean() < 1. and torch.equal(given[0], expected[0])
+    torch.testing.assert_close(given[1], expected[1])

@@ -45,20 +45,6 @@ def test_agrees_with_spikingjelly(time_steps, dtype, kwargs, back_end):
     torch.testing.assert_close(x_grad, expected_grad, rtol=rtol, atol=1e-6)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize('time_steps', [1, 2, 4, 7])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-def test_cuda_kernels_agree_with_cpu(time_steps, dtype):
-    torch.manual_seed(0)
-    x = torch.randn(time_steps, 3, 5, 7).mul(2).to(dtype)
-    grad = torch.randn_like(x)
-    expected, expected_grad = run(lif, x, grad)
-    spikes, x_grad = run(lif, x.cuda(), grad.cuda())
-    assert expected.float().mean() > 0.05
-    assert torch.equal(spikes.cpu(), expected)
-    torch.testing.assert_close(x_grad.cpu(), expected_grad, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize('time_steps', [1, 3])
 def test_gradient_is_that_of_the_smooth_form(time_steps):
     """The surrogate's own smooth form: the spike is replaced by the sigmoid, what was a spike being a constant."""

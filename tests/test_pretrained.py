@@ -1,5 +1,7 @@
 """`pretrained=True`: what the package ships, what it refuses, and what it says where there is nothing."""
 import json
+import socket
+import time
 
 import datasets
 import pytest
@@ -132,3 +134,38 @@ def test_a_config_says_what_timm_needs(name):
 def test_the_labels_of_the_shipped_data():
     names = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).features['label'].names
     assert list(timm.get_pretrained_cfg(SHIPPED).label_names) == names
+
+
+# -- without a network
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """An address where connections are accepted and nothing is answered."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        endpoint = f'http://127.0.0.1:{server.getsockname()[1]}'
+        monkeypatch.setattr(pretrained.constants, 'ENDPOINT', endpoint)
+        yield endpoint
+
+
+def test_a_hub_that_does_not_answer_is_told_within_five_seconds(silent_hub):
+    start = time.monotonic()
+    try:
+        with pytest.warns(UserWarning, match='The Hub cannot be reached: .* The models of org are not listed'):
+            timm_spikformer.set_hub_namespace('org')
+        assert time.monotonic() - start < 5.
+    finally:
+        timm_spikformer.set_hub_namespace(None)
+
+
+def test_no_network_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(pretrained.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    start = time.monotonic()
+    try:
+        with pytest.warns(UserWarning, match='The Hub cannot be reached'):
+            timm_spikformer.set_hub_namespace('org')
+        overlay = dict(hf_hub_id='org/nothing')
+        with pytest.raises(RuntimeError, match='The Hub cannot be reached: .*Check the network|is not in the cache'):
+            timm.create_model('spikformer_v2_8_512.in1k', pretrained=True, pretrained_cfg_overlay=overlay)
+    finally:
+        timm_spikformer.set_hub_namespace(None)
+    assert time.monotonic() - start < 5.

@@ -228,7 +228,9 @@ class SpikformerMAE(nn.Module):
         if bool_masked_pos is not None and noise is not None:
             raise ValueError('Expected bool_masked_pos or noise, got both.')
         if bool_masked_pos is not None:
-            mask, num_visible = self._check_mask(bool_masked_pos.to(x.device), x.shape[0])
+            # checked where it is: how many are visible decides shapes, so the host has to wait for a mask on a GPU
+            mask, num_visible = self._check_mask(bool_masked_pos, x.shape[0])
+            mask = mask.to(x.device)
         else:
             mask, num_visible = self._mask_from_noise(noise, x)
 

@@ -15,9 +15,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .kernels.lif import LIFConstants, fire_cuda, lif_cpu
-from .kernels.products import mark_spikes
-from .kernels.rules import register_class, why_not_here
+from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, takes_lif_cuda
+from .kernels.rules import back_end, register_class, why_not_here
 
 __all__ = [
     'LIF',
@@ -79,16 +78,31 @@ def _lif_steps(
     return (torch.stack(spikes) + (v - v).detach()).to(x.dtype), v
 
 
+def _run_kernel(
+        x: Tensor,
+        constants: LIFConstants,
+        membrane: Optional[Tensor] = None,
+) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
+    """Return the spikes, and the membranes after the last step, from a kernel; None if there is none for the input.
+
+    Args:
+        x: Currents, `[T, ...]`.
+        constants: Constants of the neuron.
+        membrane: Initial membranes: see `lif_cpu`.
+    """
+    if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
+        return None
+    if takes_lif_cuda(x, constants):
+        return lif_cuda(x, constants, membrane)
+    if back_end(x) == 'cpu':
+        return lif_cpu(x, constants, lif_plain, membrane)
+    return None
+
+
 @torch.jit.ignore
 def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tensor:
-    constants = LIFConstants(tau, v_threshold, alpha)
-    if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
-        return lif_plain(x, tau, v_threshold, alpha)
-    if x.is_cuda:
-        return mark_spikes(fire_cuda(x, constants)[0])
-    if x.device.type != 'cpu':
-        return lif_plain(x, tau, v_threshold, alpha)
-    return lif_cpu(x, constants, lif_plain)[0]
+    result = _run_kernel(x, LIFConstants(tau, v_threshold, alpha))
+    return lif_plain(x, tau, v_threshold, alpha) if result is None else result[0]
 
 
 @torch.fx.wrap  # a loop over time has no symbolic form, so every FX tracer keeps the call whole
@@ -105,10 +119,11 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
     also under autocast and for half-precision input. A neuron one of whose currents is NaN or infinite gives NaN at all
     time steps.
 
-    The back end follows from the tensor: spikingjelly's fused kernels on CUDA; an autograd function with in-place
-    arithmetic elsewhere; one plain expression, `lif_plain`, under `torch.compile`, export, tracing, scripting and
-    `torch.func` transforms, and under `use_kernels('plain')`. A graph made by FX calls this function, and so chooses
-    when it runs. All back ends give identical spikes.
+    The back end follows from the tensor: an autograd function with in-place arithmetic on a CPU; spikingjelly's fused
+    kernels on CUDA, for float32, float16 and bfloat16; elsewhere one plain expression, `lif_plain`, and also under
+    `torch.compile`, export, tracing, scripting and `torch.func` transforms, and `use_kernels('plain')`. A graph made by
+    FX calls this function, and so chooses when it runs. All back ends give identical spikes, except that on CUDA the
+    plain expression rounds otherwise if `tau` is not a power of 2.
 
     Source: the LIF node of the authors' V1 code. What becomes of NaN and infinity is this project's choice.
 
@@ -335,19 +350,16 @@ class CarriedMembranes:
         with self._state('membrane') as state:
             if not state:
                 dtype = torch.promote_types(x.dtype, torch.float32)
-                state.append(torch.zeros(shape, dtype=dtype, device=x.device))
+                state.append(torch.zeros_like(x if run is not None else x[0], dtype=dtype))
             if state[0].shape != shape:
                 raise ValueError(f'Expected inputs of one shape, got {list(shape)} after {list(state[0].shape)}.')
             if run is not None:
                 spikes, state[0] = run(state[0])
-            elif why_not_here() is not None or x.numel() == 0:
-                spikes, state[0] = _lif_steps(x, state[0], *neuron.constants, has_grad=False)
-            elif x.is_cuda:
-                spikes, state[0] = fire_cuda(x, neuron.constants, state[0])
-            elif x.device.type != 'cpu':
-                spikes, state[0] = _lif_steps(x, state[0], *neuron.constants, has_grad=False)
             else:
-                spikes, state[0] = lif_cpu(x, neuron.constants, lif_plain, state[0])
+                result = _run_kernel(x, neuron.constants, state[0])
+                if result is None:
+                    result = _lif_steps(x, state[0], *neuron.constants, has_grad=False)
+                spikes, state[0] = result
         return spikes
 
     def mean_over_time(self, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .kernels import get_kernels, use_kernels
+from .kernels.products import is_marked, mark_spikes
+from .kernels.switch import get_kernels, use_kernels
 
 __all__ = ['checkpoint_once', 'spare_bn_statistics']
 
@@ -56,5 +57,13 @@ def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
     """
     if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
         return checkpoint(module, *args, use_reentrant=False)
+    are_spikes = [isinstance(arg, Tensor) and is_marked(arg) for arg in args]
+
+    def call(*args: Any) -> Tensor:
+        for arg, is_spikes in zip(args, are_spikes):
+            if is_spikes:  # if hooks pack saved tensors, a recomputation gets copies of the arguments, without marks
+                mark_spikes(arg)
+        return module(*args)
+
     context_fn = lambda: (contextlib.nullcontext(), _Recomputation(module))  # noqa: E731
-    return checkpoint(module, *args, use_reentrant=False, context_fn=context_fn)
+    return checkpoint(call, *args, use_reentrant=False, context_fn=context_fn)

@@ -20,7 +20,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
-from .kernels.rules import in_transform
+from .kernels.rules import back_end, in_transform
 from .layers import SpikingBlock, SpikingBlocks
 from .masking import Visible
 from .neurons import carried_membranes
@@ -55,10 +55,11 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
         x, time_steps = x.transpose(0, 1), x.shape[1]
     else:
         x = x.unsqueeze(0)
-    is_eager = x.device.type == 'cpu' and not torch.compiler.is_compiling()
-    if not torch.jit.is_scripting():
-        is_eager = is_eager and not in_transform()  # vmap has no rule for memory formats
-    if is_eager:
+    if torch.jit.is_scripting():
+        is_channels_last = x.device.type == 'cpu'
+    else:  # vmap has no rule for memory formats
+        is_channels_last = not torch.compiler.is_compiling() and not in_transform() and back_end(x) == 'cpu'
+    if is_channels_last:
         S = x.shape[0]
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
     return x, time_steps

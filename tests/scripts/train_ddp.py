@@ -1,18 +1,25 @@
-"""Three training steps under DDP (gloo); rank 0 prints whether the ranks agree."""
+"""Three training steps under DDP, with `gloo` on CPUs or, given `nccl`, on GPUs; rank 0 prints whether ranks agree."""
 import json
+import os
+import sys
 
 import timm
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-dist.init_process_group('gloo')
+backend = sys.argv[1] if len(sys.argv) > 1 else 'gloo'
+device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if backend == 'nccl' else torch.device('cpu')
+if device.type == 'cuda':
+    torch.cuda.set_device(device)
+dist.init_process_group(backend)
 rank = dist.get_rank()
 torch.manual_seed(rank)  # other weights and images on every rank: DDP has to make the weights one
-model = DistributedDataParallel(timm.create_model('test_spikformer_v2', num_classes=10, depth=1))
+model = DistributedDataParallel(timm.create_model('test_spikformer_v2', num_classes=10, depth=1).to(device))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for _ in range(3):
-    loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8))
+    logits = model(torch.randn(8, 3, 32, 32, device=device))
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(8, device=device))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -36,7 +36,9 @@ def save_remote_code(folder: Union[str, Path]) -> None:
     processor = folder / 'preprocessor_config.json'
     if processor.is_file():  # in a local folder of timm, transformers looks for this in config.json only
         config['image_processor_type'] = json.loads(processor.read_text(encoding='utf-8'))['image_processor_type']
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    partial.replace(path)
 
 
 def remote_sources() -> Dict[str, str]:

@@ -6,16 +6,22 @@ floating-point buffers, as boolean masks are several times slower on a CPU.
 
 The plain counterparts are `neurons.lif_plain` and `nn.BatchNorm`.
 """
+import math
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .rules import is_batched, why_not
+from .products import mark_spikes
+from .rules import back_end, is_batched, why_not
 
-__all__ = ['LIFConstants', 'fire', 'fire_cuda', 'lif_cpu', 'norm_lif', 'why_not_norm_lif']
+__all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'takes_lif_cuda', 'norm_lif', 'why_not_norm_lif']
 
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 19  # values of one time step per chunk: a few such buffers fit the last cache of a CPU
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class LIFConstants(NamedTuple):
@@ -151,12 +157,28 @@ def fire(
             torch.le(charged[t], threshold, out=spikes[t, rows])
         if new_membrane is not None:
             torch.threshold(charged[-1], threshold, 0., out=new_membrane[rows]).neg_()
-        if not is_finite and not charged.sum().isfinite():  # a cheap test that never misses; what follows is exact
+        if not is_finite and not math.isfinite(charged.sum().item()):  # never misses; what follows is exact
             is_bad = ~charged.isfinite().all(0)
             spikes[:, rows].masked_fill_(is_bad, torch.nan)
             if new_membrane is not None:
                 new_membrane[rows].masked_fill_(is_bad, torch.nan)
     return spikes
+
+
+def _fire_normed(
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        norm: Optional[Norm],
+        time_steps: int,
+        constants: LIFConstants,
+        *membranes: Tensor,
+) -> Tensor:
+    """Return the spikes of currents that are normalized first: see `fire`."""
+    affine = _affine(weight, bias, norm)
+    # the statistics of a batch are finite only if all of its values are
+    is_finite = norm is not None and norm.from_batch and math.isfinite(torch.dot(*affine).item())
+    return fire(x, constants, time_steps, affine, *membranes, is_finite=is_finite)
 
 
 class _LIFFunction(torch.autograd.Function):
@@ -175,10 +197,7 @@ class _LIFFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.norm, ctx.time_steps, ctx.constants, ctx.plain = norm, time_steps, constants, plain
-        affine = _affine(weight, bias, norm)
-        # the statistics of a batch are finite only if all of its values are
-        is_finite = norm is not None and norm.from_batch and bool(sum(affine).sum().isfinite())
-        return fire(x, constants, time_steps, affine, is_finite=is_finite)
+        return _fire_normed(x, weight, bias, norm, time_steps, constants)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -285,7 +304,10 @@ def lif_cpu(
     rows = x.permute(order)
     flat = rows.reshape(len(x), -1, 1)
     if membrane is None:
-        spikes = _LIFFunction.apply(flat, None, None, None, len(x), constants, plain)
+        if torch.is_grad_enabled():
+            spikes = _LIFFunction.apply(flat, None, None, None, len(x), constants, plain)
+        else:
+            spikes = fire(flat, constants, len(x))
         return spikes.view(rows.shape).permute(inverse), None
     membrane = membrane.permute([d - 1 for d in order[1:]])
     new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
@@ -294,15 +316,27 @@ def lif_cpu(
     return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
 
 
-def fire_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+def takes_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
+    """Return whether spikingjelly's kernels are implemented for currents `[T, ...]` and constants of the neuron."""
+    tau, v_threshold, alpha = constants
+    are_valid = 1. < tau < math.inf and math.isfinite(v_threshold) and 0. < alpha < math.inf
+    return back_end(x) == 'cuda' and x.dtype in _CUDA_DTYPES and x.ndim > 1 and are_valid
+
+
+def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
     """Return the spikes of currents `[T, ...]`, and the membranes after the last step, by spikingjelly's fused kernels.
 
     They give no spike where the membrane is NaN, and an infinite one becomes NaN at its reset. Adding `v - v`, which is
-    0 or NaN, makes the neuron's output NaN in both cases.
+    0 or NaN, makes the neuron's output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
+
+    Args:
+        x: Currents. Ask `takes_lif_cuda` first.
+        constants: Constants of the neuron.
+        membrane: Initial membranes, `x.shape[1:]`, float32; 0 by default.
     """
     from spikingjelly.activation_based import functional, surrogate
-    if membrane is None:
-        membrane = torch.zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if membrane is None:  # laid out as the currents, which the kernels then read in the order of memory
+        membrane = torch.zeros_like(x[0], dtype=torch.float32)
     spikes, membrane, _ = functional.lif_multi_step(
         x,
         membrane,
@@ -313,7 +347,7 @@ def fire_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = N
         surrogate_function=surrogate.Sigmoid(alpha=constants.alpha),
         detach_reset=True,
     )
-    return (spikes + (membrane - membrane).detach()).to(x.dtype), membrane
+    return mark_spikes(spikes.add_((membrane - membrane).detach())), membrane
 
 
 def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Optional[Tensor] = None) -> Optional[str]:
@@ -325,14 +359,15 @@ def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Op
         neuron_class: The class of neuron that the kernel implements.
         x: Input of `bn`, `[n, C]` or `[n, C, H, W]`. None leaves the conditions on the input out.
     """
-    reason = why_not((bn, neuron), ((nn.BatchNorm1d, nn.BatchNorm2d), (neuron_class,)), x)
+    reason = why_not((bn, neuron), (_NORMS, (neuron_class,)), x)
     if reason is not None:
         return reason
-    if bn.weight.device.type != 'cpu':
-        return f'the kernel is for CPUs, the parameters are on {bn.weight.device}'
-    dtypes = {t.dtype for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)}
-    if not dtypes <= {torch.float32} and not dtypes <= {torch.float64}:
-        return f'the kernel is for float32 or float64, BatchNorm has {", ".join(sorted(map(str, dtypes)))}'
+    weight = bn._parameters['weight']
+    if back_end(weight) != 'cpu':
+        return f'the kernel is for CPUs, the parameters are on {weight.device}'
+    dtype = weight.dtype
+    if dtype not in (torch.float32, torch.float64) or bn._buffers['running_mean'].dtype != dtype:
+        return f"the kernel is for float32 or float64, BatchNorm has {dtype} and {bn._buffers['running_mean'].dtype}"
     if x is None:
         return None
     if x.ndim != (2 if type(bn) is nn.BatchNorm1d else 4) or x.shape[1] != bn.num_features:
@@ -375,14 +410,13 @@ def norm_lif(
     shape = (time_steps, batch_size, *rows.shape[1:])
     currents = flat.view(-1, flat.shape[0] // (len(x) // batch_size), flat.shape[1])
     new_membrane = None
+    args = currents, bn.weight, bn.bias, norm, time_steps, constants
     if membrane is None:
-        spikes = _LIFFunction.apply(currents, bn.weight, bn.bias, norm, time_steps, constants, plain)
+        spikes = _LIFFunction.apply(*args, plain) if torch.is_grad_enabled() else _fire_normed(*args)
     else:
         membrane = membrane if x.ndim == 2 else membrane.permute(0, 2, 3, 1)
         new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
-        spikes = fire(
-            currents, constants, time_steps, _affine(bn.weight, bn.bias, norm),
-            membrane.reshape(currents.shape[1:]), new_membrane.view(currents.shape[1:]))
+        spikes = _fire_normed(*args, membrane.reshape(currents.shape[1:]), new_membrane.view(currents.shape[1:]))
         new_membrane = new_membrane if x.ndim == 2 else new_membrane.permute(0, 3, 1, 2)
     spikes = spikes.view(shape)
     return (spikes if x.ndim == 2 else spikes.permute(0, 1, 4, 2, 3)), new_membrane

@@ -7,9 +7,9 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import why_not
+from .rules import back_end, why_not
 
-__all__ = ['mark_spikes', 'product', 'to_bytes', 'why_not_product']
+__all__ = ['is_marked', 'mark_spikes', 'product', 'to_bytes', 'why_not_product']
 
 _CHUNK = 1 << 18  # values that are checked at a time
 _CLASSES = ((nn.Conv2d, nn.Linear),)
@@ -17,14 +17,16 @@ _CLASSES = ((nn.Conv2d, nn.Linear),)
 
 def mark_spikes(spikes: Tensor) -> Tensor:
     """Record on the neuron's own output that it is binary, for `to_bytes` where reading values would synchronize."""
-    spikes._spikes_version = spikes._version
+    if not spikes.is_inference():  # those have no version, and cannot be saved for backward
+        spikes._spikes_version = spikes._version
     return spikes
 
 
-def _is_marked(x: Tensor) -> bool:
+def is_marked(x: Tensor) -> bool:
     """Return whether `x` is the unchanged output of a neuron, or a view of it."""
-    base = x if x._base is None else x._base
-    return getattr(base, '_spikes_version', None) == x._version
+    if x.is_inference():
+        return False
+    return any(getattr(t, '_spikes_version', None) == x._version for t in (x, x._base))
 
 
 def to_bytes(x: Tensor) -> Optional[Tensor]:
@@ -33,8 +35,8 @@ def to_bytes(x: Tensor) -> Optional[Tensor]:
     On a CPU the values are checked, whoever made them; reading them costs about a tenth of the smallest convolution.
     Elsewhere that would make the host wait for the device, so `x` has to come from our neuron: see `mark_spikes`.
     """
-    if x.device.type != 'cpu':
-        return x.to(torch.int8) if _is_marked(x) else None
+    if back_end(x) != 'cpu':
+        return x.to(torch.int8) if is_marked(x) else None
     x_bytes = torch.empty_like(x, dtype=torch.int8)
     size = max(1, _CHUNK // max(1, x[0].numel()))
     for chunk, chunk_bytes in zip(x.split(size), x_bytes.split(size)):

@@ -14,10 +14,26 @@ from torch.utils._device import DeviceContext
 
 from .switch import get_kernels
 
-__all__ = ['in_transform', 'is_batched', 'register_class', 'why_not', 'why_not_here', 'why_not_module']
+__all__ = [
+    'BACK_ENDS',
+    'back_end',
+    'in_transform',
+    'is_batched',
+    'register_class',
+    'why_not',
+    'why_not_here',
+    'why_not_module',
+]
+
+# The kernels that tensors of a type of device take; those of another type take the modules. spikingjelly's are for
+# CUDA alone, not for ROCm, which PyTorch calls 'cuda' too.
+BACK_ENDS = {'cpu': 'cpu'} if torch.version.hip else {'cpu': 'cpu', 'cuda': 'cuda'}
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
-_INSTANCE_METHODS = frozenset((*_METHODS, '_call_impl', '_wrapped_call_impl', '_compiled_call_impl'))
+# what stands in the __dict__ of an instance only if somebody has put it there
+_REPLACED = frozenset((
+    *_METHODS, '_call_impl', '_wrapped_call_impl', '_compiled_call_impl',
+    'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'))
 _CALL = nn.Module.__call__
 _GLOBAL_HOOKS = (
     torch_module._global_forward_pre_hooks,
@@ -36,6 +52,11 @@ def register_class(cls: type) -> type:
 
 for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.Identity):
     register_class(_cls)
+
+
+def back_end(x: Tensor) -> str:
+    """Return whose kernels a tensor takes: `'cpu'`, `'cuda'`, or `''` for none."""
+    return BACK_ENDS.get(x.device.type, '')
 
 
 def in_transform() -> bool:
@@ -73,23 +94,18 @@ def why_not_here() -> Optional[str]:
     return None
 
 
-def _is_dense(tensor: Optional[Tensor]) -> bool:
-    return tensor is None or type(tensor) in (Tensor, nn.Parameter)
-
-
 def _why_not_arguments(m: nn.Module) -> Optional[str]:
     if isinstance(m, nn.Conv2d):
         if m.padding_mode != 'zeros' or isinstance(m.padding, str):
             return f'padding={m.padding!r}, padding_mode={m.padding_mode!r}'
     elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-        if m.weight is None or m.bias is None:
+        parameters, buffers = m._parameters, m._buffers
+        if parameters['weight'] is None or parameters['bias'] is None:
             return 'it has no weight or no bias'
-        if not m.track_running_stats or m.running_mean is None or m.running_var is None:
+        if not m.track_running_stats or buffers['running_mean'] is None or buffers['running_var'] is None:
             return 'it has no running statistics'
-        if m.num_batches_tracked is None:
+        if buffers['num_batches_tracked'] is None:
             return 'it does not count its batches'
-        if not (_is_dense(m.running_mean) and _is_dense(m.running_var)):
-            return 'its running statistics are tensors of a subclass'
     return None
 
 
@@ -106,13 +122,15 @@ def why_not_module(m: nn.Module, classes: Tuple[type, ...]) -> Optional[str]:
     if (attributes['_forward_hooks'] or attributes['_forward_pre_hooks']
             or attributes['_backward_hooks'] or attributes['_backward_pre_hooks']):
         return f'{cls.__name__} has hooks'
-    if not _INSTANCE_METHODS.isdisjoint(attributes):
-        return f'a method of the {cls.__name__} has been replaced'
+    if not _REPLACED.isdisjoint(attributes):
+        return f'a method, parameter or buffer of the {cls.__name__} has been replaced'
     for name, original in _originals.get(cls, ()):
         if getattr(cls, name) is not original:
             return f'{cls.__name__}.{name} has been replaced'
-    if not (_is_dense(getattr(m, 'weight', None)) and _is_dense(getattr(m, 'bias', None))):
-        return f'parameters of the {cls.__name__} are tensors of a subclass'
+    for tensors in (attributes['_parameters'], attributes['_buffers']):
+        for tensor in tensors.values():
+            if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+                return f'a parameter or buffer of the {cls.__name__} is a {type(tensor).__name__}'
     reason = _why_not_arguments(m)
     return reason and f'{cls.__name__}: {reason}'
 
@@ -126,7 +144,7 @@ def _why_not_input(members: Sequence[nn.Module], x: Tensor) -> Optional[str]:
     if x.numel() == 0:
         return 'the input is empty'
     for m in members:
-        weight = getattr(m, 'weight', None)
+        weight = m._parameters.get('weight')
         if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
             return (f'the input is {x.dtype} on {x.device}, {type(m).__name__}.weight {weight.dtype} on '
                     f'{weight.device}')
