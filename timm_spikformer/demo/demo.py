@@ -254,7 +254,9 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
             '',
             f'With all labels, tested on: {results["tested_on"]}',
             f'  accuracy              {results["accuracy"]:.1f} %',
-            *([f'  linear classifier     {linear:.1f} %  (logistic regression on the same pixels)'] if linear else []),
+            '  linear classifier     ' + (
+                'not fitted to data of this size' if linear is None else
+                f'{linear:.1f} %  (logistic regression on the same pixels)'),
             f'  firing rate           {results["firing_rate"]:.3f} on average: from {rates[lowest]:.3f} ({lowest}) to '
             f'{rates[highest]:.3f} ({highest})',
         ]
