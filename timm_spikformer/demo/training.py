@@ -28,6 +28,7 @@ class Stage(NamedTuple):
 
     Args:
         cost: Time that an image takes, in units of the time that it takes in supervised training.
+        hflip: Probability of a horizontal flip.
     """
     name: str
     title: str
@@ -38,6 +39,7 @@ class Stage(NamedTuple):
     beta2: float = 0.999
     seed: int = 0
     cost: float = 1.
+    hflip: float = 0.5
 
     @property
     def checkpoint(self) -> str:
@@ -200,7 +202,7 @@ def train(
     """
     start = time.time()
     device = next(model.parameters()).device
-    loader = make_loader(images, config, stage.batch_size, device, augment=True)
+    loader = make_loader(images, config, stage.batch_size, device, augment=True, hflip=stage.hflip)
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2))
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
