@@ -6,6 +6,7 @@ from typing import Union
 
 _PACKAGE = Path(__file__).parents[1]
 _FILES = (
+    '_timm.py',
     'neurons.py',
     'layers.py',
     'stems.py',
