@@ -29,7 +29,8 @@ def v1(x):
 
 @pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
 def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
-    state_dict = {f'module.{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
+    prefix = 'net.' if with_qkv_bias else 'module.'
+    state_dict = {f'{prefix}{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
     torch.save(
         {'state_dict': state_dict, 'epoch': 300, 'arch': 'spikformer', 'args': argparse.Namespace(lr=5e-4)},
         tmp_path / 'checkpoint.pth.tar')
@@ -46,7 +47,7 @@ def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
     assert_live(loaded, x)
     report = '\n'.join(converted.report)
     for name in state_dict:  # each is named, once
-        assert sum(name.removeprefix('module.') in line.replace(':', ',').replace(' ', ',').split(',')
+        assert sum(name.removeprefix(prefix) in line.replace(':', ',').replace(' ', ',').split(',')
                    for line in converted.report) == 1, name
     assert {line.split(' <- ')[0] for line in converted.report} >= v1.state_dict().keys()
     assert 'norm1.weight: declared by V1 and never called' in report

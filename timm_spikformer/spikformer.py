@@ -61,6 +61,18 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
     return x, time_steps
 
 
+def check_time_steps(time_steps: int) -> int:
+    """Return a number of time steps as Python's int.
+
+    Raises:
+        ValueError: It is not an integer of at least 1; integers of NumPy are, True is not.
+    """
+    is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
+    if not is_integer or time_steps < 1:
+        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+    return int(time_steps)
+
+
 @contextlib.contextmanager
 def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
     """Let BN update copies of its running statistics."""
@@ -226,10 +238,7 @@ class Spikformer(nn.Module):
     @torch.jit.ignore
     def set_time_steps(self, time_steps: int) -> None:
         """Present images for another number of time steps, from the next forward on; exported with the model."""
-        is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
-        if not is_integer or time_steps < 1:
-            raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
-        self.time_steps = int(time_steps)
+        self.time_steps = check_time_steps(time_steps)
         update_model_args(self, time_steps=self.time_steps)
 
     @torch.jit.ignore
