@@ -1,7 +1,6 @@
 """The configuration holds every argument of the timm model: nothing is lost on a way between the two libraries."""
 import inspect
 import json
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -32,14 +31,14 @@ VALUES = {
     'embed_dim': [48],
     'depth': [3, 0],
     'num_heads': [4],
-    'mlp_ratio': [3.3, 1, Fraction(29, 64)],
+    'mlp_ratio': [1.1, 3.3, 1],  # at width 56, 1.1 gives 61 features, and 61 / 56 gives 60
     'attn_scale': [0.25, 1],
     'time_steps': [1, np.int64(3)],
     'drop_rate': [0.1],
     'proj_drop_rate': [0.2],
     'drop_path_rate': [0.3],
 }
-ALSO = {'stem_strides': dict(patch_size=2), 'global_pool': dict(num_classes=5)}
+ALSO = {'stem_strides': dict(patch_size=2), 'mlp_ratio': dict(embed_dim=56)}
 CASES = [(arg, value) for arg, values in VALUES.items() for value in values]
 
 
@@ -112,7 +111,7 @@ def test_round_trip_by_from_timm(arg, value, images, tmp_path):
 @pytest.mark.parametrize('arg, value', CASES, ids=lambda v: repr(v) if not isinstance(v, str) else v)
 def test_round_trip_by_a_folder_of_timm(arg, value, images, tmp_path):
     """timm, `save_for_hf`, `from_pretrained`, `save_for_hf` again, timm."""
-    if isinstance(value, (Fraction, np.int64)):
+    if isinstance(value, np.int64):
         pytest.skip('timm cannot write it')
     model, x = make(arg, value, images)
     model_args = {arg: value} if arg.endswith('drop_rate') or arg.endswith('path_rate') else None
