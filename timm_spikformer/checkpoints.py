@@ -203,12 +203,17 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
         return
     some = ', '.join(map(repr, [*missing[:2], *left_over[:2]]))
     theirs, ours = _describe(state_dict), _describe(expected)
-    advice = 'The checkpoint is incomplete, or of other code' if theirs == ours else (
-        f'The checkpoint has {theirs}, the model has {ours}. The config.json, or the name given, is of another '
-        f'architecture than the weights')
+    if theirs != ours:
+        advice = (
+            f'The checkpoint has {theirs}, the model has {ours}. The config.json, or the name given, is of another '
+            f'architecture than the weights.')
+    elif any('.bn.' in key for key in state_dict) != any('.bn.' in key for key in expected):
+        advice = 'One of them has its BN folded: load the checkpoint first, then fold.'
+    else:
+        advice = 'The checkpoint is incomplete, or of other code.'
     raise RuntimeError(
         f'The weights do not belong to the model: {len(missing)} of its tensors are missing and {len(left_over)} are '
-        f'left over, such as {some}. {advice}.')
+        f'left over, such as {some}. {advice}')
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
