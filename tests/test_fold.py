@@ -110,9 +110,9 @@ def test_folding_in_train_mode_takes_the_running_statistics(double):
 def test_checkpoints_of_one_kind_do_not_load_into_the_other(model):
     folded = reparameterize_model(model)
     folded.load_state_dict(folded.state_dict())
-    with pytest.raises(RuntimeError, match=r'Missing key.*conv\.bias'):
+    with pytest.raises(RuntimeError, match='One of them has its BN folded'):
         folded.load_state_dict(model.state_dict())
-    with pytest.raises(RuntimeError, match=r'Missing key.*bn\.running_mean'):
+    with pytest.raises(RuntimeError, match='One of them has its BN folded'):
         model.load_state_dict(folded.state_dict())
 
 

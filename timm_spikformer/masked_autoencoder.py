@@ -157,7 +157,7 @@ class SpikformerMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
 
-        encoder.reset_classifier(0, '')
+        encoder.reset_classifier(0)
         self.encoder = encoder
         self.decoder = MAEDecoder(
             encoder.embed_dim,

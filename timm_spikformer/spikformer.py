@@ -8,18 +8,25 @@ Spiking vision transformers: every activation between layers is a spike, or a sm
 The authors have released code for V1 only, https://github.com/ZK-Zhou/spikformer. V1 follows it. V2 is built from the
 paper and its published parameter counts; the docstrings say where a choice is this project's.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+import numbers
+from collections import OrderedDict
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, list_models, register_model
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args, update_model_input_size
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_traits,
+    list_models,
+    register_model,
+)
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter_fn
+from ._timm import FeatureGetterNet, feature_take_indices, update_model_args, update_model_input_size
+from .checkpoints import check_keys, checkpoint_filter_fn
 from .kernels.rules import back_end, in_transform
 from .layers import SpikingBlock, SpikingBlocks
 from .masking import Visible
@@ -74,6 +81,18 @@ def mean_over_time(x: Tensor) -> Tensor:
     return x.mean(0)
 
 
+def check_time_steps(time_steps: int) -> int:
+    """Return a number of time steps as Python's int.
+
+    Raises:
+        ValueError: It is not an integer of at least 1; integers of NumPy are, True is not.
+    """
+    is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
+    if not is_integer or time_steps < 1:
+        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+    return int(time_steps)
+
+
 class SpikformerHead(ClassifierHead):
     """timm's classifier head, whose `reset()` without arguments does nothing.
 
@@ -110,6 +129,7 @@ class Spikformer(nn.Module):
             depth: int = 8,
             num_heads: int = 8,
             mlp_ratio: float = 4.,
+            attn_scale: float = 0.125,
             time_steps: int = 4,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -131,12 +151,16 @@ class Spikformer(nn.Module):
             num_heads: Number of attention heads. The published parameter counts do not depend on it; 8 at width 512
                 is V1's.
             mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+            attn_scale: Factor of q k^T v before the attention neuron: 0.125 in the authors' V1 code for ImageNet and
+                CIFAR-10, 0.25 in their code for CIFAR10-DVS.
             time_steps: Number of time steps for which an image is presented.
             drop_rate: Dropout before the classifier.
             proj_drop_rate: Dropout of the spikes that leave the linear layers, drawn anew at each time step.
             drop_path_rate: Stochastic depth rate of the last block; it drops a branch at all time steps together.
         """
+        init_args = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         super().__init__()
+        self._init_args = init_args
         dd = {'device': device, 'dtype': dtype}
         if stem not in STEMS:
             raise ValueError(f'Unknown stem {stem!r}, expected one of {", ".join(map(repr, STEMS))}.')
@@ -157,6 +181,7 @@ class Spikformer(nn.Module):
                 embed_dim,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
+                attn_scale=attn_scale,
                 proj_drop=proj_drop_rate,
                 drop_path=dpr[i],
                 **dd,
@@ -177,7 +202,7 @@ class Spikformer(nn.Module):
                 dict(num_chs=num_chs, reduction=reduction, module='blocks' if is_last else f'stem.stages.{i}'))
 
         if img_size is not None:
-            self._check_img_size(img_size)
+            self.set_input_size(img_size)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -219,18 +244,35 @@ class Spikformer(nn.Module):
     @torch.jit.ignore
     def set_time_steps(self, time_steps: int) -> None:
         """Present images for another number of time steps, from the next forward on; exported with the model."""
-        if not isinstance(time_steps, int) or time_steps < 1:
-            raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
-        self.time_steps = time_steps
-        update_model_args(self, time_steps=time_steps)
+        self.time_steps = check_time_steps(time_steps)
+        update_model_args(self, time_steps=self.time_steps)
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        # `checkpoint_path` and `load_state_dict` take what `pretrained` takes
-        if not prefix:
-            converted = checkpoint_filter_fn(dict(state_dict), self)
-            state_dict.clear()
-            state_dict.update(converted)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @torch.jit.ignore
+    def get_init_args(self) -> Dict[str, Any]:
+        """Arguments of `__init__`, without device and dtype, that build this model, as changed by its methods since."""
+        return {
+            **self._init_args,
+            'img_size': get_model_traits(self).get('img_size'),
+            'num_classes': self.num_classes,
+            'global_pool': self.head.global_pool.pool_type,
+            'stem_strides': list(self.stem.strides),
+            'depth': len(self.blocks),
+            'time_steps': self.time_steps,
+        }
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `pretrained=True` loads, see `checkpoint_filter_fn`; timm does so with `checkpoint_path`.
+
+        Raises:
+            RuntimeError: With `strict`, the state dict is of another architecture.
+            ValueError: A tensor has another shape, or the checkpoint is of code with another attention scale.
+        """
+        converted = OrderedDict(checkpoint_filter_fn(state_dict, self))
+        if strict:
+            check_keys(converted, self)
+        converted._metadata = getattr(state_dict, '_metadata', {})
+        return super().load_state_dict(converted, strict, assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
@@ -482,6 +524,9 @@ _CIFAR10 = dict(
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
 )
 
+# Frames of the authors' code are counts of events, given to the network as they are.
+_CIFAR10_DVS = dict(num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.))
+
 # Where there is no file, weights are those that a Hub namespace of the user's has under the same name.
 default_cfgs = generate_default_cfgs({
     'spikformer_v2_8_384.in1k': _cfg(),
@@ -497,26 +542,39 @@ default_cfgs = generate_default_cfgs({
             'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
     ),
     'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
+    'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
 
     'spikformer_8_384.in1k': _cfg_v1(),
     'spikformer_8_512.in1k': _cfg_v1(),
     'spikformer_8_768.in1k': _cfg_v1(),
     'spikformer_4_384_patch4_32.cifar10': _cfg_v1(**_CIFAR10),
+    'spikformer_2_256_patch16_128.cifar10_dvs': _cfg_v1(**_CIFAR10_DVS),
 })
 
 
 def _pretrained_filter_fn(state_dict: Dict[str, Any], model: Spikformer) -> Dict[str, Tensor]:
-    """Convert, and refuse what belongs to another architecture before it becomes a list of a hundred names."""
+    """Convert a checkpoint, and fail with a short message if it is of another architecture."""
     state_dict = checkpoint_filter_fn(state_dict, model)
-    keys, expected = ({k for k in names if not k.startswith('head.')} for names in (state_dict, model.state_dict()))
-    if keys != expected:
-        one_of = min(keys ^ expected)
-        raise RuntimeError(
-            f'The weights do not belong to the model: {len(expected - keys)} of its tensors are missing and '
-            f'{len(keys - expected)} are left over, {one_of!r} for one. The config.json, or the name given, is of '
-            f'another architecture than the weights.')
+    check_keys(state_dict, model)
     return state_dict
+
+
+def _check_feature_args(model_args: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Check the arguments that timm gives to models for dense prediction; return `kwargs` without `output_stride`."""
+    kwargs = dict(kwargs)
+    feature_cls = kwargs.get('feature_cls', 'getter')
+    if kwargs.get('features_only') and feature_cls not in ('getter', FeatureGetterNet):
+        raise ValueError(
+            f"feature_cls must be 'getter', got {feature_cls!r}: features are means over time, which the other "
+            f'feature extractors of timm cannot compute.')
+    args = {**model_args, **kwargs}
+    patch_size = args.get('patch_size', 16)
+    if kwargs.pop('output_stride', patch_size) != patch_size:
+        raise ValueError(
+            f'output_stride must be the patch size, {patch_size}, got {args["output_stride"]}: the stem has no dilated '
+            f'convolutions. Choose the resolution of the features with patch_size and stem_strides.')
+    return kwargs
 
 
 def _create_spikformer(
@@ -525,6 +583,7 @@ def _create_spikformer(
         model_args: Dict[str, Any],
         kwargs: Dict[str, Any],
 ) -> Spikformer:
+    kwargs = _check_feature_args(model_args, kwargs)
     if pretrained:
         model_args, kwargs = locate_weights(variant, model_args, kwargs)
     kwargs = {**model_args, **kwargs}
@@ -596,6 +655,13 @@ def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikform
 
 
 @register_model
+def spikformer_v2_2_256_patch16_128(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer V2-2-256 for 128x128 event frames of two channels, this project's counterpart of V1's DVS model."""
+    model_args = dict(embed_dim=256, depth=2, num_heads=16, attn_scale=0.25, time_steps=16)
+    return _create_spikformer('spikformer_v2_2_256_patch16_128', pretrained, model_args, kwargs)
+
+
+@register_model
 def test_spikformer_v2(pretrained: bool = False, **kwargs) -> Spikformer:
     """A tiny Spikformer V2 for unit tests."""
     model_args = dict(embed_dim=64, depth=2, num_heads=2)
@@ -628,3 +694,13 @@ def spikformer_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer
     """Spikformer-4-384 (V1) for 32x32 images, V1's CIFAR model."""
     model_args = dict(stem='sps', patch_size=4, embed_dim=384, depth=4, num_heads=12)
     return _create_spikformer('spikformer_4_384_patch4_32', pretrained, model_args, kwargs)
+
+
+@register_model
+def spikformer_2_256_patch16_128(pretrained: bool = False, **kwargs) -> Spikformer:
+    """Spikformer-2-256 (V1) for 128x128 event frames of two channels, V1's CIFAR10-DVS model of 16 time steps.
+
+    Its attention scale is 0.25, which is one over the square root of a head's width; V1's other models have 0.125.
+    """
+    model_args = dict(stem='sps', embed_dim=256, depth=2, num_heads=16, attn_scale=0.25, time_steps=16)
+    return _create_spikformer('spikformer_2_256_patch16_128', pretrained, model_args, kwargs)

@@ -10,6 +10,7 @@ _FILES = (
     'kernels/rules.py',
     'kernels/lif.py',
     'kernels/products.py',
+    '_timm.py',
     'neurons.py',
     'recompute.py',
     'masking.py',

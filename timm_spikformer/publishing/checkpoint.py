@@ -96,7 +96,7 @@ def create_matching(name: str, state_dict: Dict[str, Any], **kwargs) -> Spikform
     try:
         model.load_state_dict(converted)
     except RuntimeError as e:
-        raise ValueError(f'The checkpoint is of another model than {name}. {str(e).splitlines()[1].strip()}') from e
+        raise ValueError(f'The checkpoint is of another model than {name}. {str(e).splitlines()[-1].strip()}') from e
     return model.eval()
 
 
