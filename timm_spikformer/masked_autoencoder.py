@@ -13,7 +13,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .spikformer import Spikformer
+from .network import Spikformer
 
 __all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 

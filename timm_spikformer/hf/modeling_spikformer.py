@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
-from ..spikformer import Spikformer
+from ..network import Spikformer
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [

@@ -18,6 +18,8 @@ _FILES = (
     'stems.py',
     'checkpoints.py',
     'pretrained.py',
+    'sequences.py',
+    'network.py',
     'spikformer.py',
     'masked_autoencoder.py',
     'hf/configuration_spikformer.py',

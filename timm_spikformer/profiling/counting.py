@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..masked_autoencoder import SpikformerMAE
+from ..network import Spikformer, find_spikformer
 from ..recompute import spare_bn_statistics
-from ..spikformer import Spikformer, check_time_steps, find_spikformer
+from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
 from .recording import Recorder, Tally
 
