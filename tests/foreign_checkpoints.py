@@ -1,7 +1,8 @@
-"""Checkpoints as other code writes them."""
-from typing import Tuple
+"""Checkpoints as other code writes them, and what that code computes from them."""
+from typing import Dict, Tuple
 
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based.model import spikformer as spikingjelly_spikformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -50,3 +51,95 @@ def spikingjelly_model(x: Tensor, embed_dims: int, num_heads: int, depths: int) 
     spikingjelly_spikformer.functional.reset_net(model)
     with torch.no_grad():
         return model, model.eval()(x).reshape(-1, 10)
+
+
+class AuthorsSpikformer(nn.Module):
+    """Spikformer (V1) with the tensors and the arithmetic of one of the authors' three folders.
+
+    Written from the facts of that code, for comparison of outputs: the names and shapes of its tensors, unused ones
+    included; its neuron; which stages pool; its attention scale.
+
+    Args:
+        folder: 'imagenet', 'cifar10' or 'cifar10dvs'.
+    """
+
+    def __init__(self, folder: str, width: int, depth: int, num_heads: int, in_chans: int, num_classes: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.pooled_stages = {'imagenet': (0, 1, 2, 3), 'cifar10': (2, 3), 'cifar10dvs': (0, 1, 2, 3)}[folder]
+        self.attn_scale = {'imagenet': 0.125, 'cifar10': 0.125, 'cifar10dvs': 0.25}[folder]
+        is_linear = folder == 'cifar10'
+        kind = 'linear' if is_linear else 'conv'
+
+        def linear(in_features: int, out_features: int, bias: bool = True, is_2d: bool = False) -> nn.Module:
+            if is_linear:
+                return nn.Linear(in_features, out_features)  # q, k and v have a bias there, too
+            return (nn.Conv2d if is_2d else nn.Conv1d)(in_features, out_features, 1, bias=bias)
+
+        self.patch_embed = nn.ModuleDict()
+        widths = [in_chans, width // 8, width // 4, width // 2, width]
+        for i, suffix in enumerate(('', '1', '2', '3')):
+            self.patch_embed[f'proj_conv{suffix}'] = nn.Conv2d(widths[i], widths[i + 1], 3, padding=1, bias=False)
+            self.patch_embed[f'proj_bn{suffix}'] = nn.BatchNorm2d(widths[i + 1])
+        self.patch_embed['rpe_conv'] = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.patch_embed['rpe_bn'] = nn.BatchNorm2d(width)
+        self.block = nn.ModuleList()
+        for _ in range(depth):
+            attn, mlp = nn.ModuleDict(), nn.ModuleDict()
+            for name in ('q', 'k', 'v', 'proj'):
+                attn[f'{name}_{kind}'] = linear(width, width, bias=name == 'proj')
+                attn[f'{name}_bn'] = nn.BatchNorm1d(width)
+            for name, sizes in (('fc1', (width, 4 * width)), ('fc2', (4 * width, width))):
+                mlp[f'{name}_{kind}'] = linear(*sizes, is_2d=folder == 'imagenet')
+                mlp[f'{name}_bn'] = nn.BatchNorm1d(sizes[1])
+            self.block.append(nn.ModuleDict(dict(
+                attn=attn, mlp=mlp, norm1=nn.LayerNorm(width), norm2=nn.LayerNorm(width))))
+        if folder == 'cifar10dvs':
+            self.pos_embed = nn.Parameter(torch.randn(1, 64, width))
+            self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                nn.init.normal_(m.weight, 1., 0.2)
+                nn.init.normal_(m.bias, 0.3, 0.2)
+
+    @staticmethod
+    def neuron(x: Tensor, threshold: float = 1.) -> Tensor:
+        """Charge by half the difference from the input, fire at the threshold, reset to 0; over `[T, ...]`."""
+        v, spikes = torch.zeros_like(x[0]), []
+        for current in x:
+            v = v + (current - v) / 2.
+            spikes.append((v >= threshold).to(x))
+            v = torch.where(v >= threshold, torch.zeros_like(v), v)
+        return torch.stack(spikes)
+
+    def unit(self, layers: nn.ModuleDict, name: str, x: Tensor) -> Tensor:
+        """Linear layer, BN and neuron over tokens `[T, B, N, C]`."""
+        layer = layers[f'{name}_linear'] if f'{name}_linear' in layers else layers[f'{name}_conv']
+        y = F.linear(x, layer.weight.flatten(1), layer.bias)
+        return self.neuron(layers[f'{name}_bn'](y.flatten(0, 2)).view_as(y))
+
+    def attention(self, layers: nn.ModuleDict, x: Tensor) -> Tensor:
+        q, k, v = (
+            self.unit(layers, name, x).unflatten(3, (self.num_heads, -1)).transpose(2, 3) for name in ('q', 'k', 'v'))
+        weights = torch.einsum('tbhnd,tbhmd->tbhnm', q, k)
+        x = torch.einsum('tbhnm,tbhmd->tbnhd', weights, v).flatten(3) * self.attn_scale
+        return self.unit(layers, 'proj', self.neuron(x, threshold=0.5))
+
+    def forward(self, x: Tensor, time_steps: int = 4) -> Tensor:
+        """Images `[B, C, H, W]` or event frames `[B, T, C, H, W]` to logits `[B, num_classes]`."""
+        x = x.transpose(0, 1) if x.ndim == 5 else x.expand(time_steps, *x.shape)
+        T = len(x)
+        stem: Dict[str, nn.Module] = self.patch_embed
+        x = x.flatten(0, 1)
+        for i, suffix in enumerate(('', '1', '2', '3')):
+            x = stem[f'proj_bn{suffix}'](stem[f'proj_conv{suffix}'](x))
+            x = self.neuron(x.unflatten(0, (T, -1))).flatten(0, 1)
+            if i in self.pooled_stages:
+                x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = x + self.neuron(stem['rpe_bn'](stem['rpe_conv'](x)).unflatten(0, (T, -1))).flatten(0, 1)
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (T, -1))
+        for block in self.block:
+            x = x + self.attention(block['attn'], x)
+            x = x + self.unit(block['mlp'], 'fc2', self.unit(block['mlp'], 'fc1', x))
+        return self.head(x.mean((0, 2)))

@@ -5,8 +5,9 @@ import pytest
 import timm
 import torch
 from conftest import assert_live, calibrate
-from foreign_checkpoints import authors_checkpoint, spikingjelly_model
+from foreign_checkpoints import AuthorsSpikformer, authors_checkpoint, spikingjelly_model
 from timm.models import save_for_hf
+from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
 
 from timm_spikformer import cli
@@ -28,7 +29,8 @@ def v1(x):
 
 @pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
 def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
-    state_dict = {f'module.{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
+    prefix = 'net.' if with_qkv_bias else 'module.'
+    state_dict = {f'{prefix}{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
     torch.save(
         {'state_dict': state_dict, 'epoch': 300, 'arch': 'spikformer', 'args': argparse.Namespace(lr=5e-4)},
         tmp_path / 'checkpoint.pth.tar')
@@ -45,7 +47,7 @@ def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
     assert_live(loaded, x)
     report = '\n'.join(converted.report)
     for name in state_dict:  # each is named, once
-        assert sum(name.removeprefix('module.') in line.replace(':', ',').replace(' ', ',').split(',')
+        assert sum(name.removeprefix(prefix) in line.replace(':', ',').replace(' ', ',').split(',')
                    for line in converted.report) == 1, name
     assert {line.split(' <- ')[0] for line in converted.report} >= v1.state_dict().keys()
     assert 'norm1.weight: declared by V1 and never called' in report
@@ -60,6 +62,25 @@ def test_a_checkpoint_of_spikingjelly(x, tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, time_steps=1).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    assert_live(loaded, x)
+
+
+def test_the_authors_checkpoint_of_cifar10_dvs(tmp_path):
+    """Told from the others by its tensors; the model that is found has its attention scale."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 2, 64, 64).round() * 4
+    theirs = AuthorsSpikformer('cifar10dvs', 256, 2, 16, 2, 10)
+    update_bn([x], theirs)
+    torch.save({'model': theirs.state_dict()}, tmp_path / 'theirs.pth')
+    converted = convert(tmp_path / 'theirs.pth', tmp_path / 'out')
+    assert converted.model == 'spikformer_2_256_patch16_128'
+    for name in ('pos_embed', 'norm.weight', 'norm.bias', 'block.1.norm2.bias'):
+        assert f'(unused) <- {name}: declared by V1 and never called' in converted.report
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    by_auto = AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+        assert torch.equal(by_auto(x).logits, loaded(x))
     assert_live(loaded, x)
 
 

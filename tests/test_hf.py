@@ -147,6 +147,26 @@ def test_dtype_and_device_map(images, tmp_path):
     assert model(images).logits.isfinite().all()
 
 
+@pytest.mark.parametrize('cls', CLASSES)
+def test_double_precision(cls, images, tmp_path):
+    """Created, loaded and cast, with a forward, a backward and another save."""
+    make_model(cls, images).save_pretrained(tmp_path / 'a')
+    created = cls._from_config(make_config(), dtype=torch.float64)
+    loaded = cls.from_pretrained(tmp_path / 'a', dtype=torch.float64)
+    cast = cls.from_pretrained(tmp_path / 'a').double()
+    for model in (created, loaded, cast):
+        assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}
+        out = model.train()(images[:2]).to_tuple()[0]
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert_live(loaded.eval(), images)
+    cast.load_state_dict(loaded.state_dict())
+    assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(cast.eval(), images))
+    loaded.save_pretrained(tmp_path / 'b')
+    again = cls.from_pretrained(tmp_path / 'b')  # in the type that it was saved in
+    assert again.dtype == torch.float64
+    assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(again, images))
+
+
 def test_another_checkpoint_is_refused(images, tmp_path):
     make_model(SpikformerForImageClassification, images, hidden_size=32).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
@@ -248,6 +268,15 @@ def test_values_that_do_not_fit(images):
         model(images, output_attentions=True)
     with pytest.raises(ValueError, match='has 15 values for each image, expected 16'):
         SpikformerForMaskedImageModeling(make_config())(images, bool_masked_pos=torch.arange(15).expand(16, -1) > 3)
+
+
+@pytest.mark.parametrize('cls', [SpikformerModel, SpikformerForImageClassification, SpikformerBackbone])
+def test_a_mask_is_not_ignored(cls, images):
+    model = cls(make_config())
+    for name in ('bool_masked_pos', 'noise'):
+        with pytest.raises(ValueError, match=f'{cls.__name__} does not take {name}: there is no mask token'):
+            model(images, **{name: torch.arange(16).expand(16, -1) > 3})
+    model(images[:1], bool_masked_pos=None)
 
 
 # -- Auto classes

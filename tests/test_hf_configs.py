@@ -36,7 +36,7 @@ def test_a_config_gives_the_model_of_the_registry(name):
     assert model.time_steps == timm.create_model(name, device='meta').time_steps
     cfg = next(cfg for cfg in get_arch_pretrained_cfgs(name).values() if not cfg.file)
     processor = AutoImageProcessor.from_pretrained(ROOT / name)
-    assert (3, processor.crop_size['height'], processor.crop_size['width']) == cfg.input_size
+    assert (config.num_channels, processor.crop_size['height'], processor.crop_size['width']) == cfg.input_size
     assert tuple(processor.image_mean) == cfg.mean and tuple(processor.image_std) == cfg.std
 
 

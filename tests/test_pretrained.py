@@ -73,7 +73,7 @@ def test_a_namespace_is_listed_as_far_as_it_is_there(namespace, monkeypatch):
     assert timm.get_pretrained_cfg(SHIPPED).file
     namespace(None)
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]
-    assert len(timm.list_models(module='spikformer')) == 12
+    assert len(timm.list_models(module='spikformer')) == 14
 
 
 @pytest.mark.parametrize('name', ['', 'org/name', '../org', 'org@', 'a b'])

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import assert_live, calibrate, firing_rates
 from foreign_checkpoints import authors_checkpoint, spikingjelly_model
-from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
+from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict, save_for_hf
 from timm.models._manipulate import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,7 @@ def num_params(name: str) -> int:
 
 
 def test_registered_models():
-    assert len(MODELS) == 12
+    assert len(MODELS) == 14
     assert MODELS == timm.list_models(module='spikformer')
     assert timm.list_pretrained('*spikformer*') == ['spikformer_v2_2_64_patch4_32.fashion_mnist']
     for name in MODELS:
@@ -45,8 +46,9 @@ def test_published_parameter_counts_v1(name):
     assert abs(num_params(name) / 1e6 - PARAMS_V1[name]) < 0.01
 
 
-def test_parameter_count_of_v1_for_cifar():
+def test_parameter_counts_of_v1_for_cifar():
     assert num_params('spikformer_4_384_patch4_32') / 1e6 == pytest.approx(9.3, abs=0.05)
+    assert num_params('spikformer_2_256_patch16_128') / 1e6 == pytest.approx(2.57, abs=0.02)
 
 
 @pytest.mark.parametrize('name, total, stem, linears, attention', [
@@ -127,9 +129,30 @@ def test_time_steps_change_at_any_time_and_are_exported(model, images):
     assert timm.models.get_model_args(model)['time_steps'] == 3
 
 
+def test_an_integer_of_numpy_is_a_number_of_time_steps(model, images, tmp_path):
+    model.set_time_steps(np.int64(2))
+    assert type(model.time_steps) is int and model.forward_steps(images[:1]).shape == (2, 1, 10)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)  # which writes JSON
+
+
+def test_the_attention_scale_is_an_argument(images):
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, attn_scale=0.25), images)
+    other = timm.create_model('test_spikformer_v2', num_classes=10).eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(model(images), other(images))
+    for block in other.blocks:
+        block.attn.scale = 0.25
+    assert torch.equal(model(images), other(images))
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(time_steps=0), 'time_steps must be an integer of at least 1, got 0'),
     (dict(time_steps=2.5), 'time_steps must be an integer of at least 1, got 2.5'),
+    (dict(time_steps=True), 'time_steps must be an integer of at least 1, got True'),
+    (dict(time_steps=np.True_), 'time_steps must be an integer of at least 1, got'),
+    (dict(time_steps='4'), "time_steps must be an integer of at least 1, got '4'"),
+    (dict(attn_scale=0.), 'attn_scale must be greater than 0, got 0.0'),
     (dict(stem='conv'), "Unknown stem 'conv', expected one of 'scs', 'sps'"),
     (dict(num_heads=5), 'embed_dim=64 and num_heads=5'),
     (dict(img_size=70), 'img_size must be a positive multiple of the patch size 16, got 70'),
@@ -166,6 +189,31 @@ def test_features_only_is_a_pyramid(name, channels, reductions):
     assert model.feature_info.channels() == channels and model.feature_info.reduction() == reductions
     features = model(torch.empty(2, 3, 64, 64, device='meta'))
     assert [f.shape for f in features] == [(2, c, 64 // r, 64 // r) for c, r in zip(channels, reductions)]
+
+
+@pytest.mark.parametrize('feature_cls', ['fx', 'hook', 'list', 'dict', 'other'])
+def test_features_only_has_one_extractor(feature_cls):
+    """Hooks and graphs would return what has time as its first dimension."""
+    with pytest.raises(ValueError, match=f"feature_cls must be 'getter', got '{feature_cls}'"):
+        timm.create_model('test_spikformer_v2', features_only=True, feature_cls=feature_cls)
+    getter = timm.create_model('test_spikformer_v2', features_only=True, feature_cls='getter', device='meta')
+    assert [f.shape[1] for f in getter(torch.empty(1, 3, 64, 64, device='meta'))] == [8, 16, 32, 64]
+
+
+def test_arguments_of_segmentation_models_pytorch():
+    """What its encoder for models of timm passes."""
+    kwargs = dict(in_chans=3, features_only=True, pretrained=False, device='meta')
+    for name, stride in (('test_spikformer_v2', 16), ('spikformer_v2_2_64_patch4_32', 4)):
+        model = timm.create_model(name, output_stride=stride, out_indices=(0, 1, 2, 3), **kwargs)
+        assert model.feature_info.reduction()[-1] == stride
+        with pytest.raises(ValueError, match=f'output_stride must be the patch size, {stride}, got 8'):
+            timm.create_model(name, output_stride=8, out_indices=(0, 1, 2, 3), **kwargs)
+    with pytest.raises(ValueError, match='output_stride must be the patch size, 8, got 16'):
+        timm.create_model('test_spikformer_v2', output_stride=16, patch_size=8, **kwargs)
+    with pytest.raises(AssertionError, match='feature index 4 is out of range'):
+        timm.create_model('test_spikformer_v2', out_indices=(0, 1, 2, 3, 4), **kwargs)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dilation'"):
+        timm.create_model('test_spikformer_v2', dilation=2, **kwargs)
 
 
 def test_intermediates_are_averages_over_time(model, images):
@@ -211,7 +259,8 @@ def test_drop_rates_act_in_training_only(images):
 @pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
 def test_authors_v1_checkpoint(tmp_path, images, wrapper, prefix, with_qkv_bias):
     torch.manual_seed(0)
-    kwargs = dict(stem='sps', num_classes=10)
+    kwargs = dict(stem='sps', num_classes=10, patch_size=4 if with_qkv_bias else 16)
+    images = images[:, :, ::2, ::2] if with_qkv_bias else images
     model = calibrate(timm.create_model('test_spikformer_v2', **kwargs), images)
     checkpoint = {prefix + k: v for k, v in authors_checkpoint(model, with_qkv_bias).items()}
     assert f'{prefix}block.1.attn.q_bn.running_var' in checkpoint

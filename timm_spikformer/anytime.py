@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .network import find_spikformer
 from .neurons import CarriedMembranes
-from .spikformer import find_spikformer
 
 __all__ = ['AnytimeOutput', 'predict_anytime']
 

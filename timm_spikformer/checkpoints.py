@@ -1,12 +1,13 @@
 """Conversion of state dicts: of the authors' V1 code, of spikingjelly's Spikformer, of a masked autoencoder."""
+import math
 import re
-from typing import Any, Dict, List, NamedTuple
+import warnings
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-__all__ = ['TRAINING_FILE', 'Conversion', 'checkpoint_filter_fn', 'convert_state_dict']
+__all__ = ['TRAINING_FILE', 'Conversion', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict']
 
 TRAINING_FILE = 'training_args.yaml'  # beside weights: how they were trained
 
@@ -27,7 +28,9 @@ _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'^blocks\.(\d+)\.mlp\.(fc1|fc2)\.1\.', r'blocks.\1.mlp.\2.bn.'),
     (r'^head\.(weight|bias)$', r'head.fc.\1'),
 )]
-_UNUSED_KEY = re.compile(r'^block\.\d+\.norm[12]\.')  # LayerNorms that V1 declares and never calls
+# LayerNorms and a position embedding that V1's code declares and never uses, the last two for CIFAR10-DVS only
+_UNUSED_KEY = re.compile(r'^(block\.\d+\.norm[12]\.(weight|bias)|norm\.(weight|bias)|pos_embed)$')
+_FIRST_KEY = re.compile(r'^((?:[^.]+\.)*?)(?:stem\.stages|patch_embed)\.')
 
 
 class Conversion(NamedTuple):
@@ -43,48 +46,109 @@ class Conversion(NamedTuple):
     unused: List[str]
 
 
+class _Origin(NamedTuple):
+    """Code that a checkpoint comes from, and what that code computes but does not store."""
+    name: str
+    attn_scale: float
+    strides: Optional[Tuple[int, ...]]  # of the stem's stages; None where they are an argument
+
+
+_IMAGENET = _Origin("the authors' V1 code for ImageNet", 0.125, (2, 2, 2, 2))
+_CIFAR10 = _Origin("the authors' V1 code for CIFAR-10", 0.125, (1, 1, 2, 2))
+_CIFAR10_DVS = _Origin("the authors' V1 code for CIFAR10-DVS", 0.25, (2, 2, 2, 2))
+_SPIKINGJELLY = _Origin("spikingjelly's Spikformer", 0.125, None)
+
+
+def _find_origin(state_dict: Dict[str, Any]) -> Optional[_Origin]:
+    """Tell foreign checkpoints apart; None for any other, and for one without encoder blocks.
+
+    The authors' code has linear layers in its encoder for CIFAR-10, 1-d convolutions for CIFAR10-DVS, and 2-d
+    convolutions in the MLP for ImageNet.
+    """
+    if 'blocks.0.attn.qkv_conv_bn.0.weight' in state_dict:
+        return _SPIKINGJELLY
+    if 'block.0.attn.q_linear.weight' in state_dict:
+        return _CIFAR10
+    if 'block.0.attn.q_conv.weight' not in state_dict:
+        return None
+    mlp = state_dict.get('block.0.mlp.fc1_conv.weight')
+    is_1d = mlp is not None and mlp.ndim == 3
+    return _CIFAR10_DVS if is_1d or 'pos_embed' in state_dict else _IMAGENET
+
+
+def _check_scale(origin: _Origin, model: nn.Module) -> None:
+    """Equal shapes do not prove equal outputs: compare the attention scale, which no tensor shows."""
+    scale = next((block.attn.scale for block in model.blocks if block.attn.scale != origin.attn_scale), None)
+    if scale is not None:
+        raise ValueError(
+            f'The checkpoint is of {origin.name}, whose attention scale is {origin.attn_scale}; that of the model is '
+            f'{scale}. Create the model with attn_scale={origin.attn_scale}. If the code was changed to another scale, '
+            f"do so too, and load that model's state_dict() into the one with the other scale.")
+
+
+def _check_strides(origin: _Origin, model: nn.Module) -> None:
+    """Compare the strides of the stem; only a warning, as code with other strides and the same names is common."""
+    strides = tuple(model.stem.strides)
+    if origin.strides is not None and strides != origin.strides:
+        warnings.warn(
+            f'The checkpoint is of {origin.name}, whose stem has the strides {origin.strides}; that of the model has '
+            f'{strides}. Unless the code was changed, the outputs differ: create the model with '
+            f'patch_size={math.prod(origin.strides)} and stem_strides={origin.strides}.', stacklevel=2)
+
+
+def _strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """Remove what all keys start with before the stem's, such as `module.` of DDP or `net.` of a Lightning module."""
+    found = next((match[1] for match in map(_FIRST_KEY.match, state_dict) if match), '')
+    for prefix in (found, found.removesuffix('encoder.')):  # a masked autoencoder has a decoder beside it
+        if prefix and all(key.startswith(prefix) for key in state_dict):
+            return {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict
+
+
 def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> Dict[str, Tensor]:
-    """Join separate q, k, v. A bias, as in V1's CIFAR model, goes into the running mean of the BN that follows it."""
+    """Join separate q, k, v. A bias, as in V1's CIFAR-10 model, goes into the running mean of the BN after it."""
     out = {}
     for key, value in state_dict.items():
         match = re.match(r'(blocks\.\d+\.attn\.)([qkv])\.(linear\.weight|linear\.bias|bn\..+)$', key)
-        if match is None:
+        needed = []
+        if match is not None:
+            prefix, name, rest = match.groups()
+            needed = [f'{prefix}{n}.{r}' for n in 'qkv' for r in (rest, 'bn.running_mean')]
+        if not needed or any(k not in state_dict for k in needed):  # what is incomplete is left over
             out[key] = value
             continue
-        prefix, name, rest = match.groups()
         joined = f'{prefix}qkv.{"bn.running_mean" if rest == "linear.bias" else rest}'
         sources.setdefault(joined, []).extend(sources.pop(key))
         if name != 'q' or rest == 'linear.bias':
             continue
         parts = [state_dict[f'{prefix}{n}.{rest}'] for n in 'qkv']
-        if rest == 'bn.running_mean' and f'{prefix}q.linear.bias' in state_dict:
+        if rest == 'bn.running_mean' and all(f'{prefix}{n}.linear.bias' in state_dict for n in 'qkv'):
             parts = [mean - state_dict[f'{prefix}{n}.linear.bias'] for n, mean in zip('qkv', parts)]
         out[joined] = torch.cat(parts) if parts[0].ndim else parts[0]
     return out
 
 
 def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversion:
-    """What `checkpoint_filter_fn` does, and an account of it."""
+    """Convert as `checkpoint_filter_fn` does, with an account of every tensor."""
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    state_dict = clean_state_dict(state_dict)
+    state_dict = _strip_prefix(state_dict)
     model_state = model.state_dict()
     if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
         state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
         state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
 
+    origin = _find_origin(state_dict)
     out, sources, unused = {}, {}, []
-    is_foreign = False
     for source, value in state_dict.items():
         key = source
-        if _UNUSED_KEY.match(key):
+        if origin is not None and _UNUSED_KEY.match(key):
             unused.append(key)
             continue
         for pattern, replacement in _KEY_RULES:
             key, found = pattern.subn(replacement, key)
             if found:
-                is_foreign = True
                 break
         if key.endswith('linear.weight'):
             value = value.flatten(1)  # from a 1x1 convolution
@@ -93,26 +157,79 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
     out = _fuse_qkv(out, sources)
 
     for key, expected in model_state.items():
-        if is_foreign and key.endswith('linear.bias') and key not in out:
+        if origin is _SPIKINGJELLY and key.endswith('linear.bias') and key not in out:
             out[key] = torch.zeros(expected.shape, dtype=expected.dtype)  # spikingjelly's layers have none
             sources[key] = []
         if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
             raise ValueError(
                 f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
                 f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
-                f'embed_dim, stem and patch_size that the checkpoint was trained with.')
+                f'embed_dim, mlp_ratio, stem and patch_size that the checkpoint was trained with.')
+    if origin is not None and 'stem.stages.0.proj.conv.weight' in model_state:  # a V2 model is another architecture
+        _check_scale(origin, model)
+        if _of_encoder(out) == _of_encoder(model_state):
+            _check_strides(origin, model)
     return Conversion(out, sources, unused)
+
+
+def _of_encoder(keys: Iterable[str]) -> set:
+    """Keys without those of the classifier."""
+    return {key for key in keys if not key.startswith('head.')}
+
+
+def _describe(keys: Iterable[str]) -> str:
+    """Stem and depth that keys are of."""
+    keys = list(keys)
+    stems = [name for name, part in (('scs', '.down.'), ('sps', '.proj.'))
+             if any(key.startswith('stem.') and part in key for key in keys)]
+    blocks = {match[1] for match in map(re.compile(r'blocks?\.(\d+)\.').match, keys) if match}
+    return f'stem={stems[0]!r} and depth={len(blocks)}' if stems else f'no stem of a Spikformer ({len(keys)} tensors)'
+
+
+def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
+    """Fail early, with a short message, on an architecture mismatch; the classifier may be another or missing.
+
+    Args:
+        state_dict: Converted by `checkpoint_filter_fn`
+        model: The Spikformer that it is to be loaded into
+
+    Raises:
+        RuntimeError: Tensors of the model are missing, or there are others.
+    """
+    expected = model.state_dict().keys()
+    missing, left_over = (sorted(_of_encoder(a) - _of_encoder(b)) for a, b in (
+        (expected, state_dict), (state_dict, expected)))
+    if not missing and not left_over:
+        return
+    some = ', '.join(map(repr, [*missing[:2], *left_over[:2]]))
+    theirs, ours = _describe(state_dict), _describe(expected)
+    if theirs != ours:
+        advice = (
+            f'The checkpoint has {theirs}, the model has {ours}. The config.json, or the name given, is of another '
+            f'architecture than the weights.')
+    elif any('.bn.' in key for key in state_dict) != any('.bn.' in key for key in expected):
+        advice = 'One of them has its BN folded: load the checkpoint first, then fold.'
+    else:
+        advice = 'The checkpoint is incomplete, or of other code.'
+    raise RuntimeError(
+        f'The weights do not belong to the model: {len(missing)} of its tensors are missing and {len(left_over)} are '
+        f'left over, such as {some}. {advice}')
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """Convert checkpoints of the authors' V1 code and spikingjelly's Spikformer; those of this package pass through.
 
-    Takes a state dict, bare or under `state_dict` or `model`, with or without a `module.` prefix. Joining q, k, v and
-    moving their biases is exact. spikingjelly pools before the neuron and V1 after it, so a model trained there gives
-    equal outputs here at one time step only. Of a masked autoencoder the encoder is taken, and the classifier of
-    `model` left as it is.
+    Takes a state dict, bare or under `state_dict` or `model`, whose keys may share any one prefix, such as `module.`
+    or `net.`. Joining q, k, v and moving their biases is exact. The encoder of a masked autoencoder is taken, with the
+    classifier of `model` left as it is.
+
+    A checkpoint does not hold all that a network computes. The attention scale and the strides of the stem follow from
+    which code wrote it and are compared with those of `model`. The number of heads is not known: pass the one that it
+    was trained with. spikingjelly pools before the neuron and V1 after it, so a model trained there gives equal outputs
+    here at one time step only.
 
     Raises:
-        ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted.
+        ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted, or the
+            checkpoint is of code with another attention scale.
     """
     return convert_state_dict(state_dict, model).state_dict

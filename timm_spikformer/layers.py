@@ -56,22 +56,24 @@ def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SpikingSelfAttention(nn.Module):
     """Spiking self-attention (SSA), `[T, B, N, C] -> [T, B, N, C]`.
 
-    `LIF(BN(proj(LIF_0.5(q k^T v * 0.125))))` per head, with spikes q, k and v. They come from one product, which equals
-    three with a BN each. The scale does not depend on the width of a head, as in V1.
+    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))` per head, with spikes q, k and v. They come from one product, which
+    equals three with a BN each. As in V1, the scale is a constant: it does not follow from the width of a head.
 
     Args:
         dim: C.
         num_heads: Number of heads.
+        attn_scale: Scale of `q k^T v`.
         proj_drop: Dropout rate of the output.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        ValueError: `num_heads` does not divide `dim`, or the scale is not positive.
     """
 
     def __init__(
             self,
             dim: int,
             num_heads: int = 8,
+            attn_scale: float = 0.125,
             proj_drop: float = 0.,
             device=None,
             dtype=None,
@@ -81,8 +83,10 @@ class SpikingSelfAttention(nn.Module):
         if dim % num_heads != 0:
             raise ValueError(
                 f'embed_dim must be divisible by num_heads, got embed_dim={dim} and num_heads={num_heads}.')
+        if not attn_scale > 0.:
+            raise ValueError(f'attn_scale must be greater than 0, got {attn_scale}.')
         self.num_heads = num_heads
-        self.scale = 0.125
+        self.scale = attn_scale
         self.qkv = LinearBNLIF(dim, 3 * dim, bias=False, **dd)
         self.attn_lif = LIF(v_threshold=0.5)
         self.proj = LinearBNLIF(dim, dim, **dd)
@@ -161,6 +165,7 @@ class SpikingBlock(nn.Module):
             dim: int,
             num_heads: int = 8,
             mlp_ratio: float = 4.,
+            attn_scale: float = 0.125,
             proj_drop: float = 0.,
             drop_path: float = 0.,
             device=None,
@@ -168,7 +173,7 @@ class SpikingBlock(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.attn = SpikingSelfAttention(dim, num_heads, proj_drop=proj_drop, **dd)
+        self.attn = SpikingSelfAttention(dim, num_heads, attn_scale=attn_scale, proj_drop=proj_drop, **dd)
         self.drop_path1 = TimeSharedDropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.mlp = SpikingMLP(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = TimeSharedDropPath(drop_path) if drop_path > 0. else nn.Identity()

@@ -13,7 +13,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .spikformer import Spikformer
+from .network import Spikformer
 
 __all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
@@ -157,7 +157,7 @@ class SpikformerMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
 
-        encoder.reset_classifier(0, '')
+        encoder.reset_classifier(0)
         self.encoder = encoder
         self.decoder = MAEDecoder(
             encoder.embed_dim,

@@ -19,9 +19,9 @@ import yaml
 from safetensors import SafetensorError
 from timm.data import str_to_pil_interp
 from timm.models import get_model_input_config, load_checkpoint, load_state_dict
-from timm.models._helpers import _torch_load
 from torch import Tensor, nn
 
+from ._timm import torch_load
 from .checkpoints import TRAINING_FILE, convert_state_dict
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
@@ -134,7 +134,7 @@ def read_tensors(path: Path) -> Dict[str, Any]:
         ValueError: The file is damaged, would run code when it is opened, or holds something else than a dictionary.
     """
     try:
-        content = load_state_dict(str(path)) if path.suffix == '.safetensors' else _torch_load(str(path))
+        content = load_state_dict(str(path)) if path.suffix == '.safetensors' else torch_load(str(path))
     except SafetensorError as e:
         raise ValueError(f'{path} is not a complete safetensors file: {e}.') from e
     except (RuntimeError, ValueError) as e:
@@ -391,7 +391,8 @@ def _read_timm_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
         raise ValueError(_DOES_NOT_LOAD.format(path, _first_line(e))) from e
     labels = config.get('label_names')
     if labels:
-        set_labels(checkpoint, list(labels.values()) if isinstance(labels, dict) else labels)
+        from .hf.configuration_spikformer import ordered_labels
+        set_labels(checkpoint, ordered_labels(labels) if isinstance(labels, dict) else labels)
     return checkpoint
 
 

@@ -1,5 +1,6 @@
 """Configuration of the transformers classes around Spikformer and Spikformer V2."""
-from typing import Any, Dict, List, Sequence
+import numbers
+from typing import Any, Dict, List, Optional, Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -7,21 +8,54 @@ from transformers.configuration_utils import PreTrainedConfig
 
 __all__ = ['SpikformerConfig']
 
-# What timm reads in a config.json and this configuration derives from its own fields, or has no use for.
-# `image_processor_type` is of the folder that it was read from.
+# Arguments of timm's Spikformer, and the fields of the configuration that hold them. The one place for both directions.
+_FIELDS_BY_ARG = {
+    'img_size': 'image_size',
+    'patch_size': 'patch_size',
+    'in_chans': 'num_channels',
+    'num_classes': 'num_labels',
+    'global_pool': 'global_pool',
+    'stem': 'stem',
+    'stem_strides': 'stem_strides',
+    'embed_dim': 'hidden_size',
+    'depth': 'num_hidden_layers',
+    'num_heads': 'num_attention_heads',
+    'mlp_ratio': 'mlp_ratio',
+    'attn_scale': 'attn_scale',
+    'time_steps': 'time_steps',
+    'drop_rate': 'classifier_dropout_prob',
+    'proj_drop_rate': 'hidden_dropout_prob',
+    'drop_path_rate': 'drop_path_rate',
+}
+
+# Keys of timm's config.json that follow from the fields of this configuration or that it has no use for.
+# `image_processor_type` belongs to the folder that the configuration was read from.
 _NOT_KEPT = (
-    'num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions', 'model_args',
-    'image_processor_type')
+    'num_classes', 'num_features', 'label_names', 'label_descriptions', 'model_args', 'image_processor_type')
 
 
 def label_maps(labels: Sequence[str]) -> Dict[str, Dict]:
-    """`id2label` and `label2id` of the names of the classes, in their order."""
+    """Return `id2label` and `label2id` for class names in order."""
     return dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
 
 
 def ordered_labels(id2label: Dict[Any, str]) -> List[str]:
-    """Return the names of the classes by number: a config.json has the numbers as strings, and '10' before '2'."""
+    """Return the class names by number; a config.json has the numbers as strings, with '10' before '2'.
+
+    Names by something else than numbers stay in their order.
+    """
+    if not all(str(key).isdigit() for key in id2label):
+        return list(id2label.values())
     return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+
+
+def _to_json(value: Any) -> Any:
+    """Convert numbers of NumPy and other libraries to Python's, and tuples to lists."""
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 @strict
@@ -29,19 +63,19 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`SpikformerModel`] and of the models with a head. The defaults are those of Spikformer V2-8-512.
 
-    A config.json that it writes is one of timm too: it holds timm's `architecture`, `num_classes`, `label_names`,
-    `model_args` and `pretrained_cfg` beside transformers' fields, and so one folder or repository loads in both. One
-    that timm alone has written is read as well.
+    The config.json that it writes is a valid one for timm too: beside transformers' fields it holds timm's
+    `architecture`, `num_classes`, `label_names`, `model_args` and `pretrained_cfg`, so that one folder or repository
+    loads in both libraries. A config.json written by timm alone can be read as well.
 
     Args:
         stem (`str`, *optional*, defaults to `"scs"`):
             `"scs"`, the Spiking Convolutional Stem of V2, or `"sps"`, Spiking Patch Splitting of V1.
         stem_strides (`list[int]`, *optional*):
-            Stride, 1 or 2, of each of the four stages of the stem. By default the last ones reduce.
+            Stride, 1 or 2, of each of the four stages of the stem. By default the last stages have stride 2.
         image_size (`int` or `list[int]`, *optional*, defaults to 224):
-            Nominal size, in pixels. The model takes any multiple of the patch.
+            Nominal size in pixels. The model takes any multiple of the patch size.
         patch_size (`int`, *optional*, defaults to 16):
-            Pixels per token and side: 1, 2, 4, 8 or 16.
+            Side of a patch in pixels: 1, 2, 4, 8 or 16.
         num_channels (`int`, *optional*, defaults to 3):
             Number of input channels.
         hidden_size (`int`, *optional*, defaults to 512):
@@ -52,42 +86,46 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
             Number of attention heads.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the MLP's hidden layer over `hidden_size`.
+        attn_scale (`float`, *optional*, defaults to 0.125):
+            Factor of the product of queries, keys and values before the attention neuron.
+        global_pool (`str`, *optional*, defaults to `"avg"`):
+            Pooling over tokens: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for none, without a classifier.
         time_steps (`int`, *optional*, defaults to 4):
             Number of time steps for which an image is presented. No weight depends on it.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout of the spikes that leave the linear layers of the encoder.
+            Dropout of the spikes after the linear layers of the encoder.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth rate of the last block.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout before the classifier.
         encoder_stride (`int`, *optional*):
-            Pixels that a token stands for: always `patch_size`. Here because run_mim.py asks for it.
+            Side of the square of pixels of one token, equal to `patch_size`; run_mim.py reads it.
         mask_ratio (`float`, *optional*, defaults to 0.75):
-            Share of an image that pre-training masks where no mask is given.
+            Ratio of masked patches in pre-training, where no mask is given.
         mask_unit_size (`int`, *optional*):
-            Side, in pixels, of the squares that are then masked, a multiple of the patch; by default the patch.
+            Side in pixels of the squares that are masked then, a multiple of the patch size; by default the patch size.
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
-            Reconstruct patches normalised by their own mean and standard deviation.
+            Normalize the target patches by their own mean and standard deviation.
         decoder_hidden_size (`int`, *optional*, defaults to 256):
-            Width of pre-training's decoder.
+            Width of the decoder in pre-training.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 4):
-            Number of its blocks.
+            Number of decoder blocks.
         decoder_num_attention_heads (`int`, *optional*, defaults to 4):
-            Number of its attention heads.
+            Number of attention heads in the decoder.
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
-            Width of its MLP's hidden layer over `decoder_hidden_size`.
+            Width of the hidden layer of the decoder's MLP over `decoder_hidden_size`.
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
-            Stages that a [`SpikformerBackbone`] returns, of `"stage1"` to `"stage4"`, at strides 2, 4, 8 and 16 of a
-            model of patch size 16; by default the last.
+            Stages that a [`SpikformerBackbone`] returns, of `"stage1"` to `"stage4"`. With patch size 16 they have
+            strides 2, 4, 8 and 16. By default the last stage.
         architecture (`str`, *optional*):
-            Name under which timm builds the model, every dimension given beside it. By default the entry of 8 blocks
-            and width 512 that has this stem.
+            Registered name with which timm builds the model, given all of `model_args`. By default the model with 8
+            blocks, width 512 and this stem.
         pretrained_cfg (`dict`, *optional*):
-            timm's description of how images are presented: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`
-            and more; by default ImageNet's.
+            timm's data configuration: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and more. By default
+            that of ImageNet.
 
     Raises:
-        ValueError: A value does not fit the others. A value of a wrong type raises too, as of any strict configuration.
+        ValueError: A value does not fit the others. A value of a wrong type raises a subclass of it.
     """
     model_type = 'spikformer'
 
@@ -100,6 +138,8 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     mlp_ratio: float | int = 4.0
+    attn_scale: float | int = 0.125
+    global_pool: str = 'avg'
     time_steps: int = 4
     hidden_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -146,13 +186,37 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def _from_timm_dict(cls, config_dict: Dict[str, Any]) -> Dict[str, Any]:
-        """Of a config.json that timm has written, which says by a name and what differs from it."""
+        """Convert a config.json written by timm, which holds a registered name and the arguments it was given."""
         import timm
+        pretrained_cfg = dict(config_dict['pretrained_cfg'])
+        if config_dict.get('label_names'):
+            pretrained_cfg['label_names'] = config_dict['label_names']
         model = timm.create_model(
-            config_dict['architecture'], pretrained_cfg=config_dict['pretrained_cfg'], device='meta',
+            config_dict['architecture'], pretrained_cfg=pretrained_cfg, device='meta',
             **{**config_dict.get('model_args', {}), 'num_classes': config_dict['num_classes']})
-        labels = config_dict.get('label_names')
-        return cls.from_timm(model, **(label_maps(labels) if labels else {})).to_dict()
+        return cls.from_timm(model).to_dict()
+
+    def to_timm_args(self, num_classes: Optional[int] = None) -> Dict[str, Any]:
+        """Return the arguments of timm's Spikformer.
+
+        Args:
+            num_classes: Number of classes, 0 for no classifier; by default `num_labels`.
+        """
+        args = {arg: getattr(self, field) for arg, field in _FIELDS_BY_ARG.items()}
+        if num_classes is not None:
+            args['num_classes'] = num_classes
+        return args
+
+    @staticmethod
+    def fields_from_timm(model) -> Dict[str, Any]:
+        """Return the fields that follow from the arguments of a timm model."""
+        from timm.models import get_model_input_config
+        args = dict(model.get_init_args(), img_size=get_model_input_config(model)['input_size'][1:])
+        fields = {field: _to_json(args[arg]) for arg, field in _FIELDS_BY_ARG.items()}
+        height, width = fields['image_size']
+        if height == width:
+            fields['image_size'] = height
+        return fields
 
     def to_dict(self) -> Dict[str, Any]:
         output = super().to_dict()
@@ -165,10 +229,9 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         output['num_classes'] = self.num_labels if is_classifier else 0
         if is_classifier and labels != [f'LABEL_{i}' for i in range(len(labels))]:
             output['label_names'] = labels
-        output['model_args'] = dict(
-            stem=self.stem, stem_strides=self.stem_strides, patch_size=self.patch_size, in_chans=self.num_channels,
-            img_size=[height, width], embed_dim=self.hidden_size, depth=self.num_hidden_layers,
-            num_heads=self.num_attention_heads, mlp_ratio=self.mlp_ratio, time_steps=self.time_steps)
+        model_args = self.to_timm_args()
+        del model_args['num_classes']
+        output['model_args'] = {**model_args, 'img_size': [height, width]}
         output['pretrained_cfg'] = {
             'crop_pct': 1.0, 'crop_mode': 'center', 'interpolation': 'bicubic',
             'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225],
@@ -187,29 +250,28 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_timm(cls, model, **kwargs) -> 'SpikformerConfig':
-        """The configuration of a timm model, given by its registered name or itself; `kwargs` go on top."""
+        """Create the configuration of a timm model.
+
+        Args:
+            model: Registered name, or a `timm_spikformer.Spikformer`.
+            kwargs: Fields of the configuration, which take precedence.
+        """
         if isinstance(model, str):
             import timm
             model = timm.create_model(model, device='meta')
-        from timm.models import filter_pretrained_cfg, get_model_input_config
-        _, height, width = get_model_input_config(model)['input_size']
-        pretrained_cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
-        architecture = pretrained_cfg.pop('architecture')
-        for key in ('tag', 'custom_load'):  # of the weights that the model may once have come with
+        from timm.models import filter_pretrained_cfg
+        pretrained_cfg = filter_pretrained_cfg(getattr(model, 'pretrained_cfg', {}), remove_source=True)
+        architecture = pretrained_cfg.pop('architecture', None)
+        for key in ('tag', 'custom_load'):  # of the weights that the model may have been created with
             pretrained_cfg.pop(key, None)
         values = dict(
-            stem='sps' if hasattr(model.stem.stages[-1], 'pos_embed') else 'scs',
-            stem_strides=list(model.stem.strides),
-            image_size=height if height == width else [height, width],
-            patch_size=model.patch_size,
-            num_channels=model.in_chans,
-            hidden_size=model.embed_dim,
-            num_hidden_layers=len(model.blocks),
-            num_attention_heads=model.blocks[0].attn.num_heads,
-            mlp_ratio=model.blocks[0].mlp.fc1.linear.out_features / model.embed_dim,
-            time_steps=model.time_steps,
-            num_labels=model.num_classes,
+            cls.fields_from_timm(model),
             architecture=architecture,
             pretrained_cfg={k: list(v) if isinstance(v, tuple) else v for k, v in pretrained_cfg.items()},
         )
+        labels = pretrained_cfg.get('label_names') or ()
+        labels = ordered_labels(labels) if isinstance(labels, dict) else list(labels)
+        is_given = bool(kwargs.keys() & {'num_labels', 'id2label', 'label2id'})
+        if labels and len(labels) == values['num_labels'] and not is_given:
+            values.update(label_maps(labels))
         return cls(**{**values, **kwargs})

@@ -1,13 +1,13 @@
 """transformers classes around the timm model: Spikformer and Spikformer V2, https://arxiv.org/abs/2401.02020.
 
-They hold a `timm_spikformer.Spikformer`, not a copy of its code, and store its weights under its own names, so that a
-folder or a repository loads in timm too.
+Each holds a `timm_spikformer.Spikformer` and stores its weights under timm's names, so that a folder or a repository
+loads in timm too.
 """
 from dataclasses import dataclass
-from typing import Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
-from timm.models._input import update_model_args
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -21,8 +21,9 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
-from ..spikformer import Spikformer
+from ..network import Spikformer
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [
@@ -36,30 +37,15 @@ __all__ = [
 
 
 def _create_timm_model(config: SpikformerConfig, num_classes: int = 0) -> Spikformer:
-    model = Spikformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.num_channels,
-        num_classes=num_classes,
-        stem=config.stem,
-        stem_strides=config.stem_strides,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=config.mlp_ratio,
-        time_steps=config.time_steps,
-        drop_rate=config.classifier_dropout_prob,
-        proj_drop_rate=config.hidden_dropout_prob,
-        drop_path_rate=config.drop_path_rate,
-    )
-    # as timm's factory leaves a model, so that timm can resolve its data config, and save it
+    model = Spikformer(**config.to_timm_args(num_classes))
+    # as timm's factory leaves a model, so that timm can resolve its data config and save it
     values = config.to_dict()
     model.pretrained_cfg = model.default_cfg = {**values['pretrained_cfg'], 'architecture': values['architecture']}
     update_model_args(model, **values['model_args'])
     return model
 
 
-# From the names in a file, which are timm's, to those in memory.
+# From the names in a file, which are timm's, to the names in memory.
 _CONVERSIONS = [PrefixChange(prefix_to_add='timm_model')]
 _MAE_CONVERSIONS = [
     WeightRenaming(r'^(stem|blocks)\.', r'mae.encoder.\1.'),
@@ -70,7 +56,7 @@ register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_
 
 
 class SpikformerPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving. Weights are stored under timm's names, and load under these or their own."""
+    """Initialization, loading and saving. Weights are stored under timm's names; both namings can be loaded."""
     config: SpikformerConfig
     config_class = SpikformerConfig
     base_model_prefix = 'timm_model'
@@ -80,24 +66,24 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     model_tags = ['timm', 'snn', 'spikformer']
     _no_split_modules = ['SpikingConvStage', 'SpikingPatchStage', 'SpikingBlock', 'Block']
-    _keep_in_fp32_modules_strict = ['bn']  # running statistics are worth nothing in half precision
+    _keep_in_fp32_modules_strict = ['bn']  # half precision is not enough for running statistics
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)(head|decoder)\.']
     _conversions = _CONVERSIONS
 
     def post_init(self) -> None:
         for m in self.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.float()  # a model that is created in half precision, too
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight.dtype in (torch.float16, torch.bfloat16):
+                m.float()  # transformers does so when it loads a model, not when it creates one
         super().post_init()
-        # accelerate's FSDP refuses a class that the model has nothing of
+        # accelerate's FSDP raises for a class of which the model has no module
         classes = {type(m).__name__ for m in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in classes]
-        # a model that was not loaded is to be saved under timm's names too
+        # save under timm's names even if the model was not loaded from a file
         self._weight_conversions = list(self._conversions)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers guards torch's own functions for the time of this call: what has been loaded stays
+        # transformers patches torch.nn.init during this call, so that loaded tensors are not initialized
         self.encoder.init_layer(module)
 
     def _set_gradient_checkpointing(
@@ -106,9 +92,9 @@ class SpikformerPreTrainedModel(PreTrainedModel):
             gradient_checkpointing_func=None,
             every_n_layers: int = 1,
     ) -> None:
-        """By the timm model's own, whose recomputation does not update BN a second time."""
+        """Use the timm model's own checkpointing, which does not update BN statistics when it recomputes."""
         if every_n_layers != 1:
-            raise ValueError(f'every_n_layers must be 1, got {every_n_layers}: each layer is checkpointed, or none.')
+            raise ValueError(f'every_n_layers must be 1, got {every_n_layers}: all layers are checkpointed, or none.')
         self.encoder.set_grad_checkpointing(enable)
 
     @property
@@ -122,15 +108,27 @@ class SpikformerPreTrainedModel(PreTrainedModel):
         return self.timm_model
 
     def set_time_steps(self, time_steps: int) -> None:
-        """Present images for another number of time steps; recorded in the configuration."""
+        """Present images for another number of time steps, and record it in the configuration."""
         self.encoder.set_time_steps(time_steps)
-        self.config.time_steps = time_steps
+        self.config.time_steps = self.encoder.time_steps
+
+    def _config_fields_to_update(self) -> Tuple[str, ...]:
+        """Fields of the configuration that methods of the timm model can change."""
+        return 'time_steps', 'image_size'
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Save weights and configuration; includes changes made through the methods of the timm model."""
+        fields = SpikformerConfig.fields_from_timm(self.encoder)
+        for name in self._config_fields_to_update():
+            if name != 'image_size' or to_2tuple(self.config.image_size) != to_2tuple(fields[name]):
+                setattr(self.config, name, fields[name])
+        super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.stem
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As of any module, and under timm's names too, as Trainer needs it to resume."""
+        """Load a state dict with the names of this module or with timm's; Trainer loads the latter when it resumes."""
         renamed = {}
         for key, value in state_dict.items():
             for conversion in self._conversions:
@@ -141,15 +139,33 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     def _check_no_attentions(self, output_attentions: Optional[bool]) -> None:
         if output_attentions:
             raise ValueError(
-                'output_attentions is not supported: spiking attention has no softmax, and the product q (k^T v) is '
-                'taken without the matrix of weights.')
+                'output_attentions is not supported: spiking attention has no softmax, and computes q (k^T v) without '
+                'a matrix of attention weights.')
+
+    def _check_no_mask(self, kwargs: Dict[str, Any]) -> None:
+        """Refuse a mask, which `**kwargs` would ignore."""
+        given = [name for name in ('bool_masked_pos', 'noise') if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(
+                f'{type(self).__name__} does not take {given[0]}: there is no mask token to put in place of masked '
+                f'patches. Use SpikformerForMaskedImageModeling, whose encoder sees the visible patches only; its '
+                f'hidden_states are their features.')
+
+    def _to_maps(self, x: Tensor, pixel_values: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` of all patches to maps `[B, D, H, W]`."""
+        p = self.config.patch_size
+        return x.transpose(1, 2).unflatten(2, (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p))
 
     def _wants_hidden_states(self, output_hidden_states: Optional[bool]) -> bool:
         return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
 
 class SpikformerModel(SpikformerPreTrainedModel):
-    """The encoder: spikes of the last block, averaged over time."""
+    """Encoder without a classifier; its output is the mean over time of the last block's.
+
+    `bool_masked_pos` is refused. ViTModel and SwinModel replace masked patches by a mask token; this model has none, as
+    its pre-training removes masked patches. `SpikformerForMaskedImageModeling` encodes with a mask.
+    """
 
     def __init__(self, config: SpikformerConfig):
         super().__init__(config)
@@ -166,35 +182,50 @@ class SpikformerModel(SpikformerPreTrainedModel):
     ) -> Union[Tuple, BaseModelOutputWithPooling]:
         """
         Args:
-            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
-            output_hidden_states: Return the stem's output and that of each block.
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
+            output_hidden_states: Return the outputs of the stem and of each block.
 
         Returns:
-            `last_hidden_state` `[B, N, D]`, row by row; `pooler_output` `[B, D]`, its mean; `hidden_states`. All are
-            means over time.
+            `last_hidden_state` `[B, N, D]`, in row-major order of patches; `pooler_output` `[B, D]`, pooled as
+            `global_pool` says, `[B, 2 * D]` for `'catavgmax'`, None for `''`; `hidden_states`. All are means over time.
+
+        Raises:
+            ValueError: `bool_masked_pos` or `output_attentions` is given.
         """
         self._check_no_attentions(output_attentions)
+        self._check_no_mask(kwargs)
         take_blocks = self._wants_hidden_states(output_hidden_states)
-        x, hidden_states = self.timm_model.forward_tokens(pixel_values.to(self.dtype), take_blocks=take_blocks)
+        pixel_values = pixel_values.to(self.dtype)
+        x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=take_blocks)
+        pooled = None
+        if self.config.global_pool:
+            pooled = self.timm_model.head.global_pool(self._to_maps(x, pixel_values))
         return BaseModelOutputWithPooling(
             last_hidden_state=x,
-            pooler_output=x.mean(1),
+            pooler_output=pooled,
             hidden_states=tuple(hidden_states) if take_blocks else None,
         )
 
 
 class SpikformerForImageClassification(SpikformerPreTrainedModel):
-    """Linear classifier on the mean over time and tokens: `timm_model` is the timm model with its head."""
+    """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head."""
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)decoder\.']
 
     def __init__(self, config: SpikformerConfig):
         super().__init__(config)
+        if config.num_labels and not config.global_pool:
+            raise ValueError(
+                f"global_pool must name a pooling for a classifier of {config.num_labels} labels, got ''. Load the "
+                f"model with global_pool='avg'.")
         self.num_labels = config.num_labels
         self.timm_model = _create_timm_model(config, config.num_labels)
         self.post_init()
 
+    def _config_fields_to_update(self) -> Tuple[str, ...]:
+        return *super()._config_fields_to_update(), 'num_labels', 'global_pool'
+
     def _check_labels(self, labels: Tensor) -> None:
-        """On a CPU only: elsewhere it would make every step wait. CUDA has an assertion of its own."""
+        """Check the range of labels on a CPU; on a GPU it would synchronize, and CUDA has its own assertion."""
         if self.num_labels == 1 or labels.dtype not in (torch.int64, torch.int32) or labels.device.type != 'cpu':
             return
         if labels.ndim == 1 and len(labels) and (labels.max() >= self.num_labels or labels.min() < -100):
@@ -217,20 +248,19 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
     ) -> Union[Tuple, ImageClassifierOutput]:
         """
         Args:
-            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
             labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression,
                 where `num_labels` is 1.
-            output_hidden_states: Return the stem's output and that of each block, `[B, N, D]`.
+            output_hidden_states: Return the outputs of the stem and of each block, `[B, N, D]`.
         """
         self._check_no_attentions(output_attentions)
+        self._check_no_mask(kwargs)
         take_blocks = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
         hidden_states = None
         if take_blocks:
             x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=True)
-            p = self.config.patch_size
-            x = x.transpose(1, 2).unflatten(2, (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p))
-            logits = self.timm_model.forward_head(x)
+            logits = self.timm_model.forward_head(self._to_maps(x, pixel_values))
         else:
             logits = self.timm_model(pixel_values)
 
@@ -251,9 +281,9 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
     """
     Args:
         loss: Scalar, mean squared error over the masked patches.
-        reconstruction: `[B, C, H, W]`, every patch as the loss sees it: normalised where the target is.
-        mask: `[B, N]`, 1 where a patch was masked, else 0.
-        hidden_states: The stem's output and that of each block, of the visible patches, `[B, N', D]`.
+        reconstruction: `[B, C, H, W]`, predictions for all patches; normalized with `norm_pix_loss`, as the target.
+        mask: `[B, N]`, 1 for masked patches, else 0.
+        hidden_states: Outputs of the stem and of each block for the visible patches, `[B, N', D]`.
     """
     loss: Optional[Tensor] = None
     reconstruction: Optional[Tensor] = None
@@ -262,7 +292,7 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
 
 
 class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
-    """Self-supervised pre-training: `mae` is a `timm_spikformer.SpikformerMAE`."""
+    """Masked autoencoder for self-supervised pre-training; `mae` is a `timm_spikformer.SpikformerMAE`."""
     _conversions = _MAE_CONVERSIONS
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)head\.']
 
@@ -302,13 +332,13 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
     ) -> Union[Tuple, SpikformerMaskedImageModelingOutput]:
         """
         Args:
-            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
-            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True is masked; the same
-                number in every image.
-            noise: Value for each unit, `[B, number]`; those of the highest values are masked. By default the mask is
-                random.
-            output_hidden_states: Return the stem's output and that of each block, of the visible patches only.
-            return_loss: Taken for Trainer, which looks for it; the loss is always returned.
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
+            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True for masked ones; their
+                number must be the same in every image.
+            noise: One value per unit, `[B, number]`; the units of the highest values are masked. By default the mask
+                is random.
+            output_hidden_states: Return the outputs of the stem and of each block, for the visible patches only.
+            return_loss: Ignored, the loss is always returned. Trainer looks for an argument of this name.
         """
         self._check_no_attentions(output_attentions)
         take_blocks = self._wants_hidden_states(output_hidden_states)
@@ -322,7 +352,7 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
 
 
 class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
-    """Feature maps of the stem's stages and the encoder, means over time, for detection and segmentation."""
+    """Feature maps of the stages of the stem and of the encoder, averaged over time, for dense prediction."""
     has_attentions = False
 
     def __init__(self, config: SpikformerConfig):
@@ -341,10 +371,11 @@ class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
     ) -> Union[Tuple, BackboneOutput]:
         """
         Args:
-            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`, which bring their own time steps.
+            pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
             output_hidden_states: Return the maps of all four stages too.
         """
         self._check_no_attentions(output_attentions)
+        self._check_no_mask(kwargs)
         maps = self.timm_model.forward_intermediates(pixel_values.to(self.dtype), intermediates_only=True)
         return BackboneOutput(
             feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),

@@ -63,7 +63,7 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _norm_of(bn: nn.Module, rows: Tensor) -> Norm:
+def _norm_of(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> Norm:
     """Return the normalization that BatchNorm applies to `[n, C]`; in train mode update its running statistics."""
     n, dtype = len(rows), rows.dtype
     mean, var = bn.running_mean, bn.running_var
@@ -74,8 +74,8 @@ def _norm_of(bn: nn.Module, rows: Tensor) -> Norm:
         bn.running_mean.lerp_(mean.to(dtype), momentum)
         bn.running_var.lerp_((var * (n / (n - 1))).to(dtype), momentum)
     invstd = (var.double() + bn.eps).rsqrt()
-    # copies: a later forward in train mode updates the running statistics in place
-    return Norm(mean.to(dtype, copy=True), invstd.to(dtype), bn.eps, bn.training)
+    # a copy for backward, as a later forward in train mode updates the running statistics in place
+    return Norm(mean.to(dtype, copy=has_grad), invstd.to(dtype), bn.eps, bn.training)
 
 
 def _affine(weight: Optional[Tensor], bias: Optional[Tensor], norm: Optional[Norm]) -> Optional[Tuple[Tensor, Tensor]]:
@@ -109,7 +109,8 @@ def _charge(
     `membrane` is the initial one, `[rows, C]`, 0 by default.
     """
     *membranes, v, current = buffers
-    tau = torch.tensor(constants.tau, dtype=v.dtype)
+    tau = constants.tau
+    is_power_of_2 = math.frexp(tau)[0] == 0.5  # a product with 1 / tau is exact then, and faster than a division
     last = None
     for t, h in enumerate(membranes):
         if t < len(x):
@@ -122,9 +123,11 @@ def _charge(
         elif membrane is not None:
             torch.neg(membrane, out=v)
         if last is None and membrane is None:
-            torch.div(current, -constants.tau, out=h)
+            torch.div(current, -tau, out=h)
+        elif is_power_of_2:
+            torch.add(v, torch.add(current, v, out=h), alpha=-1. / tau, out=h)
         else:
-            torch.addcdiv(v, torch.add(current, v, out=h), tau, value=-1, out=h)
+            torch.addcdiv(v, torch.add(current, v, out=h), v.new_tensor(tau), value=-1, out=h)
         last = h
 
 
@@ -406,7 +409,7 @@ def norm_lif(
     """
     rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
     flat = rows.reshape(-1, rows.shape[-1])
-    norm = _norm_of(bn, flat)
+    norm = _norm_of(bn, flat, torch.is_grad_enabled())
     shape = (time_steps, batch_size, *rows.shape[1:])
     currents = flat.view(-1, flat.shape[0] // (len(x) // batch_size), flat.shape[1])
     new_membrane = None

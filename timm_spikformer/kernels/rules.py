@@ -139,7 +139,7 @@ def _why_not_input(members: Sequence[nn.Module], x: Tensor) -> Optional[str]:
     if type(x) is not Tensor:
         return f'the input is a {type(x).__name__}'
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch._C._is_autocast_available(device) and torch.is_autocast_enabled(device):
         return 'autocast is enabled'
     if x.numel() == 0:
         return 'the input is empty'

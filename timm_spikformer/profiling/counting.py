@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..masked_autoencoder import SpikformerMAE
+from ..network import Spikformer, find_spikformer
 from ..recompute import spare_bn_statistics
-from ..spikformer import Spikformer, find_spikformer
+from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
 from .recording import Recorder, Tally
 
@@ -379,8 +380,8 @@ def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator
         time_steps: Number of time steps for which images are presented within.
     """
     before = encoder.time_steps
-    if time_steps is not None and (not isinstance(time_steps, int) or time_steps < 1):
-        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+    if time_steps is not None:
+        time_steps = check_time_steps(time_steps)
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
     eager = torch.compiler.set_stance('force_eager')  # a compiled model would take the hooks for a part of itself

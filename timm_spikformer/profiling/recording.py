@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import ConvBNLIF, LinearBNLIF, SpikingSelfAttention
-from ..spikformer import Spikformer
+from ..network import Spikformer
 from ..stems import SpikingConvStem
 
 __all__ = ['AttentionTally', 'Recorder', 'Tally']

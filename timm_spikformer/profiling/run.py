@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
 from ..masked_autoencoder import SpikformerMAE
+from ..pretrained import check_source
 from ..spikformer import Spikformer, check_model_name, find_spikformer
 from .activity import check_layers, record_activity
 from .conventions import Conventions, CostModel, cost_model
@@ -116,6 +117,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
         model = timm.create_model(name)
         notes.append('The weights are random: these are the operations of a network that was not trained.')
         return _Loaded(model.eval(), data_config(model), None)
+    check_source(name)
     try:
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as e:

@@ -1,0 +1,415 @@
+"""The network of Spikformer and Spikformer V2: stem, encoder blocks, classifier, and the methods of a timm model."""
+from collections import OrderedDict
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
+from timm.models import get_model_traits
+from torch import Tensor, nn
+
+from ._timm import feature_take_indices, update_model_args, update_model_input_size
+from .checkpoints import check_keys, checkpoint_filter_fn
+from .layers import SpikingBlock, SpikingBlocks
+from .masking import Visible
+from .neurons import carried_membranes
+from .recompute import checkpoint_once
+from .sequences import check_time_steps, mean_over_time, to_time_major
+from .stems import STEMS
+
+__all__ = ['Spikformer', 'find_spikformer']
+
+
+class SpikformerHead(ClassifierHead):
+    """timm's classifier head, whose `reset()` without arguments does nothing.
+
+    spikingjelly's `reset_net` calls the `reset` of every module that has one, to reset the state of neurons.
+    """
+
+    def reset(self, num_classes: Optional[int] = None, *args: Any, **kwargs: Any) -> None:
+        if num_classes is not None:
+            super().reset(num_classes, *args, **kwargs)
+
+
+class Spikformer(nn.Module):
+    """ Spikformer, a spiking vision transformer
+
+    A stem of four convolutional stages, encoder blocks of spiking self-attention and spiking MLP, and a linear
+    classifier on the mean over time and tokens.
+
+    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; what is the same at all of them, the
+    first convolution and its BN, is computed once. Event or video input `[B, T, C, H, W]` brings its own number of
+    steps. Weights depend neither on the number of steps nor on the size of the image, which may be any multiple of the
+    patch. The membranes live inside one forward call: there is no state to reset.
+    """
+
+    def __init__(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: int = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            stem: str = 'scs',
+            stem_strides: Optional[Sequence[int]] = None,
+            embed_dim: int = 512,
+            depth: int = 8,
+            num_heads: int = 8,
+            mlp_ratio: float = 4.,
+            attn_scale: float = 0.125,
+            time_steps: int = 4,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Nominal input size. The model takes any; a given one is checked against the patch size.
+            patch_size: Pixels per token and side: 1, 2, 4, 8 or 16.
+            in_chans: Number of input channels.
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Pooling over tokens, '' for none.
+            stem: 'scs' (Spiking Convolutional Stem, V2) or 'sps' (Spiking Patch Splitting, V1).
+            stem_strides: Stride, 1 or 2, of each of the four stages of the stem. By default the last ones reduce.
+            embed_dim: Width of the encoder.
+            depth: Number of encoder blocks.
+            num_heads: Number of attention heads. The published parameter counts do not depend on it; 8 at width 512
+                is V1's.
+            mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+            attn_scale: Factor of q k^T v before the attention neuron: 0.125 in the authors' V1 code for ImageNet and
+                CIFAR-10, 0.25 in their code for CIFAR10-DVS.
+            time_steps: Number of time steps for which an image is presented.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout of the spikes that leave the linear layers, drawn anew at each time step.
+            drop_path_rate: Stochastic depth rate of the last block; it drops a branch at all time steps together.
+        """
+        init_args = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
+        super().__init__()
+        self._init_args = init_args
+        dd = {'device': device, 'dtype': dtype}
+        if stem not in STEMS:
+            raise ValueError(f'Unknown stem {stem!r}, expected one of {", ".join(map(repr, STEMS))}.')
+        if depth < 0:
+            raise ValueError(f'depth must not be negative, got {depth}.')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        self.num_features = self.embed_dim = embed_dim
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.set_time_steps(time_steps)
+
+        self.stem = STEMS[stem](in_chans, embed_dim, patch_size, stem_strides, **dd)
+        dpr = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = SpikingBlocks(*[
+            SpikingBlock(
+                embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                attn_scale=attn_scale,
+                proj_drop=proj_drop_rate,
+                drop_path=dpr[i],
+                **dd,
+            )
+            for i in range(depth)
+        ])
+        self.head = SpikformerHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        # one level per stage of the stem, but for the last: the encoder runs on it, so its output is the level
+        self.num_levels = len(self.stem.widths)
+        self.feature_info = []
+        reduction = 1
+        for i, (num_chs, stride) in enumerate(zip(self.stem.widths, self.stem.strides)):
+            reduction *= stride
+            is_last = i == self.num_levels - 1
+            self.feature_info.append(
+                dict(num_chs=num_chs, reduction=reduction, module='blocks' if is_last else f'stem.stages.{i}'))
+
+        if img_size is not None:
+            self.set_input_size(img_size)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as V1 does: PyTorch's scale for convolutions and the encoder, no bias, a small classifier.
+
+        BN keeps every neuron's current at unit variance, so in train mode neurons fire at every depth.
+        """
+        for m in self.modules():
+            self.init_layer(m)
+
+    @torch.jit.ignore
+    def init_layer(self, m: nn.Module) -> None:
+        """Initialise one layer of this model."""
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.reset_parameters()
+            if m is self.head.fc:
+                nn.init.trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+            nn.init.zeros_(m.running_mean)
+            nn.init.ones_(m.running_var)
+            nn.init.zeros_(m.num_batches_tracked)
+
+    def _check_img_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+        size = to_2tuple(img_size)
+        if any(s < self.patch_size or s % self.patch_size for s in size):
+            raise ValueError(
+                f'img_size must be a positive multiple of the patch size {self.patch_size}, got {img_size}.')
+        return size
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Record another nominal input size. No weight depends on it."""
+        update_model_input_size(self, self._check_img_size(img_size))
+
+    @torch.jit.ignore
+    def set_time_steps(self, time_steps: int) -> None:
+        """Present images for another number of time steps, from the next forward on; exported with the model."""
+        self.time_steps = check_time_steps(time_steps)
+        update_model_args(self, time_steps=self.time_steps)
+
+    @torch.jit.ignore
+    def get_init_args(self) -> Dict[str, Any]:
+        """Arguments of `__init__`, without device and dtype, that build this model, as changed by its methods since."""
+        return {
+            **self._init_args,
+            'img_size': get_model_traits(self).get('img_size'),
+            'num_classes': self.num_classes,
+            'global_pool': self.head.global_pool.pool_type,
+            'stem_strides': list(self.stem.strides),
+            'depth': len(self.blocks),
+            'time_steps': self.time_steps,
+        }
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `pretrained=True` loads, see `checkpoint_filter_fn`; timm does so with `checkpoint_path`.
+
+        Raises:
+            RuntimeError: With `strict`, the state dict is of another architecture.
+            ValueError: A tensor has another shape, or the checkpoint is of code with another attention scale.
+        """
+        converted = OrderedDict(checkpoint_filter_fn(state_dict, self))
+        if strict:
+            check_keys(converted, self)
+        converted._metadata = getattr(state_dict, '_metadata', {})
+        return super().load_state_dict(converted, strict, assign)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return set()  # timm leaves out BN and biases by their shape, and there is nothing else
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=[(r'^blocks\.(\d+)', None)],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = self.stem.grad_checkpointing = self.blocks.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
+        self.head_hidden_size = self.head.num_features
+
+    def _present(self, x: Tensor) -> Tuple[Tensor, int]:
+        """Check the input, put time first and return the number of time steps: see `to_time_major`."""
+        time_steps = self.time_steps
+        if not torch.jit.is_scripting():
+            carried = carried_membranes()
+            if carried is not None:
+                time_steps = carried.time_steps
+        return to_time_major(x, time_steps, self.in_chans, self.patch_size)
+
+    @torch.jit.ignore
+    def _forward_stages(
+            self,
+            x: Tensor,
+            time_steps: int,
+            num_levels: int,
+            take_indices: List[int],
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Run some stages of the stem, and return the output of some.
+
+        Args:
+            x: `[T or 1, B, C, H, W]`
+            time_steps: T
+            num_levels: Number of stages to run
+            take_indices: Stages, other than the last one, whose output to return
+        Returns:
+            The last output `[T, B, C', H', W']`, and the means over time of those that are to be returned
+        """
+        taken: List[Tensor] = []
+        for i, stage in enumerate(self.stem.stages):
+            if i < num_levels:
+                if self.grad_checkpointing:
+                    x = checkpoint_once(stage, x, time_steps, None)
+                else:
+                    x = stage(x, time_steps)
+                if i < self.num_levels - 1 and i in take_indices:
+                    taken.append(mean_over_time(x))
+        return x, taken
+
+    @torch.jit.ignore
+    def _forward_each_block(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+        """Run the encoder blocks on tokens `[T, B, N, C]`; return the means over time of the input and each output."""
+        taken = [mean_over_time(x)]
+        for block in self.blocks:
+            x = checkpoint_once(block, x) if self.grad_checkpointing else block(x)
+            taken.append(mean_over_time(x))
+        return x, taken
+
+    def _forward_maps(self, x: Tensor) -> Tensor:
+        """Run stem and blocks, `[B, C, H, W]` or `[B, T, C, H, W]` to `[T, B, D, H / patch, W / patch]`."""
+        x, time_steps = self._present(x)
+        return self._encode_maps(self.stem(x, time_steps))
+
+    def _encode_maps(self, x: Tensor) -> Tensor:
+        """Run the encoder blocks on the maps of the stem, `[T, B, D, H', W']`; a pruned model has neither."""
+        if len(self.stem.stages) < self.num_levels:
+            return x
+        H, W = x.shape[-2:]
+        x = self.blocks(x.flatten(3).transpose(2, 3))
+        return x.transpose(2, 3).unflatten(3, (H, W))
+
+    @torch.jit.ignore
+    def forward_tokens(
+            self,
+            x: Tensor,
+            visible: Optional[Tensor] = None,
+            take_blocks: bool = False,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Return features as tokens, row by row, and on request the stem's output and that of each block.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            visible: Indices of the visible tokens, `[B, N']`, in increasing order. Nothing of the others reaches them.
+            take_blocks: Return the stem's output and that of each block
+        Returns:
+            Features `[B, N, D]`, or `[B, N', D]` of the visible tokens, and the list, all of them means over time
+        """
+        grid: Optional[Visible] = None
+        x, time_steps = self._present(x)
+        if visible is not None:
+            grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        x = self.stem(x, time_steps, grid)
+        x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
+        if visible is not None:
+            x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
+        taken: List[Tensor] = []
+        if take_blocks:
+            x, taken = self._forward_each_block(x)
+        else:
+            x = self.blocks(x)
+        return mean_over_time(x), taken
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """ Forward features that returns intermediates.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            indices: Take last n levels if int, all if None, select matching indices if sequence. The first three are
+                stages of the stem, the fourth is the encoder's output.
+            norm: Apply norm layer to compatible intermediates (there is none)
+            stop_early: Stop iterating over blocks when last desired intermediate hit
+            output_fmt: Shape of intermediate feature outputs
+            intermediates_only: Only return intermediate features
+        Returns:
+            The final features and the intermediates, `[B, C, H, W]` each, averaged over time
+        """
+        assert output_fmt == 'NCHW', 'Output format must be NCHW.'
+        take_indices, max_index = feature_take_indices(self.num_levels, indices)
+        num_levels = max_index + 1 if stop_early else len(self.stem.stages)
+        x, time_steps = self._present(x)
+        x, intermediates = self._forward_stages(x, time_steps, num_levels, take_indices)
+        if num_levels == self.num_levels:
+            x = self._encode_maps(x)
+        x = mean_over_time(x)
+        if self.num_levels - 1 in take_indices:
+            intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """ Prune layers not required for specified intermediates.
+        """
+        take_indices, max_index = feature_take_indices(self.num_levels, indices)
+        prune_end = max_index < self.num_levels - 1
+        if prune_end:
+            self.stem.stages = self.stem.stages[:max_index + 1]
+            self.blocks = SpikingBlocks()
+            # the head is sized for the encoder's output, so it goes too
+            self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` or sequences `[B, T, C, H, W]` to features `[B, D, H / patch, W / patch]`."""
+        return mean_over_time(self._forward_maps(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    @torch.jit.ignore
+    def classify_steps(self, x: Tensor) -> Tensor:
+        """Return the logits after each time step, `[T, B, K]`, given the features at each, `[T, B, D, H, W]`."""
+        return torch.stack([self.forward_head(x[:t].mean(0)) for t in range(1, len(x) + 1)])
+
+    @torch.jit.ignore
+    def forward_steps(self, x: Tensor) -> Tensor:
+        """Return the logits after each time step, `[T, B, num_classes]`; the last are those of `forward` in eval mode.
+
+        Time is causal: in eval mode the logits after t steps are those of a model with `time_steps=t`.
+
+        Args:
+            x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+        """
+        return self.classify_steps(self._forward_maps(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def find_spikformer(model: nn.Module) -> Spikformer:
+    """The Spikformer that a module is or holds: one of timm's or transformers' wrappers, a masked autoencoder, DDP.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = [m for m in model.modules() if isinstance(m, Spikformer)]
+    if len(found) != 1:
+        raise ValueError(
+            f'Expected a Spikformer or a module that holds one: a model of timm.list_models(module="spikformer"), a '
+            f'SpikformerMAE, or one of the Spikformer classes of transformers. Got a {type(model).__name__}, which '
+            f'holds {len(found) or "none"}.')
+    return found[0]

@@ -1,0 +1,67 @@
+"""Images and sequences at the input of a network, and means over time at its output."""
+import numbers
+from typing import Tuple
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from .kernels.rules import back_end, in_transform
+from .neurons import carried_membranes
+
+__all__ = ['check_time_steps', 'mean_over_time', 'to_time_major']
+
+
+@torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
+def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
+    """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
+
+    On a CPU the images become channels-last, and with them all maps of the stem, as the kernels expect it. A compiler
+    chooses its layouts itself.
+
+    Raises:
+        ValueError: The number of dimensions, of channels or of time steps, or the image size, is not what is expected.
+    """
+    if x.ndim != 4 and x.ndim != 5:
+        raise ValueError(
+            f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got {x.ndim} dimensions: {x.shape}.')
+    if x.shape[-3] != in_chans:
+        raise ValueError(f'Expected {in_chans} channels (in_chans), got {x.shape[-3]} in an input of {x.shape}.')
+    if x.shape[-2] % patch_size != 0 or x.shape[-1] % patch_size != 0:
+        raise ValueError(
+            f'Height and width must be multiples of the patch size {patch_size}, got an input of {x.shape}.')
+    if x.ndim == 5:
+        if x.shape[1] == 0:
+            raise ValueError(f'Expected sequences of at least one time step, got an input of {x.shape}.')
+        x, time_steps = x.transpose(0, 1), x.shape[1]
+    else:
+        x = x.unsqueeze(0)
+    if torch.jit.is_scripting():
+        is_channels_last = x.device.type == 'cpu'
+    else:  # vmap has no rule for memory formats
+        is_channels_last = not torch.compiler.is_compiling() and not in_transform() and back_end(x) == 'cpu'
+    if is_channels_last:
+        S = x.shape[0]
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
+    return x, time_steps
+
+
+def mean_over_time(x: Tensor) -> Tensor:
+    """Return the mean over time, `[T, ...] -> [...]`; over all steps so far where membranes are carried."""
+    if not torch.jit.is_scripting():
+        carried = carried_membranes()
+        if carried is not None:
+            return carried.mean_over_time(x)
+    return x.mean(0)
+
+
+def check_time_steps(time_steps: int) -> int:
+    """Return a number of time steps as Python's int.
+
+    Raises:
+        ValueError: It is not an integer of at least 1; integers of NumPy are, True is not.
+    """
+    is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
+    if not is_integer or time_steps < 1:
+        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
+    return int(time_steps)
