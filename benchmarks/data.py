@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, NamedTuple
 
-import datasets
 import timm
 import torch
 import yaml
@@ -16,8 +15,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision.transforms import v2
 
-from timm_spikformer.demo.data import load_data, make_loader, take
 from timm_spikformer.demo.training import classify
+from timm_spikformer.images import make_loader, read_splits, training_config
 
 from .images import open_photographs, photographs
 from .measure import interleave, ratio
@@ -52,12 +51,8 @@ def _compare(title: str, model: Source, loaders: Dict[str, Source], rounds: int)
 
 def _demo(quick: bool) -> Dict[str, object]:
     """The demo's training with all labels."""
-    name, cpu = 'spikformer_v2_2_64_patch4_32', torch.device('cpu')
-    datasets.disable_progress_bars()
-    data = load_data(None, name)
-    if quick:
-        data = data._replace(train=take(data.train, 320, seed=0))
-    loader = make_loader(data, 32, cpu, is_training=True, augment=True)
+    name = 'spikformer_v2_2_64_patch4_32'
+    loader = make_loader(read_splits()['train'].take(320 if quick else 6000, 0), training_config(), 32, augment=True)
     x, y = next(iter(loader))
     x = x.contiguous(memory_format=torch.channels_last)
     model = timm.create_model(name, time_steps=1, img_size=x.shape[-2:]).to(memory_format=torch.channels_last).train()

@@ -20,8 +20,8 @@ from .images import calibrate, photographs
 # published energy in millijoules, and the rate that it implies: energy / (0.9 pJ * T * dense MACs)
 PUBLISHED = {'spikformer_v2_8_384': (4.69, 0.11), 'spikformer_v2_8_512': (9.36, 0.13)}
 RATES: Dict[str, Callable[[Profile], float]] = {
-    'of inputs, weighted by MACs': lambda seen: seen.acs_per_dense_mac,
-    'of neurons, mean of the layers': lambda seen: seen.firing_rate,
+    'of inputs, weighted by MACs': lambda result: result.acs_per_dense_mac,
+    'of neurons, mean of the layers': lambda result: result.firing_rate,
 }
 SPIKINGJELLY = dict(
     residual='mac', fan_out='exact', first_conv='each_step', attention='coincidence', attention_order='cheaper')
@@ -32,23 +32,23 @@ def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], ra
     low, high = 0., 1.5
     for _ in range(rounds):
         bias = (low + high) / 2
-        seen = profile(calibrate(model, x, bias), x)
-        if abs(rate_of(seen) - rate) < 5e-4:
+        result = profile(calibrate(model, x, bias), x)
+        if abs(rate_of(result) - rate) < 5e-4:
             break
-        low, high = (bias, high) if rate_of(seen) < rate else (low, bias)
-    return seen
+        low, high = (bias, high) if rate_of(result) < rate else (low, bias)
+    return result
 
 
-def energies(seen: Profile) -> Dict[str, float]:
+def energies(result: Profile) -> Dict[str, float]:
     """Millijoules under the papers' conventions, and with one of them changed."""
-    found = {'as in the papers': seen.totals.energy_mj}
+    found = {'as in the papers': result.totals.energy_mj}
     for option, choices in CHOICES.items():
         for value in list(choices)[1:]:
-            found[f'{option} = {value}'] = seen.under(**{option: value}).totals.energy_mj
-    found["all as spikingjelly's counters"] = seen.under(**SPIKINGJELLY).totals.energy_mj
+            found[f'{option} = {value}'] = result.under(**{option: value}).totals.energy_mj
+    found["all as spikingjelly's counters"] = result.under(**SPIKINGJELLY).totals.energy_mj
     for cost in ('fp16', 'int8', 'int32'):
-        found[f'cost = {cost}'] = seen.under(cost).totals.energy_mj
-    found['dense ANN'] = seen.totals.ann_energy_mj
+        found[f'cost = {cost}'] = result.under(cost).totals.energy_mj
+    found['dense ANN'] = result.totals.ann_energy_mj
     return found
 
 
@@ -62,11 +62,11 @@ def run(quick: bool) -> Dict[str, object]:
         columns = {}
         print(f'  {architecture}, published {published} mJ')
         for title, rate_of in RATES.items():
-            seen = at_rate(model, x, rate_of, rate, 2 if quick else 10)
-            columns[title] = energies(seen)
-            print(f'    rate {title}: {rate_of(seen):.3f}')
+            result = at_rate(model, x, rate_of, rate, 2 if quick else 10)
+            columns[title] = energies(result)
+            print(f'    rate {title}: {rate_of(result):.3f}')
             results[f'{name}, rate {title}'] = dict(
-                firing_rate=seen.firing_rate, acs_per_dense_mac=seen.acs_per_dense_mac, energies_mj=columns[title])
+                firing_rate=result.firing_rate, acs_per_dense_mac=result.acs_per_dense_mac, energies_mj=columns[title])
         for what in next(iter(columns.values())):
             print(f'    {what:32s}' + ''.join(f'{column[what]:10.3f} mJ' for column in columns.values()))
     return results

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_spikformer  # noqa: F401  registers the models
-from timm_spikformer.demo.training import watch_firing
+from timm_spikformer.monitor import FiringRateMonitor
 
 from .floor import dense_floor
 from .images import calibrate, photographs
@@ -82,10 +82,9 @@ def run(quick: bool) -> Dict[str, object]:
             model = create(name, time_steps, x[:4])
             peer = PeerSpikformer(model).eval()
             with torch.no_grad():
-                monitor = watch_firing(model)
-                model(x[:2])
-                rate = sum(monitor.records) / len(monitor.records)
-                monitor.remove_hooks()
+                with FiringRateMonitor(model) as monitor:
+                    model(x[:2])
+                rate = monitor.mean
                 # in double precision: in single, rounding flips a spike here and there, and random weights spread it
                 sides = [copy.deepcopy(side).double()(x[:2].double()) for side in (model, peer)]
                 difference = (sides[0] - sides[1]).abs().max().item()

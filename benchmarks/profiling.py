@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from timm_spikformer import predict_anytime
-from timm_spikformer.demo.data import load_test_images
+from timm_spikformer.images import data_config, make_loader, read_splits
 from timm_spikformer.profiling import profile
 
 from .images import photographs
@@ -43,8 +43,7 @@ def _cost(name: str, time_steps: int, batch_size: int, batches: int, rounds: int
 def _anytime(count: int, rounds: int) -> Dict[str, object]:
     """The shipped model, trained with one time step: at four its BN gets statistics of four."""
     model = timm.create_model(DEMO, pretrained=True, time_steps=4)
-    images = load_test_images(None, timm.data.resolve_model_data_config(model), count, count)
-    x, y = next(iter(images.loader))
+    x, y = next(iter(make_loader(read_splits()['test'].spread(count), data_config(model), count)))
     update_bn([x], model)
     model.eval()
     results: Dict[str, object] = {}

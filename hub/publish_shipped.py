@@ -1,4 +1,4 @@
-"""Publish the weights that the package ships, as repositories of an organisation of one's own.
+"""Publish the weights that the package ships as repositories of an organization.
 
     python hub/publish_shipped.py ORG [--dry-run] [--output DIR]
 """
@@ -9,12 +9,12 @@ import timm
 import yaml
 
 import timm_spikformer  # noqa: F401  registers the models
-from timm_spikformer.demo.data import FASHION_MNIST
+from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
-from timm_spikformer.publishing.checkpoint import Training, from_model, set_labels
+from timm_spikformer.reading import Training, from_model, set_labels
 
-# of each, what its accuracy is measured on, and the licence: Fashion-MNIST's
+# What the accuracy of each is measured on, and the license, that of Fashion-MNIST
 MEASURED_ON = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': (
         FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (slice)', 'test'), 'mit'),
@@ -23,7 +23,7 @@ MEASURED_ON = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('organisation')
+    parser.add_argument('organization')
     parser.add_argument('--dry-run', action='store_true', help='write the folders only')
     parser.add_argument('--output', default='output/hub', metavar='DIR', help='(default: %(default)s)')
     args = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
         training = yaml.safe_load(Path(model.pretrained_cfg['file']).with_suffix('.yaml').read_text())
         checkpoint.training = Training(training.pop('command'), training)
         published = publish(
-            checkpoint, f'{args.organisation}/{name}', license, eval_data=data, dataset=dataset,
+            checkpoint, f'{args.organization}/{name}', license, eval_data=data, dataset=dataset,
             output=Path(args.output) / name, dry_run=args.dry_run)
         print(published.url or published.folder)
 

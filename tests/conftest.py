@@ -15,19 +15,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from timm_spikformer import use_kernels
-from timm_spikformer.demo.data import FASHION_MNIST
-from timm_spikformer.demo.training import watch_firing
+from timm_spikformer.images import FASHION_MNIST
+from timm_spikformer.monitor import FiringRateMonitor
 
 
 def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:
     """Mean output of every neuron layer in one forward of `model`."""
-    monitor = watch_firing(model)
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        monitor.remove_hooks()
-    return {name: monitor[name][0] for name in monitor.monitored_layers}
+    with FiringRateMonitor(model) as monitor, torch.no_grad():
+        model(x)
+    return monitor.rates
 
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:

@@ -1,6 +1,7 @@
 """The demo at the size of a test: a tiny model, few images, the console script's own entry point."""
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import timm
@@ -17,10 +17,11 @@ from conftest import write_images
 from PIL import Image
 
 from timm_spikformer import cli
-from timm_spikformer.demo import data as demo_data
 from timm_spikformer.demo import training
+from timm_spikformer.folders import MANIFEST
+from timm_spikformer.images import make_loader, read_splits, train_test, training_config
 
-TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labelled', '40',
+TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labeled', '40',
         '--pretrain-epochs', '1', '--finetune-epochs', '1']
 
 
@@ -49,28 +50,18 @@ def saved_weights(output: Path) -> bytes:
     return (output / 'model' / 'model.safetensors').read_bytes()
 
 
-def test_shipped_data():
-    data = demo_data.load_data(None, 'spikformer_v2_2_64_patch4_32')
-    assert len(data.train) == 6000 and len(data.test) == 1000
-    assert data.classes[0] == 'T-shirt/top' and len(data.classes) == 10
-    for split in (data.train, data.test):
-        assert set(np.bincount(split.reader.dataset['label'])) == {len(split) // 10}
-    x, _ = next(iter(demo_data.make_loader(data, 100, torch.device('cpu'), is_training=False)))
-    assert x.shape == (100, 3, 28, 28)
-    assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
-
-
 def test_linear_classifier_agrees_with_scikit_learn():
     """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.6 %."""
-    data = demo_data.load_data(None, 'spikformer_v2_2_64_patch4_32')
-    assert training.fit_linear(data, torch.device('cpu')) == pytest.approx(83.6, abs=0.3)
+    train, test = train_test(read_splits())
+    accuracy = training.fit_linear(train, test, training_config(), torch.device('cpu'))
+    assert accuracy == pytest.approx(83.6, abs=0.3)
 
 
 def test_results_and_the_folder_that_loads(finished, folder):
     results = json.loads((finished / 'results.json').read_text())
     assert results['accuracy'] >= 75 and results['linear_accuracy'] >= 75
     assert min(results['firing_rates'].values()) > 0
-    assert results['labelled'] == 40
+    assert results['labeled'] == 40
     assert all(0 <= results[f'{name}_accuracy'] <= 100 for name in ('finetuned', 'scratch'))
     assert 0 < results['reconstruction_loss'] and 0 < results['reconstruction_loss_of_mean'] <= 1
     with Image.open(finished / 'reconstruction.png') as picture:
@@ -79,8 +70,8 @@ def test_results_and_the_folder_that_loads(finished, folder):
     model = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     assert model.num_classes == 2
     assert model.pretrained_cfg['label_names'] == ['class_0', 'class_1']
-    data = demo_data.load_data(folder, 'test_spikformer_v2')
-    accuracy, rates = training.evaluate(model, demo_data.make_loader(data, 8, torch.device('cpu'), is_training=False))
+    loader = make_loader(read_splits(folder)['test'], training_config('test_spikformer_v2'), 8)
+    accuracy, rates = training.evaluate(model, loader)
     assert accuracy == results['accuracy'] and rates == pytest.approx(results['firing_rates'])
 
 
@@ -107,17 +98,47 @@ def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
 
 
 def test_a_new_run_is_not_resumed_from_an_old_one(finished, folder, tmp_path, monkeypatch):
-    """Nothing of what another run has left in the folder is taken for a stage of the run that is resumed."""
+    """Checkpoints of another run in the folder are not taken for stages of the run that is resumed."""
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_spikformer.demo.load_data', interrupt)
+    monkeypatch.setattr('timm_spikformer.demo.demo.train', interrupt)
     with pytest.raises(SystemExit, match='--resume'):
         run_demo(output, '--data', folder, '--epochs', 5, '--seed', 1)
-    assert not list(output.glob('*.pth.tar'))
+    assert not list(output.glob('*.pth.tar')) and not (output / 'results.json').exists()
+
+
+@pytest.mark.parametrize('args', [
+    ['--epochs', 0], ['--model', 'resnet18'], ['--device', 'abacus'], ['--data', 'nowhere'], ['--batch-size', 128],
+])
+def test_bad_arguments_leave_the_output_folder_as_it_was(args, folder, tmp_path):
+    """A checkpoint of train.py in it, for example."""
+    (tmp_path / 'model_best.pth.tar').write_bytes(b'precious')
+    with pytest.raises(SystemExit, match='error: '):
+        run_demo(tmp_path, '--data', folder, *args)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('model_best.pth.tar', b'precious')]
+
+
+def test_files_of_others_stay(finished, folder, tmp_path):
+    output = tmp_path / 'output'
+    shutil.copytree(finished, output)
+    (output / 'model_best.pth.tar').write_bytes(b'precious')
+    (output / 'notes.txt').write_text('mine')
+    run_demo(output, '--data', folder, '--stages', 'train', '--epochs', 1)
+    assert (output / 'model_best.pth.tar').read_bytes() == b'precious' and (output / 'notes.txt').read_text() == 'mine'
+    assert {path.name for path in output.iterdir()} == {
+        'model_best.pth.tar', 'notes.txt', 'args.json', 'model', 'results.json', 'supervised.pth.tar', MANIFEST}
+
+
+@pytest.mark.parametrize('name', ['supervised.pth.tar', 'args.json'])
+def test_a_file_of_somebody_else_is_not_replaced(name, folder, tmp_path):
+    (tmp_path / name).write_bytes(b'precious')
+    with pytest.raises(SystemExit, match=f'error: .*{name}'):
+        run_demo(tmp_path, '--data', folder, '--stages', 'train', '--epochs', 1)
+    assert (tmp_path / name).read_bytes() == b'precious'
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -134,101 +155,137 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {'epoch': 0}
 
 
-def test_quick(tmp_path):
-    """On the shipped images."""
+def test_quick(tmp_path, capsys):
+    """All stages on the shipped images."""
     results = run_demo(tmp_path, '--quick', '--model', 'spikformer_v2_2_64_patch4_32')
-    assert results['labelled'] == 40 and results['seconds'] < 300
+    assert results['labeled'] == 40 and results['seconds'] < 300 and 85 < results['shipped_accuracy'] < 90
+    out = capsys.readouterr().out
+    assert '86.8 % of 1,000 images of Fashion-MNIST, test split are right' in out and 'Ankle boot' in out
+
+
+def test_stages(tmp_path):
+    """Each of them alone."""
+    results = run_demo(tmp_path, '--stages', 'classify')
+    assert set(results) == {'shipped_accuracy', 'seconds'} and results['seconds'] < 20
+    with Image.open(tmp_path / 'predictions.png') as picture:
+        assert np.asarray(picture).std() > 10
+    results = run_demo(tmp_path, '--quick', '--stages', 'pretrain', '--model', 'spikformer_v2_2_64_patch4_32')
+    assert 'finetuned_accuracy' in results and 'accuracy' not in results
+    assert not (tmp_path / 'predictions.png').exists() and (tmp_path / 'reconstruction.png').exists()
+
+
+def test_a_class_of_one_image_and_300_classes(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 8, 8), dtype=np.uint8)
+    for label in range(300):
+        (tmp_path / 'data' / str(label)).mkdir(parents=True)
+        for i in range(1 if label == 7 else 2):
+            Image.fromarray(pixels[label]).save(tmp_path / 'data' / str(label) / f'{i}.png')
+    results = run_demo(tmp_path / 'out', '--quick', '--data', tmp_path / 'data', '--stages', 'train')
+    assert results['tested_on'] == '100 images of data, held-out tenth'
 
 
 def test_ctrl_c(folder, tmp_path):
-    """A real interrupt of a real process, at whatever it is doing after its first checkpoint."""
-    command = [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--output', str(tmp_path)]
+    """Interrupt a real process after its first checkpoint, whatever it is doing then."""
+    output = tmp_path / 'a folder'
+    command = [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--output', str(output)]
     env = dict(os.environ, OMP_NUM_THREADS='1')
     process = subprocess.Popen(
-        [*command, '--data', str(folder), '--epochs', '1000'], env=env, stderr=subprocess.PIPE, text=True)
+        [*command, '--data', str(folder), '--epochs', '1000'], env=env, stderr=subprocess.PIPE, text=True,
+        # in the background of a shell, SIGINT is ignored, and Python leaves it so
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.monotonic() + 120
-    while not (tmp_path / 'supervised.pth.tar').is_file() and time.monotonic() < deadline:
+    while not (output / 'supervised.pth.tar').is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f'timm-spikformer demo --resume --output {tmp_path}' in err and 'Traceback' not in err
-    assert torch.load(tmp_path / 'supervised.pth.tar', weights_only=True)['state_dict']
+    assert f"timm-spikformer demo --resume --output '{output}'" in err and 'Traceback' not in err
+    assert torch.load(output / 'supervised.pth.tar', weights_only=True)['state_dict']
 
 
-def test_parquet_without_a_test_split(folder, tmp_path):
-    """A tenth of each class is held out, the same at the same seed."""
-    train = datasets.load_dataset(str(folder), split='train')
-    train.to_parquet(tmp_path / 'train.parquet')
-    data = demo_data.load_data(tmp_path, 'test_spikformer_v2', seed=3)
-    assert (len(data.train), len(data.test)) == (90, 10)
-    again = demo_data.load_data(tmp_path, 'test_spikformer_v2', seed=3)
-    assert data.test.reader.dataset['label'] == again.test.reader.dataset['label']
-    assert set(data.test.reader.dataset['label']) == {0, 1}
+def test_the_printed_commands_can_be_pasted(folder, tmp_path, capsys):
+    output = tmp_path / "it's [red] here"
+    run_demo(output, '--data', folder, '--stages', 'train', '--epochs', 1)
+    lines = capsys.readouterr().out.splitlines()
+    printed = {line[2:22].strip(): shlex.split(line[24:]) for line in lines if line[22:24] == '  '}
+    code = printed['load it'][2]
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+    assert printed['profile it'] == [
+        'timm-spikformer', 'profile', 'test_spikformer_v2', '--checkpoint', str(output / 'model')]
 
 
-def test_parquet_of_plain_integers(folder, tmp_path):
-    train = datasets.load_dataset(str(folder), split='train').cast_column('label', datasets.Value('int64'))
-    train.to_parquet(tmp_path / 'train.parquet')
-    data = demo_data.load_data(tmp_path, 'test_spikformer_v2')
-    assert data.classes == ['0', '1'] and len(data.test) == 10
+@pytest.mark.parametrize('damage, message', [
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), 'is damaged or is not a checkpoint of this run'),
+    (lambda path: torch.save([1], path), 'is damaged or is not a checkpoint of this run'),
+    (lambda path: torch.save({'state_dict': {}}, path), 'is damaged or is not a checkpoint of this run'),
+], ids=['cut', 'list', 'empty'])
+def test_resuming_from_a_damaged_checkpoint(damage, message, finished, tmp_path):
+    output = tmp_path / 'output'
+    shutil.copytree(finished, output)
+    damage(output / 'supervised.pth.tar')
+    with pytest.raises(SystemExit, match=f'error: .*supervised.pth.tar {message}'):
+        run_demo(output, '--resume')
 
 
-@pytest.mark.parametrize('files, message', [
-    (None, 'is not a folder'),
-    ({}, 'holds no images'),
-    ({'notes.txt': b'no picture'}, 'has the columns text'),
-], ids=['missing', 'empty', 'text'])
-def test_folder_without_images(files, message, tmp_path):
-    data = tmp_path / 'data'
-    if files is not None:
-        data.mkdir()
-        for name, content in files.items():
-            (data / name).write_bytes(content)
-    with pytest.raises(SystemExit, match=message + '.*Expected DIR'):
-        run_demo(tmp_path / 'out', '--data', data)
+@pytest.mark.parametrize('text', ['', '{"epochs": 1}', '[]', '{broken'])
+def test_resuming_from_damaged_arguments(text, finished, tmp_path):
+    output = tmp_path / 'output'
+    shutil.copytree(finished, output)
+    (output / 'args.json').write_text(text)
+    with pytest.raises(SystemExit, match='error: .*args.json .*Start without --resume'):
+        run_demo(output, '--resume')
 
 
-def test_folder_of_one_class(tmp_path):
-    write_images(tmp_path / 'data' / 'train', 'train', classes=1, count=4)
-    write_images(tmp_path / 'data' / 'test', 'test', classes=1, count=4)
-    with pytest.raises(SystemExit, match='images of one class only, or no labels'):
-        run_demo(tmp_path / 'out', '--data', tmp_path / 'data')
+def test_resuming_with_an_argument_of_another_type(finished, tmp_path):
+    output = tmp_path / 'output'
+    shutil.copytree(finished, output)
+    settings = json.loads((output / 'args.json').read_text())
+    (output / 'args.json').write_text(json.dumps(dict(settings, epochs='ten')))
+    with pytest.raises(SystemExit, match="error: .*args.json holds epochs = 'ten'"):
+        run_demo(output, '--resume')
 
 
-def test_parquet_of_other_columns(tmp_path):
-    datasets.Dataset.from_dict({'pixels': [[1, 2]], 'target': [0]}).to_parquet(tmp_path / 'train.parquet')
-    with pytest.raises(SystemExit, match='columns pixels, target.*columns image and label'):
-        run_demo(tmp_path / 'out', '--data', tmp_path)
-
-
-def test_parquet_of_text_labels(folder, tmp_path):
-    train = datasets.load_dataset(str(folder), split='train')
-    train = train.cast_column('label', datasets.Value('string'))
-    train.to_parquet(tmp_path / 'train.parquet')
-    with pytest.raises(SystemExit, match="labels such as '0', expected integers or a ClassLabel"):
-        run_demo(tmp_path / 'out', '--data', tmp_path)
+def test_progress_counts_the_work_of_all_stages():
+    stages = [training.Stage('a', 'A', 2, 0.1, 8), training.Stage('b', 'B', 1, 0.1, 8, cost=0.5)]
+    images = read_splits()['test'].spread(20)
+    total = sum(stage.work(images) for stage in stages)
+    assert total == 2 * 16 + 0.5 * 16
+    with training.Progress(total) as progress:
+        progress.skip(16)
+        progress.update(16)
+        progress.update(100)
+        assert progress.bar.n == total and progress.bar.initial == 16
 
 
 def test_fewer_images_than_a_batch(folder, tmp_path):
-    with pytest.raises(SystemExit, match='100 training images, fewer than --batch-size 128'):
+    """Also in a later stage: it is known before the first one."""
+    with pytest.raises(SystemExit, match='Training has 100 images, fewer than its batch size of 128'):
         run_demo(tmp_path, '--data', folder, '--batch-size', 128)
+    with pytest.raises(SystemExit, match='Fine-tuning has 4 images, fewer than its batch size of 8'):
+        run_demo(tmp_path, '--data', folder, '--labeled', 4)
+    assert not list(tmp_path.iterdir())
 
 
-def test_nan_in_the_images(folder, tmp_path):
-    data = demo_data.load_data(folder, 'test_spikformer_v2')
-    loader = [(torch.full((2, 3, 32, 32), float('nan')), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(ValueError, match='not finite'):
-        training.evaluate(timm.create_model('test_spikformer_v2', num_classes=len(data.classes)), loader)
+@pytest.mark.parametrize('encoding, width', [('ascii', 40), ('utf-8', 30)])
+def test_terminals(encoding, width, folder, tmp_path):
+    env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_spikformer.cli', 'demo', '--stages', 'classify', '--output', tmp_path / 'é µ'],
+        env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b'Ankle boot' in done.stdout and b'\x1b' not in done.stdout
 
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'resnet18'], "no Spikformer 'resnet18', expected one of .*spikformer_v2_8_512"),
     (['--resume'], 'no .*args.json to resume from'),
-    (['--time-steps', 0], 'time_steps must be an integer of at least 1, got 0'),
+    (['--time-steps', 0], '--time-steps must be at least 1, got 0'),
     (['--epochs', 0], '--epochs must be at least 1, got 0'),
     (['--mask-ratio', 1], '--mask-ratio must be greater than 0 and less than 1, got 1'),
-    (['--device', 'abacus'], 'device'),
+    (['--lr', 0], '--lr must be greater than 0, got 0'),
+    (['--lr', 'nan'], '--lr must be greater than 0, got nan'),
+    (['--seed', -1], '--seed must be from 0'),
+    (['--device', 'abacus'], '--device abacus cannot be used'),
 ])
 def test_bad_arguments(args, message, tmp_path):
     with pytest.raises(SystemExit, match=message):

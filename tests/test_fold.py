@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, SpikformerMAE
-from timm_spikformer.demo.data import load_data, make_loader
+from timm_spikformer.images import make_loader, read_splits, training_config
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
 NORMS = ('BatchNorm1d', 'BatchNorm2d', 'SyncBatchNorm', 'FrozenBatchNorm2d')
@@ -208,7 +208,7 @@ def test_few_spikes_of_a_trained_model_flip():
     """Of 250 test images. One flipped spike changes the currents of what follows, so there may be more behind it."""
     name = 'spikformer_v2_2_64_patch4_32'
     model = timm.create_model(name, pretrained=True).eval()
-    x, _ = next(iter(make_loader(load_data(None, name), 250, torch.device('cpu'), is_training=False)))
+    x, _ = next(iter(make_loader(read_splits()['test'], training_config(), 250)))
     (logits, spikes), (folded_logits, folded_spikes) = (spikes_of(m, x) for m in (model, reparameterize_model(model)))
     flipped = sum((a != b).sum().item() for a, b in zip(spikes, folded_spikes))
     assert flipped <= 1e-5 * sum(s.numel() for s in spikes)

@@ -455,7 +455,7 @@ def test_pipeline_classifies_better_than_chance(tmp_path):
     """Trained for seconds on 1,000 shipped images, it names others right at least four times as often as by chance."""
     import datasets
 
-    from timm_spikformer.demo.data import FASHION_MNIST
+    from timm_spikformer.images import FASHION_MNIST
     train = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'train.parquet')).shuffle(seed=0).select(range(1000))
     test = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).shuffle(seed=0).select(range(100))
     names = train.features['label'].names

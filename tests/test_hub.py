@@ -16,8 +16,8 @@ from loopback_hub import Fault, File, LoopbackHub, Repo, User
 
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.publishing import save_folder
-from timm_spikformer.publishing.checkpoint import from_model, set_labels
 from timm_spikformer.publishing.folder import example_images
+from timm_spikformer.reading import from_model, set_labels
 
 REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -280,7 +280,7 @@ def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(cases, hub, cli
             assert first == hub.repos[f'me/case{i}'].branches['main'] and 'model.safetensors' in left
         else:
             assert first.startswith('RuntimeError The upload to me/case')
-            assert first.endswith('Run the same again to finish it.')
+            assert first.endswith('Run the same command again to finish it.')
             assert left == ['.gitattributes']
         head = hub.repos[f'me/case{i}'].branches['main']
         assert second == head and 'model.safetensors' in hub.repos[f'me/case{i}'].commits[head].files
@@ -296,17 +296,110 @@ def test_an_upload_that_is_killed_leaves_nothing(hub, client, shipped):
     assert [list(c.files) for c in hub.repos[REPO].commits.values()] == [['.gitattributes']]
 
 
-def test_a_publication_replaces_what_an_earlier_one_left(hub, client, shipped):
-    client.run("""
+def test_files_of_a_repository_are_removed_only_if_they_are_ours(hub, client, shipped):
+    """By the manifest in the repository; what its owner or somebody else put there stays."""
+    out = client.run(FAULTS + """
     from huggingface_hub import HfApi
+    from timm_spikformer.publishing import publish, read_checkpoint
     api = HfApi()
-    api.create_repo('me/old')
+    api.create_repo('me/foreign')
     for name in ('pytorch_model.bin', 'model-00001-of-00002.safetensors', 'notes.txt'):
-        api.upload_file(path_or_fileobj=b'old', path_in_repo=name, repo_id='me/old')""")
-    client.publish(shipped / 'model', '--repo', 'me/old')
-    files = hub.repos['me/old'].commits[hub.repos['me/old'].branches['main']].files
-    assert {'notes.txt', 'model.safetensors'} <= files.keys()
-    assert not {'pytorch_model.bin', 'model-00001-of-00002.safetensors'} & files.keys()
+        api.upload_file(path_or_fileobj=b'old', path_in_repo=name, repo_id='me/foreign')
+    checkpoint = read_checkpoint(sys.argv[1])
+    publish(checkpoint, 'me/foreign', 'mit')
+    print(json.dumps(state('me/foreign')))
+    api.upload_file(path_or_fileobj=b'mine', path_in_repo='more_notes.txt', repo_id='me/foreign')
+    Path('out').mkdir()
+    publish(checkpoint, 'me/foreign', 'mit', output='out')
+    Path('out/secret.txt').write_text('secret')
+    from timm_spikformer.reading import Training
+    checkpoint.training = Training('timm')
+    publish(checkpoint, 'me/foreign', 'mit', output='out')
+    print(json.dumps(state('me/foreign')))
+    checkpoint.training = None
+    publish(checkpoint, 'me/foreign', 'mit', output='out')
+    print(json.dumps(state('me/foreign')))
+    print(json.dumps(sorted(os.listdir('out'))))
+    """, shipped / 'model')
+    first, second, third, folder = (set(json.loads(line)) for line in out.stdout.splitlines())
+    theirs = {'pytorch_model.bin', 'model-00001-of-00002.safetensors', 'notes.txt'}
+    assert theirs | {'model.safetensors', '.timm-spikformer.json'} <= first
+    assert second == first | {'more_notes.txt', 'training_args.yaml'}
+    assert third == first | {'more_notes.txt'}
+    assert folder == third - theirs - {'more_notes.txt', '.gitattributes'} | {'secret.txt'}
+
+
+def test_a_repository_that_is_not_known_is_not_touched(hub, client, shipped):
+    """Whatever the Hub answers instead of its content, other than that there is none, stops a publication."""
+    published = put(hub, 'me/theirs', shipped / 'model')
+    config = json.loads(published['config.json'].data)
+    for name, text in (('me/other', json.dumps({**config, 'architecture': 'resnet18'})), ('me/unknown', '{}'),
+                       ('me/broken', '{'), ('me/list', '[]')):
+        hub.repos[name] = Repo()
+        hub.repos[name].add('main', 'put there', {**published, 'config.json': File(text.encode(), False)})
+    hub.repos['me/manifest'] = Repo()
+    hub.repos['me/manifest'].add('main', 'put there', {
+        **published, '.timm-spikformer.json': File(b'{"files": 3}', False)})
+    before = {name: dict(repo.branches) for name, repo in hub.repos.items()}
+    cases = [(pattern, kind) for pattern in (
+        'GET /api/models/me/theirs', '(HEAD|GET) .*/config.json', '(HEAD|GET) .*/.timm-spikformer.json')
+        for kind in ('500', '403', 'cut')]
+    out = client.run(FAULTS + """
+    from timm_spikformer.publishing import publish, read_checkpoint
+    checkpoint = read_checkpoint(sys.argv[1])
+    for pattern, kind in json.loads(sys.argv[2]):
+        set_faults((pattern, kind, 100))
+        print(attempt(lambda: publish(checkpoint, 'me/theirs', 'mit')))
+    set_faults()
+    for name in ('other', 'unknown', 'broken', 'list', 'manifest'):
+        print(attempt(lambda: publish(checkpoint, f'me/{name}', 'mit')))
+    print(attempt(lambda: publish(checkpoint, 'me/theirs', 'mit', private=True)))
+    """, shipped / 'model', json.dumps(cases)).stdout.splitlines()
+    assert {name: dict(repo.branches) for name, repo in hub.repos.items()} == before
+    for (pattern, kind), line in zip(cases, out):
+        assert re.match('RuntimeError The Hub (cannot be reached|does not answer)', line), (pattern, kind, line)
+    other, unknown, broken, a_list, manifest, public = out[len(cases):]
+    assert 'holds resnet18, and this is a spikformer_v2_2_64_patch4_32' in other
+    assert 'holds another model, and this' in unknown
+    assert 'config.json of the repository me/broken is not JSON' in broken
+    assert 'config.json of the repository me/list is not that of a model' in a_list
+    assert manifest.startswith('ValueError') and 'manifest' in manifest
+    assert public.startswith('ValueError The repository me/theirs is public. Make it private in its settings')
+
+
+def test_a_thousand_named_classes(hub, client, images):
+    """By the pipeline, by timm, and after transformers has saved them again: in order each time."""
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=1000, time_steps=1), images)
+    with torch.no_grad():
+        torch.save((images[:1], model(images[:1]), None), client.folder / 'expected.pt')
+    names = [f'{chr(97 + i % 26)} {i}' for i in range(1000)]
+    (client.folder / 'labels.txt').write_text('\n'.join(names) + '\n')
+    save_folder(from_model(model), client.folder / 'model')
+    client.publish('model', '--repo', 'me/thousand', '--labels', 'labels.txt')
+    out = client.run(LOADERS + """
+    import timm, timm_spikformer
+    from transformers import AutoModelForImageClassification, pipeline
+    from PIL import Image
+    names = [f'{chr(97 + i % 26)} {i}' for i in range(1000)]
+    image = Image.new('RGB', (80, 70), (200, 90, 10))
+    AutoModelForImageClassification.from_pretrained('me/thousand').push_to_hub('me/again')
+    for repo in ('me/thousand', 'me/again'):
+        model = timm.create_model(f'hf-hub:{repo}', pretrained=True).eval()
+        same(repo, model(x))
+        assert list(model.pretrained_cfg['label_names']) == names
+        hf_model = AutoModelForImageClassification.from_pretrained(repo).eval()
+        assert [hf_model.config.id2label[i] for i in range(1000)] == names
+        assert list(hf_model.config.id2label.values()) == names
+        assert [hf_model.config.label2id[name] for name in names] == list(range(1000))
+        if repo == 'me/thousand':
+            classify = pipeline('image-classification', model=repo, device='cpu', top_k=1000)
+            scores = {p['label']: p['score'] for p in classify(image, function_to_apply='none')}
+            pixels = classify.image_processor(image, return_tensors='pt').pixel_values
+            assert [scores[name] for name in names] == hf_model(pixels).logits[0].tolist()
+            print('same pipeline')
+    """, 'expected.pt')
+    assert out.stdout.count('same') == 3
 
 
 def test_who_may_not_publish(hub, client, shipped):
@@ -339,7 +432,7 @@ def test_a_repository_of_another_model_or_with_the_tag(hub, client, shipped, ima
     print(attempt(lambda: publish('other', sys.argv[2], 'mit', tag='v1')))
     """, shipped / 'model', REPO)
     architecture, tag = out.stdout.splitlines()
-    assert f'{REPO} holds a test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32. Choose' in architecture
+    assert f'{REPO} holds test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32. Choose' in architecture
     assert f"The repository {REPO} has a tag 'v1' already. Choose another." in tag
     assert hub.repos[REPO].branches == before
 
@@ -431,7 +524,7 @@ TRAIN = """
     from pathlib import Path
     from transformers import Trainer, TrainingArguments, AutoImageProcessor, CLIPImageProcessor
     from timm_spikformer import *
-    from timm_spikformer.demo.data import FASHION_MNIST
+    from timm_spikformer.images import FASHION_MNIST
 
     def data(is_mim):
         processor = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))

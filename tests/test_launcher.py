@@ -48,15 +48,42 @@ def test_a_script_fails_without():
     assert result.returncode != 0 and 'Unknown model' in result.stderr
 
 
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_child_processes_know_the_models(method):
+    """Workers of a DataLoader, children and their children; what they return is of the script's own classes."""
+    script = str(SCRIPTS / 'spawn.py')
+    (report,) = lines(run('-m', 'timm_spikformer', script, method))
+    assert report == dict(
+        loader=[3, 4], child=5, grandchild=5, is_ours=True, file=script, argv=[script, method])
+
+
+def test_a_symlinked_script_finds_its_neighbours(tmp_path):
+    (tmp_path / 'link.py').symlink_to(SCRIPTS / 'create_model.py')
+    (report,) = lines(run('-m', 'timm_spikformer', tmp_path / 'link.py', '7'))
+    assert report['neighbour'] == 'neighbour' and report['argv'] == [str(tmp_path / 'link.py'), '7']
+
+
+def test_the_safe_path_is_kept(tmp_path):
+    """Neither the folder of the script nor the current one is on the path, and nothing is taken off it."""
+    (tmp_path / 'script.py').write_text('import json, sys; print(json.dumps(dict(path=sys.path)))')
+    expected = lines(run('-P', '-c', 'import json, sys; print(json.dumps(dict(path=sys.path)))'))
+    assert lines(run('-P', '-m', 'timm_spikformer', tmp_path / 'script.py')) == expected
+
+
+def test_help():
+    result = run('-m', 'timm_spikformer', '--help')
+    assert result.stdout.startswith('Run a script') and not result.stderr
+
+
 def test_no_script():
     result = run('-m', 'timm_spikformer', check=False)
-    assert result.returncode != 0 and 'python -m timm_spikformer SCRIPT ARGS' in result.stderr
+    assert result.returncode == 1 and 'Expected: python -m timm_spikformer SCRIPT ARGS' in result.stderr
     result = run('-m', 'timm_spikformer', 'nowhere.py', check=False)
-    assert result.returncode != 0 and "there is no script 'nowhere.py'" in result.stderr
+    assert result.returncode == 1 and "There is no script 'nowhere.py'" in result.stderr
 
 
 def test_run_mae_is_refused(tmp_path):
-    """It would train a ViTMAE in silence."""
+    """It would train a ViTMAE without a word."""
     (tmp_path / 'run_mae.py').write_text('print("trained a ViTMAE")')
     result = run('-m', 'timm_spikformer', tmp_path / 'run_mae.py', check=False)
     assert result.returncode != 0 and not result.stdout and 'Pre-train with run_mim.py' in result.stderr

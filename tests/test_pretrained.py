@@ -1,5 +1,7 @@
 """`pretrained=True`: what the package ships, what it refuses, and what it says where there is nothing."""
 import json
+import socket
+import time
 
 import datasets
 import pytest
@@ -10,9 +12,9 @@ from timm.models import save_for_hf
 
 import timm_spikformer
 from timm_spikformer import pretrained
-from timm_spikformer.demo.data import FASHION_MNIST, load_data, make_loader
 from timm_spikformer.demo.training import evaluate
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -28,11 +30,11 @@ def namespace(monkeypatch):
 def test_the_shipped_weights_classify(monkeypatch):
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
-    data = load_data(None, SHIPPED.split('.')[0])
-    top1, rates = evaluate(model, make_loader(data, 250, torch.device('cpu'), is_training=False))
+    test = read_splits()['test']
+    top1, rates = evaluate(model, make_loader(test, data_config(model), 250))
     assert 85. < top1 < 95.
     assert min(rates.values()) > 0.005
-    assert tuple(data.classes) == tuple(model.pretrained_cfg['label_names'])
+    assert tuple(test.classes) == tuple(model.pretrained_cfg['label_names'])
 
 
 def test_damaged_weights_are_refused(monkeypatch):
@@ -132,3 +134,38 @@ def test_a_config_says_what_timm_needs(name):
 def test_the_labels_of_the_shipped_data():
     names = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).features['label'].names
     assert list(timm.get_pretrained_cfg(SHIPPED).label_names) == names
+
+
+# -- without a network
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """An address where connections are accepted and nothing is answered."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        endpoint = f'http://127.0.0.1:{server.getsockname()[1]}'
+        monkeypatch.setattr(pretrained.constants, 'ENDPOINT', endpoint)
+        yield endpoint
+
+
+def test_a_hub_that_does_not_answer_is_told_within_five_seconds(silent_hub):
+    start = time.monotonic()
+    try:
+        with pytest.warns(UserWarning, match='The Hub cannot be reached: .* The models of org are not listed'):
+            timm_spikformer.set_hub_namespace('org')
+        assert time.monotonic() - start < 5.
+    finally:
+        timm_spikformer.set_hub_namespace(None)
+
+
+def test_no_network_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(pretrained.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    start = time.monotonic()
+    try:
+        with pytest.warns(UserWarning, match='The Hub cannot be reached'):
+            timm_spikformer.set_hub_namespace('org')
+        overlay = dict(hf_hub_id='org/nothing')
+        with pytest.raises(RuntimeError, match='The Hub cannot be reached: .*Check the network|is not in the cache'):
+            timm.create_model('spikformer_v2_8_512.in1k', pretrained=True, pretrained_cfg_overlay=overlay)
+    finally:
+        timm_spikformer.set_hub_namespace(None)
+    assert time.monotonic() - start < 5.

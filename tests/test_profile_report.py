@@ -1,8 +1,11 @@
-"""What a profile looks like: samples, pictures, tables, the page, the command, TensorBoard."""
+"""What a profile looks like: activity, pictures, tables, the page, the command, TensorBoard."""
 import io
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -23,10 +26,22 @@ from timm_spikformer import (
     SpikformerTrainer,
     cli,
 )
+from timm_spikformer.folders import MANIFEST, write_file
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.profiling import log_profile, look, print_profile, print_steps, profile, render, write_report
+from timm_spikformer.profiling import (
+    COST_MODELS,
+    log_profile,
+    print_profile,
+    print_steps,
+    profile,
+    record_activity,
+    render,
+    report,
+    write_report,
+)
+from timm_spikformer.profiling.activity import default_layers
+from timm_spikformer.profiling.choices import COST_NAMES
 from timm_spikformer.profiling.report import to_html
-from timm_spikformer.profiling.samples import default_layers
 from timm_spikformer.publishing import publish
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
@@ -38,43 +53,43 @@ def labels():
     return torch.arange(16) % 10
 
 
-# -- samples
+# -- activity
 
 def test_rasters_are_spikes_of_the_layer(model, images):
     spikes = []
     neuron = model.blocks[0].mlp.fc1.lif
     handle = neuron.register_forward_hook(lambda m, args, out: spikes.append(out))
-    samples = look(model, images[:3], ['blocks.0.mlp.fc1', 'stem.stages.0.' + (
+    activity = record_activity(model, images[:3], ['blocks.0.mlp.fc1', 'stem.stages.0.' + (
         'down' if hasattr(model.stem.stages[0], 'down') else 'proj')])
     handle.remove()
-    raster = samples.rasters['blocks.0.mlp.fc1']
+    raster = activity.rasters['blocks.0.mlp.fc1']
     assert raster.shape == (3, 4, 64)
     flat = spikes[0].flatten(2)
     assert torch.equal(raster[:, :, 0], flat[:, :, 0].T) and torch.equal(raster[:, :, -1], flat[:, :, -1].T)
-    assert all(set(r.unique().tolist()) == {0., 1.} for r in samples.rasters.values())
+    assert all(set(r.unique().tolist()) == {0., 1.} for r in activity.rasters.values())
 
 
 def test_attention_maps_are_means_of_the_product(model, images):
     qkv = []
     handle = model.blocks[1].attn.qkv.register_forward_hook(lambda m, args, out: qkv.append(out))
-    samples = look(model, images[:3])
+    activity = record_activity(model, images[:3])
     handle.remove()
     q, k, _ = qkv[0].unflatten(-1, (3, 2, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
     expected = (q @ k.transpose(-2, -1)).mean((0, 2, 3)).view(3, 4, 4)
-    torch.testing.assert_close(samples.attention['blocks.1'], expected)
+    torch.testing.assert_close(activity.attention['blocks.1'], expected)
     assert expected.std() > 0
-    assert list(samples.rasters) == default_layers(model)
+    assert list(activity.rasters) == default_layers(model)
 
 
-def test_look_leaves_the_model_as_it_was(model, images):
+def test_recording_leaves_the_model_as_it_was(model, images):
     hooks = sum(len(m._forward_hooks) for m in model.modules())
     with torch.no_grad():
         before = model(images)
-    samples = look(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
-    torch.testing.assert_close(samples.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
-    assert samples.rasters[default_layers(model)[0]].shape[1] == 2
+    activity = record_activity(model, images[:2], time_steps=2, mean=(0.5,) * 3, std=(0.2,) * 3)
+    torch.testing.assert_close(activity.images, (images[:2] * 0.2 + 0.5).clamp(0, 1))
+    assert activity.rasters[default_layers(model)[0]].shape[1] == 2
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    torch.testing.assert_close(look(model, images[:2]).images, (images[:2] * std + mean).clamp(0, 1))
+    torch.testing.assert_close(record_activity(model, images[:2]).images, (images[:2] * std + mean).clamp(0, 1))
     with torch.no_grad():
         assert torch.equal(model(images), before)
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks and model.time_steps == 4
@@ -82,30 +97,30 @@ def test_look_leaves_the_model_as_it_was(model, images):
 
 def test_reconstructions(model, images):
     mae = SpikformerMAE(model, decoder_embed_dim=32, decoder_depth=1)
-    samples = look(mae, images[:2])
-    assert samples.masked.shape == samples.reconstructed.shape == (2, 3, 64, 64)
-    assert not samples.attention and samples.rasters
-    assert 'reconstructions' in render(profile(mae, images[:4]), samples)
+    activity = record_activity(mae, images[:2])
+    assert activity.masked.shape == activity.reconstructed.shape == (2, 3, 64, 64)
+    assert not activity.attention and activity.rasters
+    assert 'reconstructions' in render(profile(mae, images[:4]), activity)
 
 
 def test_a_layer_that_is_not_there(model, images):
     with pytest.raises(ValueError, match=r"no layer 'blocks.9.mlp' with neurons, expected one of stem.stages.0"):
-        look(model, images, ['blocks.9.mlp'])
+        record_activity(model, images, ['blocks.9.mlp'])
 
 
 # -- tables, pictures and the page
 
 @v2_alone
 def test_pictures(model, images, labels):
-    seen, samples = profile(model, [(images, labels)]), look(model, images[:2])
-    pictures = render(seen, samples)
+    result, activity = profile(model, [(images, labels)]), record_activity(model, images[:2])
+    pictures = render(result, activity)
     assert list(pictures) == ['firing_rates', 'energy', 'anytime', 'rasters', 'attention']
     for png in pictures.values():
         image = Image.open(io.BytesIO(png)).convert('L')
         assert len(image.getcolors(256)) > 10
-    light, dark = (render(seen, samples, 'svg', dark=dark) for dark in (False, True))
+    light, dark = (render(result, activity, 'svg', dark=dark) for dark in (False, True))
     assert light.keys() == pictures.keys() and light['energy'] != dark['energy']
-    assert render(seen, samples, 'svg') == light  # the same profile, the same file
+    assert render(result, activity, 'svg') == light  # the same profile, the same file
     assert 'anytime' not in render(profile(model, images, time_steps=1))
 
 
@@ -133,7 +148,7 @@ class Page(HTMLParser):
 @v2_alone
 def test_the_page_needs_nothing_else(model, images, labels):
     profiles = [profile(model, [(images, labels)], t) for t in (1, 4)]
-    html = to_html(profiles, look(model, images[:2]), '<b>data</b>', ['a <note>'])
+    html = to_html(profiles, record_activity(model, images[:2]), '<b>data</b>', ['a <note>'])
     page = Page(html)
     assert page.open == [] and 'script' not in page.tags
     assert len(page.references) == 2 * 5 + 1 and all(r.startswith('data:') for r in page.references)
@@ -147,30 +162,66 @@ def test_the_page_needs_nothing_else(model, images, labels):
 
 @v2_alone
 def test_report(model, images, tmp_path):
-    seen = profile(model, images)
+    result = profile(model, images)
     (tmp_path / 'mine.txt').write_text('stays')
-    page = write_report(tmp_path, [seen], look(model, images[:2]))
+    page = write_report(tmp_path, [result], record_activity(model, images[:2]))
     assert page == tmp_path / 'index.html'
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
         'mine.txt', 'index.html', 'profile.json', 'layers.csv', 'firing_rates.png', 'energy.png', 'anytime.png',
-        'rasters.png', 'attention.png'}
+        'rasters.png', 'attention.png', MANIFEST}
     (values,) = json.loads((tmp_path / 'profile.json').read_text())
-    assert values['totals']['acs'] == seen.totals.acs
+    assert values['totals']['acs'] == result.totals.acs
 
 
-@pytest.mark.parametrize('width', [80, 140])
+@pytest.mark.parametrize('width', [30, 50, 80, 140])
 def test_tables(model, images, labels, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    seen = profile(model, [(images, labels)])
-    print_profile(seen, console)
-    print_steps(seen, console)
+    result = profile(model, [(images, labels)])
+    print_profile(result, console)
+    print_steps(result, console)
     text = console.export_text()
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    for layer in seen.layers:
-        assert layer.name in rows and '…' not in rows[layer.name]
+    assert '…' not in text and max(map(len, text.splitlines())) <= width
+    for layer in result.layers:
+        assert layer.name[:9] in text if width == 30 else 'J' in rows[layer.name]  # names are on several lines there
     assert ('saturated' in text) == (width == 140)
     assert 'residual = sum' in text and 'energy' in text
+
+
+@v2_alone
+def test_a_terminal_without_the_prefix_micro(model, images, labels):
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    console = Console(file=buffer, width=100)
+    result = profile(model, [(images, labels)])
+    print_profile(result, console)
+    print_steps(result, console)
+    buffer.flush()
+    text = buffer.buffer.getvalue().decode('ascii')
+    assert ' uJ' in text and '?' not in text
+
+
+@v2_alone
+def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
+    result = profile(model, images[:2])
+    (tmp_path / 'index.html').write_text('precious')
+    with pytest.raises(ValueError, match='index.html was not written by timm-spikformer'):
+        write_report(tmp_path, [result])
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('index.html', 'precious')]
+    (tmp_path / 'index.html').unlink()
+    with write_file(tmp_path / 'results.json') as partial:
+        partial.write_text('{}')
+    with pytest.raises(ValueError, match='holds results.json, which another command of timm-spikformer wrote'):
+        write_report(tmp_path, [result])
+
+
+@v2_alone
+def test_a_second_report_replaces_the_first(model, images, tmp_path, monkeypatch):
+    result = profile(model, images[:2])
+    for pictures in ({'energy': b'1', 'anytime': b'2'}, {'energy': b'3'}):
+        monkeypatch.setattr(report, 'render', lambda *args, pictures=pictures: pictures)
+        write_report(tmp_path / 'out', [result])
+    assert (tmp_path / 'out' / 'energy.png').read_bytes() == b'3' and not (tmp_path / 'out' / 'anytime.png').exists()
 
 
 # -- TensorBoard
@@ -184,7 +235,7 @@ def read_events(folder):
 def test_log_profile(model, images, labels, tmp_path):
     writer = SummaryWriter(tmp_path)
     for epoch in (1, 2):
-        log_profile(writer, profile(model, [(images, labels)]), epoch, look(model, images[:2]))
+        log_profile(writer, profile(model, [(images, labels)]), epoch, record_activity(model, images[:2]))
     writer.close()
     tags, events = read_events(tmp_path)
     assert {'profile/firing_rate', 'profile/energy_mj', 'profile/accuracy', 'profile/energy_mj/stem',
@@ -218,6 +269,12 @@ def test_callback(model, images, labels, tmp_path):
 
 # -- the command
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of the time of the command."""
+    monkeypatch.setattr(report, 'render', lambda *args: {})
+
+
 def run(tmp_path, *args):
     cli.main(['profile', *map(str, args), '--output', str(tmp_path / 'out')])
     return json.loads((tmp_path / 'out' / 'profile.json').read_text())
@@ -236,15 +293,18 @@ def test_command(tmp_path, capsys):
     assert 'head.fc' in capsys.readouterr().out
 
 
-def test_command_with_a_cost_of_ones_own(tmp_path, capsys):
+def test_command_with_a_cost_of_ones_own(tmp_path, no_pictures):
     (values,) = run(tmp_path, SHIPPED, '--images', 4, '--cost', '2,0.5')
     assert values['totals']['energy_mj'] == pytest.approx(
         (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
-    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', 'could not convert'), ('1,2,3', 'two values'),
+    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', "got '1,x'"), ('1,2,3', 'two values'),
                           ('-1,2', 'not negative')):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=f'error: .*{message}'):
             run(tmp_path, SHIPPED, f'--cost={text}')
-        assert message in capsys.readouterr().err
+
+
+def test_the_help_names_the_cost_models():
+    assert COST_NAMES == tuple(COST_MODELS)
 
 
 def test_command_calibrates(tmp_path, capsys):
@@ -252,7 +312,7 @@ def test_command_calibrates(tmp_path, capsys):
     assert min(x['silent'] for x in values['layers'] if x['silent'] is not None) < 1
     assert values['accuracy'] is None  # of 1000 classes
     out = capsys.readouterr().out
-    assert 'The weights are random' in out and 'the model has 1000 classes' in out
+    assert 'The weights are random' in out and 'there are 10 classes, and the model has 1000' in out
 
 
 def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
@@ -264,7 +324,7 @@ def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
     publish(model, 'me/name', 'mit', output=tmp_path / 'folder', dry_run=True)
     (again,) = run(tmp_path, f'local-dir:{tmp_path / "folder"}', '--data', tmp_path / 'images' / 'class_0')
     assert again['totals'] == values['totals']
-    assert 'the images have no labels' in (tmp_path / 'out' / 'index.html').read_text()
+    assert 'there are no labels' in (tmp_path / 'out' / 'index.html').read_text()
 
 
 def test_command_on_a_masked_autoencoder(tmp_path):
@@ -277,6 +337,52 @@ def test_command_on_a_masked_autoencoder(tmp_path):
     assert (tmp_path / 'out' / 'reconstructions.png').is_file()
 
 
+def test_no_accuracy_against_other_classes(tmp_path, capsys, no_pictures):
+    """Ten classes, as many as the model has, of other names."""
+    write_images(tmp_path / 'images', 'test', classes=10, count=2)
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'images')
+    assert values['accuracy'] is None and values['images'] == 20
+    assert "the class 'class_0' is not one of the model, whose classes are 'T-shirt/top'" in ' '.join(
+        capsys.readouterr().out.split())
+
+
+def test_accuracy_of_classes_in_another_order(tmp_path, no_pictures):
+    """Folders with the names of the model's classes, whose natural order is not the model's."""
+    names = timm.get_pretrained_cfg(SHIPPED).label_names
+    write_images(tmp_path / 'all', 'test', classes=10, count=10)
+    (tmp_path / 'all' / 'class_0').rename(tmp_path / 'all' / 'Zebra')
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'all')
+    assert values['accuracy'] is None
+    for i in range(1, 10):
+        (tmp_path / 'all' / f'class_{i}').rename(tmp_path / 'all' / names[i])
+    shutil.rmtree(tmp_path / 'all' / 'Zebra')
+    (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'all')
+    assert values['accuracy'] > 0.75 and values['images'] == 90
+
+
+def test_accuracy_of_a_model_that_does_not_name_its_classes(tmp_path, capsys, no_pictures):
+    model = timm.create_model(SHIPPED, pretrained=True)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
+    (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'a.pth', '--images', 50)
+    assert values['accuracy'] > 0.7
+    assert 'The model does not name its classes' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize('encoding, width', [('ascii', 30), ('latin-1', 200)])
+def test_command_in_any_terminal(encoding, width, tmp_path):
+    """As a process, in a folder whose name has brackets and characters that the terminal does not have."""
+    output = tmp_path / '[red]\u00b5 \u4e2d[/red]'
+    env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_spikformer.cli', 'profile', SHIPPED, '--images', '4', '--output', output], env=env,
+        capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (output / 'index.html').is_file()
+    last = done.stdout.decode(encoding).splitlines()[-1]
+    assert last.startswith('Page: ') and '[red]' in last and last.endswith('[/red]/index.html')
+    assert b'\x1b' not in done.stdout
+
+
 @pytest.mark.parametrize('args, message', [
     (['resnet18'], "There is no Spikformer 'resnet18'"),
     (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
@@ -284,6 +390,7 @@ def test_command_on_a_masked_autoencoder(tmp_path):
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
     ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
+    ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),
     ([SHIPPED, '--layers', 'head.fc'], "There is no layer 'head.fc' with neurons"),
 ])
 def test_command_with_bad_input(args, message, tmp_path, capsys):

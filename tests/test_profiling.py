@@ -91,12 +91,12 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
             m.register_forward_hook(lambda m, args, out: spikes.update(qkv=out))
     with torch.no_grad():
         tiny(x)
-    seen = profile(tiny, x, conventions=Conventions(**EXACT))
-    nonzero_seen = seen.under(residual='nonzero')
-    mean = seen.under(fan_out='dense')
+    result = profile(tiny, x, conventions=Conventions(**EXACT))
+    nonzero = result.under(residual='nonzero')
+    mean = result.under(fan_out='dense')
 
     for name, (m, layer_input) in inputs.items():
-        layer = seen.layer(name if name == 'head.fc' else name.rpartition('.')[0])
+        layer = result.layer(name if name == 'head.fc' else name.rpartition('.')[0])
         dense, real, total, nonzero = by_hand(m, layer_input)
         steps = 1 if layer.input in ('image', 'features') else 3
         assert layer.dense_macs * len(x) * steps == dense
@@ -105,7 +105,7 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
         else:
             assert 0 < total < dense
             assert sum(layer.acs) * len(x) == pytest.approx(total, abs=1e-6)
-            assert sum(nonzero_seen.layer(layer.name).acs) * len(x) == pytest.approx(nonzero, abs=1e-6)
+            assert sum(nonzero.layer(layer.name).acs) * len(x) == pytest.approx(nonzero, abs=1e-6)
             rate = layer_input.mean().item()
             assert sum(mean.layer(layer.name).acs) * len(x) == pytest.approx(rate * dense, rel=1e-6)
             if isinstance(m, nn.Linear):
@@ -115,10 +115,10 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
     qk, kv = attention_by_hand(q, k, v)
     N, d = q.shape[-2:]
     assert N < d  # so that (q k^T) v is the cheaper one
-    coincident = seen.under(attention='coincidence').layer('blocks.0.attn')
+    coincident = result.under(attention='coincidence').layer('blocks.0.attn')
     assert coincident.dense_macs == 2 * N * N * 16
     assert sum(coincident.acs) * len(x) == qk + v.sum().item() * N
-    assert sum(seen.layer('blocks.0.attn').acs) * len(x) == pytest.approx((q.sum() + v.sum()).item() * N)
+    assert sum(result.layer('blocks.0.attn').acs) * len(x) == pytest.approx((q.sum() + v.sum()).item() * N)
 
 
 def test_both_orders_of_attention(images):
@@ -126,20 +126,20 @@ def test_both_orders_of_attention(images):
     model = calibrate(timm.create_model('test_spikformer_v2', num_heads=16), images)  # N = 16 tokens, d = 4
     spikes = []
     handle = model.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: spikes.append(out))
-    seen = profile(model, images[:2])
+    result = profile(model, images[:2])
     handle.remove()
     q, k, v = spikes[0].unflatten(-1, (3, 16, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
     qk, kv = attention_by_hand(q, k, v)
     for name, x in (('q', q), ('k', k), ('v', v)):
-        rates = seen.layer('blocks.0.attn').operand_rates[name]
+        rates = result.layer('blocks.0.attn').operand_rates[name]
         assert rates == pytest.approx(x.flatten(1).mean(1).tolist(), rel=1e-5)
     for order, pairs, first, second, fan_out in (('qk', qk, q, v, 16), ('cheaper', kv, k, q, 4)):
-        layer = seen.under(attention_order=order, attention='coincidence').layer('blocks.0.attn')
+        layer = result.under(attention_order=order, attention='coincidence').layer('blocks.0.attn')
         assert layer.dense_macs == 2 * 16 * 64 * fan_out
         assert sum(layer.acs) * 2 == pytest.approx(pairs + second.sum().item() * fan_out)
-        layer = seen.under(attention_order=order).layer('blocks.0.attn')
+        layer = result.under(attention_order=order).layer('blocks.0.attn')
         assert sum(layer.acs) * 2 == pytest.approx((first.sum() + second.sum()).item() * fan_out)
-    assert sum(seen.under(attention='none').layer('blocks.0.attn').acs) == 0
+    assert sum(result.under(attention='none').layer('blocks.0.attn').acs) == 0
 
 
 @pytest.mark.parametrize('name, total, stem, linears, attention', [
@@ -148,16 +148,16 @@ def test_both_orders_of_attention(images):
 ])
 def test_dense_macs_of_the_published_models(name, total, stem, linears, attention):
     model = timm.create_model(name, time_steps=1).train()  # in which neurons fire without calibration
-    seen = profile(model, torch.randn(1, 3, 224, 224))
-    assert seen.totals.dense_macs == pytest.approx(total, rel=5e-3)
-    assert seen.groups['stem'].dense_macs == pytest.approx(stem, rel=5e-3)
-    products = sum(x.dense_macs for x in seen.layers if x.name.endswith('.attn'))
+    result = profile(model, torch.randn(1, 3, 224, 224))
+    assert result.totals.dense_macs == pytest.approx(total, rel=5e-3)
+    assert result.groups['stem'].dense_macs == pytest.approx(stem, rel=5e-3)
+    products = sum(x.dense_macs for x in result.layers if x.name.endswith('.attn'))
     assert products == pytest.approx(attention, rel=3e-2)  # it is given to two digits
-    assert seen.totals.dense_macs - seen.groups['stem'].dense_macs - products == pytest.approx(linears, rel=5e-3)
-    stages = [sum(x.dense_macs for x in seen.layers if x.name.startswith(f'stem.stages.{i}.')) for i in range(4)]
+    assert result.totals.dense_macs - result.groups['stem'].dense_macs - products == pytest.approx(linears, rel=5e-3)
+    stages = [sum(x.dense_macs for x in result.layers if x.name.startswith(f'stem.stages.{i}.')) for i in range(4)]
     assert stages[1:] == pytest.approx([stages[1]] * 3, rel=0.03)
-    assert seen.totals.parameters == sum(p.numel() for p in model.parameters())
-    assert not seen.silent_layers
+    assert result.totals.parameters == sum(p.numel() for p in model.parameters())
+    assert not result.silent_layers
 
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
@@ -173,13 +173,13 @@ def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
     del macs.rules[torch.ops.aten.native_batch_norm.default]
     with torch.no_grad(), DispatchCounterMode([synops, macs]):
         peer(images[:2])
-    seen = profile(model, images[:2], conventions=Conventions(
+    result = profile(model, images[:2], conventions=Conventions(
         residual='mac', fan_out='exact', first_conv='each_step', attention='coincidence', attention_order='cheaper'))
 
     def theirs(counter, name):
         return sum(counter.records[f'PeerSpikformer.{name}'].values())
 
-    for layer in seen.layers:
+    for layer in result.layers:
         name = layer.name.removeprefix('stem.').replace('head.fc', 'head')
         name = name.replace('attn.qkv', 'attn.qkv_conv_bn').replace('attn.proj', 'attn.proj_conv_bn')
         acs = theirs(synops, name)
@@ -188,9 +188,9 @@ def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
         else:
             assert theirs(macs, name) == pytest.approx(2 * sum(layer.macs))
         assert acs == pytest.approx(2 * sum(layer.acs)), layer.name
-    assert seen.totals.acs > 0
-    assert synops.get_total() == pytest.approx(2 * seen.totals.acs)
-    assert macs.get_total() == pytest.approx(2 * seen.totals.macs)
+    assert result.totals.acs > 0
+    assert synops.get_total() == pytest.approx(2 * result.totals.acs)
+    assert macs.get_total() == pytest.approx(2 * result.totals.macs)
 
 
 def test_memory_is_that_of_spikingjellys_simple_model(images):
@@ -204,34 +204,34 @@ def test_memory_is_that_of_spikingjellys_simple_model(images):
     with torch.no_grad(), profiler:
         peer(images[:2])
     counts = profiler.get_counts()
-    seen = profile(model, images[:2], cost='fp32-memory', conventions=Conventions(
+    result = profile(model, images[:2], cost='fp32-memory', conventions=Conventions(
         residual='mac', fan_out='exact', first_conv='each_step'))
     # ours has biases where spikingjelly's has none
-    biases = sum(4 * 4 * tally.outputs for tally in seen._tallies if tally.has_bias and tally.group != 'head')
-    assert 2 * seen.totals.memory_bytes - biases == pytest.approx(counts['memory_access_bytes'])
-    t = seen.totals
+    biases = sum(4 * 4 * tally.outputs for tally in result._tallies if tally.has_bias and tally.group != 'head')
+    assert 2 * result.totals.memory_bytes - biases == pytest.approx(counts['memory_access_bytes'])
+    t = result.totals
     assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs + 24.96 * t.memory_bytes) * 1e-9)
-    assert seen.steps[-1].energy_mj == pytest.approx(t.energy_mj)
+    assert result.steps[-1].energy_mj == pytest.approx(t.energy_mj)
 
 
 def test_spikingjelly_counts_the_same_of_our_layers(model, images):
     synops = SynOpCounter()
     with torch.no_grad(), DispatchCounterMode([synops]):
         model(images[:2])
-    seen = profile(model, images[:2], conventions=Conventions(residual='mac', **EXACT))
-    for layer in seen.layers:
+    result = profile(model, images[:2], conventions=Conventions(residual='mac', **EXACT))
+    for layer in result.layers:
         if layer.input == 'spikes' and not layer.name.endswith('.attn'):
             acs = sum(synops.records[f'Spikformer.{layer.name}'].values())
             assert acs == pytest.approx(2 * sum(layer.acs)) and acs > 0
 
 
 def test_rates_are_those_of_the_neurons(model, images):
-    seen = profile(model, images.split(5))
+    result = profile(model, images.split(5))
     rates = firing_rates(model, images)
-    assert seen.images == 16
+    assert result.images == 16
     for name, rate in rates.items():
-        assert seen.layer(name.rpartition('.')[0]).mean_firing_rate == pytest.approx(rate, rel=1e-5)
-    assert seen.firing_rate == pytest.approx(sum(rates.values()) / len(rates), rel=1e-5)
+        assert result.layer(name.rpartition('.')[0]).mean_firing_rate == pytest.approx(rate, rel=1e-5)
+    assert result.firing_rate == pytest.approx(sum(rates.values()) / len(rates), rel=1e-5)
     for t in range(4):
         spikes = []
         neuron = model.blocks[1].mlp.fc1.lif
@@ -239,7 +239,7 @@ def test_rates_are_those_of_the_neurons(model, images):
         with torch.no_grad():
             model(images)
         handle.remove()
-        assert seen.layer('blocks.1.mlp.fc1').firing_rate[t] == pytest.approx(spikes[0][t].mean().item(), rel=1e-5)
+        assert result.layer('blocks.1.mlp.fc1').firing_rate[t] == pytest.approx(spikes[0][t].mean().item(), rel=1e-5)
 
 
 def test_silent_and_saturated_neurons(model, images):
@@ -249,8 +249,8 @@ def test_silent_and_saturated_neurons(model, images):
             bn.bias[0], bn.weight[0] = -100., 0.  # never
             bn.bias[1], bn.weight[1] = 100., 0.  # always
             bn.bias[2], bn.weight[2] = 1.5, 0.  # at every second step
-    seen = profile(model, images.split(4))
-    layers = [seen.layer('blocks.0.mlp.fc1'), next(x for x in seen.layers if x.name.startswith('stem.stages.1.') and
+    result = profile(model, images.split(4))
+    layers = [result.layer('blocks.0.mlp.fc1'), next(x for x in result.layers if x.name.startswith('stem.stages.1.') and
                                                    x.name.endswith(('expand', 'proj')))]
     for layer in layers:
         channels = 256 if layer.group == 'mlp' else 64 if layer.name.endswith('expand') else 16
@@ -267,11 +267,11 @@ def test_silent_and_saturated_neurons(model, images):
 def test_values_of_sums(model, images):
     inputs = []
     model.blocks[1].mlp.fc1.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
-    seen = profile(model, images.split(8)).layer('blocks.1.mlp.fc1')
+    result = profile(model, images.split(8)).layer('blocks.1.mlp.fc1')
     x = torch.cat(inputs, 1)
-    assert seen.values == pytest.approx({v: (x == v).float().mean().item() for v in range(int(x.max()) + 1)})
-    assert max(seen.values) > 1
-    assert sum(v * share for v, share in seen.values.items()) == pytest.approx(sum(seen.input_rate) / 4, rel=1e-5)
+    assert result.values == pytest.approx({v: (x == v).float().mean().item() for v in range(int(x.max()) + 1)})
+    assert max(result.values) > 1
+    assert sum(v * share for v, share in result.values.items()) == pytest.approx(sum(result.input_rate) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize('how', ['eval', 'train', 'autocast', 'half', 'folded', 'channels_last', 'checkpointing'])
@@ -300,7 +300,7 @@ def test_leaves_the_model_as_it_was(model, images, how):
     state = copy.deepcopy(model.state_dict())
     torch.manual_seed(1)
     with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
-        seen = profile(model, x, time_steps=5)
+        result = profile(model, x, time_steps=5)
     with torch.random.fork_rng():
         before, model.time_steps = model.time_steps, 5
         torch.manual_seed(1)
@@ -321,7 +321,7 @@ def test_leaves_the_model_as_it_was(model, images, how):
     assert not torch.nn.modules.module._global_forward_hooks and not torch.nn.modules.module._global_forward_pre_hooks
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
-    assert seen.time_steps == 5 and len(seen.silent_layers) <= 2 and 0 < seen.firing_rate < 1
+    assert result.time_steps == 5 and len(result.silent_layers) <= 2 and 0 < result.firing_rate < 1
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -370,9 +370,9 @@ def test_events(model, images):
     steps = [(images > level).float() for level in (0., 0.3, 0.6)]
     events = torch.stack(steps, 1)  # [B, 3, C, H, W], 0 and 1
     calibrate(model, events)
-    seen = profile(model, events)
-    first = seen.layers[0]
-    assert seen.time_steps == 3 and seen.is_sequence
+    result = profile(model, events)
+    first = result.layers[0]
+    assert result.time_steps == 3 and result.is_sequence
     assert sum(first.macs) == 0 and min(first.acs) > 0  # events are spikes
     assert sum(first.acs) == pytest.approx(events.mean().item() * 3 * first.dense_macs)
     real = profile(model, torch.stack([images, images * 0.5, images * 2], 1))
@@ -384,7 +384,7 @@ def test_events(model, images):
     model.set_time_steps(3)
     with pytest.raises(ValueError, match='got images of 3 after a sequence of 3'):
         profile(model, [events, images])
-    assert profile(model, events, time_steps=3).totals == seen.totals
+    assert profile(model, events, time_steps=3).totals == result.totals
 
 
 def test_masked_autoencoder(model, images):
@@ -396,18 +396,18 @@ def test_masked_autoencoder(model, images):
             mae.train()(images)
     mae.eval()
     torch.manual_seed(0)
-    seen = profile(mae, images.split(8), conventions=Conventions(**EXACT))
-    assert seen.by_channel and not seen.silent_layers
-    assert seen.steps[-1].agreement is None and seen.accuracy is None
+    result = profile(mae, images.split(8), conventions=Conventions(**EXACT))
+    assert result.by_channel and not result.silent_layers
+    assert result.steps[-1].agreement is None and result.accuracy is None
     full = profile(model, images)
-    for a, b in zip(seen.layers, full.layers):
+    for a, b in zip(result.layers, full.layers):
         assert a.name == b.name
         if a.name.endswith('.attn'):
             assert a.dense_macs == b.dense_macs / 4
         else:
-            assert a.dense_macs == b.dense_macs / 2  # half of the tokens are seen
+            assert a.dense_macs == b.dense_macs / 2  # half of the tokens are result
     # a spike meets the same weights whether patches are convolved as such or as products
-    assert 0 < seen.totals.acs < full.totals.acs
+    assert 0 < result.totals.acs < full.totals.acs
 
 
 def test_masked_counts_are_those_of_the_masked_maps(images):
@@ -424,7 +424,7 @@ def test_masked_counts_are_those_of_the_masked_maps(images):
     unit.register_forward_hook(
         lambda m, args, out: maps.update(x=maps_of_patches(args[0], args[2]), visible=args[2]))
     torch.manual_seed(5)
-    seen = profile(mae, images[:4], conventions=Conventions(**EXACT))
+    result = profile(mae, images[:4], conventions=Conventions(**EXACT))
     x, (ids, height, width) = maps['x'], maps['visible']
     ones = torch.nn.functional.conv2d(
         x.flatten(0, 1).double(), torch.ones(1, x.shape[2], 3, 3, dtype=torch.float64), padding=1)
@@ -433,62 +433,62 @@ def test_masked_counts_are_those_of_the_masked_maps(images):
     seen_here = torch.zeros(4, height * width).scatter(1, ids, 1.).view(4, height, width)
     seen_here = seen_here.repeat_interleave(p, 1).repeat_interleave(p, 2)
     expected = (uses * seen_here).sum().item() * unit.conv.out_channels
-    assert sum(seen.layer('stem.stages.0.expand').acs) * 4 == pytest.approx(expected) and expected > 0
+    assert sum(result.layer('stem.stages.0.expand').acs) * 4 == pytest.approx(expected) and expected > 0
 
 
 def test_transformers_and_wrappers(model, images):
-    seen = profile(model, images)
+    result = profile(model, images)
     config = SpikformerConfig.from_timm(model)
     hf = SpikformerForImageClassification(config).eval()
     hf.timm_model.load_state_dict(model.state_dict())
     labels = torch.arange(16) % 10
     wrapped = profile(hf, [{'pixel_values': images, 'labels': labels}])
-    assert wrapped.totals == seen.totals and wrapped.accuracy is not None
-    assert profile(nn.Sequential(model), images).totals == seen.totals
-    assert profile(torch.compile(model), images).totals == seen.totals
+    assert wrapped.totals == result.totals and wrapped.accuracy is not None
+    assert profile(nn.Sequential(model), images).totals == result.totals
+    assert profile(torch.compile(model), images).totals == result.totals
     features = timm.create_model('test_spikformer_v2', features_only=True, time_steps=1).train()
     assert profile(features, images).layers[-1].name == 'blocks.1.mlp.fc2'
 
 
 def test_accuracy_and_steps(model, images):
     y = torch.arange(16) % 10
-    seen = profile(model, zip(images.split(8), y.split(8)))
+    result = profile(model, zip(images.split(8), y.split(8)))
     with torch.no_grad():
         logits = model.forward_steps(images)
-    for t, step in enumerate(seen.steps):
+    for t, step in enumerate(result.steps):
         assert step.step == t + 1
         assert step.accuracy == pytest.approx((logits[t].argmax(1) == y).float().mean().item())
         assert step.agreement == pytest.approx((logits[t].argmax(1) == logits[-1].argmax(1)).float().mean().item())
         assert step.confidence == pytest.approx(logits[t].softmax(1).amax(1).mean().item(), rel=1e-5)
         shorter = profile(model, images, time_steps=t + 1)
         assert step.energy_mj == pytest.approx(shorter.totals.energy_mj)  # time is causal
-    assert seen.accuracy == seen.steps[-1].accuracy
-    assert seen.steps[-1].energy_mj == pytest.approx(seen.totals.energy_mj)
+    assert result.accuracy == result.steps[-1].accuracy
+    assert result.steps[-1].energy_mj == pytest.approx(result.totals.energy_mj)
     assert profile(model, images).accuracy is None
 
 
 def test_energy_and_conventions(model, images):
-    seen = profile(model, images)
-    t = seen.totals
+    result = profile(model, images)
+    t = result.totals
     assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs) * 1e-9)
     assert t.ann_energy_mj == pytest.approx(4.6e-9 * t.dense_macs)
-    assert sum(x.energy_mj for x in seen.groups.values()) == pytest.approx(t.energy_mj)
-    assert seen.under('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
-    assert seen.under((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
-    assert seen.under(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
+    assert sum(x.energy_mj for x in result.groups.values()) == pytest.approx(t.energy_mj)
+    assert result.under('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
+    assert result.under((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
+    assert result.under(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
     assert profile(model, images, cost='fp16').totals.energy_mj == pytest.approx((1.5 * t.macs + 0.4 * t.acs) * 1e-9)
     assert set(COST_MODELS) == {'fp32', 'fp32-memory', 'fp16', 'int8', 'int32'}
-    changed = {name: seen.under(**{name: value}).totals
+    changed = {name: result.under(**{name: value}).totals
                for name, choices in CHOICES.items() for value in list(choices)[1:]}
     for name, totals in changed.items():
         if name != 'attention_order' or model.blocks[0].attn.num_heads > 2:  # N < d: it is the cheaper one
             assert totals != t, name
     outputs = sum(x.numel() for x in _outputs(model, images[:1]))
-    assert seen.under(neuron='mac').totals.macs - t.macs == outputs
-    per_step = seen.under(first_conv='each_step').totals.macs - t.macs
-    assert per_step == 3 * seen.layers[0].dense_macs
-    assert seen.under(first_conv='ac').layers[0].acs == [seen.layers[0].dense_macs] * 4
-    with_bn = seen.under(bn='mac').totals.macs - t.macs
+    assert result.under(neuron='mac').totals.macs - t.macs == outputs
+    per_step = result.under(first_conv='each_step').totals.macs - t.macs
+    assert per_step == 3 * result.layers[0].dense_macs
+    assert result.under(first_conv='ac').layers[0].acs == [result.layers[0].dense_macs] * 4
+    with_bn = result.under(bn='mac').totals.macs - t.macs
     assert with_bn == outputs - sum(x.numel() for x in _outputs(model, images[:1], 'attn_lif')) - 3 / 4 * next(
         iter(_outputs(model, images[:1]))).numel()
 
@@ -505,10 +505,10 @@ def _outputs(model, x, ending='lif'):
 
 
 def test_to_dict_is_json(model, images):
-    seen = profile(model, images)
-    values = json.loads(json.dumps(seen.to_dict()))
-    assert values['totals'] == dataclasses.asdict(seen.totals)
-    assert [x['name'] for x in values['layers']] == [x.name for x in seen.layers]
+    result = profile(model, images)
+    values = json.loads(json.dumps(result.to_dict()))
+    assert values['totals'] == dataclasses.asdict(result.totals)
+    assert [x['name'] for x in values['layers']] == [x.name for x in result.layers]
     assert values['conventions']['residual'] == 'sum'
 
 

@@ -1,10 +1,13 @@
 """From a checkpoint of any kind to a folder that every loader reads bit-equal; its card; what is refused."""
 import argparse
 import json
+import os
 import pickle
+import random
 import re
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -27,12 +30,13 @@ from transformers import (
 )
 
 from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
-from timm_spikformer.demo.data import FASHION_MNIST
 from timm_spikformer.hf.image_processing import create_image_processor, read_data_config
+from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import publish, read_checkpoint
 from timm_spikformer.publishing.card import Dataset, read_results
-from timm_spikformer.publishing.checkpoint import from_model
+from timm_spikformer.publishing.convert import convert
 from timm_spikformer.publishing.folder import example_images
+from timm_spikformer.reading import from_model, timm_part
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 DATASET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (1,000 images)', 'test')
@@ -45,18 +49,18 @@ def small(images):
     return calibrate(timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2), images)
 
 
-def train_py_checkpoint(model, folder, **kwargs):
+def train_py_checkpoint(small, folder, **kwargs):
     """As train.py leaves one: by timm's CheckpointSaver, with the averaged weights of another model."""
     args = argparse.Namespace(**{**dict(
         model='test_spikformer_v2', num_classes=10, img_size=None, input_size=None, in_chans=None, crop_pct=0.9,
         mean=[0.5, 0.4, 0.3], std=None, interpolation='bilinear', model_kwargs=dict(time_steps=2), epochs=3, lr=0.01,
         data_dir='/home/somebody/images', output='/scratch/runs', resume='', dataset='hfds//home/somebody/images',
         opt='adamw', mixup=0.0, model_ema=True), **kwargs})
-    ema = ModelEmaV3(model)
+    ema = ModelEmaV3(small)
     with torch.no_grad():
         ema.module.head.fc.weight.mul_(-1.)
     saver = CheckpointSaver(
-        model, torch.optim.AdamW(model.parameters()), args, ema, checkpoint_dir=str(folder), recovery_dir=str(folder))
+        small, torch.optim.AdamW(small.parameters()), args, ema, checkpoint_dir=str(folder), recovery_dir=str(folder))
     saver.save_checkpoint(0, 50.)
     return folder / 'last.pth.tar', ema.module.eval()
 
@@ -226,21 +230,250 @@ def test_a_card_without_results_claims_none(small, tmp_path):
 
 
 @pytest.mark.parametrize('name, text', [
-    ('a.json', '{"model": "x", "top1": 81.25, "top5": 95.5}'), ('a.json', '[{"top1": 81.25, "top5": 95.5}]'),
-    ('a.csv', 'model,top1,top5\nx,81.25,95.5\n'),
+    ('a.json', '{"model": "test_spikformer_v2", "top1": 81.25, "top5": 95.5}'),
+    ('a.json', '[{"model": "other", "top1": 1, "top5": 2}, {"model": "test_spikformer_v2", "top1": 81.25, '
+               '"top5": 95.5}]'),
+    ('a.json', '[{"model": "hf-hub:me/test_spikformer_v2.tag@main", "top1": 81.25, "top5": 95.5}]'),
+    ('a.json', '[{"model": "local-dir:SOURCE", "top1": 81.25, "top5": 95.5}, '
+               '{"model": "local-dir:/other", "top1": 1}]'),
+    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "SOURCE", "top1": 81.25, "top5": 95.5}, '
+               '{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 1}]'),
+    ('a.csv', 'model,top1,top5\nvit_base_patch16_224,84.5,97\ntest_spikformer_v2,81.25,95.5\n'),
 ])
-def test_results_of_validate_py(name, text, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert [(r.name, r.value) for r in read_results(tmp_path / name, DATASET)] == [
+def test_results_of_validate_py(name, text, small, tmp_path):
+    """The row of this checkpoint is taken, by its file or its model."""
+    checkpoint = from_model(small)
+    checkpoint.source = tmp_path / 'model_best.pth.tar'
+    (tmp_path / name).write_text(text.replace('SOURCE', str(checkpoint.source)))
+    assert [(r.name, r.value) for r in read_results(tmp_path / name, DATASET, checkpoint)] == [
         ('Top-1 accuracy', 81.25), ('Top-5 accuracy', 95.5)]
 
 
-@pytest.mark.parametrize('name, text', [('a.json', '{"model": "x"}'), ('a.json', '{'), ('a.csv', ''), ('b.csv', 'a')])
-def test_results_of_something_else(name, text, tmp_path):
-    (tmp_path / 'a.json').write_text(text)
-    (tmp_path / 'a.csv').write_text(text)
-    with pytest.raises(ValueError, match='validate.py --results-file has written'):
-        read_results(tmp_path / name, DATASET)
+@pytest.mark.parametrize('name, text, message', [
+    ('a.json', '{"model": "test_spikformer_v2"}', 'has no top1'),
+    ('a.json', '{', 'cannot be read'),
+    ('a.json', '[]', 'has no rows, or one that does not say of which model'),
+    ('a.json', '3', 'has no rows, or one that does not say of which model'),
+    ('a.json', '[{"top1": 81.25}]', 'does not say of which model it is'),
+    ('a.csv', '', 'has no rows'),
+    ('a.csv', 'a', 'has no rows'),
+    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row of this checkpoint, a test_spikformer'),
+    ('a.json', '[{"model": "test_spikformer_v2_large", "top1": 84.5}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 8}]', 'has no row of this'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 8}, {"model": "test_spikformer_v2", "top1": 9}]',
+     'has more than one row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": NaN}]', 'has top1=nan, expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": Infinity}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": -1}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 100.1}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 101}]', 'has top5=101, expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 40}]', 'has top5=40.0 below top1=50.0'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": "high"}]', "has top1='high', expected an accuracy in percent"),
+    ('a.csv', 'model,top1\ntest_spikformer_v2,\n', 'has no top1'),
+    ('a.csv', 'model,top1\ntest_spikformer_v2,nan\n', 'expected an accuracy from 0 to 100'),
+])
+def test_results_of_something_else(name, text, message, small, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / name, DATASET, from_model(small))
+
+
+# -- the caller's model, and odd sources
+
+def state_of(model):
+    return {k: (v.clone(), v.dtype, v.data_ptr()) for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, torch.compile, ModelEmaV3], ids=['timm', 'compiled', 'ema'])
+def test_the_callers_model_and_random_state_stay(wrap, small, tmp_path):
+    """Mode, tensors, hooks and random state; hooks are not called either."""
+    model = wrap(small)
+    inner = timm_part(model).train()
+    calls = []
+    inner.blocks[0].register_forward_hook(lambda *args: calls.append(1))
+    inner.register_forward_pre_hook(lambda *args: calls.append(1))
+    before = state_of(inner)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    dry_run(model, tmp_path / 'out', labels=LABELS)
+    assert not calls and len(inner._forward_pre_hooks) == len(inner.blocks[0]._forward_hooks) == 1
+    assert all(m.training for m in inner.modules())
+    for name, (value, dtype, pointer) in before.items():
+        now = inner.state_dict()[name]
+        assert torch.equal(now, value) and now.dtype == dtype and now.data_ptr() == pointer, name
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_a_model_in_bfloat16_stays_so(small, tmp_path):
+    small.to(torch.bfloat16).train()
+    folder = dry_run(small, tmp_path / 'out')
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16} and small.training
+    assert {v.dtype for k, v in load_file(folder / 'model.safetensors').items() if 'num_batches' not in k} == {
+        torch.float32}
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite(value, small, tmp_path):
+    save_for_hf(small, str(tmp_path / 'folder'), safe_serialization=True)
+    with torch.no_grad():
+        small.blocks[0].mlp.fc1.bn.running_var[3] = value
+    torch.save(small.state_dict(), tmp_path / 'a.pth')
+    weights = {**load_file(tmp_path / 'folder' / 'model.safetensors'), **small.state_dict()}
+    save_file(weights, tmp_path / 'folder' / 'model.safetensors', metadata=dict(format='pt'))
+    for checkpoint, kwargs in ((small, {}), (tmp_path / 'a.pth', dict(model='test_spikformer_v2')),
+                               (tmp_path / 'folder', {})):
+        with pytest.raises(ValueError, match='not finite: 1 of .* values of blocks.0.mlp.fc1.bn.running_var'):
+            dry_run(checkpoint, tmp_path / 'out', **kwargs)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('content', [
+    [1, 2], torch.ones(3), None, 'text', 3, {}, {'state_dict': None}, {'state_dict': []}, {'state_dict': {'a': 3}},
+    {'model': {}}, {1: torch.ones(1)}, {'state_dict': {'stem.stages.0.down.conv.weight': torch.ones(3)}},
+    {'args': 3, 'state_dict': torch.ones(1)}, {'head.fc.weight': torch.tensor(1.)},
+])
+def test_odd_checkpoints(content, small, tmp_path):
+    torch.save(content, tmp_path / 'odd.pth')
+    for function in (lambda: read_checkpoint(tmp_path / 'odd.pth', 'test_spikformer_v2'),
+                     lambda: convert(tmp_path / 'odd.pth', tmp_path / 'out'),
+                     lambda: convert(tmp_path / 'odd.pth', tmp_path / 'out', 'test_spikformer_v2')):
+        with pytest.raises(ValueError):
+            function()
+    with pytest.raises(SystemExit, match='error: '):
+        cli.main(['publish', str(tmp_path / 'odd.pth'), '--model', 'test_spikformer_v2', '--repo', 'a/b', '--license',
+                  'mit', '--dry-run', '--output', str(tmp_path / 'out')])
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(model=3), 'does not contain the name of its model'),
+    (dict(model_kwargs=[1]), 'expected a dictionary'),
+    (dict(model_kwargs=dict(nonsense=1)), 'cannot be created with'),
+    (dict(mean='black'), 'describes its images by'),
+    (dict(std=[0, 0, 0]), 'describes its images by'),
+    (dict(mean=['a', 'b', 'c']), 'describes its images by'),
+    (dict(interpolation='sharp'), 'describes its images by'),
+    (dict(crop_pct=float('nan')), 'describes its images by'),
+    (dict(input_size=[3, 37, 37]), 'describes its images by|multiple of the patch'),
+])
+def test_odd_arguments_in_a_checkpoint(changes, message, small, tmp_path):
+    path, _ = train_py_checkpoint(small, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('config.json', '[]', 'holds a list, expected an object'),
+    ('config.json', '{"model_type": "spikformer"', 'is not JSON'),
+    ('config.json', None, 'do not load into the model of its config.json'),
+    ('preprocessor_config.json', '{}', 'is not one of an image processor'),
+    ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not one of an image processor'),
+    ('training_args.yaml', '- 1', 'does not say how the model was trained'),
+    ('training_args.yaml', 'lr: 3', 'does not say how the model was trained'),
+    ('trainer_state.json', '{"global_step": 3}', 'is not a state of the Trainer'),
+])
+def test_odd_files_in_a_folder(name, text, message, small, tmp_path):
+    folder = dry_run(small, tmp_path / 'a')
+    if text is None:
+        text = json.dumps({**json.loads((folder / name).read_text()), 'time_steps': 'four'})
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(folder)
+
+
+def test_a_pooling_of_train_py_reaches_the_model(small, tmp_path):
+    """As do other arguments: `--gp` changes what the weights mean, and no tensor shows it."""
+    path, _ = train_py_checkpoint(small, tmp_path, gp='max')
+    x = example_images(from_model(small))
+    expected = timm.create_model('test_spikformer_v2', num_classes=10, global_pool='max', time_steps=2)
+    expected.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(read_checkpoint(path).model(x), expected.eval()(x))
+        assert not torch.equal(expected(x), small(x))
+
+
+def test_a_variant_without_a_registered_name(images, tmp_path):
+    torch.manual_seed(0)
+    kwargs = dict(depth=3, embed_dim=96, num_heads=4, time_steps=2)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, **kwargs), images)
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    for name, command in (('published', ['publish', '--repo', 'a/b', '--license', 'mit', '--dry-run']),
+                          ('converted', ['convert'])):
+        cli.main([*command, str(tmp_path / 'a.pth'), '--model', 'test_spikformer_v2', '--output', str(tmp_path / name),
+                  '--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())])
+        assert_all_loaders(tmp_path / name, model)
+    with pytest.raises(SystemExit, match="error: --model-kwargs: 'depth' is not KEY=VALUE"):
+        cli.main(['convert', str(tmp_path / 'a.pth'), '--output', str(tmp_path / 'out'), '--model-kwargs', 'depth'])
+
+
+def test_more_than_ten_named_classes(images, tmp_path):
+    """In config.json the numbers are strings, and '10' stands before '2'."""
+    torch.manual_seed(0)
+    names = [f'{chr(97 + i % 26)}{i}' for i in range(1000)]
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=1000, time_steps=1), images)
+    folder = dry_run(model, tmp_path / 'out', labels=names)
+    assert_all_loaders(folder, model, names)
+    assert read_checkpoint(folder).labels == names
+    AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path / 'again')
+    assert_all_loaders(tmp_path / 'again', model, names)
+    assert read_checkpoint(tmp_path / 'again').labels == names
+    config = json.loads((tmp_path / 'again' / 'config.json').read_text())
+    assert config['label_names'] == names
+    card = ModelCard.load(folder / 'README.md')
+    assert f'| Classes | 1000: {", ".join(names[:10])}, ... |' in card.text
+
+
+def test_text_in_cards_is_text(small, tmp_path):
+    labels = ['a|b', '<script>alert(1)</script>', '[x](http://evil)', '`code`', '*bold* _it_', 'line\nbreak', '# h',
+              '{{ 7 * 7 }}', '---', 'ünïcödé']
+    dataset = Dataset('me/data', 'Data | "quoted": {x} \n---\nlicense: wtfpl', 'test')
+    (tmp_path / 'r.json').write_text('{"model": "test_spikformer_v2", "top1": 50}')
+    folder = dry_run(small, tmp_path / 'out', labels=labels, dataset=dataset, results=tmp_path / 'r.json')
+    assert_all_loaders(folder, small, labels)
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.license == 'mit' and card.data.eval_results[0].dataset_name == dataset.name
+    line = next(line for line in card.text.splitlines() if line.startswith('| Classes'))
+    cells = re.split(r'(?<!\\)\|', line)
+    assert len(cells) == 4 and '49' not in line and 'line break' in line and 'ünïcödé' in line
+    assert not re.search(r'(?<!\\)[<`*_\[]', line) and '\nlicense: wtfpl' not in card.text
+    assert yaml.safe_load((folder / '.eval_results' / 'image-classification.yaml').read_text())[0]['value'] == 50.0
+
+
+# -- where it is written
+
+def test_a_publish_that_fails_leaves_the_good_folder(small, tmp_path, monkeypatch):
+    out = dry_run(small, tmp_path / 'out', labels=LABELS)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def fail(*args):
+        raise RuntimeError('it is Monday')
+
+    monkeypatch.setattr('timm_spikformer.publishing.upload.verify_folder', fail)
+    with pytest.raises(RuntimeError, match='Monday'):
+        dry_run(small, out)
+    with pytest.raises(ValueError, match='There is no'):
+        dry_run(tmp_path / 'nothing', out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and os.listdir(tmp_path) == ['out']
+
+
+def test_where_not_to_write(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = dry_run(small, tmp_path / 'checkpoint')
+    (tmp_path / 'thesis').mkdir()
+    (tmp_path / 'thesis' / 'chapter.tex').write_text('years of work')
+    (tmp_path / 'link').symlink_to('thesis')
+    torch.save(small.state_dict(), tmp_path / 'thesis' / 'a.pth')
+    for output, message in (
+            (folder, 'which is read'), ('.', 'current folder'), ('..', 'current folder'), ('thesis', 'did not write'),
+            ('link', 'symbolic link'), (folder / 'config.json', 'is a file')):
+        with pytest.raises(ValueError, match=message):
+            dry_run(folder, output)
+        if output == folder:
+            continue  # which a conversion of another file may replace
+        with pytest.raises(ValueError, match=f'{message}|which is read'):
+            convert(tmp_path / 'thesis' / 'a.pth', output, 'test_spikformer_v2')
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint', 'link', 'thesis']
+    assert sorted(os.listdir('thesis')) == ['a.pth', 'chapter.tex']
+    assert_all_loaders(folder, small)
 
 
 # -- bad input
@@ -249,11 +482,20 @@ def test_results_of_something_else(name, text, tmp_path):
     (dict(repo='name'), "'name' does not say whose repository it is. Expected ORG/NAME"),
     (dict(repo='../me/name'), 'is not a name of a repository. Expected ORG/NAME'),
     (dict(repo='me/..'), 'is not a name of a repository. Expected ORG/NAME'),
-    (dict(license=''), 'A licence of the weights is required'),
-    (dict(eval_data=FASHION_MNIST), 'A result needs the dataset it was measured on'),
+    (dict(license=''), 'A license of the weights is required'),
+    (dict(license='apache-2'), 'A license of the weights is required.*got .apache-2.'),
+    (dict(license='mit\ntags: x'), 'A license of the weights is required'),
+    (dict(base_model='resnet'), 'does not say whose repository it is'),
+    (dict(base_model='a/b/c'), 'is not a name of the base model'),
+    (dict(train_datasets=['a b']), "'a b' is not an id of a dataset on the Hub"),
+    (dict(dataset=Dataset('me/..', 'x')), "'me/..' is not an id of a dataset on the Hub"),
+    (dict(eval_data=FASHION_MNIST), 'A result needs the dataset that it was measured on'),
     (dict(output=None), 'A dry run needs an output folder'),
     (dict(labels=['a', 'b']), 'The model has 10 classes, but 2 labels were given'),
-    (dict(labels=['a'] * 10), "The label 'a' is there twice"),
+    (dict(labels=['a'] * 10), "The label 'a' is there twice, as number 1 and 2"),
+    (dict(labels=[*'abcdefghi', ' ']), "Label 10 is ' '; each class needs a name"),
+    (dict(model_kwargs=dict(depths=3)), 'test_spikformer_v2 cannot be created with .*depths'),
+    (dict(model_kwargs=dict(depth=3)), 'is of another model than test_spikformer_v2|do not belong to the model'),
     (dict(model='resnet18'), "There is no Spikformer 'resnet18'"),
     (dict(model='spikformer_v2_8_384'), 'does not fit the model'),
     (dict(model='spikformer_8_384'), 'does not fit the model|is of another model than spikformer_8_384'),
@@ -286,7 +528,7 @@ def test_files_that_are_no_checkpoints(small, tmp_path, capsys):
         read_checkpoint(tmp_path / 'code2.pth', 'test_spikformer_v2')
     assert 'must not run' not in capsys.readouterr().out
     torch.save(small.state_dict(), tmp_path / 'nameless.pth')
-    with pytest.raises(ValueError, match='does not say what model it is of. Name it with --model'):
+    with pytest.raises(ValueError, match='does not contain the name of its model. Name it with --model'):
         read_checkpoint(tmp_path / 'nameless.pth')
     torch.save({'a': torch.ones(1)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='is not one of a Spikformer'):
@@ -297,7 +539,7 @@ def test_files_that_are_no_checkpoints(small, tmp_path, capsys):
 
 def test_folders_that_do_not_fit(small, tmp_path):
     folder = dry_run(small, tmp_path / 'a')
-    with pytest.raises(ValueError, match='--ema is for a file of train.py'):
+    with pytest.raises(ValueError, match='--ema is for a file'):
         read_checkpoint(folder, ema=True)
     weights = load_file(folder / 'model.safetensors')
     shutil.copytree(folder, tmp_path / 'pickle')
@@ -325,27 +567,29 @@ def test_a_silent_model_is_not_published(tmp_path):
         dry_run(timm.create_model('test_spikformer_v2'), tmp_path / 'out')
 
 
-def test_a_folder_that_gives_something_else_is_not_published(small, tmp_path, monkeypatch):
-    """What verification is for: here something changes the weights that were written."""
+@pytest.mark.parametrize('name', ['head.fc.bias', 'blocks.1.mlp.fc2.bn.num_batches_tracked'])
+def test_a_folder_that_holds_something_else_is_not_published(name, small, tmp_path, monkeypatch):
+    """The purpose of verification: here something changes the weights that were written."""
     from timm_spikformer.publishing import upload
 
-    def save_something_else(checkpoint, folder, *args, **kwargs):
-        save_folder(checkpoint, folder, *args, **kwargs)
+    def write_something_else(checkpoint, folder, *args):
+        write_checkpoint(checkpoint, folder, *args)
         weights = load_file(folder / 'model.safetensors')
-        weights['head.fc.bias'] += 1e-4
+        weights[name] = weights[name] + (1e-4 if weights[name].is_floating_point() else 1)
         save_file(weights, folder / 'model.safetensors', metadata=dict(format='pt'))
 
-    save_folder = upload.save_folder
-    monkeypatch.setattr(upload, 'save_folder', save_something_else)
-    with pytest.raises(RuntimeError, match='gives other outputs in timm'):
+    write_checkpoint = upload.write_checkpoint
+    monkeypatch.setattr(upload, 'write_checkpoint', write_something_else)
+    with pytest.raises(RuntimeError, match='other (outputs|weights) in timm'):
         dry_run(small, tmp_path / 'out')
+    assert not os.listdir(tmp_path)
 
 
 def test_another_models_classes_in_the_evaluation_data(small, tmp_path):
-    with pytest.raises(ValueError, match='The classes in .* are not those of the model'):
+    with pytest.raises(ValueError, match="the class 'T-shirt/top' is not one of the model"):
         dry_run(small, tmp_path / 'out', labels=LABELS, eval_data=FASHION_MNIST, dataset=DATASET)
     small.reset_classifier(7)
-    with pytest.raises(ValueError, match='has 10 classes, but the model has 7'):
+    with pytest.raises(ValueError, match='there are 10 classes, and the model has 7'):
         dry_run(small, tmp_path / 'out', eval_data=FASHION_MNIST, dataset=DATASET)
 
 

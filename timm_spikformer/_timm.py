@@ -3,6 +3,7 @@
 timm may move or change them in any release. They are imported here only, so that one file shows what to check.
 """
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._helpers import _torch_load as torch_load
 from timm.models._input import update_model_args, update_model_input_size
 
-__all__ = ['FeatureGetterNet', 'feature_take_indices', 'update_model_args', 'update_model_input_size']
+__all__ = ['FeatureGetterNet', 'feature_take_indices', 'torch_load', 'update_model_args', 'update_model_input_size']

@@ -1,19 +1,20 @@
-"""Where `pretrained=True` finds weights: in the package, or on the Hub in a namespace that the user names.
+"""Sources of `pretrained=True`: the weights in the package, and a namespace on the Hub that the user sets.
 
-Nobody but the user chooses that namespace: one that this project does not own could be registered by anyone. What is
-downloaded is safetensors, and its digest is checked against the one that the Hub has stored it under.
+There is no default namespace: anyone could register one that this project does not own. Only safetensors are
+downloaded, and their digest is compared with the one that the Hub stores them under.
 """
 import hashlib
 import os
 import re
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HTTPError,
@@ -31,27 +32,30 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-__all__ = ['cfg_to_train', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+__all__ = [
+    'cfg_to_train', 'check_hub', 'check_source', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
-# of the files in data/weights
+# of the files in assets/weights
 _SHA256 = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': '97918b915d5bf2ef8b19146aa6eecc85b2c390673b5b8de6642abfca4f8f805b',
 }
-_WITHOUT_WEIGHTS = 'untrained'  # tag of what nobody is to publish
+_WITHOUT_WEIGHTS = 'untrained'  # tag of models that are never published
+
+_PATIENCE = 4.  # seconds that the Hub has to answer in
 
 _namespace: Optional[str] = None
 
 
 def shipped_weights(name: str) -> Optional[str]:
-    """Path of the weights of `name`, model.tag, that the package holds; None beside copies of the code alone."""
-    path = Path(__file__).parent / 'data' / 'weights' / f'{name}.safetensors'
+    """Return the path of the shipped weights of `name`, a model.tag; None in copies of the code without them."""
+    path = Path(__file__).parent / 'assets' / 'weights' / f'{name}.safetensors'
     return str(path) if path.is_file() else None
 
 
 def cfg_to_train(model: str) -> PretrainedCfg:
-    """How `model` is to be trained: its cfg of the first tag that comes without weights."""
+    """Return the cfg to train `model` with: that of its first tag without weights."""
     return next(cfg for cfg in get_arch_pretrained_cfgs(model).values() if not cfg.file)
 
 
@@ -61,14 +65,14 @@ def _sha256(path: Union[str, Path]) -> str:
 
 
 def split_revision(repo: str) -> Tuple[str, Optional[str]]:
-    """`ORG/NAME@REVISION`, as timm writes it, to its parts."""
+    """Split `ORG/NAME@REVISION`, as timm writes it."""
     repo_id, _, revision = repo.partition('@')
     return repo_id, revision or None
 
 
 @contextmanager
 def _explained(repo: str, filename: str) -> Iterator[None]:
-    """Raise a RuntimeError that says what to do, where a download fails."""
+    """Turn errors of a download into a RuntimeError that says what to do."""
     repo_id, revision = split_revision(repo)
     try:
         yield
@@ -78,7 +82,7 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
             f'`hf auth login` or set HF_TOKEN.') from e
     except RevisionNotFoundError as e:
         raise RuntimeError(f'The repository {repo_id} has no revision {revision!r}.') from e
-    except LocalEntryNotFoundError as e:  # of both kinds, so it comes before the other
+    except LocalEntryNotFoundError as e:  # a subclass of EntryNotFoundError, so it comes first
         raise RuntimeError(
             f'{filename} of {repo} is not in the cache, and the Hub cannot be reached. Connect, or unset '
             f'HF_HUB_OFFLINE where it is set, and try again.') from e
@@ -90,18 +94,56 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
         raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
 
 
-def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
-    """Path in the cache of a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`.
+def check_hub(endpoint: Optional[str] = None) -> None:
+    """Fail within seconds if the Hub cannot be reached; the client itself would try again for up to a minute.
+
+    Args:
+        endpoint: Address of the Hub, by default the one of huggingface_hub.
 
     Raises:
-        RuntimeError: There is no such repository, revision or file, no network, or the file was damaged on its way;
-            then it is gone from the cache too.
+        RuntimeError: It cannot be reached, and why.
+    """
+    endpoint = endpoint or constants.ENDPOINT
+    outcome: List[Optional[BaseException]] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=_PATIENCE)
+            outcome.append(None)
+        except Exception as e:
+            outcome.append(e)
+
+    # in a thread, as looking up a name has no time limit, and a host with several addresses has one for each
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    error = outcome[0] if outcome else TimeoutError(f'{endpoint} did not answer within {_PATIENCE:g} seconds')
+    if error is not None:
+        reason = str(error).strip().splitlines()[0].removesuffix('.') if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f'The Hub cannot be reached: {reason}. Check the network, or unset HF_HUB_OFFLINE where it is set, and try '
+            f'again.') from error
+
+
+def check_source(name: str) -> None:
+    """Fail within seconds if `hf-hub:ORG/NAME` has to be downloaded and the Hub cannot be reached; see `check_hub`."""
+    repo = name.removeprefix('hf-hub:')
+    if repo != name and not _is_cached(repo, 'config.json') and not is_offline_mode():
+        check_hub()
+
+
+def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
+    """Download a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`; return its path in the cache.
+
+    Raises:
+        RuntimeError: There is no such repository, revision or file, or no network, or the file was damaged during the
+            download; a damaged file is removed from the cache.
     """
     repo_id, revision = split_revision(repo)
     with _explained(repo, filename):
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()
-    # the cache names a file after its digest where the Hub stores it by that, as it does weights
+    # the cache names files that the Hub stores by digest, such as weights, after it
     if re.fullmatch('[0-9a-f]{64}', blob.name) and _sha256(blob) != blob.name:
         Path(path).unlink()
         blob.unlink(missing_ok=True)
@@ -116,18 +158,20 @@ def locate_weights(
         model_args: Dict[str, Any],
         kwargs: Dict[str, Any],
 ) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Prepare the arguments of a model for `pretrained=True`, and download what it takes.
+    """Prepare the arguments of a model for `pretrained=True`, and download its weights.
 
     Args:
-        variant: Registered name of the model, without a tag
-        model_args: The dimensions that belong to the name
-        kwargs: What the user has given, timm's own arguments among it
+        variant: Registered name of the model, without a tag.
+        model_args: Dimensions of the registered name.
+        kwargs: Arguments of the user, including timm's own.
+
     Returns:
-        The same two, with a local file of weights, and with the arguments that a repository says it was trained with
+        `model_args` and `kwargs` with a local file of weights, and with the arguments that the config.json of the
+        repository contains.
 
     Raises:
         RuntimeError: There are no weights to load, and why.
-        ValueError: The repository holds another model, or the file is not of safetensors.
+        ValueError: The repository holds another model, or the file is not a safetensors file.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
@@ -150,6 +194,8 @@ def locate_weights(
             f'{filename!r} of {repo} is not a name of a safetensors file, and nothing else is loaded from the Hub.')
     cache_dir = kwargs.get('cache_dir')
     kwargs = dict(kwargs)
+    if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
+        check_hub()
     if cfg.source != 'hf-hub':  # then timm has not read the repository's config.json yet
         with _explained(repo, 'config.json'):
             repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
@@ -163,42 +209,46 @@ def locate_weights(
 
 
 def _repository(name: str) -> Optional[str]:
-    """Where the user's namespace has `name`, model.tag."""
+    """Return the repository of `name`, a model.tag, in the user's namespace, None if there is none."""
     if _namespace is None or '.' not in name or name.endswith(f'.{_WITHOUT_WEIGHTS}'):
         return None
     organisation, revision = split_revision(_namespace)
     return f'{organisation}/{name}@{revision}' if revision else f'{organisation}/{name}'
 
 
-def _is_cached(repo: str) -> bool:
+def _is_cached(repo: str, filename: str = WEIGHTS_FILE, cache_dir: Optional[Union[str, Path]] = None) -> bool:
     repo_id, revision = split_revision(repo)
-    return isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, revision=revision), str)
+    return isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str)
 
 
 def _listed(namespace: str) -> Optional[Set[str]]:
-    """Repositories of the namespace; None where the Hub cannot be asked."""
+    """Return the repositories of a namespace; None, with a warning, if the Hub cannot be asked."""
     try:
+        check_hub()
         return {info.id for info in HfApi().list_models(author=split_revision(namespace)[0])}
-    except (HTTPError, OSError):
+    except (RuntimeError, HTTPError, OSError) as e:
+        warnings.warn(
+            f'{e} The models of {namespace} are not listed, other than those downloaded before.', stacklevel=3)
         return None
 
 
 def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
-    """Take the weights that are not shipped from `NAMESPACE/MODEL.TAG` on the Hub.
+    """Load weights that are not shipped from `NAMESPACE/MODEL.TAG` on the Hub.
 
-    `timm.list_pretrained` then lists what is there. The environment variable TIMM_SPIKFORMER_HUB does the same, but
-    the import that reads it must not need a network, so it lists only what has been downloaded before.
+    `timm.list_pretrained` then lists the models there. The environment variable TIMM_SPIKFORMER_HUB does the same
+    without the network, so it lists only what has been downloaded before.
 
     Args:
-        namespace: Organisation or user, with `@REVISION` to pin a branch or tag; None for none.
-        ask_hub: List what the Hub has, and not only what the cache has.
+        namespace: Organization or user, with `@REVISION` to pin a branch or tag; None for none.
+        ask_hub: Ask the Hub for its models. If it cannot be reached, there is a warning within seconds, and only
+            models in the cache are listed.
 
     Raises:
-        ValueError: It is not a name of an organisation or user.
+        ValueError: The name is not one of an organization or user.
     """
     global _namespace
     if namespace is not None and not re.fullmatch(r'[A-Za-z0-9][\w.-]*(@[\w./-]+)?', namespace):
-        raise ValueError(f'Expected the name of an organisation or user, or NAME@REVISION, got {namespace!r}.')
+        raise ValueError(f'Expected the name of an organization or user, or NAME@REVISION, got {namespace!r}.')
     _namespace = namespace
     listed = _listed(namespace) if namespace is not None and ask_hub else None
     for model in list_models(module='spikformer'):
@@ -211,7 +261,7 @@ def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
             default_cfg.cfgs[tag] = replace(cfg, hf_hub_id=repo)
         default_cfg.is_pretrained = any(cfg.has_weights for cfg in default_cfg.cfgs.values())
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that the name is taken: by itself
+            warnings.simplefilter('ignore')  # the name is registered already, by the same function
             register_model(entry_point)
 
 

@@ -1,12 +1,11 @@
-"""Training for the demo, with timm's optimiser, schedule and EMA: resumable, and the same at the same seed."""
-import os
+"""Training for the demo, with timm's optimizer, schedule and EMA: resumable, and deterministic for a seed."""
+import pickle
 import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
-from spikingjelly.activation_based.monitor import OutputMonitor
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
@@ -15,15 +14,20 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from ..neurons import LIF
-from .data import Data, check_batch, make_loader
+from ..folders import write_file
+from ..images import Images, make_loader, to_pixels
+from ..monitor import FiringRateMonitor
 
-# (model, images, labels) to the loss, and to the logits where there are any
+# (model, images, labels) to the loss, and to the logits if there are any
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
 
 
 class Stage(NamedTuple):
-    """One training: what it is called, and its settings."""
+    """One training run: its name, a title for people, and its settings.
+
+    Args:
+        cost: Time that an image takes, in units of the time that it takes in supervised training.
+    """
     name: str
     title: str
     epochs: int
@@ -32,6 +36,55 @@ class Stage(NamedTuple):
     weight_decay: float = 0.05
     beta2: float = 0.999
     seed: int = 0
+    cost: float = 1.
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the file of its checkpoint."""
+        return f'{self.name}.pth.tar'
+
+    def work(self, images: Images) -> float:
+        """Time that it takes, in units of the time of an image in supervised training."""
+        return self.epochs * (len(images) // self.batch_size) * self.batch_size * self.cost
+
+
+class Progress:
+    """One progress bar over several training runs, with the time left for all of them."""
+
+    def __init__(self, total: float):
+        """
+        Args:
+            total: Sum of the `work` of the stages.
+        """
+        self.bar = tqdm(
+            total=total,
+            bar_format='{desc} |{bar}| {percentage:.0f} %, {elapsed} so far, {remaining} left{postfix}',
+            dynamic_ncols=True,
+            smoothing=0,
+            mininterval=0.2 if sys.stderr.isatty() else 20.,
+        )
+
+    def skip(self, work: float) -> None:
+        """Count work that an earlier run has done."""
+        self.bar.initial += work
+        self.bar.n += work
+
+    def update(self, work: float, postfix: str = '') -> None:
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(min(work, self.bar.total - self.bar.n))  # rounding could make it a little more
+
+    def title(self, text: str) -> None:
+        self.bar.set_description_str(text)
+
+    def write(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text)
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.bar.close()
 
 
 def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
@@ -43,43 +96,31 @@ def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
     return model(x).loss, None
 
 
-def watch_firing(model: nn.Module) -> OutputMonitor:
-    """Record the firing rate, spikes per neuron and time step, of every neuron layer at every forward."""
-    return OutputMonitor(model, LIF, lambda spikes: spikes.float().mean().item())
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader) -> Tuple[float, Dict[str, float]]:
-    """Test accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
+def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
+    """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
     model.eval()
-    monitor = watch_firing(model)
-    top1, rates = AverageMeter(), {name: AverageMeter() for name in monitor.monitored_layers}
-    for x, y in loader:
-        check_batch(x)
-        monitor.clear_recorded_data()
-        top1.update(accuracy(model(x), y)[0].item(), len(x))
-        for name, meter in rates.items():
-            meter.update(monitor[name][0], len(x))
-    monitor.remove_hooks()
-    return top1.avg, {name: meter.avg for name, meter in rates.items()}
+    top1 = AverageMeter()
+    with FiringRateMonitor(model) as monitor:
+        for x, y in loader:
+            top1.update(accuracy(model(x), y)[0].item(), len(x))
+    return top1.avg, monitor.rates
 
 
-def fit_linear(data: Data, device: torch.device) -> float:
-    """Test accuracy, in percent, of logistic regression on the same pixels.
+def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> float:
+    """Return the test accuracy, in percent, of logistic regression on the same pixels.
 
-    Pixels are of 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS.
+    Pixels are in 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS.
     """
-    mean, std = (torch.tensor(data.config[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
-
-    def pixels(is_training: bool) -> Tuple[Tensor, Tensor]:
-        batches = [(x * std + mean, y) for x, y in make_loader(data, 500, device, is_training)]
+    def pixels(images: Images) -> Tuple[Tensor, Tensor]:
+        batches = [(to_pixels(x, config), y) for x, y in make_loader(images, config, 500, device)]
         x, y = (torch.cat(parts) for parts in zip(*batches))
-        if torch.equal(x, x[:, :1].expand_as(x)):  # grey, so one channel says it all
+        if torch.equal(x, x[:, :1].expand_as(x)):  # gray: one channel is enough
             x = x[:, :1]
         return x.flatten(1), y
 
-    x, y = pixels(is_training=True)
-    classifier = nn.Linear(x.shape[1], len(data.classes), device=device)
+    x, y = pixels(train)
+    classifier = nn.Linear(x.shape[1], len(train.classes), device=device)
     nn.init.zeros_(classifier.weight)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn='strong_wolfe')
 
@@ -90,104 +131,117 @@ def fit_linear(data: Data, device: torch.device) -> float:
         return loss
 
     optimizer.step(closure)
-    x, y = pixels(is_training=False)
+    x, y = pixels(test)
     with torch.no_grad():
         return accuracy(classifier(x), y)[0].item()
 
 
+def check_batches(stage: Stage, images: Images) -> None:
+    """Check that there are enough images for one batch."""
+    if len(images) < stage.batch_size:
+        raise ValueError(
+            f'{stage.title} has {len(images)} images, fewer than its batch size of {stage.batch_size}. '
+            f'Lower --batch-size.')
+
+
 def save_checkpoint(path: Path, **state: Any) -> None:
-    """Write beside, then rename: an interruption leaves the previous checkpoint whole."""
-    partial = path.with_suffix('.partial')
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """Replace a checkpoint; if it is interrupted, the previous one stays whole."""
+    with write_file(path) as partial:
+        torch.save(state, partial)
+
+
+def load_checkpoint(path: Path, device: torch.device, modules: Dict[str, Any]) -> Tuple[int, float]:
+    """Load the states of `modules` from a checkpoint; return the number of epochs done, and the seconds they took.
+
+    Raises:
+        ValueError: The file is damaged, or is of another run.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+        return int(state['epoch']) + 1, float(state['seconds'])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(
+            f'{path} is damaged or is not a checkpoint of this run: {str(e).splitlines()[0] if str(e) else e!r} '
+            f'Remove it, or start without --resume.') from e
 
 
 def train(
         stage: Stage,
         model: nn.Module,
         objective: Objective,
-        data: Data,
+        images: Images,
+        config: Dict[str, Any],
         output: Path,
+        progress: Progress,
         resume: bool = False,
 ) -> Tuple[nn.Module, float]:
-    """Train with AdamW, cosine decay and EMA; a checkpoint after every epoch.
+    """Train with AdamW, cosine decay and EMA; a checkpoint is written after every epoch.
 
     Args:
-        resume: Go on from the stage's checkpoint, where there is one; a finished stage is only loaded.
+        stage: Settings.
+        model: Model to train.
+        objective: Loss.
+        images: Training images with labels.
+        config: timm's data config.
+        output: Folder of the checkpoints.
+        progress: Bar to advance.
+        resume: Continue from the checkpoint of the stage if there is one; a finished stage is only loaded.
 
     Returns:
-        The averaged model, its BN statistics recomputed, and the seconds that it took.
+        The averaged model with its BN statistics recomputed, and the duration in seconds.
     """
     start = time.time()
     device = next(model.parameters()).device
-    loader = make_loader(data, stage.batch_size, device, is_training=True, augment=True)
-    if not len(loader):
-        raise ValueError(f'There are {len(data.train)} training images, fewer than --batch-size {stage.batch_size}.')
+    loader = make_loader(images, config, stage.batch_size, device, augment=True)
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2))
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=1, warmup_lr=stage.lr / 100,
+        optimizer, 'cosine', num_epochs=stage.epochs, warmup_epochs=0.5, warmup_lr=stage.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
-    checkpoint = output / f'{stage.name}.pth.tar'
+    checkpoint = output / stage.checkpoint
     start_epoch, seconds_before = 0, 0.
     if resume and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state['state_dict'])
-        ema.module.load_state_dict(state['state_dict_ema'])
-        optimizer.load_state_dict(state['optimizer'])
-        start_epoch, seconds_before = state['epoch'] + 1, state['seconds']
+        start_epoch, seconds_before = load_checkpoint(
+            checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer))
+        progress.skip(start_epoch * len(loader) * stage.batch_size * stage.cost)
 
-    num_images = len(loader) * stage.batch_size
-    monitor = watch_firing(model)
-    monitor.disable()
-    bar = tqdm(
-        total=stage.epochs * num_images,
-        initial=start_epoch * num_images,
-        unit='img',
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 20.,
-    )
-    firing_rate = float('nan')
-    for epoch in range(start_epoch, stage.epochs):
-        random_seed(stage.seed, rank=epoch)  # so that a resumed run goes on as an uninterrupted one would have
-        losses, top1 = AverageMeter(), AverageMeter()
-        model.train()
-        bar.set_description(f'{stage.title} {epoch + 1}/{stage.epochs}')
-        for i, (x, y) in enumerate(loader):
-            check_batch(x)
-            update = epoch * len(loader) + i
-            scheduler.step_update(update)
-            watch = i % 20 == 0
-            if watch:
-                monitor.clear_recorded_data()
-                monitor.enable()
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
-                loss, logits = objective(model, x.contiguous(memory_format=torch.channels_last), y)
-            if watch:
-                monitor.disable()
-                firing_rate = sum(monitor.records) / len(monitor.records)
-            if not loss.isfinite():
-                raise ValueError(f'The loss is {loss.item()}. Try a lower --lr than {stage.lr}.')
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ema.update(model, step=update)
-            losses.update(loss.item(), len(x))
-            if logits is not None:
-                top1.update(accuracy(logits, y)[0].item(), len(x))
-            acc = f'acc {top1.avg:.1f} %, ' if top1.count else ''
-            bar.set_postfix_str(f'loss {losses.avg:.3f}, {acc}firing {firing_rate:.3f}', refresh=False)
-            bar.update(len(x))
-        save_checkpoint(
-            checkpoint, epoch=epoch, seconds=seconds_before + time.time() - start, state_dict=model.state_dict(),
-            state_dict_ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
-        acc = f'train accuracy {top1.avg:5.1f} %   ' if top1.count else ''
-        tqdm.write(
-            f'{stage.title} {epoch + 1:2d}/{stage.epochs}   loss {losses.avg:.3f}   {acc}firing rate {firing_rate:.3f}')
-    bar.close()
-    monitor.remove_hooks()
-    # running statistics lag behind, by hundreds of updates where they are averaged, and neurons fall silent for it
+    with FiringRateMonitor(model) as monitor:
+        monitor.enabled = False
+        for epoch in range(start_epoch, stage.epochs):
+            random_seed(stage.seed, rank=epoch)  # so that a resumed run gives the same as an uninterrupted one
+            losses, top1 = AverageMeter(), AverageMeter()
+            model.train()
+            progress.title(f'{stage.title}, epoch {epoch + 1}/{stage.epochs}')
+            for i, (x, y) in enumerate(loader):
+                update = epoch * len(loader) + i
+                scheduler.step_update(update)
+                if i % 20 == 0:
+                    monitor.reset()
+                    monitor.enabled = True
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+                    loss, logits = objective(model, x.contiguous(memory_format=torch.channels_last), y)
+                monitor.enabled = False
+                if not loss.isfinite():
+                    raise ValueError(f'{stage.title}: the loss is {loss.item()}. Try a lower --lr than {stage.lr}.')
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                ema.update(model, step=update)
+                losses.update(loss.item(), len(x))
+                if logits is not None:
+                    top1.update(accuracy(logits, y)[0].item(), len(x))
+                progress.update(len(x) * stage.cost, f'loss {losses.avg:.3f}')
+            save_checkpoint(
+                checkpoint, epoch=epoch, seconds=seconds_before + time.time() - start, state_dict=model.state_dict(),
+                state_dict_ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
+            correct = f'training accuracy {top1.avg:5.1f} %   ' if top1.count else ''
+            progress.write(
+                f'{stage.title}, epoch {epoch + 1}/{stage.epochs}   loss {losses.avg:.3f}   {correct}'
+                f'firing rate {monitor.mean:.3f}')
+    # running statistics lag behind by many updates if weights are averaged, which silences neurons
     random_seed(stage.seed)
-    update_bn(make_loader(data, stage.batch_size, device, is_training=True), ema.module, device)
+    update_bn(make_loader(images, config, stage.batch_size, device), ema.module, device)
     return ema.module, seconds_before + time.time() - start

@@ -1,6 +1,6 @@
 """Configuration of the transformers classes around Spikformer and Spikformer V2."""
 import numbers
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -37,6 +37,16 @@ _NOT_KEPT = (
 def label_maps(labels: Sequence[str]) -> Dict[str, Dict]:
     """Return `id2label` and `label2id` for class names in order."""
     return dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+
+
+def ordered_labels(id2label: Dict[Any, str]) -> List[str]:
+    """Return the class names by number; a config.json has the numbers as strings, with '10' before '2'.
+
+    Names by something else than numbers stay in their order.
+    """
+    if not all(str(key).isdigit() for key in id2label):
+        return list(id2label.values())
+    return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
 
 
 def _to_json(value: Any) -> Any:
@@ -156,6 +166,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop('out_features', None), out_indices=kwargs.pop('out_indices', None))
         super().__post_init__(**kwargs)
+        self.id2label = dict(enumerate(ordered_labels(self.id2label)))
 
     def validate_architecture(self):
         if self.time_steps < 1:
@@ -210,7 +221,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     def to_dict(self) -> Dict[str, Any]:
         output = super().to_dict()
         is_classifier = any('ForImageClassification' in name for name in self.architectures or [])
-        labels = list(self.id2label.values())
+        labels = ordered_labels(self.id2label)
         size = self.image_size
         height, width = [size, size] if isinstance(size, int) else size
         output['architecture'] = self.architecture or (
@@ -259,7 +270,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
             pretrained_cfg={k: list(v) if isinstance(v, tuple) else v for k, v in pretrained_cfg.items()},
         )
         labels = pretrained_cfg.get('label_names') or ()
-        labels = list(labels.values()) if isinstance(labels, dict) else list(labels)
+        labels = ordered_labels(labels) if isinstance(labels, dict) else list(labels)
         is_given = bool(kwargs.keys() & {'num_labels', 'id2label', 'label2id'})
         if labels and len(labels) == values['num_labels'] and not is_given:
             values.update(label_maps(labels))

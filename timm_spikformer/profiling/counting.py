@@ -94,7 +94,7 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What the model says after a time step, and what it has cost by then.
+    """Predictions after a time step, and the energy spent until then.
 
     Args:
         step: 1 for the first one.
@@ -127,7 +127,7 @@ class _Predictions:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` has seen, counted in one way; `under` counts it in another, without running the model again.
+    """Result of `profile`, counted by one convention; `under` counts by another without running the model again.
 
     Args:
         model: Name of the architecture.
@@ -367,7 +367,7 @@ def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool
     if len(y) and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(
             f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. With '
-            f'accuracy=False they are not looked at.')
+            f'accuracy=False they are ignored.')
     return y
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a profile and of samples, drawn by matplotlib, for a light or a dark page."""
+"""Pictures of a profile and of recorded activity, drawn by matplotlib for a light or a dark page."""
 import io
 import math
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
@@ -10,14 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from .activity import Activity
 from .counting import Profile
-from .samples import Samples
 
-__all__ = ['render']
+__all__ = ['PICTURES', 'render']
+
+PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # that `render` may draw
 
 _COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
 _INK = {False: '#24292f', True: '#d8dee4'}
-_MAX_IMAGES = 4  # a picture is as wide as a phone
+_MAX_IMAGES = 4  # a picture is as wide as the screen of a phone
 
 
 def _style(dark: bool) -> Dict[str, object]:
@@ -41,7 +43,7 @@ def _whole_steps(axes: Axes, time_steps: int) -> None:
 
 
 def _unit(highest_mj: float) -> Tuple[str, float]:
-    """Unit of energy for an axis, and how many of it make a millijoule."""
+    """Return the unit of an energy axis, and its number per millijoule."""
     return ('mJ', 1.) if highest_mj >= 1. else ('µJ', 1e3)
 
 
@@ -103,8 +105,8 @@ def _anytime(profile: Profile) -> Figure:
     return fig
 
 
-def _rasters(samples: Samples) -> Figure:
-    rasters = {name: spikes[:8] for name, spikes in samples.rasters.items()}
+def _rasters(activity: Activity) -> Figure:
+    rasters = {name: spikes[:8] for name, spikes in activity.rasters.items()}
     columns = 2
     rows = math.ceil(len(rasters) / columns)
     fig = _figure(0.3 + 1.7 * rows)
@@ -133,7 +135,7 @@ def _to_numpy(image: torch.Tensor) -> np.ndarray:
 
 
 def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Sequence[np.ndarray]]) -> Figure:
-    """Images in rows, each with a title, and over those of some rows a map."""
+    """Draw rows of images, each row with a title, and maps over the images of some rows."""
     columns = len(rows[0])
     fig = _figure(4.4 * len(rows) / columns)
     grid = fig.subplots(len(rows), columns, squeeze=False)
@@ -147,14 +149,14 @@ def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Se
     return fig
 
 
-def _attention(samples: Samples) -> Figure:
-    images = samples.images[:_MAX_IMAGES]
+def _attention(activity: Activity) -> Figure:
+    images = activity.images[:_MAX_IMAGES]
     size = images.shape[-2:]
     shown = [_to_numpy(image) for image in images]
     rows, titles, overlays = [shown], ['images'], [[]]
-    names = list(samples.attention)
+    names = list(activity.attention)
     for name in names if len(names) <= 4 else [names[0], names[len(names) // 2], names[-1]]:
-        maps = samples.attention[name][:_MAX_IMAGES].unsqueeze(1)
+        maps = activity.attention[name][:_MAX_IMAGES].unsqueeze(1)
         maps = F.interpolate(maps, size=size, mode='nearest').squeeze(1)
         rows.append([image.mean(2, keepdims=True).repeat(3, 2) for image in shown])
         titles.append(f'attention received, {name}')
@@ -162,42 +164,45 @@ def _attention(samples: Samples) -> Figure:
     return _grid(rows, titles, overlays)
 
 
-def _reconstructions(samples: Samples) -> Figure:
+def _reconstructions(activity: Activity) -> Figure:
     rows = [[_to_numpy(image) for image in images[:_MAX_IMAGES]]
-            for images in (samples.images, samples.masked, samples.reconstructed)]
+            for images in (activity.images, activity.masked, activity.reconstructed)]
     return _grid(rows, ['images', 'what the encoder sees', 'masked patches reconstructed'], [[], [], []])
 
 
-def _draw(profile: Profile, samples: Optional[Samples]) -> Iterator[Tuple[str, Figure]]:
+def _draw(profile: Profile, activity: Optional[Activity]) -> Iterator[Tuple[str, Figure]]:
     yield 'firing_rates', _firing_rates(profile)
     yield 'energy', _energy(profile)
     if profile.steps[-1].agreement is not None and profile.time_steps > 1:
         yield 'anytime', _anytime(profile)
-    if samples is not None and samples.rasters:
-        yield 'rasters', _rasters(samples)
-    if samples is not None and samples.attention:
-        yield 'attention', _attention(samples)
-    if samples is not None and samples.reconstructed is not None:
-        yield 'reconstructions', _reconstructions(samples)
+    if activity is not None and activity.rasters:
+        yield 'rasters', _rasters(activity)
+    if activity is not None and activity.attention:
+        yield 'attention', _attention(activity)
+    if activity is not None and activity.reconstructed is not None:
+        yield 'reconstructions', _reconstructions(activity)
 
 
 def render(
         profile: Profile,
-        samples: Optional[Samples] = None,
+        activity: Optional[Activity] = None,
         format: str = 'png',
         dark: bool = False,
 ) -> Dict[str, bytes]:
-    """Files of pictures by name: firing_rates, energy, anytime, rasters, attention, reconstructions; those there are.
+    """Draw pictures; return the encoded files by name.
 
     Args:
-        profile: What to draw.
-        samples: The images, if there are to be pictures of them.
+        profile: Profile to draw.
+        activity: Activity to draw rasters, attention maps and reconstructions of.
         format: 'png' on white, or 'svg' without a background.
-        dark: Ink for a dark background.
+        dark: Draw for a dark background.
+
+    Returns:
+        Those of `PICTURES` for which there are data.
     """
     files = {}
     with matplotlib.rc_context(_style(dark)):
-        for name, figure in _draw(profile, samples):
+        for name, figure in _draw(profile, activity):
             buffer = io.BytesIO()
             if format == 'png':
                 figure.savefig(buffer, format='png', dpi=160, facecolor='white')

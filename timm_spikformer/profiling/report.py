@@ -1,4 +1,4 @@
-"""Shows profiles: a table in the terminal, JSON, CSV, pictures, and a page that needs nothing else."""
+"""Presentation of profiles: a table in the terminal, JSON, CSV, pictures, and a self-contained page."""
 import base64
 import csv
 import io
@@ -6,24 +6,33 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import jinja2
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..folders import check_output, manifest_files, write_folder
+from .activity import Activity
 from .counting import LayerProfile, Profile, Totals
-from .pictures import render
-from .samples import Samples
+from .pictures import PICTURES, render
 
-__all__ = ['create_console', 'print_profile', 'print_steps', 'to_csv', 'to_html', 'write_report']
+__all__ = [
+    'check_report_folder', 'create_console', 'print_profile', 'print_steps', 'to_csv', 'to_html', 'write_report']
 
+PathLike = Union[str, 'os.PathLike[str]']
+
+
+_ADVICE = 'Name another folder.'
+_PAGE = 'index.html'
+_FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
 _PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 
 
 def _count(n: float) -> str:
-    """1234567 as 1.23 M."""
+    """Format a number of operations, such as 1234567, as 1.23 M."""
     for factor, prefix in _PREFIXES:
         if n >= factor:
             digits = '.3g' if n < 999.5 * factor else '.0f'  # and not 1e+03
@@ -32,7 +41,7 @@ def _count(n: float) -> str:
 
 
 def _energy(mj: float) -> str:
-    """0.0123 as 12.3 µJ."""
+    """Format an energy, such as 0.0123 mJ, as 12.3 µJ."""
     for unit, factor in (('mJ', 1.), ('µJ', 1e3)):
         if mj * factor >= 1.:
             return f'{mj * factor:.3g} {unit}'
@@ -48,59 +57,94 @@ def _rate(rate: Optional[float]) -> str:
 
 
 def create_console() -> Console:
-    """Of the terminal; wide enough for every column where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """Create a console of the terminal; without a terminal it is wide enough for every column.
+
+    Text is printed as it is: brackets in paths are no markup.
+    """
+    options: Dict[str, Any] = dict(markup=False, highlight=False, emoji=False)
+    console = Console(**options)
+    return console if console.is_terminal else Console(width=140, **options)
+
+
+def _encodable(console: Console, text: str) -> str:
+    """Replace the prefix micro if the terminal has no character for it."""
+    try:
+        text.encode(console.encoding)
+        return text
+    except (UnicodeEncodeError, LookupError):
+        return text.replace('µ', 'u')
+
+
+def _columns(width: int) -> List[str]:
+    """Return the columns beside the layer's name that fit into a terminal of `width` characters."""
+    if width >= 120:
+        return ['input', 'rate', 'saturated', 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
+    if width >= 80:
+        return ['firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
+    return ['firing', 'ACs', 'energy'] if width >= 50 else ['energy']
 
 
 def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
-    """Print the layers, the parts and the totals; a narrow terminal gets fewer columns."""
+    """Print the layers, the groups and the totals; a narrow terminal gets fewer columns.
+
+    Args:
+        profile: Profile to print.
+        console: Console of rich to print to; by default that of the terminal.
+    """
     console = console or create_console()
-    is_wide = console.width >= 120
+    columns = _columns(console.width)
     title = (f'{profile.model}, T = {profile.time_steps}, mean of {profile.images:,} '
              f'{"sequences" if profile.is_sequence else "images"}')
-    table = Table(title=title, title_justify='left', box=box.SIMPLE, pad_edge=False, padding=(0, 1 if is_wide else 0))
-    table.add_column('layer', no_wrap=True)
-    extra = ['input', 'rate', 'saturated'] if is_wide else []
-    for name in (*extra, 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy'):
-        table.add_column(name, justify='right', no_wrap=True)
+    table = Table(
+        title=Text(title), title_justify='left', box=box.SIMPLE, pad_edge=False,
+        padding=(0, 1 if console.width >= 120 else 0))
+    table.add_column('layer', overflow='fold')
+    for name in columns:
+        table.add_column(name, justify='right', no_wrap=True, overflow='crop')
 
-    def add(name: str, x: Union[LayerProfile, Totals], values: Sequence[str], **style: Any) -> None:
+    def add(name: str, x: Union[LayerProfile, Totals], cells: Dict[str, str], **style: Any) -> None:
         macs, acs = (sum(n) if isinstance(n, list) else n for n in (x.macs, x.acs))
-        table.add_row(name, *values, _count(x.dense_macs), _count(macs), _count(acs), _energy(x.energy_mj), **style)
+        cells = {
+            **cells, 'dense MACs': _count(x.dense_macs), 'MACs': _count(macs), 'ACs': _count(acs),
+            'energy': _encodable(console, _energy(x.energy_mj))}
+        table.add_row(Text(name), *(Text(cells.get(column, '')) for column in columns), **style)
 
     for group, totals in profile.groups.items():
         for x in (x for x in profile.layers if x.group == group):
             rate_in = sum(x.input_rate) / len(x.input_rate) if x.input_rate else None
-            values = [x.input, _rate(rate_in), _percent(x.saturated)] if is_wide else []
-            add(x.name, x, [*values, _rate(x.mean_firing_rate), _percent(x.silent)])
-        add(group, totals, [''] * (len(extra) + 2), style='bold', end_section=True)
+            add(x.name, x, {
+                'input': x.input, 'rate': _rate(rate_in), 'saturated': _percent(x.saturated),
+                'firing': _rate(x.mean_firing_rate), 'silent': _percent(x.silent)})
+        add(group, totals, {}, style='bold', end_section=True)
     t = profile.totals
-    add('all', t, [*[''] * len(extra), _rate(profile.firing_rate), ''], style='bold')
+    add('all', t, {'firing': _rate(profile.firing_rate)}, style='bold')
     console.print(table)
     if profile.by_channel:
         console.print('Silent and saturated are shares of channels.')
     if t.energy_mj:
-        console.print(
+        console.print(Text(_encodable(
+            console,
             f'Energy per image {_energy(t.energy_mj)}; the same network, dense and artificial: '
-            f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.', highlight=False)
+            f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.')))
     for line in _how(profile):
-        console.print(f'  {line}', highlight=False)
+        console.print(Text(_encodable(console, f'  {line}')))
 
 
 def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
-    """Print what the model says after each time step, and what it has cost by then."""
-    table = Table(title='After each time step', title_justify='left', box=box.SIMPLE, pad_edge=False)
+    """Print accuracy, agreement with the last step, confidence and energy after each time step."""
+    console = console or create_console()
+    table = Table(title=Text('After each time step'), title_justify='left', box=box.SIMPLE, pad_edge=False)
     for name in ('step', 'accuracy', 'agreement', 'confidence', 'energy'):
-        table.add_column(name, justify='right')
+        table.add_column(name, justify='right', overflow='fold')
     for x in profile.steps:
         table.add_row(
-            str(x.step), _percent(x.accuracy), _percent(x.agreement), _percent(x.confidence), _energy(x.energy_mj))
-    (console or create_console()).print(table)
+            str(x.step), _percent(x.accuracy), _percent(x.agreement), _percent(x.confidence),
+            _encodable(console, _energy(x.energy_mj)))
+    console.print(table)
 
 
 def _how(profile: Profile) -> List[str]:
-    """In words, how it was counted."""
+    """Describe in words what was counted and at what cost."""
     cost = profile.cost
     lines = [
         f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
@@ -114,7 +158,10 @@ def _how(profile: Profile) -> List[str]:
 
 
 def to_csv(profiles: Sequence[Profile]) -> str:
-    """A row for each layer of each profile; rates by time step are in columns that shorter ones leave empty."""
+    """Return a CSV table with a row for each layer of each profile.
+
+    There is a column for each time step of the longest profile; shorter profiles leave the last ones empty.
+    """
     longest = max(p.time_steps for p in profiles)
     plain = ('name', 'group', 'input', 'parameters', 'dense_macs', 'silent', 'saturated', 'energy_mj', 'ann_energy_mj')
     by_step = ('input_rate', 'firing_rate', 'macs', 'acs')
@@ -138,27 +185,27 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _bars(layers: List[LayerProfile]) -> Dict[str, float]:
-    """Energy of each layer as a share of the highest."""
+    """Return the energy of each layer as a share of the highest."""
     highest = max((x.energy_mj for x in layers), default=0.) or 1.
     return {x.name: x.energy_mj / highest for x in layers}
 
 
 def to_html(
         profiles: Sequence[Profile],
-        samples: Optional[Samples] = None,
+        activity: Optional[Activity] = None,
         data: str = '',
         notes: Sequence[str] = (),
 ) -> str:
-    """One page with everything in it: no script, no font and no image is loaded from elsewhere.
+    """Return a self-contained page: no script, font or image is loaded from elsewhere.
 
     Args:
-        profiles: Of one model for different numbers of time steps; the layers and pictures are of the last one.
-        samples: Images to draw.
-        data: What the images are, in words.
-        notes: What the reader has to know first.
+        profiles: Profiles of one model for different numbers of time steps; layers and pictures are of the last one.
+        activity: Activity to draw.
+        data: Description of the images.
+        notes: Sentences for the top of the page.
     """
     profile = profiles[-1]
-    light, dark = (render(profile, samples, 'svg', is_dark) for is_dark in (False, True))
+    light, dark = (render(profile, activity, 'svg', is_dark) for is_dark in (False, True))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate)
     template = environment.from_string(
@@ -168,30 +215,52 @@ def to_html(
         pictures={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light})
 
 
+def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = ()) -> None:
+    """Check that a report can be written to a folder without losing anything.
+
+    Args:
+        folder: Folder of the report. It may hold files of others.
+        inputs: Files and folders that are read.
+
+    Raises:
+        ValueError: See `timm_spikformer.folders.check_output`; or the folder holds the output of another command.
+    """
+    path = check_output(folder, inputs, add=True)
+    ours = manifest_files(path)
+    for name in sorted(_FILES):
+        if name not in ours and os.path.lexists(path / name):
+            raise ValueError(f'{path / name} was not written by timm-spikformer, and would be replaced. {_ADVICE}')
+    others = [name for name in ours if name not in _FILES]
+    if others:
+        raise ValueError(
+            f'{folder} holds {others[0]}, which another command of timm-spikformer wrote. {_ADVICE}')
+
+
 def write_report(
-        folder: Union[str, Path],
+        folder: PathLike,
         profiles: Sequence[Profile],
-        samples: Optional[Samples] = None,
+        activity: Optional[Activity] = None,
         data: str = '',
         notes: Sequence[str] = (),
 ) -> Path:
-    """Write profile.json, layers.csv, the pictures and index.html; each file beside, then renamed.
+    """Write profile.json, layers.csv, the pictures and index.html to a folder, all of them or none.
 
     Args:
-        folder: Where to; other files in it stay.
-        profiles: As of `to_html`, and so are the others.
+        folder: Folder to write; the files of an earlier report are replaced, those of others stay.
+        profiles: See `to_html`, also for the other arguments.
 
     Returns:
-        The page.
+        The path of the page.
+
+    Raises:
+        ValueError: See `check_report_folder`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {f'{name}.png': png for name, png in render(profiles[-1], samples).items()}
+    check_report_folder(folder)
+    files = {f'{name}.png': png for name, png in render(profiles[-1], activity).items()}
     files['profile.json'] = (json.dumps([p.to_dict() for p in profiles], indent=2) + '\n').encode()
     files['layers.csv'] = to_csv(profiles).encode()
-    files['index.html'] = to_html(profiles, samples, data, notes).encode()
-    for name, content in files.items():
-        partial = folder / f'{name}.partial'
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-    return folder / 'index.html'
+    files[_PAGE] = to_html(profiles, activity, data, notes).encode()
+    with write_folder(folder, add=True) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+    return Path(folder) / _PAGE

@@ -1,17 +1,17 @@
-"""Logs a profile to TensorBoard: for training loops such as timm's. Trainer has a `ProfileCallback`."""
+"""Logging of profiles to TensorBoard, for training loops such as timm's. For Trainer there is `ProfileCallback`."""
 from typing import Any, Dict, Optional
 
 import torch
 
+from .activity import Activity
 from .counting import Profile
 from .pictures import render
-from .samples import Samples
 
 __all__ = ['log_profile', 'scalars']
 
 
 def scalars(profile: Profile) -> Dict[str, float]:
-    """What is worth a curve over training: rates, energy and accuracy, of the whole and of each layer."""
+    """Return the values to plot over training: rates, energy and accuracy, of the model and of each layer."""
     values = {
         'firing_rate': profile.firing_rate,
         'energy_mj': profile.totals.energy_mj,
@@ -29,19 +29,19 @@ def scalars(profile: Profile) -> Dict[str, float]:
     return values
 
 
-def log_profile(writer: Any, profile: Profile, step: int, samples: Optional[Samples] = None) -> None:
-    """Write a profile's scalars and pictures.
+def log_profile(writer: Any, profile: Profile, step: int, activity: Optional[Activity] = None) -> None:
+    """Write the scalars and pictures of a profile.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
-        profile: What to log.
+        profile: Profile to log.
         step: Step or epoch of the training.
-        samples: Images, if there are to be pictures of them.
+        activity: Activity to log pictures of.
     """
     from torchvision.io import ImageReadMode, decode_png
     for name, value in scalars(profile).items():
         writer.add_scalar(f'profile/{name}', value, step)
-    for name, png in render(profile, samples).items():
+    for name, png in render(profile, activity).items():
         image = decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8), ImageReadMode.RGB)
         writer.add_image(f'profile/{name}', image, step)
     writer.flush()

@@ -1,6 +1,17 @@
 """From a checkpoint to a folder, and a Hub repository, that timm and transformers both load."""
-from .checkpoint import Checkpoint, read_checkpoint
-from .folder import save_folder, verify_folder
-from .upload import publish
+from ..lazy import import_on_demand
 
-__all__ = ['Checkpoint', 'publish', 'read_checkpoint', 'save_folder', 'verify_folder']
+# Imported on demand: converting needs nothing of what a model card needs
+_MODULES = {
+    'Checkpoint': '..reading',
+    'convert': '.convert',
+    'publish': '.upload',
+    'read_checkpoint': '..reading',
+    'save_folder': '.folder',
+    'verify_folder': '.folder',
+}
+
+__all__ = list(_MODULES)
+
+
+__getattr__ = import_on_demand(__name__, _MODULES)

@@ -1,6 +1,8 @@
-"""The model card and the files of results: what is known of a checkpoint, and no figure of anybody else's."""
+"""The model card and the files of results, which state what is known of a checkpoint."""
 import csv
 import json
+import math
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -11,10 +13,10 @@ from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Profile
+from ..reading import Checkpoint
 from ..stems import SpikingPatchSplitting
-from .checkpoint import Checkpoint
 
-__all__ = ['Dataset', 'Result', 'read_results', 'render_card', 'results_files']
+__all__ = ['Dataset', 'Result', 'escape', 'read_results', 'render_card', 'results_files']
 
 _TAGS = ['timm', 'transformers', 'snn', 'spikformer']
 _CITATIONS = {
@@ -36,10 +38,10 @@ _CITATIONS = {
 
 
 class Dataset(NamedTuple):
-    """What a result was measured on: id on the Hub, pretty name, split."""
+    """What a result was measured on: id on the Hub, name, split; without a split, that of the images."""
     id: str
     name: str
-    split: str
+    split: Optional[str] = None
 
 
 class Result(NamedTuple):
@@ -50,30 +52,73 @@ class Result(NamedTuple):
     measured_by: str
 
 
-def read_results(path: Union[str, Path], dataset: Dataset) -> List[Result]:
-    """Top-1 and top-5 accuracy from the file that timm's validate.py has written, JSON or CSV.
+def escape(value: object) -> str:
+    """Return a value as Markdown text within a line: without markup, HTML, links, or the end of a table cell."""
+    text = ' '.join(str(value).split())
+    return re.sub(r'([\\`*_\[\]<>|~&$@]|:(?=//)|(?<=www)\.)', r'\\\1', text)
+
+
+def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoint) -> List[Result]:
+    """Read top-1 and top-5 accuracy of a checkpoint from a file that timm's validate.py wrote, JSON or CSV.
+
+    Args:
+        path: The file.
+        dataset: What the results were measured on.
+        checkpoint: Whose row to take.
 
     Raises:
-        ValueError: The file holds no top1.
+        ValueError: The file is another, it has no row of this model or more than one, or a value is not an accuracy.
     """
     path = Path(path)
+    expected = 'Expected a file that validate.py --results-file wrote'
     if not path.is_file():
-        raise ValueError(f'There is no {path}. Expected a file that validate.py --results-file has written.')
-    text = path.read_text()
+        raise ValueError(f'There is no {path}. {expected}.')
     try:
+        text = path.read_text(encoding='utf-8-sig')
         rows = json.loads(text) if path.suffix == '.json' else list(csv.DictReader(text.splitlines()))
-        row = rows[0] if isinstance(rows, list) else rows
-        values = {key: float(row[key]) for key in ('top1', 'top5') if key in row}
-    except (ValueError, IndexError, TypeError) as e:
-        raise ValueError(f'{path} is not a file that validate.py --results-file has written: {e}.') from e
-    if 'top1' not in values:
-        raise ValueError(f'{path} has no top1. Expected a file that validate.py --results-file has written.')
+    except (ValueError, csv.Error, RecursionError) as e:
+        raise ValueError(f'{path} cannot be read: {e}. {expected}.') from e
+    rows = rows if isinstance(rows, list) else [rows]
+    if not rows or not all(isinstance(row, dict) and row.get('model') for row in rows):
+        raise ValueError(f'{path} has no rows, or one that does not say of which model it is. {expected}.')
+    mine = [row for row in rows if _is_row_of(row, checkpoint)]
+    architecture = checkpoint.encoder.pretrained_cfg['architecture']
+    if len(mine) != 1:
+        what = 'more than one row' if mine else 'no row'
+        models = ', '.join(sorted({str(row['model']) for row in rows})[:5])
+        raise ValueError(f'{path} has {what} of this checkpoint, a {architecture}; its rows are of {models}. '
+                         f'Leave the one row of this checkpoint in the file.')
+    row = mine[0]
+    if row.get('top1') in (None, ''):
+        raise ValueError(f'{path} has no top1 for {row["model"]}. {expected}.')
+    values = {}
+    for key in ('top1', 'top5'):
+        if row.get(key) in (None, ''):
+            continue
+        try:
+            values[key] = float(row[key])
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'{path} has {key}={row[key]!r}, expected an accuracy in percent.') from e
+        if not math.isfinite(values[key]) or not 0. <= values[key] <= 100.:
+            raise ValueError(f'{path} has {key}={row[key]!r}, expected an accuracy from 0 to 100 percent.')
+    if values.get('top5', 100.) < values['top1']:
+        raise ValueError(f'{path} has top5={values["top5"]} below top1={values["top1"]}, which cannot be.')
     names = dict(top1='Top-1 accuracy', top5='Top-5 accuracy')
     return [Result(names[key], value, dataset, "timm's validate.py") for key, value in values.items()]
 
 
+def _is_row_of(row: Dict[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether a row is of a checkpoint: by the file or folder that it names, or else by its model."""
+    name, source = str(row['model']), checkpoint.source
+    file = row.get('checkpoint') or (name.removeprefix('local-dir:') if name.startswith('local-dir:') else None)
+    if file:
+        return source is not None and Path(str(file)).resolve() == source.resolve()
+    architecture = name.rsplit('/', 1)[-1].split('@')[0].split('.')[0]
+    return architecture == checkpoint.encoder.pretrained_cfg['architecture']
+
+
 def results_files(results: List[Result], date: str) -> Dict[str, str]:
-    """The results as `.eval_results/*.yaml`, texts by path."""
+    """Return the results as `.eval_results/*.yaml`, texts by path."""
     entries = [
         EvalResultEntry(
             dataset_id=r.dataset.id, task_id='image-classification', value=r.value, date=date,
@@ -95,33 +140,32 @@ def render_card(
         datasets: Optional[List[str]] = None,
         base_model: Optional[str] = None,
 ) -> ModelCard:
-    """The card, metadata and text.
+    """Render the card, metadata and text.
 
     Args:
-        checkpoint: What the card is of
-        repo_id: `ORG/NAME`
-        license: Identifier of the licence of the weights, as the Hub has them
-        profile: Of its operations, counted as the papers do
-        results: What was measured of this checkpoint
-        profiled_on: What the images were, if rates and energy are those of data like the training's
-        datasets: Ids of the datasets that it was trained on
-        base_model: Id of the repository that training started from
+        checkpoint: The checkpoint.
+        repo_id: `ORG/NAME`.
+        license: Identifier of the license of the weights, as the Hub has them.
+        profile: Operations of the model, counted as the papers do.
+        results: What was measured of this checkpoint.
+        profiled_on: What the images of the profile were, if its rates and energy hold for data like the training's.
+        datasets: Ids of the datasets that it was trained on.
+        base_model: Id of the repository that training started from.
     """
     encoder, is_mae = checkpoint.encoder, isinstance(checkpoint.model, SpikformerMAE)
     version = 'Spikformer' if isinstance(encoder.stem, SpikingPatchSplitting) else 'Spikformer V2'
     if is_mae:
         task, auto_class = 'image-feature-extraction', 'AutoModelForMaskedImageModeling'
         summary = (
-            f'A {version}, a spiking vision transformer, pre-trained without labels as a masked autoencoder: the '
-            f'spiking encoder and the artificial decoder. It is to be fine-tuned.')
+            f'{version}, a spiking vision transformer, pre-trained without labels as a masked autoencoder: a spiking '
+            f'encoder and an artificial decoder. Fine-tune it before use.')
     elif encoder.num_classes:
         task, auto_class = 'image-classification', 'AutoModelForImageClassification'
         summary = (
-            f'A {version}, a spiking vision transformer: an image classifier whose neurons exchange spikes, 0 or 1, '
-            f'and sums of spikes.')
+            f'{version}, a spiking vision transformer: an image classifier whose neurons emit binary spikes.')
     else:
         task, auto_class = 'image-feature-extraction', 'AutoModel'
-        summary = f'A {version}, a spiking vision transformer, without a classifier: it gives features of images.'
+        summary = f'{version}, a spiking vision transformer, without a classifier: it returns image features.'
     ids = sorted({r.dataset.id for r in results}) if datasets is None else datasets
     data = ModelCardData(
         library_name='timm',
@@ -140,13 +184,22 @@ def render_card(
             for r in results
         ] or None,
     )
+    training = checkpoint.training
     details: Dict[str, Any] = dict(
         checkpoint.data_config,
         name=repo_id.split('/')[-1], repo_id=repo_id, summary=summary, auto_class=auto_class,
         architecture=encoder.pretrained_cfg['architecture'], time_steps=encoder.time_steps,
         parameters=sum(p.numel() for p in encoder.parameters()), num_classes=encoder.num_classes,
-        labels=checkpoint.labels, profile=profile, profiled_on=profiled_on, training=checkpoint.training,
-        rates=[x.mean_firing_rate for x in profile.layers if x.firing_rate is not None], results=results,
+        labels=[escape(label) for label in checkpoint.labels or ()], profile=profile,
+        profiled_on=profiled_on and escape(profiled_on),
+        training=training and dict(
+            # as a block of code, if it is a command
+            command=' '.join(training.command.split()), text=escape(training.command),
+            args={escape(key): escape(value) for key, value in training.args.items()}),
+        rates=[x.mean_firing_rate for x in profile.layers if x.firing_rate is not None],
+        results=[dict(
+            dataset=escape(r.dataset.name), split=escape(r.dataset.split), metric=r.name, value=r.value,
+            measured_by=escape(r.measured_by)) for r in results],
         citation=_CITATIONS['sps' if version == 'Spikformer' else 'scs'],
     )
     template = resources.files(__package__).joinpath('card.md.jinja').read_text(encoding='utf-8')

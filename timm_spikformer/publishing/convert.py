@@ -1,18 +1,20 @@
-"""Converts checkpoints of the authors' V1 code and of spikingjelly, and accounts for every tensor."""
+"""Conversion of checkpoints of the authors' V1 code and of spikingjelly, with an account of every tensor."""
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import timm
 
 from ..checkpoints import Conversion, convert_state_dict
-from .checkpoint import create_matching, from_model, read_tensors, set_labels
+from ..images import data_config
+from ..reading import Checkpoint, check_finite, create, create_matching, find_state_dict, read_tensors, set_labels
+from ..spikformer import check_model_name
 from .folder import save_folder
 
 __all__ = ['Converted', 'convert']
 
 
 class Converted(NamedTuple):
-    """The model's name, and one line for every tensor of the checkpoint and every tensor of the model."""
+    """Name of the model, and one line for every tensor of the checkpoint and of the model."""
     model: str
     report: List[str]
 
@@ -25,18 +27,42 @@ def _report(conversion: Conversion) -> List[str]:
     return lines
 
 
-def _fitting(state_dict: Dict[str, Any]) -> List[str]:
-    """Names of the registered models that have all tensors of a checkpoint and no other."""
-    names = []
+def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> Conversion:
+    """Convert for a model; raise a ValueError if a tensor of the checkpoint or of the model is left over."""
+    check_model_name(name)
+    empty = create(name, device='meta', **model_kwargs)
+    try:
+        conversion = convert_state_dict(state_dict, empty)
+        if not any(key.startswith('head.') for key in conversion.state_dict):
+            empty.reset_classifier(0)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f'{path} is not a checkpoint of {name}: {type(e).__name__} {e}.') from e
+    expected = set(empty.state_dict())
+    left_over = [conversion.sources[key] for key in conversion.state_dict if key not in expected]
+    missing = expected - conversion.state_dict.keys()
+    if left_over or missing:
+        names = [name for sources in left_over for name in sources]
+        some = ', '.join((names or sorted(missing))[:5])
+        raise ValueError(
+            f'{path} is not a whole checkpoint of {name}: {len(names)} of its tensors are left over, {len(missing)} '
+            f'of the model are missing ({some}). Nothing was written.')
+    return conversion
+
+
+def _find_model(path: Path, state_dict: Dict[str, Any]) -> str:
+    """Return the registered model that has all tensors of a checkpoint and no other."""
+    fitting = []
     for name in timm.list_models(module='spikformer'):
-        model = timm.create_model(name, device='meta')
         try:
-            conversion = convert_state_dict(state_dict, model)
-        except (ValueError, KeyError):
+            _convert(path, state_dict, name, {})
+        except ValueError:
             continue
-        if conversion.state_dict.keys() == model.state_dict().keys():
-            names.append(name)
-    return names
+        fitting.append(name)
+    if len(fitting) != 1:
+        what = f'could be of {" or ".join(fitting)}' if fitting else 'is of none of the registered models'
+        raise ValueError(
+            f'{path} {what}. Name the model with --model, and its arguments that differ with --model-kwargs.')
+    return fitting[0]
 
 
 def convert(
@@ -44,45 +70,34 @@ def convert(
         output: Union[str, Path],
         model: Optional[str] = None,
         labels: Optional[List[str]] = None,
+        model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Converted:
     """Convert a file to a folder that timm and transformers load.
 
     Args:
-        path: The authors' `.pth.tar`, or a state dict of spikingjelly's or of this package
-        output: The folder to write
-        model: Name of the model; by default the one whose tensors these are
-        labels: Names of the classes
+        path: The authors' `.pth.tar`, or a state dict of spikingjelly or of this package.
+        output: Folder to write; see `folders.write_folder`.
+        model: Name of the model. By default the one that has these tensors.
+        labels: Class names in order.
+        model_kwargs: Arguments of the model for a variant without a registered name; `model` is required then.
 
     Raises:
-        ValueError: The file would run code when opened, or a tensor of it or of the model is left over.
+        ValueError: The file would run code when opened, or a tensor of it or of the model is left over, or `output`
+            may not be written.
+        RuntimeError: What was written gives other outputs.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'There is no file {path}.')
-    state_dict = read_tensors(path)
-    if model is None:
-        fitting = _fitting(state_dict)
-        if len(fitting) != 1:
-            what = f'could be of {" or ".join(fitting)}' if fitting else 'is of none of the registered models'
-            raise ValueError(f'{path} {what}. Name the model with --model.')
-        model = fitting[0]
-    if model in timm.list_models(module='spikformer'):
-        empty = timm.create_model(model, device='meta')
-        conversion = convert_state_dict(state_dict, empty)
-        _check_complete(path, model, conversion, set(empty.state_dict()))
-    checkpoint = from_model(create_matching(model, state_dict))
+    if model_kwargs and model is None:
+        raise ValueError('--model-kwargs needs --model, the registered name that they differ from.')
+    state_dict = find_state_dict(path, read_tensors(path))
+    check_finite(path, state_dict)
+    model = model or _find_model(path, state_dict)
+    conversion = _convert(path, state_dict, model, model_kwargs or {})
+    converted = create_matching(model, state_dict, **(model_kwargs or {}))
+    checkpoint = Checkpoint(converted, data_config(converted), source=path)
     if labels is not None:
         set_labels(checkpoint, labels)
-    save_folder(checkpoint, output)
+    save_folder(checkpoint, output, [path], is_live=False)
     return Converted(model, _report(conversion))
-
-
-def _check_complete(path: Path, model: str, conversion: Conversion, expected: set) -> None:
-    left_over = [conversion.sources[key] for key in conversion.state_dict if key not in expected]
-    missing = expected - conversion.state_dict.keys()
-    if left_over or missing:
-        names = [name for sources in left_over for name in sources]
-        some = ', '.join((names or sorted(missing))[:5])
-        raise ValueError(
-            f'{path} is not a whole checkpoint of {model}: {len(names)} of its tensors are left over, {len(missing)} '
-            f'of the model are missing ({some}). Nothing was written.')

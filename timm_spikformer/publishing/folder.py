@@ -1,20 +1,17 @@
 """The folder that both ecosystems load, and the proof that they do."""
 import json
-import shutil
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import Dict, Iterable, Optional, Union
 
 import timm
 import torch
 import yaml
-from timm.data import create_transform
 from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
 from ..checkpoints import TRAINING_FILE
-from ..demo.data import FASHION_MNIST
-from ..demo.training import watch_firing
-from ..hf.configuration_spikformer import SpikformerConfig, label_maps
+from ..folders import write_folder
+from ..hf.configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
 from ..hf.image_processing import create_image_processor
 from ..hf.modeling_spikformer import (
     SpikformerForImageClassification,
@@ -23,16 +20,20 @@ from ..hf.modeling_spikformer import (
     SpikformerPreTrainedModel,
 )
 from ..hf.remote_code import save_remote_code
+from ..images import DATA_KEYS, data_config, make_loader, read_splits
 from ..masked_autoencoder import SpikformerMAE
-from .checkpoint import Checkpoint, timm_part
+from ..monitor import FiringRateMonitor
+from ..reading import Checkpoint, timm_part
 
-__all__ = ['example_images', 'save_folder', 'verify_folder']
+__all__ = ['example_images', 'save_folder', 'verify_folder', 'write_checkpoint']
 
 
 def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     model, encoder = checkpoint.model, checkpoint.encoder
-    encoder.set_input_size(checkpoint.data_config['input_size'][1:])
-    config = SpikformerConfig.from_timm(encoder, **(label_maps(checkpoint.labels) if checkpoint.labels else {}))
+    height, width = checkpoint.data_config['input_size'][1:]
+    labels = label_maps(checkpoint.labels) if checkpoint.labels else dict(num_labels=encoder.num_classes)
+    config = SpikformerConfig.from_timm(
+        encoder, image_size=height if height == width else [height, width], **labels)
     config.pretrained_cfg.update(checkpoint.data_config)
     if isinstance(model, SpikformerMAE):
         decoder = model.decoder
@@ -51,95 +52,141 @@ def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     return hf_model.eval()
 
 
-def save_folder(checkpoint: Checkpoint, folder: Union[str, Path], card: Optional[str] = None, **files: str) -> None:
-    """Write model.safetensors, config.json, preprocessor_config.json, the code, and what is given as text.
-
-    All is written beside the folder first, so that it is never there by half.
+def write_checkpoint(
+        checkpoint: Checkpoint,
+        folder: Path,
+        card: Optional[str] = None,
+        texts: Optional[Dict[str, str]] = None,
+) -> None:
+    """Write model.safetensors, config.json, preprocessor_config.json, the code, and given texts to an empty folder.
 
     Args:
-        checkpoint: What to save
-        folder: Where to; what is there already is replaced
-        card: The README.md
-        files: Further texts by their paths in the folder
+        checkpoint: What to write.
+        folder: An empty folder.
+        card: The README.md.
+        texts: Other files by their paths in the folder.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
     hf_model = _to_transformers(checkpoint)
-    hf_model.save_pretrained(partial)
+    hf_model.save_pretrained(folder)
     if checkpoint.processor is None:
-        create_image_processor(hf_model.config.to_dict()['pretrained_cfg']).save_pretrained(partial)
+        create_image_processor(hf_model.config.to_dict()['pretrained_cfg']).save_pretrained(folder)
     else:
-        (partial / 'preprocessor_config.json').write_text(json.dumps(checkpoint.processor, indent=2) + '\n')
-    save_remote_code(partial)
-    texts: Dict[str, str] = dict(files)
+        text = json.dumps(checkpoint.processor, indent=2) + '\n'
+        (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
+    save_remote_code(folder)
+    texts = dict(texts or {})
     if card is not None:
         texts['README.md'] = card
     if checkpoint.training is not None:
         texts[TRAINING_FILE] = yaml.safe_dump(
             {'command': checkpoint.training.command, **checkpoint.training.args}, sort_keys=False)
     for name, text in texts.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_text(text, encoding='utf-8')
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding='utf-8')
+
+
+def save_folder(
+        checkpoint: Checkpoint,
+        folder: Union[str, Path],
+        inputs: Iterable[Union[str, Path]] = (),
+        is_live: bool = True,
+) -> None:
+    """Write a folder that timm and transformers load, verified, completely or not at all.
+
+    Args:
+        checkpoint: What to save.
+        folder: Where to. Only files that this package wrote there before are replaced; see `folders.write_folder`.
+        inputs: Files that the checkpoint was read from; the folder may not contain them.
+        is_live: Require that neurons fire on images, as `verify_folder` does.
+
+    Raises:
+        ValueError: The folder may not be written.
+        RuntimeError: What was written gives other outputs.
+    """
+    with write_folder(folder, inputs) as temporary:
+        write_checkpoint(checkpoint, temporary)
+        verify_folder(temporary, checkpoint, is_live)
 
 
 def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
-    """The first test images that the package ships, presented as the model wants them, `[count, C, H, W]`."""
-    import datasets
-    transform = create_transform(**checkpoint.data_config, is_training=False)
-    mode = {1: 'L', 3: 'RGB'}.get(checkpoint.encoder.in_chans)
-    if mode is None:
-        return torch.randn(count, *checkpoint.data_config['input_size'], generator=torch.Generator().manual_seed(0))
-    images = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))[:count]['image']
-    return torch.stack([transform(image.convert(mode)) for image in images])
+    """Return some test images of the package in the model's data configuration, `[count, C, H, W]`."""
+    config = checkpoint.data_config
+    if checkpoint.encoder.in_chans not in (1, 3):
+        return torch.randn(count, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    images = read_splits()['test'].select(range(count))
+    return next(iter(make_loader(images, config, count)))[0]
 
 
 @torch.no_grad()
-def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint) -> Dict[str, float]:
-    """Load a folder through timm and through transformers, and compare with what it was made from, bit for bit.
+def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: bool = True) -> Dict[str, float]:
+    """Load a folder with timm and with transformers, and compare with its source: tensors and outputs, bit for bit.
+
+    Args:
+        folder: The folder.
+        checkpoint: The source, as its own loader has read it.
+        is_live: Require that neurons of the encoder fire, without which outputs say little about weights.
 
     Returns:
-        The firing rate of every neuron layer on shipped images.
+        The firing rate of every neuron layer on images of the package.
 
     Raises:
-        RuntimeError: One of them gives something else, or all of the last block's neurons are silent, so that there
-            is nothing to compare.
+        RuntimeError: An output, a tensor, a label or the data configuration differs, or no neuron fires.
     """
     x = example_images(checkpoint)
     model, encoder = checkpoint.model, checkpoint.encoder
-    is_mae = isinstance(model, SpikformerMAE)  # its encoder's classifier, if it has one, is not saved
-    monitor = watch_firing(encoder)
-    expected = encoder.forward_features(x) if is_mae else encoder(x)
-    rates = {name: monitor[name][0] for name in monitor.monitored_layers}
-    monitor.remove_hooks()
-    if not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
+    is_mae = isinstance(model, SpikformerMAE)  # the encoder's classifier, if it has one, is not saved
+    with FiringRateMonitor(encoder) as monitor:
+        expected = encoder.forward_features(x) if is_mae else encoder(x)
+        rates = dict(monitor.rates)
+    if is_live and not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
         raise RuntimeError(
-            'No neuron of the encoder fires on the shipped images. In a model that was not trained, BN has seen no '
-            'data: train it, or forward some batches in train mode, before it is published.')
+            'No neuron of the encoder fires on images of the package. The BN layers of a model that was not trained '
+            'have seen no data: train it, or forward some batches in train mode, before it is published.')
+
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     if not torch.equal(loaded.forward_features(x) if is_mae else loaded(x), expected):
-        raise RuntimeError(f'{folder} gives other outputs in timm than the model that it was made from.')
+        raise RuntimeError(_differs('outputs', 'timm', 'Its arguments cannot all be expressed in a config.json.'))
+    _compare_tensors(loaded, encoder, 'timm', skip_head=is_mae)
+    read_back = data_config(loaded)
+    for key in DATA_KEYS:
+        if _plain(read_back[key]) != _plain(checkpoint.data_config[key]):
+            raise RuntimeError(_differs(key, 'timm', f'{read_back[key]}, expected {checkpoint.data_config[key]}.'))
 
-    auto_class = AutoModelForMaskedImageModeling if is_mae else AutoModelForImageClassification
     if not is_mae and not encoder.num_classes:
         hf_model = SpikformerModel.from_pretrained(folder).eval()
     else:
+        auto_class = AutoModelForMaskedImageModeling if is_mae else AutoModelForImageClassification
         hf_model = auto_class.from_pretrained(folder).eval()
     if is_mae:
-        noise = torch.rand(len(x), (x.shape[-2] // model.mask_unit) * (x.shape[-1] // model.mask_unit))
-        same = torch.equal(hf_model(x, noise=noise).reconstruction, model(x, noise=noise).reconstruction)
+        units = (x.shape[-2] // model.mask_unit) * (x.shape[-1] // model.mask_unit)
+        noise = torch.rand(len(x), units, generator=torch.Generator().manual_seed(0))
+        is_equal = torch.equal(hf_model(x, noise=noise).reconstruction, model(x, noise=noise).reconstruction)
     elif encoder.num_classes:
-        same = torch.equal(hf_model(x).logits, expected)
+        is_equal = torch.equal(hf_model(x).logits, expected)
     else:
-        same = torch.equal(hf_model.timm_model(x), expected)
-    if not same:
-        raise RuntimeError(f'{folder} gives other outputs in transformers than the model that it was made from.')
+        is_equal = torch.equal(hf_model.timm_model(x), expected)
+    if not is_equal:
+        raise RuntimeError(_differs('outputs', 'transformers'))
+    _compare_tensors(timm_part(hf_model), model, 'transformers', skip_head=is_mae)
     if checkpoint.labels is not None:
-        if list(hf_model.config.id2label.values()) != checkpoint.labels:
-            raise RuntimeError(f'The labels in {folder} are not the ones that were given.')
+        if ordered_labels(hf_model.config.id2label) != checkpoint.labels:
+            raise RuntimeError(_differs('labels', 'transformers'))
         if list(loaded.pretrained_cfg['label_names']) != checkpoint.labels:
-            raise RuntimeError(f'The labels that timm reads in {folder} are not the ones that were given.')
+            raise RuntimeError(_differs('labels', 'timm'))
     return rates
+
+
+def _compare_tensors(loaded: torch.nn.Module, source: torch.nn.Module, library: str, skip_head: bool) -> None:
+    theirs, ours = ({k: v for k, v in m.state_dict().items() if not (skip_head and 'head.' in k)}
+                    for m in (loaded, source))
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[k], ours[k]) for k in ours):
+        raise RuntimeError(_differs('weights', library))
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _differs(what: str, library: str, detail: str = '') -> str:
+    return (f'The folder that was written has other {what} in {library} than the model that it was made from, and is '
+            f'not kept. {detail}').rstrip()

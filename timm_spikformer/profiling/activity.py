@@ -1,4 +1,4 @@
-"""Where the spikes are: rasters, attention maps and reconstructions of a few images."""
+"""Activity of a model on a few images: spike rasters, attention maps and reconstructions."""
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -11,21 +11,21 @@ from ..neurons import LIF
 from ..spikformer import Spikformer, find_spikformer
 from .counting import unchanged
 
-__all__ = ['Samples', 'default_layers', 'look']
+__all__ = ['Activity', 'check_layers', 'default_layers', 'record_activity']
 
-_NUM_NEURONS = 64  # of a layer that a raster shows
+_NUM_NEURONS = 64  # that the raster of a layer shows
 
 
 @dataclass
-class Samples:
-    """A few images, and what neurons make of them.
+class Activity:
+    """Activity of a model on a few images.
 
     Args:
-        images: `[n, C, H, W]`, of 0 to 1.
-        rasters: For each layer the spikes, 0 or 1, of neurons that lie evenly spaced in it, `[n, T, neurons]`.
-        attention: For each block how much attention each token receives, `[n, H / patch, W / patch]`.
-        masked: What a masked autoencoder was shown of the images, `[n, C, H, W]`.
-        reconstructed: The images with its prediction in the masked patches, `[n, C, H, W]`.
+        images: The images with values of 0 to 1, `[n, C, H, W]`.
+        rasters: For each layer, the binary spikes of evenly spaced neurons, `[n, T, neurons]`.
+        attention: For each block, the attention that each token receives, `[n, H / patch, W / patch]`.
+        masked: For a masked autoencoder, the images with masked patches gray, `[n, C, H, W]`.
+        reconstructed: For a masked autoencoder, the images with masked patches reconstructed, `[n, C, H, W]`.
     """
     images: Tensor
     rasters: Dict[str, Tensor] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Samples:
 
 
 def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
-    """Neurons by the name of their layer, as in a `Profile`."""
+    """Return the neurons by the name of their layer, as in a `Profile`."""
     neurons = {}
     for name, m in encoder.named_modules():
         if isinstance(m, LIF):
@@ -44,7 +44,7 @@ def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
 
 
 def default_layers(encoder: Spikformer) -> List[str]:
-    """The last neurons of each stage of the stem, and of attention and MLP in the first and in the last block."""
+    """Return the last layer of each stage of the stem, and of attention and MLP in the first and the last block."""
     names = list(_neurons(encoder))
     parts = [f'stem.stages.{i}' for i in range(len(encoder.stem.stages))]
     for i in sorted({0, len(encoder.blocks) - 1} if len(encoder.blocks) else ()):
@@ -54,43 +54,50 @@ def default_layers(encoder: Spikformer) -> List[str]:
 
 @torch.no_grad()
 def _attention_map(qkv: Tensor, num_heads: int, grid: Tuple[int, int]) -> Tensor:
-    """Mean of q k^T over queries, heads and time steps, `[n, H / patch, W / patch]`, of spikes `[T, n, N, 3 * C]`."""
+    """Average q k^T over queries, heads and time steps: spikes `[T, n, N, 3 * C]` to `[n, H / patch, W / patch]`."""
     T, n, N, _ = qkv.shape
     q, k, _ = qkv.float().view(T, n, N, 3, num_heads, -1).unbind(3)  # [T, n, N, heads, d]
     received = (k * q.mean(2, keepdim=True)).sum(-1)  # [T, n, N, heads]
     return received.mean((0, 3)).view(n, *grid).cpu()
 
 
-def look(
+def check_layers(encoder: Spikformer, layers: Optional[Sequence[str]]) -> None:
+    """Raise a ValueError if there is no layer with neurons of one of the names."""
+    neurons = _neurons(encoder)
+    for name in layers or ():
+        if name not in neurons:
+            raise ValueError(f'There is no layer {name!r} with neurons, expected one of {", ".join(neurons)}.')
+
+
+def record_activity(
         model: nn.Module,
         x: Tensor,
         layers: Optional[Sequence[str]] = None,
         time_steps: Optional[int] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
-) -> Samples:
-    """Run a model, which is left as it was, on a few images, and keep what is worth a picture.
+) -> Activity:
+    """Run a model on a few images, and record spikes, attention and, for a masked autoencoder, reconstructions.
 
-    There being no softmax, an attention map is not a distribution: it shows q k^T, averaged over the queries.
+    The model is left as it was. Spiking attention has no softmax, so an attention map is not a distribution: it shows
+    q k^T, averaged over the queries.
 
     Args:
-        model: As of `profile`.
-        x: Images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, of which the mean over time is shown.
-        layers: Names of the layers to draw rasters of, as in a `Profile`; see `default_layers`.
-        time_steps: Time steps to present images for; by default the model's own.
-        mean: By which the images were normalised, for each channel or for all; by default the model's.
-        std: The same.
+        model: A model as for `profile`.
+        x: Images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, whose mean over time is shown.
+        layers: Names of the layers to record spikes of, as in a `Profile`; by default those of `default_layers`.
+        time_steps: Number of time steps; by default the model's own.
+        mean: Mean that the images were normalized by, for each channel or for all; by default the model's.
+        std: Standard deviation that the images were normalized by, in the same form.
 
     Raises:
-        ValueError: There is no layer of a name, or it has no neurons.
+        ValueError: There is no layer with neurons of one of the names.
     """
     encoder = find_spikformer(model)
     mae = next((m for m in model.modules() if isinstance(m, SpikformerMAE)), None)
     neurons = _neurons(encoder)
     layers = default_layers(encoder) if layers is None else list(layers)
-    for name in layers:
-        if name not in neurons:
-            raise ValueError(f'There is no layer {name!r} with neurons, expected one of {", ".join(neurons)}.')
+    check_layers(encoder, layers)
     x = x.to(next(encoder.parameters()).device)
     n, grid = len(x), (x.shape[-2] // encoder.patch_size, x.shape[-1] // encoder.patch_size)
 
@@ -103,25 +110,25 @@ def look(
         return (images.float().cpu() * s.view(-1, 1, 1) + m.view(-1, 1, 1)).clamp(0, 1)
 
     shown = x.mean(1) if x.ndim == 5 else x
-    samples = Samples(to_pixels(shown))
+    activity = Activity(to_pixels(shown))
     handles = []
 
     def keep_spikes(name: str) -> None:
         def hook(m: nn.Module, args: Tuple, spikes: Tensor) -> None:
             flat = spikes.reshape(len(spikes), n, -1)
             at = torch.linspace(0, flat.shape[2] - 1, min(_NUM_NEURONS, flat.shape[2]), device=flat.device).long()
-            samples.rasters[name] = flat[:, :, at].transpose(0, 1).cpu()
+            activity.rasters[name] = flat[:, :, at].transpose(0, 1).cpu()
         handles.append(neurons[name].register_forward_hook(hook))
 
     def keep_attention(name: str, attn: SpikingSelfAttention) -> None:
         def hook(m: nn.Module, args: Tuple, qkv: Tensor) -> None:
-            samples.attention[name] = _attention_map(qkv, attn.num_heads, grid)
+            activity.attention[name] = _attention_map(qkv, attn.num_heads, grid)
         handles.append(attn.qkv.register_forward_hook(hook))
 
     try:
         for name in layers:
             keep_spikes(name)
-        if mae is None:  # which sees some of the tokens only
+        if mae is None:  # a masked autoencoder runs on some of the tokens only
             for i, block in enumerate(encoder.blocks):
                 keep_attention(f'blocks.{i}', block.attn)
         with unchanged(encoder, time_steps):
@@ -129,9 +136,9 @@ def look(
                 model(x)
             else:
                 _, masked, reconstructed = mae.reconstruct(x)
-                samples.masked, samples.reconstructed = to_pixels(masked), to_pixels(reconstructed)
+                activity.masked, activity.reconstructed = to_pixels(masked), to_pixels(reconstructed)
     finally:
         for handle in handles:
             handle.remove()
-    samples.rasters = {name: samples.rasters[name] for name in layers}
-    return samples
+    activity.rasters = {name: activity.rasters[name] for name in layers}
+    return activity

@@ -1,0 +1,279 @@
+"""The console script: what it imports, what it says of errors, and terminals of every kind."""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from timm_spikformer import cli, errors
+from timm_spikformer_cli import COMMANDS, create_parser
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ('torch', 'timm', 'numpy', 'transformers', 'huggingface_hub', 'datasets', 'matplotlib', 'rich', 'yaml')
+# Optional for the models alone; the finders of modules act as if they were not installed
+BLOCK = """
+    import sys
+    from importlib.machinery import PathFinder
+    BLOCKED = sys.argv[1].split(',')
+    find_spec = PathFinder.find_spec
+    PathFinder.find_spec = classmethod(
+        lambda cls, name, *args: None if name.partition('.')[0] in BLOCKED else find_spec(name, *args))
+"""
+OPTIONAL = 'spikingjelly,datasets,matplotlib,rich,jinja2,accelerate,transformers,pyarrow'
+
+
+def run(*args, check=True, code=None, **kwargs):
+    env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', **kwargs.pop('env', {}))
+    start = ['-c', textwrap.dedent(code)] if code else ['-m', 'timm_spikformer_cli']
+    return subprocess.run(
+        [sys.executable, *start, *map(str, args)], capture_output=True, env=env, check=check, timeout=120,
+        **{'text': True, **kwargs})
+
+
+# -- start
+
+ANSWERED = [
+    ['--version'], ['--help'], *([name, '--help'] for name in COMMANDS), ['recipe'], ['config', 'spikformer_8_384']]
+
+
+@pytest.mark.parametrize('args', ANSWERED, ids=' '.join)
+def test_questions_are_answered_without_torch(args):
+    out = run(*args, code=f"""
+        import sys, timm_spikformer_cli
+        try:
+            timm_spikformer_cli.main()
+        except SystemExit as e:
+            assert not e.code, e.code
+        print([name for name in {HEAVY!r} if name in sys.modules])""").stdout
+    assert out.splitlines()[-1] == '[]' and len(out) > 10
+
+
+@pytest.mark.parametrize('args', [['--version'], ['profile', '--help']], ids=' '.join)
+def test_questions_take_less_than_a_third_of_a_second(args):
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run(*args)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert sorted(seconds)[2] < 0.3, seconds
+
+
+def test_the_models_alone_need_none_of_the_optional_packages():
+    """Create, train, export, and load what is shipped."""
+    out = run(OPTIONAL, code=BLOCK + """
+    import io, timm, torch, timm_spikformer
+    model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    x = torch.randn(2, 3, 28, 28)
+    model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    mae = timm_spikformer.SpikformerMAE(timm.create_model('test_spikformer_v2'), decoder_embed_dim=32, decoder_depth=1,
+                                        decoder_num_heads=2)
+    mae(torch.randn(2, 3, 64, 64)).loss.backward()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.std() > 0
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    print([name for name in BLOCKED if name in sys.modules])
+    for name in ('SpikformerConfig', 'SpikformerTrainer'):
+        try:
+            getattr(timm_spikformer, name)
+        except ModuleNotFoundError as e:
+            print(e)
+    """).stdout.splitlines()
+    assert out[0] == '[]'
+    for name, line in zip(('SpikformerConfig', 'SpikformerTrainer'), out[1:], strict=True):
+        assert line.startswith(f'timm_spikformer.{name}: transformers is required here and is not installed. Run: pip')
+
+
+def test_converting_needs_nothing_of_cards_and_profiles(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+    run('spikingjelly,datasets,matplotlib,rich,jinja2,accelerate', 'convert', tmp_path / 'a.pth', '--model',
+        'test_spikformer_v2', '--output', tmp_path / 'out', code=BLOCK + """
+    import timm_spikformer_cli
+    timm_spikformer_cli.main(sys.argv[2:])""")
+    assert (tmp_path / 'out' / 'model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('blocked, args', [
+    ('torch', ['profile', 'x']),
+    ('transformers', ['convert', 'FILE', '--model', 'test_spikformer_v2', '--output', 'out']),
+    ('jinja2', ['publish', 'FILE', '--repo', 'a/b', '--license', 'mit', '--dry-run', '--output', 'out']),
+])
+def test_what_is_not_installed_is_named(blocked, args, tmp_path):
+    (tmp_path / 'FILE').write_bytes(b'x')
+    result = run(blocked, *args, cwd=tmp_path, check=False, env=dict(PYTHONPATH=str(ROOT)), code=BLOCK + """
+    import timm_spikformer_cli
+    timm_spikformer_cli.main(sys.argv[2:])""")
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert f'error: {blocked} is required here and is not installed. Run: pip install "{blocked}' in result.stderr
+    assert os.listdir(tmp_path) == ['FILE']
+
+
+# -- errors
+
+def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
+    from timm_spikformer.publishing import command
+
+    def explain_raised(error):
+        def fail(*args):
+            raise error
+        monkeypatch.setattr(command, 'run_publish', fail)
+        cli.main(['publish', 'x', '--repo', 'a/b', '--license', 'mit'])
+
+    import huggingface_hub.errors as hub
+    from safetensors import SafetensorError
+    for error, text in (
+            (OSError(28, 'No space left on device', '/out'), '/out: No space left on device. Free some space'),
+            (PermissionError(13, 'Permission denied', '/out'), '/out: Permission denied. Change its permissions'),
+            (hub.StrictDataclassFieldValidationError('steps', TypeError('x')), 'Data cannot be read: .*steps'),
+            (SafetensorError('header too large'), 'Data cannot be read: header too large'),
+            (hub.OfflineModeIsEnabled('offline'), 'The Hub cannot be reached: offline. Check the network'),
+            (ConnectionError('refused'), 'The Hub cannot be reached: refused'),
+            (yaml.YAMLError('bad'), 'Data cannot be read: bad'),
+            (UnicodeDecodeError('utf-8', b'x', 0, 1, 'bad byte'), 'Data cannot be read: .*bad byte'),
+            (torch.OutOfMemoryError('too much'), 'There is not enough memory: too much. Use a smaller batch'),
+    ):
+        with pytest.raises(SystemExit, match=f'^error: {text}'):
+            explain_raised(error)
+    for bug in (ValueError('of somebody else'), TypeError('x'), KeyError('x'), AssertionError(), RuntimeError('x'),
+                ZeroDivisionError()):
+        with pytest.raises(type(bug)):
+            explain_raised(bug)
+
+
+def test_value_errors_of_the_package_are_told_from_those_it_runs_into():
+    from timm_spikformer.publishing.command import parse_kwargs
+
+    def check_repository_parts(name):
+        a, b = name.split('/')  # a ValueError of the interpreter, in a function that is taken for the package's
+
+    check_repository_parts.__code__ = check_repository_parts.__code__.replace(co_filename=errors.__file__)
+    with pytest.raises(ValueError) as info:
+        parse_kwargs(['x'])
+    assert errors.explain(info.value) == "--model-kwargs: 'x' is not KEY=VALUE."
+    with pytest.raises(AttributeError) as info:
+        parse_kwargs([3])
+    assert errors.explain(info.value) is None
+    with pytest.raises(ValueError) as info:
+        check_repository_parts('one')
+    assert errors.explain(info.value) is None
+
+
+def test_requirements_are_declared_ones():
+    assert errors.requirement('transformers').startswith('transformers>=5')
+    assert errors.requirement('yaml') == 'pyyaml' and errors.requirement('nothing') == 'nothing'
+    assert errors.requirement('torch').startswith('torch>=')  # and not torchvision
+
+
+# -- terminals
+
+def test_ascii_terminals_and_file_names_of_any_bytes(tmp_path):
+    env = dict(PYTHONIOENCODING='ascii', LC_ALL='C')
+    name = os.fsdecode(b'caf\xe9-\xc2\xb5.yaml')
+    result = run('recipe', 'cifar10', '--output', tmp_path / name, env=env, text=False)
+    assert result.stdout.startswith(b'Written to ') and (tmp_path / name).is_file()
+    out = run(env=env, code="""
+        import timm_spikformer_cli, sys
+        try:
+            timm_spikformer_cli.main(['--version'])
+        except SystemExit:
+            print('12 \\u00b5J \\u2192 3 \\u00d7 \\u00e9 \\u2603')""").stdout
+    assert out.splitlines()[-1] == '12 uJ -> 3 x e ?'
+
+
+@pytest.mark.parametrize('columns', ['1', '20', '500'])
+def test_narrow_and_wide_terminals(columns):
+    for name in COMMANDS:
+        assert run(name, '--help', env=dict(COLUMNS=columns, NO_COLOR='1')).stdout.startswith('usage:')
+
+
+def test_a_closed_pipe():
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_spikformer_cli', 'recipe', 'cifar10'], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait(60) == 1
+
+
+@pytest.mark.parametrize('number, message', [(signal.SIGINT, 'Interrupted. No partial output'), (signal.SIGTERM, '')])
+def test_a_signal_leaves_nothing(number, message, tmp_path):
+    """While the folder is being written. A shell's background ignores SIGINT, so the child sets what it needs."""
+    torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+    code = """
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import timm_spikformer_cli
+        from timm_spikformer.publishing import folder
+        def wait(*args):
+            print('ready', flush=True)
+            time.sleep(60)
+        folder.verify_folder = wait
+        timm_spikformer_cli.main(sys.argv[1:])"""
+    process = subprocess.Popen(
+        [sys.executable, '-c', textwrap.dedent(code), 'convert', str(tmp_path / 'a.pth'), '--model',
+         'test_spikformer_v2', '--output', str(tmp_path / 'out')],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n'
+    assert len(os.listdir(tmp_path)) == 2
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 128 + number) and message in err and 'Traceback' not in err
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+# -- recipes and configurations
+
+def test_recipes_are_printed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(['recipe'])
+    names = capsys.readouterr().out.split()
+    assert names == sorted(path.stem for path in (ROOT / 'recipes').glob('*.yaml'))
+    for name in names:
+        cli.main(['recipe', name])
+        recipe = yaml.safe_load(capsys.readouterr().out)
+        expected = yaml.safe_load((ROOT / 'recipes' / f'{name}.yaml').read_text())
+        data = recipe.pop('dataset', ''), expected.pop('dataset', '')
+        assert recipe == expected and (data[0] == data[1] or Path(data[0].removeprefix('hfds/')).is_dir())
+    cli.main(['recipe', 'cifar10', '--output', 'my recipe.yaml'])
+    assert capsys.readouterr().out == 'Written to my recipe.yaml\n'
+    assert Path('my recipe.yaml').read_text() == (ROOT / 'recipes' / 'cifar10.yaml').read_text()
+    for args, message in (
+            (['nothing'], "There is no recipe 'nothing'. Expected one of "), (['--output', 'x'], 'needs the NAME'),
+            (['cifar10', '--output', 'my recipe.yaml'], 'is there already'),
+            (['cifar10', '--output', str(tmp_path)], 'is a folder. Name a file'),
+            (['cifar10', '--output', 'a/b'], 'cannot be written: .* is not a folder'),
+            (['../README'], 'There is no recipe')):
+        with pytest.raises(SystemExit, match=f'error: .*{message}'):
+            cli.main(['recipe', *args])
+    assert os.listdir(tmp_path) == ['my recipe.yaml']
+
+
+def test_configurations_are_printed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(['config'])
+    assert {'spikformer_v2_8_512', 'pretrain_imagenet'} <= set(capsys.readouterr().out.split())
+    cli.main(['config', 'spikformer_v2_8_512'])
+    folder = ROOT / 'hf_configs' / 'spikformer_v2_8_512'
+    assert capsys.readouterr().out == (folder / 'config.json').read_text()
+    cli.main(['config', 'spikformer_v2_8_512', '--output', 'out'])
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {
+        p.name: p.read_text() for p in Path('out').iterdir() if not p.name.startswith('.')}
+    cli.main(['config', 'pretrain_imagenet', '--output', 'args.json'])
+    assert Path('args.json').read_text() == (ROOT / 'hf_configs' / 'args' / 'pretrain_imagenet.json').read_text()
+
+
+def test_every_command_is_there():
+    assert list(create_parser()._subparsers._group_actions[0].choices) == list(COMMANDS)

@@ -1,0 +1,309 @@
+"""The writer of folders: nothing of others is lost, and a folder is written completely or not at all."""
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from timm_spikformer import folders
+from timm_spikformer.folders import MANIFEST, check_output, manifest_files, remove_files, write_file, write_folder
+
+
+def write(folder, files, **kwargs):
+    with write_folder(folder, **kwargs) as temporary:
+        for name, text in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(text)
+
+
+def read(folder):
+    """Contents by path, the manifest left out; links as their targets."""
+    return {
+        p.relative_to(folder).as_posix(): f'-> {os.readlink(p)}' if p.is_symlink() else p.read_text()
+        for p in Path(folder).rglob('*') if (p.is_symlink() or p.is_file()) and p.name != MANIFEST}
+
+
+def test_a_folder_is_replaced_and_files_of_others_stay(tmp_path):
+    out = tmp_path / 'new' / 'out'
+    write(out, {'a': '1', 'deep/er/b': '2'})
+    assert read(out) == {'a': '1', 'deep/er/b': '2'} and manifest_files(out) == ['a', 'deep/er/b']
+    (out / 'notes.txt').write_text('mine')
+    (out / 'deep' / 'notes.txt').write_text('mine too')
+    write(out, {'a': '3', 'c': '4'})
+    assert read(out) == {'a': '3', 'c': '4', 'notes.txt': 'mine', 'deep/notes.txt': 'mine too'}
+    assert not (out / 'deep' / 'er').exists() and os.listdir(out.parent) == ['out']
+
+
+def test_the_folder_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / 'other').mkdir()
+    write(tmp_path / 'out', {'a': '1'})
+    assert (tmp_path / 'out').stat().st_mode == (tmp_path / 'other').stat().st_mode
+
+
+@pytest.mark.parametrize('name, message', [
+    ('', "'' is not the name of a folder"),
+    ('a\0b', 'is not the name of a folder'),
+    ('.', 'is the current folder or one that contains it'),
+    ('..', 'is the current folder or one that contains it'),
+    ('/', 'is the current folder or one that contains it'),
+    ('file', 'file is a file. Name a folder'),
+    ('file/out', 'cannot be created: .*file is not a folder'),
+    ('link', 'link is a symbolic link. Name the folder that it points to, .*foreign'),
+    ('link/', 'is a symbolic link'),
+    ('dangling', 'dangling is a symbolic link'),
+    ('foreign', "holds files that timm-spikformer did not write, such as 'thesis.tex'"),
+    ('checkpoint', 'is or contains .*model.safetensors, which is read'),
+    ('above', 'is or contains .*model.safetensors, which is read'),
+])
+def test_folders_that_are_refused(name, message, tmp_path, monkeypatch):
+    work = tmp_path / 'work'
+    work.mkdir()
+    monkeypatch.chdir(work)
+    Path('file').write_text('a file')
+    Path('foreign').mkdir()
+    Path('foreign', 'thesis.tex').write_text('years of work')
+    Path('link').symlink_to('foreign')
+    Path('dangling').symlink_to('nowhere')
+    source = Path('above' if name == 'above' else '.', 'checkpoint', 'model.safetensors')
+    source.parent.mkdir(parents=True)
+    source.write_text('weights')
+    before = read(tmp_path)
+    for function in (check_output, lambda *args: write(args[0], {'model.safetensors': 'x'}, inputs=args[1])):
+        with pytest.raises(ValueError, match=message):
+            function(name, [source])
+    assert read(tmp_path) == before
+
+
+def test_a_folder_of_others_can_be_added_to(tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    (tmp_path / 'dir').mkdir()
+    write(tmp_path, {'a': '1'}, add=True)
+    assert read(tmp_path) == {'a': '1', 'notes.txt': 'mine'}
+    for name in ('notes.txt', 'notes.txt/a', 'dir'):
+        with pytest.raises(ValueError, match='(notes.txt|dir) was not written by|is not a folder, and'):
+            write(tmp_path, {name: 'x'}, add=True)
+    (tmp_path / 'a').unlink()
+    (tmp_path / 'a').symlink_to('notes.txt')
+    with pytest.raises(ValueError, match='a has been changed since'):
+        write(tmp_path, {'a': 'x'})
+    assert read(tmp_path) == {'a': '-> notes.txt', 'notes.txt': 'mine'}
+
+
+def test_a_file_that_was_edited_is_neither_replaced_nor_removed(tmp_path):
+    write(tmp_path / 'out', {'README.md': 'generated', 'a': '1'})
+    (tmp_path / 'out' / 'README.md').write_text('edited by hand')
+    for files in ({'README.md': 'generated', 'a': '2'}, {'a': '2'}):
+        with pytest.raises(ValueError, match='README.md has been changed since timm-spikformer wrote it'):
+            write(tmp_path / 'out', files)
+    assert read(tmp_path) == {'out/README.md': 'edited by hand', 'out/a': '1'}
+
+
+@pytest.mark.parametrize('text', [
+    '', '[]', '{"files": 3}', '{"files": {"../../victim": ["x"]}}', '{"files": {"/etc/passwd": ["x"]}}',
+    '{"files": {"a/../../victim": ["x"]}}', '{"files": {"": ["x"]}}',
+])
+def test_manifests_that_this_package_did_not_write(text, tmp_path):
+    (tmp_path / 'victim').write_text('x')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match='is not a manifest of timm-spikformer'):
+        write(tmp_path / 'out', {'a': '1'}, add=True)
+    assert read(tmp_path) == {'victim': 'x'} and (tmp_path / 'out' / MANIFEST).read_text() == text
+
+
+def test_an_error_or_interruption_leaves_nothing(tmp_path):
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), write_folder(tmp_path / 'a' / 'b' / 'out') as temporary:
+            (temporary / 'half').write_text('half')
+            raise error
+        with pytest.raises(error), write_file(tmp_path / 'file') as partial:
+            partial.write_text('half')
+            raise error
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    write(tmp_path / 'out', {'a': 'good'})
+    code = """
+        import resource, signal, sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        import folders
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        out = Path(sys.argv[1])
+        for context in (folders.write_folder(out), folders.write_file(out / 'file')):
+            try:
+                with context as temporary:
+                    (temporary / 'a' if temporary.is_dir() else temporary).write_bytes(bytes(10_000))
+            except OSError as e:
+                print(e.filename, e.strerror)"""
+    result = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code), str(tmp_path / 'out'), str(Path(folders.__file__).parent)],
+        capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        f'{path} File too large; nothing was written' for path in (tmp_path / 'out', tmp_path / 'out' / 'file')]
+    assert read(tmp_path) == {'out/a': 'good'}
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    def mkdir(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, 'mkdir', mkdir)  # root may write everywhere, so permissions alone do not show it
+    with pytest.raises(OSError, match='Read-only file system; nothing was written') as info:
+        write(tmp_path / 'out', {'a': '1'})
+    assert info.value.filename == str(tmp_path / 'out') and not os.listdir(tmp_path)
+
+
+def test_files(tmp_path):
+    with pytest.raises(ValueError, match='is not a folder'), write_file(tmp_path / 'nowhere' / 'a'):
+        pass
+    (tmp_path / 'notes.txt').write_text('mine')
+    for text in ('1', '2', '3'):
+        with write_file(tmp_path / 'results.json') as partial:
+            assert partial.suffix == '.json' and partial.parent == tmp_path
+            partial.write_text(text)
+    with pytest.raises(ValueError, match='notes.txt was not written by'), write_file(tmp_path / 'notes.txt'):
+        pass
+    assert read(tmp_path) == {'results.json': '3', 'notes.txt': 'mine'}
+    remove_files(tmp_path, ['results.json', 'notes.txt', 'nothing'])
+    assert read(tmp_path) == {'notes.txt': 'mine'} and manifest_files(tmp_path) == []
+    write(tmp_path, {'a': '1'})  # a folder without files of its own is one all the same
+    (tmp_path / 'a').write_text('edited')
+    with pytest.raises(ValueError, match='a has been changed since'):
+        remove_files(tmp_path, ['a'])
+
+
+def test_two_runs_at_once(tmp_path):
+    """Both end well, and the folder is one of the two."""
+    versions = [{f'file{i}': str(v) for i in range(5 + v)} for v in range(4)]
+    for _ in range(20):
+        threads = [threading.Thread(target=write, args=(tmp_path / 'out', files)) for files in versions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert read(tmp_path / 'out') in versions
+    assert os.listdir(tmp_path) == ['out']
+
+
+def test_a_killed_run_can_be_repeated(tmp_path):
+    """A folder that a kill left in between is still known as this package's."""
+    out = tmp_path / 'out'
+    write(out, {'a': '1', 'b': '1'})
+    (out / 'notes.txt').write_text('mine')
+    code = """
+        import os, sys
+        sys.path.insert(0, sys.argv[2])
+        import folders
+        with folders.write_folder(sys.argv[1]) as temporary:
+            for name in 'abc':
+                (temporary / name).write_text('2')
+            count, rename = int(sys.argv[3]), os.rename
+            def rename_or_die(*args):
+                global count
+                count -= 1
+                if count < 0:
+                    os.kill(os.getpid(), 9)
+                rename(*args)
+            os.rename = rename_or_die"""
+    for count in range(5):
+        result = subprocess.run(
+            [sys.executable, '-c', textwrap.dedent(code), str(out), str(Path(folders.__file__).parent), str(count)])
+        assert result.returncode == -signal.SIGKILL
+        assert read(out).pop('notes.txt') == 'mine'
+        write(out, {'a': '3', 'd': '3'})
+        assert read(out) == {'a': '3', 'd': '3', 'notes.txt': 'mine'}
+
+
+# -- random folders, random failures
+
+NAMES = st.sampled_from(['a', 'b', 'c', 'README.md', 'd/a', 'd/b', 'd/e/a', 'a/b', '.eval_results/x'])
+FILES = st.dictionaries(NAMES, st.sampled_from(['one', 'two', 'three']), max_size=5)
+PATCHED = [(os, 'rename'), (os, 'replace'), (Path, 'mkdir'), (Path, 'write_text'), (Path, 'rmdir'),
+           (folders, '_digest'), (folders.shutil, 'copyfile'), (os, 'listdir')]
+
+
+def put_files(folder, files):
+    """Write what fits: a file where there is a folder is left out."""
+    for name, text in files.items():
+        path = Path(folder, name)
+        if not any(p.is_file() for p in path.parents) and not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+class Failure(Exception):
+    pass
+
+
+def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_factory):
+    root = tmp_path_factory.mktemp('writer')
+    out = root / 'out'
+    put_files(out, foreign)
+    first, second = ({n: t for n, t in files.items() if not any(m.startswith(f'{n}/') for m in files)}
+                     for files in (first, second))
+    owned = {}
+    try:
+        write(out, first, add=add)
+        owned = first
+    except ValueError:
+        assert read(root) == {f'out/{name}': text for name, text in read(out).items()}
+    put_files(out, later)
+    before = read(out) if out.exists() else {}
+    others = {name: text for name, text in before.items() if owned.get(name) != text}
+    manifest = (out / MANIFEST).read_bytes() if (out / MANIFEST).exists() else None
+    with pytest.MonkeyPatch.context() as patch:
+        calls = [0]
+
+        def failing(function):
+            def call(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == fail_at:
+                    raise kind
+                return function(*args, **kwargs)
+            return call
+
+        for owner, name in PATCHED:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+        try:
+            write(out, second, add=add)
+            written = True
+        except (ValueError, kind):
+            written = False
+    after = read(out) if out.exists() else {}
+    assert {name: after.get(name) for name in others} == others  # nothing of others is lost, whatever happens
+    if written or after != before:  # an interruption may come when all is in place, during the cleaning up
+        assert after == {**others, **second}
+    else:
+        assert manifest == ((out / MANIFEST).read_bytes() if (out / MANIFEST).exists() else None)
+    if fail_at != calls[0]:  # the failure was not in the last step, which is cleaning up
+        assert [name for name in os.listdir(root) if name != 'out'] == []
+
+
+ARGUMENTS = dict(
+    foreign=FILES, first=FILES, later=FILES, second=FILES, add=st.booleans(),
+    fail_at=st.integers(min_value=0, max_value=40), kind=st.sampled_from([OSError, KeyboardInterrupt, Failure]))
+COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@settings(max_examples=300, **COMMON)
+@given(**ARGUMENTS)
+def test_random_folders_and_failures(tmp_path_factory, **arguments):
+    check_writer(**arguments, tmp_path_factory=tmp_path_factory)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=10_000, **COMMON)
+@given(**ARGUMENTS)
+def test_many_random_folders_and_failures(tmp_path_factory, **arguments):
+    check_writer(**arguments, tmp_path_factory=tmp_path_factory)

@@ -1,0 +1,1 @@
+"""Data of the package: images, weights, and, in an installed package, the recipes and configurations."""

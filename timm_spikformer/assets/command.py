@@ -1,0 +1,87 @@
+"""`timm-spikformer recipe` and `timm-spikformer config`: the shipped YAML and JSON files, printed or written.
+
+Imports the standard library only.
+"""
+import argparse
+from pathlib import Path
+from typing import Dict
+
+from ..folders import write_folder, write_new_file
+
+_ASSETS = Path(__file__).parent
+_DATA = 'timm_spikformer/assets/'  # path of the shipped images in the files, as seen from a checkout
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-spikformer recipe`."""
+    parser.add_argument('name', nargs='?', metavar='NAME', help='recipe to print (default: list their names)')
+    parser.add_argument('--output', metavar='FILE', help='write it to this file')
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-spikformer config`."""
+    parser.add_argument(
+        'name', nargs='?', metavar='NAME',
+        help='a model, for its config.json and preprocessor_config.json, or an argument file (default: list their '
+             'names)')
+    parser.add_argument('--output', metavar='PATH', help='write the folder of the model, or the argument file, here')
+
+
+def run_recipe(args: argparse.Namespace) -> None:
+    """List, print or write a recipe."""
+    recipes = {path.stem: path for path in sorted(_find('recipes').glob('*.yaml'))}
+    if args.name is None:
+        _list(recipes, args)
+    else:
+        _put_file(_choose(args.name, recipes, 'recipe'), args)
+
+
+def run_config(args: argparse.Namespace) -> None:
+    """List, print or write a configuration or an argument file."""
+    root = _find('hf_configs')
+    models = {path.parent.name: path.parent for path in sorted(root.glob('*/config.json'))}
+    known = {**models, **{path.stem: path for path in sorted(root.glob('args/*.json'))}}
+    if args.name is None:
+        _list(known, args)
+        return
+    path = _choose(args.name, known, 'config')
+    if path.is_file():
+        _put_file(path, args)
+    elif args.output is None:
+        print((path / 'config.json').read_text(encoding='utf-8'), end='')
+    else:
+        with write_folder(args.output, [path]) as folder:
+            for file in path.glob('*.json'):
+                (folder / file.name).write_text(file.read_text(encoding='utf-8'), encoding='utf-8')
+        print(f'Written to {args.output}')
+
+
+def _find(name: str) -> Path:
+    """Return the folder of an installed package, or of a checkout."""
+    folder = next((path for path in (_ASSETS / name, _ASSETS.parents[1] / name) if path.is_dir()), None)
+    if folder is None:
+        raise RuntimeError(f'The package holds no {name}. Install it anew.')
+    return folder
+
+
+def _list(known: Dict[str, Path], args: argparse.Namespace) -> None:
+    if args.output is not None:
+        raise ValueError('--output needs the NAME of what is to be written.')
+    print('\n'.join(known))
+
+
+def _choose(name: str, known: Dict[str, Path], kind: str) -> Path:
+    if name not in known:
+        raise ValueError(f'There is no {kind} {name!r}. Expected one of {", ".join(known)}.')
+    return known[name]
+
+
+def _put_file(path: Path, args: argparse.Namespace) -> None:
+    """Print or write a file; the shipped images are named by where they are on this machine."""
+    text = path.read_text(encoding='utf-8').replace(_DATA, f'{_ASSETS.as_posix()}/')
+    if args.output is None:
+        print(text, end='')
+        return
+    with write_new_file(args.output) as partial:
+        partial.write_text(text, encoding='utf-8')
+    print(f'Written to {args.output}')

@@ -1,0 +1,283 @@
+"""The three stages of the demo: classify with shipped weights, train, pre-train and fine-tune."""
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple
+
+import timm
+import torch
+import yaml
+from timm.models import save_for_hf
+from timm.utils import random_seed
+from torch import nn
+
+from ..checkpoints import TRAINING_FILE
+from ..folders import check_output, remove_files, write_file, write_folder
+from ..images import SHIPPED_MODEL, Images, data_config, make_loader, read_splits, train_test, training_config
+from ..masked_autoencoder import SpikformerMAE
+from ..spikformer import check_model_name
+from .command import SETTINGS, STAGES
+from .pictures import reconstruction_loss, save_predictions, save_reconstructions
+from .training import Progress, Stage, check_batches, classify, evaluate, fit_linear, reconstruct, train
+
+_PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'
+_RESULTS = 'results.json'
+_OF_THE_CALL = ('resume', 'output', 'device')  # arguments that --resume does not restore
+_OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
+_BN_BIAS = 0.7  # at the start of training
+_COST_OF_MASKED = 0.6  # of an image in pre-training, relative to supervised training
+
+
+def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
+    """Run the stages; return the results, which are written to `results.json` in the output folder too.
+
+    Nothing is written before all arguments and the data have been checked.
+
+    Raises:
+        ValueError: An argument, the data or the output folder is not as expected.
+    """
+    start = time.time()
+    output = Path(args.output)
+    if args.resume:
+        _restore(args, output / SETTINGS)
+        print(f'Continuing in {output} with the arguments of that run.')
+    stages = args.stages or (STAGES if args.data is None else STAGES[1:])
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    _check_arguments(args)
+    demo = _Demo(args, output) if {'train', 'pretrain'} & {*stages} else None
+    check_output(output, [args.data] if args.data else [], add=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        names = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'finetuning', 'scratch')]
+        remove_files(output, [*names, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS])
+        _write_json(output / SETTINGS, vars(args))
+
+    results: Dict[str, Any] = {}
+    if 'classify' in stages:
+        results.update(_classify_shipped(output / _PREDICTIONS))
+    if demo is not None:
+        print(demo.description)
+        runs = (demo.supervised if 'train' in stages else []) + (demo.self_supervised if 'pretrain' in stages else [])
+        with Progress(sum(run.stage.work(run.images) for run in runs)) as progress:
+            if 'train' in stages:
+                results.update(demo.train(progress))
+            if 'pretrain' in stages:
+                results.update(demo.pretrain(progress))
+        results.update(model=args.model, time_steps=args.time_steps, seed=args.seed)
+    results['seconds'] = round(time.time() - start, 1)
+    _write_json(output / _RESULTS, results)
+    _print_results(results, args, output)
+    return results
+
+
+def _write_json(path: Path, values: Dict[str, Any]) -> None:
+    with write_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+
+
+def _restore(args: argparse.Namespace, settings: Path) -> None:
+    """Set the arguments to those of the run that is resumed."""
+    if not settings.is_file():
+        raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
+    try:
+        saved = json.loads(settings.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{settings} is not JSON: {e}. Start without --resume.') from e
+    expected = vars(args).keys() - {*_OF_THE_CALL}
+    if not isinstance(saved, dict) or not expected <= saved.keys():
+        raise ValueError(f'{settings} does not hold the arguments of a demo of this version. Start without --resume.')
+    for name in expected:
+        value, default = saved[name], getattr(args, name)
+        types = (str, list, type(None)) if name in ('data', 'stages') else type(default)
+        if not isinstance(value, types) and not (isinstance(default, float) and type(value) is int):
+            raise ValueError(f'{settings} holds {name} = {value!r}. Start without --resume.')
+        setattr(args, name, value)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    check_model_name(args.model)
+    for name in ('time_steps', 'epochs', 'pretrain_epochs', 'finetune_epochs', 'batch_size', 'labeled'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
+    if not 0. < args.mask_ratio < 1.:
+        raise ValueError(f'--mask-ratio must be greater than 0 and less than 1, got {args.mask_ratio}.')
+    for name in ('lr', 'pretrain_lr'):
+        if not 0. < getattr(args, name) < float('inf'):
+            raise ValueError(f'--{name.replace("_", "-")} must be greater than 0, got {getattr(args, name)}.')
+    if not 0 <= args.seed < 2 ** 31:
+        raise ValueError(f'--seed must be from 0 to 2147483647, got {args.seed}.')
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from e
+
+
+@torch.no_grad()
+def _classify_shipped(path: Path) -> Dict[str, Any]:
+    """Classify shipped test images with the shipped weights; print and draw ten of them."""
+    model = timm.create_model(SHIPPED_MODEL, pretrained=True).eval()
+    config, test = data_config(model), read_splits()['test']
+    few = test.spread(10)
+    x, y = next(iter(make_loader(few, config, len(few))))
+    confidence, predicted = model(x).softmax(-1).max(-1)
+    names = [few.classes[i] for i in predicted]
+    print(f'{model.pretrained_cfg["architecture"]} with the weights of the package, on {test.name}')
+    print('  predicted      confidence  label')
+    for name, share, label in zip(names, confidence, y):
+        print(f'  {name:<13}  {100 * share:8.0f} %  {few.classes[label]}')
+    save_predictions(x, names, config, path)
+    top1, _ = evaluate(model, make_loader(test, config, 250))
+    print(f'  {top1:.1f} % of {test.description} are right. Picture: {path}\n')
+    return dict(shipped_accuracy=top1)
+
+
+class _Run(NamedTuple):
+    """A training run, and its images."""
+    stage: Stage
+    images: Images
+
+
+class _Demo:
+    """Data, models and training runs of the stages that train; all checks are done when it is created."""
+
+    def __init__(self, args: argparse.Namespace, output: Path):
+        self.args = args
+        self.output = output
+        self.device = torch.device(args.device)
+        self.images, self.test_images = train_test(read_splits(args.data), args.seed)
+        self.config = training_config(args.model if args.data else None)
+        if args.quick:
+            args.epochs = args.pretrain_epochs = args.finetune_epochs = 1
+            self.images, self.test_images = self.images.take(320, args.seed), self.test_images.take(100, args.seed)
+        few = self.images.take(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
+
+        def stage(name: str, title: str, epochs: int, **kwargs: Any) -> Stage:
+            defaults = dict(lr=args.lr, batch_size=args.batch_size, weight_decay=args.weight_decay, seed=args.seed)
+            return Stage(name, title, epochs, **{**defaults, **kwargs})
+
+        # from scratch, as many images as in pre-training and fine-tuning together, which takes about as long
+        scratch_epochs = args.finetune_epochs + round(args.pretrain_epochs * len(self.images) / len(few))
+        self.supervised = [_Run(stage('supervised', 'Training', args.epochs), self.images)]
+        self.self_supervised = [
+            _Run(stage(
+                'pretraining', 'Pre-training', args.pretrain_epochs, lr=args.pretrain_lr,
+                batch_size=2 * args.batch_size, beta2=0.95, cost=_COST_OF_MASKED), self.images),
+            _Run(stage('finetuning', 'Fine-tuning', args.finetune_epochs), few),
+            _Run(stage('scratch', 'From scratch', scratch_epochs), few),
+        ]
+        for run in (*self.supervised, *self.self_supervised):
+            check_batches(*run)
+        model = self._create_model()
+        self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
+        self.description = (
+            f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.time_steps} time '
+            f'step(s), on {self.device}\n{self.images.description}; to test on, {self.test_images.description}; '
+            f'{len(self.images.classes)} classes')
+
+    def _create_model(self) -> nn.Module:
+        C, H, W = self.config['input_size']
+        random_seed(self.args.seed)
+        model = timm.create_model(
+            self.args.model, num_classes=len(self.images.classes), in_chans=C, img_size=(H, W),
+            time_steps=self.args.time_steps)
+        # BN gives standard normal currents at first, and a neuron fires at once from a current of 2 on: 2 % of them do.
+        # With this bias 10 % do, and the first epochs of training gain more.
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                nn.init.constant_(module.bias, _BN_BIAS)
+        return model.to(device=self.device, memory_format=torch.channels_last)
+
+    def _train(self, run: _Run, model: nn.Module, objective: Callable, progress: Progress):
+        return train(
+            run.stage, model, objective, run.images, self.config, self.output, progress, resume=self.args.resume)
+
+    def train(self, progress: Progress) -> Dict[str, Any]:
+        """Train with all labels, and save the model."""
+        model, seconds = self._train(self.supervised[0], self._create_model(), classify, progress)
+        progress.title('Testing')
+        top1, rates = evaluate(model, self.test_loader)
+        linear = fit_linear(self.images, self.test_images, self.config, self.device)
+        self._save(model)
+        return dict(
+            accuracy=top1, linear_accuracy=linear, tested_on=self.test_images.description,
+            firing_rate=sum(rates.values()) / len(rates), firing_rates=rates, training_seconds=round(seconds, 1))
+
+    def pretrain(self, progress: Progress) -> Dict[str, Any]:
+        """Pre-train without labels, fine-tune with a few, and train from scratch with these for comparison."""
+        pretraining, finetuning, scratch = self.self_supervised
+        args = self.args
+        mae = SpikformerMAE(
+            self._create_model(), mask_ratio=args.mask_ratio, decoder_embed_dim=64, decoder_depth=2,
+            decoder_num_heads=2).to(device=self.device, memory_format=torch.channels_last)
+        mae, pretrain_seconds = self._train(pretraining, mae, reconstruct, progress)
+        mae_loss, mean_loss = reconstruction_loss(mae, self.test_loader, args.seed)
+        save_reconstructions(mae, self.test_loader, self.config, self.output / _RECONSTRUCTIONS, args.seed)
+        model = self._create_model()
+        model.load_state_dict(mae.state_dict())  # the encoder; the classifier stays as it is
+        tuned, tune_seconds = self._train(finetuning, model, classify, progress)
+        untuned, scratch_seconds = self._train(scratch, self._create_model(), classify, progress)
+        progress.title('Testing')
+        return dict(
+            reconstruction_loss=mae_loss, reconstruction_loss_of_mean=mean_loss, labeled=len(finetuning.images),
+            finetuned_accuracy=evaluate(tuned, self.test_loader)[0],
+            scratch_accuracy=evaluate(untuned, self.test_loader)[0],
+            finetuned_seconds=round(pretrain_seconds + tune_seconds, 1), scratch_seconds=round(scratch_seconds, 1))
+
+    def _save(self, model: nn.Module) -> None:
+        """Save for `timm.create_model('local-dir:...')`, with a note of how it was trained; load it and compare."""
+        model = model.eval().to(memory_format=torch.contiguous_format)  # safetensors takes no other
+        args = self.args
+        training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
+        options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
+        command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
+        with write_folder(self.output / 'model') as folder:
+            save_for_hf(
+                model, str(folder), model_config=dict(label_names=self.images.classes), safe_serialization=True,
+                data_config=self.config)
+            note = yaml.safe_dump({'command': shlex.join(command), **training}, sort_keys=False)
+            (folder / TRAINING_FILE).write_text(note, encoding='utf-8')
+            loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(self.device).eval()
+            x = torch.randn(8, *self.config['input_size'], device=self.device)
+            with torch.no_grad():
+                if not torch.equal(loaded(x), model(x)):
+                    raise RuntimeError(f'The model saved in {folder} gives other logits than the trained one.')
+
+
+def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Path) -> None:
+    lines: List[str] = []
+    if 'accuracy' in results:
+        rates = results['firing_rates']
+        lowest, highest = min(rates, key=rates.get), max(rates, key=rates.get)
+        lines += [
+            '',
+            f'With all labels, tested on: {results["tested_on"]}',
+            f'  accuracy              {results["accuracy"]:.1f} %',
+            f'  linear classifier     {results["linear_accuracy"]:.1f} %  (logistic regression on the same pixels)',
+            f'  firing rate           {results["firing_rate"]:.3f} on average: from {rates[lowest]:.3f} ({lowest}) to '
+            f'{rates[highest]:.3f} ({highest})',
+        ]
+    if 'finetuned_accuracy' in results:
+        lines += [
+            '',
+            f'With {results["labeled"]:,} labels',
+            f'  pre-trained           {results["finetuned_accuracy"]:.1f} %  in {results["finetuned_seconds"]:.0f} s',
+            f'  from scratch          {results["scratch_accuracy"]:.1f} %  in {results["scratch_seconds"]:.0f} s',
+            f'  reconstruction loss   {results["reconstruction_loss"]:.3f}; of the mean of each patch '
+            f'{results["reconstruction_loss_of_mean"]:.3f}',
+            f'  picture               {output / _RECONSTRUCTIONS}  (original, masked, reconstructed)',
+        ]
+    lines += ['', f'Time {results["seconds"]:.0f} s']
+    if 'accuracy' in results:
+        folder = str(output / 'model')
+        load = f'import timm, timm_spikformer; timm.create_model({"local-dir:" + folder!r}, pretrained=True)'
+        commands = {
+            'load it': ['python', '-c', load],
+            'profile it': ['timm-spikformer', 'profile', args.model, '--checkpoint', folder],
+            'use your own images': ['timm-spikformer', 'demo', '--data', 'DIR'],
+            'train a larger model': ['python', '-m', 'timm_spikformer', 'train.py', '-c', 'recipes/cifar10.yaml'],
+        }
+        lines += ['', f'The classifier is saved in {folder}. What to do next:']
+        lines += [f'  {title:<20}  {shlex.join(command)}' for title, command in commands.items()]
+    print('\n'.join(lines))

@@ -1,0 +1,108 @@
+"""Which errors are for the user of a command, and what they say. Everything else is a bug and keeps its traceback.
+
+An error is for the user if a library that reads files, data of others or the network raised it, or if this package
+raised it on purpose: a `ValueError` or a `RuntimeError` from a `raise` statement of its own.
+
+This module imports the standard library only.
+"""
+import dis
+import errno
+from importlib import metadata
+from pathlib import Path
+from typing import Optional
+
+__all__ = ['explain', 'requirement']
+
+_PACKAGE = Path(__file__).parent
+# modules whose exceptions are about files, foreign data or the network
+_LIBRARIES = ('huggingface_hub', 'httpx', 'httpcore', 'safetensors', 'json', 'yaml', 'pyarrow', 'datasets', 'PIL',
+              'pickle', '_pickle', 'zipfile', 'zlib', 'csv', '_csv')
+_HINTS = {
+    errno.ENOSPC: 'Free some space, or write to another disk.',
+    errno.EDQUOT: 'Free some of your quota, or write to another disk.',
+    errno.EROFS: 'Write to another folder.',
+    errno.EACCES: 'Change its permissions, or name another.',
+    errno.EPERM: 'Change its permissions, or name another.',
+    errno.ENOENT: 'Check the path.',
+    errno.ENOTDIR: 'Check the path.',
+    errno.EISDIR: 'Name a file.',
+    errno.ENAMETOOLONG: 'Choose a shorter name.',
+}
+
+
+def explain(error: BaseException) -> Optional[str]:
+    """Return what to tell the user of a command about an exception, or None if it is a bug."""
+    if isinstance(error, ImportError):
+        return _explain_import(error)
+    if type(error).__name__ == 'OutOfMemoryError':
+        return f'There is not enough memory: {_first_line(error)} Use a smaller batch size or model, or another device.'
+    if _comes_from_network(error):
+        return (f'The Hub cannot be reached: {_first_line(error)} Check the network, or set HF_HUB_OFFLINE=1 to use '
+                f'what has been downloaded before.')
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if _is_of_libraries(error) or isinstance(error, (UnicodeError, EOFError)):
+        return f'Data cannot be read: {_first_line(error)} ({type(error).__name__})'
+    if isinstance(error, (ValueError, RuntimeError)) and _is_raised_here(error):
+        return str(error)
+    return None
+
+
+def requirement(module: str) -> str:
+    """Return what pip is to install for a module, with the versions that this package works with."""
+    name = {'PIL': 'pillow', 'yaml': 'pyyaml'}.get(module, module)
+    try:
+        declared = metadata.requires('timm-spikformer') or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    wanted = name.replace('_', '-').lower()
+    for text in declared:
+        bare = text.partition(';')[0].strip()
+        if bare[:len(wanted)].replace('_', '-').lower() == wanted and not bare[len(wanted):len(wanted) + 1].isalnum():
+            return bare
+    return name
+
+
+def _explain_import(error: ImportError) -> Optional[str]:
+    module = (error.name or '').partition('.')[0]
+    if not module or module.startswith(('timm_spikformer', '_timm_spikformer')):
+        return None
+    if isinstance(error, ModuleNotFoundError) and module == error.name:
+        return f'{module} is required here and is not installed. Run: pip install "{requirement(module)}"'
+    return f'{_first_line(error)} Its version does not fit. Run: pip install "{requirement(module)}"'
+
+
+def _explain_os_error(error: OSError) -> str:
+    if error.strerror is None:  # of a library, with a message of its own
+        return str(error)
+    names = ' -> '.join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    hint = _HINTS.get(error.errno, '')
+    return f'{names}: {error.strerror}. {hint}'.removeprefix(': ').rstrip()
+
+
+def _comes_from_network(error: BaseException) -> bool:
+    names = {f'{c.__module__.partition(".")[0]}.{c.__name__}' for c in type(error).__mro__}
+    return isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, BrokenPipeError) or bool(
+        names & {'httpx.TransportError', 'huggingface_hub.OfflineModeIsEnabled'})
+
+
+def _is_of_libraries(error: BaseException) -> bool:
+    return any(c.__module__.partition('.')[0] in _LIBRARIES for c in type(error).__mro__)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith('.') else f'{text}.'
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether a `raise` statement of this package raised the error, and not a function that it called."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    is_raise = code.co_code[trace.tb_lasti] == dis.opmap['RAISE_VARARGS']
+    return is_raise and _PACKAGE in Path(code.co_filename).resolve().parents

@@ -1,0 +1,483 @@
+"""The one reader of images: image folders, parquet files, and the slice of Fashion-MNIST that the package ships.
+
+Classes of an image folder are found and numbered by timm's own reader, because timm's train.py numbers them so.
+Pictures are decoded by Pillow; one that cannot be decoded is an error that names the file.
+"""
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_loader, get_img_extensions, resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .pretrained import cfg_to_train
+
+__all__ = [
+    'DATA_KEYS', 'FASHION_MNIST', 'SHIPPED_MODEL', 'Images', 'data_config', 'make_loader', 'match_classes',
+    'read_splits', 'sample_images', 'test_images', 'to_pixels', 'train_test', 'training_config']
+
+PathLike = Union[str, 'os.PathLike[str]']
+
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # of timm's data config
+SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'  # trained on the shipped images
+FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
+
+_SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # names of folders
+_PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
+_HELD_OUT = 0.1  # share of each class to test on, for a dataset without a test split
+_EXPECTED = (
+    'Expected DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, or parquet files with columns image and label.')
+_EXPECTED_ANY = f'{_EXPECTED[:-1]}, or, without labels, DIR/*.png.'
+
+
+def data_config(model: nn.Module, **given: Any) -> Dict[str, Any]:
+    """Return timm's data config of a model: `input_size`, `mean`, `std`, `interpolation` and `crop_pct`.
+
+    Args:
+        model: A timm model.
+        given: Values that replace the model's own, by the names of train.py's arguments. A mean or standard deviation
+            for another number of channels than the model's is averaged.
+    """
+    config = resolve_data_config(given, model=model)
+    for key in ('mean', 'std'):
+        if len(config[key]) != config['input_size'][0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
+    return {key: config[key] for key in DATA_KEYS}
+
+
+def training_config(model: Optional[str] = None) -> Dict[str, Any]:
+    """Return timm's data config to train a registered model with; without a name, that of the shipped images."""
+    cfg = timm.get_pretrained_cfg(SHIPPED_MODEL) if model is None else cfg_to_train(model)
+    return {key: getattr(cfg, key) for key in DATA_KEYS}
+
+
+class _FileSource:
+    """Encoded pictures, each in a file of its own."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def open(self, i: int) -> Any:
+        return open(self.paths[i], 'rb')
+
+
+class Images(Dataset):
+    """Images of one split, and their labels.
+
+    An item is a pair (image, label), or an image alone if there are no labels; the image is a PIL image until a
+    `transform` is set, as `make_loader` does.
+
+    Args:
+        source: Encoded pictures by index: `open(i)` returns a binary file, `name(i)` says where it is from.
+        labels: Class indices `[N]`, or None without labels.
+        classes: Names of the classes in the order of their indices, or None if the dataset does not name them.
+        name: Name of the dataset, for people to read.
+        split: 'train', 'test', 'validation', 'all' if the dataset has no splits, 'held-out tenth of train' or
+            'held-out tenth'.
+    """
+
+    def __init__(
+            self,
+            source: Any,
+            labels: Optional[np.ndarray],
+            classes: Optional[Sequence[str]],
+            name: str,
+            split: str,
+            indices: Optional[np.ndarray] = None,
+    ):
+        self.source = source
+        self.classes = None if classes is None else list(classes)
+        self.name = name
+        self.split = split
+        self.mode = 'RGB'
+        self.transform = None  # set by timm's create_loader
+        self._indices = np.arange(len(source)) if indices is None else indices
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Union[Any, Tuple[Any, int]]:
+        image = self._decode(i)
+        image = image if self.transform is None else self.transform(image)
+        return image if self.labels is None else (image, int(self.labels[i]))
+
+    def _decode(self, i: int) -> Image.Image:
+        at = int(self._indices[i])
+        try:
+            with self.source.open(at) as stream:
+                return decode(stream, self.mode)
+        except (OSError, ValueError) as e:
+            raise ValueError(f'{self.source.name(at)} cannot be read: {e}') from e
+
+    @property
+    def description(self) -> str:
+        """Number of images, dataset and split in words."""
+        count = f'{len(self):,} image{"" if len(self) == 1 else "s"} of {self.name}'
+        if self.split == 'all':
+            return count
+        return f'{count}, {self.split}' + (' split' if self.split in _SPLITS.values() else '')
+
+    def filename(self, i: int) -> str:
+        """Path of an image; of an image in a parquet file, the file and the row."""
+        return self.source.name(int(self._indices[i]))
+
+    def select(self, indices: Any, split: Optional[str] = None) -> 'Images':
+        """Return the images of these indices."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return Images(
+            self.source, None if self.labels is None else self.labels[indices], self.classes, self.name,
+            self.split if split is None else split, self._indices[indices])
+
+    def spread(self, count: int) -> 'Images':
+        """Return at most `count` images, evenly spaced."""
+        return self if count >= len(self) else self.select(np.linspace(0, len(self) - 1, count).round())
+
+    def take(self, count: int, seed: int) -> 'Images':
+        """Return at most `count` images, of each class its share, the same ones for the same seed."""
+        if count >= len(self):
+            return self
+        order, rank, sizes = self._ranked(seed)
+        share = (rank + 0.5) / sizes[self.labels[order]]  # of its class, up to this image
+        return self.select(np.sort(order[np.argsort(share, kind='stable')[:count]]))
+
+    def hold_out(self, seed: int) -> Tuple['Images', 'Images']:
+        """Divide into training images and a tenth of each class to test on; a class of one image is only trained on.
+
+        Raises:
+            ValueError: Every class has one image only.
+        """
+        order, rank, sizes = self._ranked(seed)
+        held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(_HELD_OUT * sizes + 0.5)))
+        is_test = rank < held_out[self.labels[order]]
+        if not is_test.any():
+            raise ValueError(f'{self.description}: no class has 2 images, so none can be held out to test on.')
+        split = 'held-out tenth' if self.split == 'all' else f'held-out tenth of {self.split}'
+        return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
+
+    def _ranked(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shuffled indices, the rank of each one within its class, and the sizes of the classes."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        sizes = np.bincount(self.labels)
+        by_class = np.argsort(self.labels[order], kind='stable')
+        rank = np.empty(len(self), dtype=np.int64)
+        rank[by_class] = np.arange(len(self)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return order, rank, sizes
+
+
+def decode(stream: Any, mode: str) -> Image.Image:
+    """Decode a picture to 8 bits a channel, upright.
+
+    Args:
+        stream: Binary file.
+        mode: Pillow's mode to convert to, 'RGB' or 'L'. An alpha channel is dropped, as in timm.
+
+    Raises:
+        ValueError: The file is no picture, is damaged, or has pixels of a type without a known range.
+    """
+    try:
+        with Image.open(stream) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I;16'):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ('I', 'F'):
+                kind = '32-bit integers' if image.mode == 'I' else 'floating-point numbers'
+                raise ValueError(f'its pixels are {kind}, expected 8 or 16 bits a channel. Convert it first.')
+            return image.convert(mode)
+    except Exception as e:  # Pillow raises errors of many types for damaged files
+        raise ValueError(str(e) or type(e).__name__) from e
+
+
+def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[str, Images]:
+    """Read a dataset from an image folder or parquet files.
+
+    - `DIR/SPLIT/CLASS/*`, where SPLIT is train, test, validation or val. Such a folder holds class folders and no
+      image itself; otherwise it is a class.
+    - `DIR/CLASS/*`.
+    - `DIR/*`, without labels, if `labels` is False.
+    - `DIR/SPLIT.parquet`, `DIR/SPLIT-00000-of-00002.parquet`, the same in `DIR/data`, or parquet files of other names,
+      which are all one dataset without splits. Their columns are `image` (encoded bytes, a path, or both in the form of
+      the library datasets) and `label` (integers, or datasets' ClassLabel). Where there are parquet files, image
+      folders beside them are not read: they may hold what the paths lead to.
+
+    Symbolic links are followed. Images have the extensions that timm reads. Classes of folders are numbered by timm's
+    reader, in natural order; classes of all splits are numbered as in the training split.
+
+    Args:
+        folder: Folder to read; by default the shipped Fashion-MNIST.
+        labels: Whether labels are required.
+
+    Returns:
+        The images by split, 'train', 'test' and 'validation', or only 'all' for a dataset without splits.
+
+    Raises:
+        ValueError: What was found in the folder, and what was expected.
+    """
+    expected = _EXPECTED if labels else _EXPECTED_ANY
+    name = 'Fashion-MNIST' if folder is None else os.path.basename(os.path.abspath(folder)) or os.fspath(folder)
+    root = FASHION_MNIST if folder is None else Path(folder)
+    if not root.is_dir():
+        raise ValueError(f'{root} is not a folder. {expected}')
+    files = _find_parquet(root, expected)
+    folders = {} if files else _find_folders(root, expected)
+    if not files and not folders:
+        extensions = ', '.join(get_img_extensions())
+        raise ValueError(f'{root} holds no images ({extensions}) where they were expected. {expected}')
+    if files:
+        from .parquet import read_parquet
+        splits = {split: Images(*read_parquet(paths, expected), name, split) for split, paths in files.items()}
+    else:
+        splits = {split: _read_folder(path, name, split, expected) for split, path in folders.items()}
+    for images in splits.values():
+        if labels and images.labels is None:
+            raise ValueError(f'{root} has no labels. {expected}')
+    train = splits.get('train')
+    if train is not None and train.labels is not None and train.classes is not None:
+        for split, images in splits.items():
+            if images.labels is not None:
+                try:
+                    splits[split] = match_classes(images, train.classes, len(train.classes))
+                except ValueError as e:
+                    raise ValueError(f'{root}: the splits train and {split} have different classes. {e}') from e
+    return splits
+
+
+def _find_parquet(root: Path, expected: str) -> Dict[str, List[Path]]:
+    """Parquet files by split, 'all' if none is named as a split's."""
+    paths = sorted(p for folder in (root, root / 'data') if folder.is_dir() for p in folder.glob('*.parquet'))
+    splits: Dict[str, List[Path]] = {}
+    shards: Dict[str, int] = {}
+    for path in paths:
+        match = _PARQUET.fullmatch(path.stem)
+        split = _SPLITS[match['split']] if match else 'all'
+        splits.setdefault(split, []).append(path)
+        shards[split] = int(match['shards'] or 1) if match else 0
+    if 'all' in splits and len(splits) > 1:
+        raise ValueError(
+            f'{root} holds files of splits, and {splits["all"][0].name}, which is named as none of train, test, '
+            f'validation. {expected}')
+    for split, files in splits.items():
+        if shards[split] and len(files) != shards[split]:
+            raise ValueError(
+                f'{root} holds {len(files)} parquet files of the split {split}, and {files[-1].name} is named as one '
+                f'of {shards[split]}. Complete the download, or remove what does not belong to it.')
+    return splits
+
+
+def _subfolders(folder: Path) -> List[Path]:
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f'{path} is a symbolic link to {os.readlink(path)}, which does not exist.')
+    return [path for path in paths if path.is_dir()]
+
+
+def _has_images(folder: Path) -> bool:
+    extensions = get_img_extensions(as_set=True)
+    with os.scandir(folder) as entries:
+        return any(
+            os.path.splitext(entry.name)[1].lower() in extensions and not entry.is_dir() for entry in entries)
+
+
+def _find_folders(root: Path, expected: str) -> Dict[str, Path]:
+    """Folders of the splits; the folder itself as 'all' if it holds classes or images; none without images."""
+    subfolders = _subfolders(root)
+    splits: Dict[str, Path] = {}
+    for path in subfolders:
+        if path.name in _SPLITS and not _has_images(path) and any(_has_images(p) for p in _subfolders(path)):
+            split = _SPLITS[path.name]
+            if split in splits:
+                raise ValueError(f'{root} holds both {splits[split].name} and {path.name}. Remove or rename one.')
+            splits[split] = path
+    classes = [path for path in subfolders if path not in splits.values() and _has_images(path)]
+    if splits and (classes or _has_images(root)):
+        other = f'the folder {classes[0].name}, which holds images itself' if classes else 'images'
+        found = ', '.join(path.name for path in splits.values())
+        raise ValueError(f'{root} holds {found} with class folders, and {other}. {expected}')
+    return splits or ({'all': root} if classes or _has_images(root) else {})
+
+
+def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
+    """Read `folder/CLASS/*`, or `folder/*` without labels."""
+    try:
+        samples, class_to_idx = find_images_and_targets(str(folder))
+    except ValueError as e:
+        raise ValueError(f'{folder} has a folder or file whose name timm cannot put in order: {e}.') from e
+    paths = [path for path, _ in samples]
+    depths = [path[len(str(folder)):].strip(os.sep).count(os.sep) for path in paths]
+    if max(depths) == 0:
+        return Images(_FileSource(paths), None, None, name, split)
+    for path, depth in zip(paths, depths):
+        if depth != 1:
+            place = 'not in a class folder' if depth < 1 else 'in a folder within a class folder'
+            raise ValueError(f'{path} is {place}. {expected}')
+    classes = list(class_to_idx)
+    for a, b in zip(classes, classes[1:]):
+        if natural_key(a) == natural_key(b):  # timm numbers them by chance
+            a, b = sorted((a, b))
+            raise ValueError(
+                f'The class folders {a!r} and {b!r} in {folder} have no order, as timm ignores case and leading zeros. '
+                f'Rename one of them.')
+    return Images(_FileSource(paths), np.array([label for _, label in samples]), classes, name, split)
+
+
+def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images]:
+    """Return training and test images: of the test split, else the validation split, else a tenth held out.
+
+    Args:
+        splits: What `read_splits` returned.
+        seed: Chooses the images that are held out.
+
+    Raises:
+        ValueError: There is no training split, there are fewer than two classes, or labels are missing in between.
+    """
+    train = splits.get('train', splits.get('all'))
+    if train is None:
+        raise ValueError(f'There is no training split, only {", ".join(splits)}. {_EXPECTED}')
+    present = np.unique(train.labels)
+    if len(present) < 2:
+        raise ValueError(f'{train.description}: all are of one class, and 2 or more are needed. {_EXPECTED}')
+    if train.classes is None:
+        if len(present) != present[-1] + 1:
+            raise ValueError(
+                f'{train.description}: the labels are {len(present)} different integers from {present[0]} to '
+                f'{present[-1]}. Expected 0 to K - 1 for K classes, each of them at least once.')
+        train = copy.copy(train)
+        train.classes = [str(i) for i in present]
+    test = splits.get('test', splits.get('validation'))
+    if test is None:
+        return train.hold_out(seed)
+    if test.classes is None:
+        _check_range(test, len(train.classes))
+        test = copy.copy(test)
+        test.classes = train.classes
+    return train, test
+
+
+def test_images(splits: Dict[str, Images], seed: int = 0) -> Images:
+    """Return images to measure accuracy on: of the test split, else the validation split, else a tenth held out.
+
+    Args:
+        splits: What `read_splits` returned.
+        seed: The images that are held out are those of `train_test` at the same seed.
+    """
+    for split in ('test', 'validation'):
+        if split in splits:
+            return splits[split]
+    return train_test(splits, seed)[1]
+
+
+test_images.__test__ = False  # its name is not that of a test
+
+
+def sample_images(splits: Dict[str, Images]) -> Images:
+    """Return images to profile a model on: of the test split, else the validation split, else all that there are."""
+    return next(splits[split] for split in ('test', 'validation', 'train', 'all') if split in splits)
+
+
+def _check_range(images: Images, num_classes: int) -> None:
+    if images.labels.max() >= num_classes:
+        raise ValueError(
+            f'{images.description}: there is a label {images.labels.max()}, expected 0 to {num_classes - 1}.')
+
+
+def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: int) -> Images:
+    """Number the labels of images as a model numbers its classes, by name.
+
+    If either the model or the dataset does not name its classes, only their number can be compared, and they are taken
+    to be in the same order.
+
+    Args:
+        images: Images with labels.
+        names: The model's names of its classes in order, or None if it has none.
+        num_classes: Number of classes of the model.
+
+    Raises:
+        ValueError: The images have no labels, or are of classes that the model does not have.
+    """
+    if images.labels is None:
+        raise ValueError(f'{images.description}: there are no labels.')
+    if names is None or images.classes is None:
+        count = images.labels.max() + 1 if images.classes is None else len(images.classes)
+        if count != num_classes:
+            raise ValueError(f'{images.description}: there are {count} classes, and the model has {num_classes}.')
+        return images
+    index = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in images.classes if name not in index]
+    if unknown:
+        raise ValueError(
+            f'{images.description}: the class {unknown[0]!r} is not one of the model, whose classes are '
+            f'{_shorten(names)}.')
+    matched = copy.copy(images)
+    matched.labels = np.array([index[name] for name in images.classes])[images.labels]
+    matched.classes = list(names)
+    return matched
+
+
+def _shorten(names: Sequence[str]) -> str:
+    shown = ', '.join(repr(name) for name in names[:5])
+    return f'{shown} and {len(names) - 5} more' if len(names) > 5 else shown
+
+
+def make_loader(
+        images: Images,
+        config: Dict[str, Any],
+        batch_size: int,
+        device: Union[str, torch.device] = 'cpu',
+        augment: bool = False,
+):
+    """Create timm's loader of images.
+
+    Args:
+        images: What to load.
+        config: timm's data config, see `data_config`.
+        batch_size: Images in a batch.
+        device: For which batches are prepared.
+        augment: Load for training: in random order, flipped at random, without an incomplete last batch.
+
+    Returns:
+        A loader of pairs (images, labels), or of images alone if they have no labels.
+    """
+    channels = config['input_size'][0]
+    modes = {1: 'L', 3: 'RGB'}
+    if channels not in modes:
+        raise ValueError(f'The model reads images of {channels} channels; pictures have 1 or 3.')
+    images = copy.copy(images)
+    images.mode = modes[channels]
+    device = torch.device(device)
+    return create_loader(
+        images,
+        batch_size=batch_size,
+        is_training=augment,
+        hflip=0.5,
+        scale=(1., 1.),
+        ratio=(1., 1.),
+        color_jitter=0.,
+        num_workers=0,
+        persistent_workers=False,
+        use_prefetcher=device.type == 'cuda' and images.labels is not None,
+        device=device,
+        **config,
+    )
+
+
+def to_pixels(x: Tensor, config: Dict[str, Any]) -> Tensor:
+    """Undo the normalization of images `[B, C, H, W]`: pixels of 0 to 1."""
+    mean, std = (torch.tensor(config[key], device=x.device).view(-1, 1, 1) for key in ('mean', 'std'))
+    return x * std + mean

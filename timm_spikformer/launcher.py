@@ -1,0 +1,42 @@
+"""Execution of a script as the main module, in this process and in those that multiprocessing starts from it.
+
+Under the start methods `spawn` and `forkserver`, a child process executes the parent's main module again, as
+`__mp_main__`. The script's module says that it was found as this one, so the child executes this file. It is part of
+the package, so the package is imported and the models are registered before the script is executed.
+"""
+import importlib.machinery
+import io
+import os
+import sys
+import types
+from typing import Any, Dict
+
+__all__ = ['run_script']
+
+_VARIABLE = 'TIMM_SPIKFORMER_SCRIPT'  # path of the script, for child processes
+_MODULE = 'timm_spikformer.launcher'
+
+
+def run_script(path: str, name: str) -> Dict[str, Any]:
+    """Execute a script as a module of a name, which stays the main module; return its globals.
+
+    Args:
+        path: The script.
+        name: `__main__`, or `__mp_main__` in a child process.
+    """
+    with io.open_code(os.path.abspath(path)) as f:
+        code = compile(f.read(), path, 'exec')
+    module = types.ModuleType(name)
+    module.__dict__.update(
+        __file__=path, __builtins__=__builtins__, __spec__=importlib.machinery.ModuleSpec(_MODULE, None))
+    os.environ[_VARIABLE] = os.path.abspath(path)
+    if name == '__main__':
+        sys.modules['__main__'] = sys.modules['__mp_main__'] = module  # what children send back is of `__mp_main__`
+    exec(code, module.__dict__)
+    return module.__dict__
+
+
+if __name__ == '__mp_main__':
+    _found_as = __spec__  # noqa: F821  a child of this process needs it as well
+    globals().update(run_script(os.environ[_VARIABLE], '__mp_main__'))
+    __spec__ = _found_as

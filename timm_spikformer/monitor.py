@@ -1,0 +1,81 @@
+"""Measurement of firing rates while a model runs."""
+from typing import Any, Dict, List
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .neurons import LIF
+
+__all__ = ['FiringRateMonitor']
+
+
+class FiringRateMonitor:
+    """Record the firing rate, spikes per neuron and time step, of every neuron layer of a model.
+
+    It works by forward hooks and does not change the model. Example:
+
+        >>> import timm, torch, timm_spikformer
+        >>> from timm_spikformer.monitor import FiringRateMonitor
+        >>> model = timm.create_model('test_spikformer_v2')
+        >>> with FiringRateMonitor(model) as monitor:
+        ...     _ = model(torch.randn(2, 3, 32, 32))
+        >>> 0 < monitor.mean < 1
+        True
+    """
+
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: A model with LIF neurons. The hooks stay until `close` is called or the `with` block ends.
+        """
+        self.enabled = True
+        self._totals: Dict[str, Tensor] = {}
+        self._numels: Dict[str, int] = {}
+        self._handles: List[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if isinstance(module, LIF):
+                self._numels[name] = 0
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str):
+        @torch.no_grad()
+        def record(module: nn.Module, args: Any, spikes: Tensor) -> None:
+            if self.enabled:
+                count = spikes.float().sum().double()
+                self._totals[name] = self._totals[name] + count if self._numels[name] else count
+                self._numels[name] += spikes.numel()
+        return record
+
+    @property
+    def layers(self) -> List[str]:
+        """Names of the neuron layers, in the order of the model's modules."""
+        return list(self._numels)
+
+    @property
+    def rates(self) -> Dict[str, float]:
+        """Firing rate of each layer that has run, over all of the forwards that were recorded."""
+        return {name: self._totals[name].item() / numel for name, numel in self._numels.items() if numel}
+
+    @property
+    def mean(self) -> float:
+        """Mean of the layers' firing rates; NaN if nothing was recorded."""
+        rates = self.rates
+        return sum(rates.values()) / len(rates) if rates else float('nan')
+
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        self._numels = dict.fromkeys(self._numels, 0)
+        self._totals = {}
+
+    def close(self) -> None:
+        """Remove the hooks; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> 'FiringRateMonitor':
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.close()

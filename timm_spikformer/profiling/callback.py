@@ -1,0 +1,60 @@
+"""Profiles during training with transformers' Trainer."""
+import itertools
+import os
+from typing import Any, Dict, Optional
+
+from torch import nn
+from transformers import TrainerCallback
+
+from .activity import record_activity
+from .counting import profile
+from .tensorboard import log_profile
+
+__all__ = ['ProfileCallback']
+
+
+class ProfileCallback(TrainerCallback):
+    """Profile the model at each evaluation.
+
+    Firing rate and energy are added to Trainer's log; details and pictures are written to TensorBoard. Every process
+    runs the profile because they share the data loader; the first process writes.
+    """
+
+    def __init__(self, max_batches: int = 4, tb_writer: Any = None, **options: Any):
+        """
+        Args:
+            max_batches: Number of evaluation batches to run.
+            tb_writer: A `SummaryWriter`; by default one in Trainer's own log folder.
+            options: Options of `timm_spikformer.profiling.profile`: time_steps, conventions, cost.
+        """
+        if max_batches < 1:
+            raise ValueError(f'max_batches must be at least 1, got {max_batches}.')
+        self.max_batches = max_batches
+        self.tb_writer = tb_writer
+        self.options = options
+
+    def on_evaluate(
+            self,
+            args,
+            state,
+            control,
+            model: nn.Module = None,
+            eval_dataloader=None,
+            metrics: Optional[Dict[str, Any]] = None,
+            **kwargs,
+    ) -> None:
+        batches = list(itertools.islice(eval_dataloader, self.max_batches))
+        result = profile(model, batches, **self.options)
+        added = {'profile/firing_rate': result.firing_rate, 'profile/energy_mj': result.totals.energy_mj}
+        state.log_history[-1].update(added)
+        if metrics is not None:
+            metrics.update(added)
+        if not state.is_world_process_zero:
+            return
+        if self.tb_writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            folder = os.getenv('TENSORBOARD_LOGGING_DIR') or os.path.join(args.output_dir, 'runs')
+            self.tb_writer = SummaryWriter(os.path.join(os.path.expanduser(folder), 'profile'))
+        activity = record_activity(
+            model, batches[0]['pixel_values'][:8], time_steps=self.options.get('time_steps'))
+        log_profile(self.tb_writer, result, state.global_step, activity)

@@ -1,0 +1,141 @@
+"""`timm-spikformer profile`: from the name of a model to a table and a page."""
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import timm
+import torch
+from rich.text import Text
+from timm.utils import random_seed
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
+from ..masked_autoencoder import SpikformerMAE
+from ..pretrained import check_source
+from ..spikformer import Spikformer, check_model_name, find_spikformer
+from .activity import check_layers, record_activity
+from .conventions import Conventions, CostModel, cost_model
+from .counting import Profile, profile
+from .report import check_report_folder, create_console, print_profile, print_steps, write_report
+
+_NUM_PICTURES = 8
+
+
+class _Loaded(NamedTuple):
+    """A model in eval mode, timm's data config, and the names of its classes if it has them."""
+    model: nn.Module
+    config: Dict[str, Any]
+    labels: Optional[Sequence[str]]
+
+
+def run_profile(args: argparse.Namespace) -> Path:
+    """Profile a model on images, print tables and write the page; return its path.
+
+    Raises:
+        ValueError: An argument, the model, the data or the output folder is not as expected.
+    """
+    console = create_console()
+    device = _check_arguments(args)
+    cost = _parse_cost(args.cost)
+    conventions = Conventions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Conventions)})
+    check_report_folder(args.output, [path for path in (args.checkpoint, args.data) if path is not None])
+    notes: List[str] = []
+    images = sample_images(read_splits(args.data, labels=False)).spread(args.images)
+    loaded = _load(args, notes)
+    encoder = find_spikformer(loaded.model.to(device))
+    check_layers(encoder, args.layers)
+    images, has_accuracy = _match(images, loaded, encoder, notes)
+    if args.calibrate:
+        notes.append("BN's running statistics were computed on these images, for each number of time steps.")
+    for note in notes:
+        console.print(note)
+
+    loader = make_loader(images, loaded.config, args.batch_size, device)
+    profiles: List[Profile] = []
+    for time_steps in sorted(set(args.time_steps or [encoder.time_steps])):
+        encoder.set_time_steps(time_steps)
+        with console.status(Text(f'T = {time_steps}: {images.description}'), spinner='line'):
+            if args.calibrate:
+                update_bn(loader, encoder, device)
+                loaded.model.eval()
+            profiles.append(profile(
+                loaded.model, loader, None, conventions, cost, accuracy=None if has_accuracy else False))
+    first = next(iter(loader))
+    x = (first if isinstance(first, torch.Tensor) else first[0])[:_NUM_PICTURES]
+    activity = record_activity(
+        loaded.model, x, args.layers, None, loaded.config['mean'], loaded.config['std'])
+    print_profile(profiles[-1], console)
+    if profiles[-1].steps[-1].agreement is not None:
+        print_steps(profiles[-1], console)
+    page = write_report(args.output, profiles, activity, images.description, notes)
+    console.print(f'Page: {page}', soft_wrap=True)
+    return page
+
+
+def _check_arguments(args: argparse.Namespace) -> torch.device:
+    for name in ('images', 'batch_size'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
+    for steps in args.time_steps or ():
+        if steps < 1:
+            raise ValueError(f'--time-steps must be at least 1, got {steps}.')
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {device} cannot be used: {str(e).splitlines()[0]}') from e
+    return torch.device(device)
+
+
+def _parse_cost(text: str) -> CostModel:
+    if ',' not in text:
+        return cost_model(text)
+    try:
+        values = tuple(float(value) for value in text.split(','))
+    except ValueError as e:
+        raise ValueError(f'--cost must be a name or two numbers such as 4.6,0.9, got {text!r}.') from e
+    return cost_model(values)
+
+
+def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
+    """Load the model; add to `notes` what a reader of the results must know."""
+    name = args.model
+    if args.checkpoint is not None:
+        from ..reading import read_checkpoint
+        checkpoint = read_checkpoint(args.checkpoint, name)
+        found = checkpoint.encoder.pretrained_cfg['architecture']
+        if found != name.split('.')[0]:
+            raise ValueError(f'{args.checkpoint} holds a {found}, and {name} was named.')
+        return _Loaded(checkpoint.model.eval(), checkpoint.data_config, checkpoint.labels)
+    is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
+    if is_registered:
+        check_model_name(name.split('.')[0])
+    if args.calibrate and is_registered and not timm.get_pretrained_cfg(name).has_weights:
+        random_seed(0)
+        model = timm.create_model(name)
+        notes.append('The weights are random: these are the operations of a network that was not trained.')
+        return _Loaded(model.eval(), data_config(model), None)
+    check_source(name)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except RuntimeError as e:
+        raise ValueError(f'{e} Give weights with --checkpoint, or take random ones with --calibrate.') from e
+    return _Loaded(model.eval(), data_config(model), getattr(model, 'pretrained_cfg', {}).get('label_names'))
+
+
+def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:
+    """Number the labels as the model does; return whether there is an accuracy, and note why there is none."""
+    if not encoder.num_classes or any(isinstance(m, SpikformerMAE) for m in loaded.model.modules()):
+        return images, False
+    try:
+        images = match_classes(images, loaded.labels, encoder.num_classes)
+    except ValueError as e:
+        notes.append(f'Without accuracy. {e}')
+        return images, False
+    if loaded.labels is None or images.classes is None:
+        whose = 'The model' if loaded.labels is None else 'The dataset'
+        notes.append(
+            f'{whose} does not name its classes: the accuracy takes them to be in the same order in model and dataset.')
+    return images, True

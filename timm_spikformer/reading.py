@@ -1,0 +1,458 @@
+"""Reading of checkpoints: files of timm's train.py, folders of timm and transformers, and models in memory.
+
+Each source is read by its own loader, so that a `Checkpoint` holds what its author would get from it: a folder of timm
+is read by `timm.create_model`, one of transformers by `from_pretrained`, a file of train.py by timm's
+`load_checkpoint`. Pickles are opened with `weights_only=True` alone.
+"""
+import argparse
+import copy
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
+
+import timm
+import torch
+import yaml
+from safetensors import SafetensorError
+from timm.data import str_to_pil_interp
+from timm.models import get_model_input_config, load_checkpoint, load_state_dict
+from torch import Tensor, nn
+
+from ._timm import torch_load
+from .checkpoints import TRAINING_FILE, convert_state_dict
+from .images import DATA_KEYS, data_config
+from .masked_autoencoder import SpikformerMAE
+from .spikformer import Spikformer, check_model_name
+
+if TYPE_CHECKING:
+    from .hf.configuration_spikformer import SpikformerConfig
+
+__all__ = [
+    'Checkpoint', 'Training', 'check_finite', 'create_matching', 'from_model', 'read_checkpoint', 'read_tensors',
+    'set_labels', 'timm_part',
+]
+
+# Arguments of train.py that describe the machine, or where the run was stored on it
+_PRIVATE_ARGS = re.compile(
+    r'(data|dataset)_dir$|^(data|output|output_dir|config|experiment|resume|initial_checkpoint|class_map|device|'
+    r'device_modules|local_rank|rank|world_size|distributed|prefetcher|log_interval|workers|pin_mem|log_wandb)$|^wandb_')
+# What code that parses the data of others raises where that data is not what it should be
+_PARSING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    ValueError)
+_DOES_NOT_LOAD = 'The weights in {} do not load into the model of its config.json: {}.'
+
+
+@dataclass
+class Training:
+    """How a model was trained, as far as its checkpoint says: the command, and the arguments by name."""
+    command: str
+    args: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """A model on the CPU in eval mode and float32, and what is known about it.
+
+    Args:
+        model: A `Spikformer` or a `SpikformerMAE`.
+        data_config: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
+        labels: Class names in order; None for a model without a classifier, or if they are unknown.
+        training: How it was trained.
+        processor: The preprocessor_config.json that it came with. By default one is written that matches
+            `data_config`.
+        source: File or folder that it was read from.
+    """
+    model: Union[Spikformer, SpikformerMAE]
+    data_config: Dict[str, Any]
+    labels: Optional[List[str]] = None
+    training: Optional[Training] = None
+    processor: Optional[Dict[str, Any]] = None
+    source: Optional[Path] = None
+
+    @property
+    def encoder(self) -> Spikformer:
+        return self.model.encoder if isinstance(self.model, SpikformerMAE) else self.model
+
+
+def read_checkpoint(
+        path: Union[str, Path],
+        model: Optional[str] = None,
+        ema: bool = False,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Checkpoint:
+    """Read a file of train.py, a bare state dict, or a folder with a config.json.
+
+    Args:
+        path: File or folder.
+        model: Name of the model, for a file that does not contain it.
+        ema: Read the averaged weights of train.py's `--model-ema`.
+        model_kwargs: Arguments of the model, for a file; they take precedence over those of train.py.
+
+    Raises:
+        ValueError: The file or folder is missing, damaged, or not of a Spikformer; the message says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if ema or model_kwargs:
+            option = '--ema' if ema else '--model-kwargs'
+            raise ValueError(f'{path} is a folder, whose config.json describes its weights. {option} is for a file.')
+        checkpoint = _read_folder(path)
+    elif path.is_file():
+        checkpoint = _read_file(path, model, ema, model_kwargs)
+    else:
+        raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
+    _check_data_config(path, checkpoint.data_config)
+    return checkpoint
+
+
+def _check_data_config(path: Path, config: Dict[str, Any]) -> None:
+    """Raise a ValueError if images cannot be presented by a data config."""
+    def are_numbers(values: Any, count: int) -> bool:
+        return len(values) == count and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+
+    try:
+        channels, height, width = config['input_size']
+        fits = are_numbers((channels, height, width), 3) and min(channels, height, width) > 0
+        fits &= all(are_numbers(config[key], channels) for key in ('mean', 'std')) and min(config['std']) > 0
+        fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
+        str_to_pil_interp(config['interpolation'])
+    except _PARSING_ERRORS as e:
+        raise ValueError(f'{path} describes its images by {config}: {type(e).__name__} {_first_line(e)}.') from e
+    if not fits:
+        raise ValueError(f'{path} describes its images by {config}; expected a size, mean and std of each channel, and '
+                         f'crop_pct.')
+
+
+def read_tensors(path: Path) -> Dict[str, Any]:
+    """Read a safetensors file, or a pickle of tensors and plain values.
+
+    Raises:
+        ValueError: The file is damaged, would run code when it is opened, or holds something else than a dictionary.
+    """
+    try:
+        content = load_state_dict(str(path)) if path.suffix == '.safetensors' else torch_load(str(path))
+    except SafetensorError as e:
+        raise ValueError(f'{path} is not a complete safetensors file: {e}.') from e
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f'{path} cannot be opened without running code from it, or is damaged. Expected a checkpoint of tensors '
+            f'and plain values; save the state_dict alone. {_first_line(e)}') from e
+    except (EOFError, OSError, LookupError, AttributeError, TypeError) as e:
+        raise ValueError(f'{path} is not a checkpoint, or is damaged: {_first_line(e)}.') from e
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'{path} holds a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
+    return content
+
+
+def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> Dict[str, Tensor]:
+    """Return the state dict of a checkpoint: itself, or under `state_dict`, `model` or `state_dict_ema`.
+
+    Raises:
+        ValueError: There is none, or it holds something else than tensors.
+    """
+    keys = ('state_dict_ema',) if ema else ('state_dict', 'model')
+    found = next((content[key] for key in keys if key in content), None if ema else content)
+    if ema and found is None:
+        raise ValueError(
+            f'{path} holds no averaged weights, which train.py stores with --model-ema. Omit --ema.')
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f'{path} holds no state dict: expected tensors by name, got {type(found).__name__}.')
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f'{path} is not a state dict: {name!r} is a {type(value).__name__}, expected tensors by name.')
+    return found
+
+
+def check_finite(path: object, tensors: Dict[str, Tensor]) -> None:
+    """Raise a ValueError if a weight is NaN or infinite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f'{path} holds weights that are not finite: {count} of {value.numel()} values of {name} are NaN or '
+                f'infinite. Use an earlier checkpoint.')
+
+
+def create_matching(
+        name: str,
+        state_dict: Dict[str, Any],
+        path: Optional[Path] = None,
+        ema: bool = False,
+        **kwargs: Any,
+) -> Spikformer:
+    """Create the model `name` with the classes and input channels of `state_dict`, and load all of it.
+
+    Args:
+        name: Registered name.
+        state_dict: Weights of this package, of the authors' V1 code or of spikingjelly.
+        path: File of timm that holds them, to be loaded by timm's `load_checkpoint`; by default `state_dict` is.
+        ema: As of `read_checkpoint`, for `path`.
+        kwargs: Arguments of the model.
+
+    Raises:
+        ValueError: The model has other tensors, or does not take the arguments.
+    """
+    check_model_name(name)
+    kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
+    empty = create(name, device='meta', num_classes=0, **kwargs)
+    try:
+        converted = convert_state_dict(state_dict, empty).state_dict
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f'The checkpoint is not one of {name}: {_first_line(e)}.') from e
+    head = converted.get('head.fc.weight')
+    first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
+    if first is None or first.ndim != 4 or (head is not None and head.ndim != 2):
+        raise ValueError(
+            f'The checkpoint is not one of a Spikformer: it has no first convolution or another classifier. It holds '
+            f'{len(converted)} tensors, {next(iter(converted), "none")!r} first.')
+    model = create(
+        name, **{**kwargs, 'num_classes': 0 if head is None else len(head), 'in_chans': first.shape[1]})
+    try:
+        if path is None:
+            model.load_state_dict(converted)
+        else:
+            load_checkpoint(model, str(path), use_ema=ema)
+    except (RuntimeError, KeyError) as e:
+        detail = str(e).splitlines()[-1].strip() if isinstance(e, RuntimeError) else repr(e)
+        raise ValueError(f'The checkpoint is of another model than {name}. {detail}') from e
+    return model.eval()
+
+
+def create(name: str, **kwargs: Any) -> Spikformer:
+    """Create a registered model; arguments that it does not take are the user's mistake.
+
+    Raises:
+        ValueError: An argument is unknown, or has a value that does not fit.
+    """
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as e:
+        given = {k: v for k, v in kwargs.items() if k != 'device'}
+        raise ValueError(f'{name} cannot be created with {given}: {_first_line(e)}.') from e
+
+
+def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
+    """Name the classes.
+
+    Raises:
+        ValueError: The number of names is not that of the classes, or a name is empty or there twice.
+    """
+    labels, num_classes = list(labels), checkpoint.encoder.num_classes
+    if len(labels) != num_classes:
+        raise ValueError(f'The model has {num_classes} classes, but {len(labels)} labels were given.')
+    seen: Dict[str, int] = {}
+    for i, name in enumerate(labels):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f'Label {i + 1} is {name!r}; each class needs a name.')
+        if name in seen:
+            raise ValueError(
+                f'The label {name!r} is there twice, as number {seen[name] + 1} and {i + 1}; each class needs a name '
+                f'of its own.')
+        seen[name] = i
+    checkpoint.labels = labels
+
+
+def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
+    """Return the timm model or masked autoencoder that a module is or wraps.
+
+    Args:
+        model: One of those two, one of the transformers classes, or either in DDP, in timm's EMA or compiled.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    found = model
+    while not isinstance(found, (Spikformer, SpikformerMAE)):
+        parts = (getattr(found, name, None) for name in ('mae', 'timm_model', '_orig_mod', 'module'))
+        found = next((part for part in parts if isinstance(part, nn.Module)), None)
+        if found is None:
+            raise ValueError(f'Expected a Spikformer or a SpikformerMAE, got a {type(model).__name__}.')
+    return found
+
+
+def from_model(model: nn.Module) -> Checkpoint:
+    """Copy a model in memory; the given one is left as it is.
+
+    Args:
+        model: A `Spikformer`, a `SpikformerMAE`, one of the transformers classes, or a wrapper of one.
+
+    Raises:
+        ValueError: It is another model, or has no weights.
+    """
+    checkpoint = _of_module(_copy(model))
+    check_finite('The model', checkpoint.model.state_dict())
+    return checkpoint
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a model without its forward and backward hooks, which belong to others and may have effects."""
+    timm_part(model)
+    memo: Dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.startswith(('_forward', '_backward')) and isinstance(value, dict):
+                memo[id(value)] = type(value)()  # deepcopy takes this for a copy that it has made already
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f'The model has no weights: {name} is on the meta device. Load them first.')
+    return copy.deepcopy(model, memo)
+
+
+def _of_module(model: nn.Module, config: Optional['SpikformerConfig'] = None) -> Checkpoint:
+    """Describe a model that may be changed."""
+    config = getattr(model, 'config', config)
+    model = timm_part(model)
+    encoder = model.encoder if isinstance(model, SpikformerMAE) else model
+    labels = None
+    if config is None:
+        shown = data_config(encoder, input_size=get_model_input_config(encoder)['input_size'])
+    else:
+        from .hf.configuration_spikformer import ordered_labels
+        shown = config.to_dict()['pretrained_cfg']
+        names = ordered_labels(config.id2label)
+        if len(names) == encoder.num_classes and names != [f'LABEL_{i}' for i in range(len(names))]:
+            labels = names
+    model = model.eval().to('cpu', torch.float32)
+    return Checkpoint(model, {k: shown[k] for k in DATA_KEYS}, labels)
+
+
+def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optional[Dict[str, Any]]) -> Checkpoint:
+    content = read_tensors(path)
+    args = content.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    state_dict = find_state_dict(path, content, ema)
+    check_finite(path, state_dict)
+    name = name or args.get('model')
+    if not isinstance(name, str):
+        raise ValueError(f'{path} does not contain the name of its model. Name it with --model.')
+    trained_with = args.get('model_kwargs') or {}
+    if not isinstance(trained_with, dict):
+        raise ValueError(f'{path} was trained with model_kwargs={trained_with!r}, expected a dictionary.')
+    if args.get('gp') is not None:
+        trained_with = {'global_pool': args['gp'], **trained_with}
+    model = create_matching(name.split('.')[0], state_dict, path, ema, **{**trained_with, **(model_kwargs or {})})
+    checkpoint = Checkpoint(model, {}, source=path)
+    try:
+        sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
+        checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
+        if args:
+            model.set_input_size(checkpoint.data_config['input_size'][1:])
+    except _PARSING_ERRORS as e:
+        raise ValueError(f'{path} describes its images by {sizes}, which does not fit {name}: {_first_line(e)}.') from e
+    if args:
+        shown = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
+        command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
+        checkpoint.training = Training(command, shown)
+    return checkpoint
+
+
+def _is_private(key: str, value: Any) -> bool:
+    return bool(_PRIVATE_ARGS.search(key)) or bool(re.search(r'(^|[/=:\s])(/|~|[A-Za-z]:\\)', str(value)))
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    if not (path / 'config.json').is_file():
+        raise ValueError(f'{path} holds no config.json. Expected a folder that timm or transformers has saved.')
+    config = _read_json(path / 'config.json')
+    if not (path / 'model.safetensors').is_file() and not (path / 'model.safetensors.index.json').is_file():
+        raise ValueError(f'{path} holds no model.safetensors. Save with safe_serialization=True; pickles are not read.')
+    architecture = config.get('architecture', '')
+    if config.get('model_type') != 'spikformer' and architecture not in timm.list_models(module='spikformer'):
+        what = config.get('model_type') or architecture or 'model'
+        raise ValueError(f'{path} is of a {what}, expected a Spikformer.')
+    checkpoint = _read_timm_folder(path, config) if 'hidden_size' not in config else _read_hf_folder(path, config)
+    check_finite(path, checkpoint.model.state_dict())
+    checkpoint.source = path
+    if (path / 'preprocessor_config.json').is_file():
+        from .hf.image_processing import read_data_config
+        checkpoint.processor = _read_json(path / 'preprocessor_config.json')
+        try:
+            checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
+        except _PARSING_ERRORS as e:
+            raise ValueError(
+                f'{path / "preprocessor_config.json"} is not one of an image processor with size, image_mean, '
+                f'image_std and resample: {type(e).__name__} {_first_line(e)}.') from e
+    checkpoint.training = _read_training(path)
+    return checkpoint
+
+
+def _read_timm_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
+    """Read a folder of timm by timm."""
+    try:
+        model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        checkpoint = _of_module(model)
+    except _PARSING_ERRORS as e:
+        raise ValueError(_DOES_NOT_LOAD.format(path, _first_line(e))) from e
+    labels = config.get('label_names')
+    if labels:
+        from .hf.configuration_spikformer import ordered_labels
+        set_labels(checkpoint, ordered_labels(labels) if isinstance(labels, dict) else labels)
+    return checkpoint
+
+
+def _read_hf_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
+    """Read a folder of transformers by transformers."""
+    from .hf import modeling_spikformer as m
+    if 'SpikformerForMaskedImageModeling' in (config.get('architectures') or []):
+        cls = m.SpikformerForMaskedImageModeling
+    elif config.get('num_classes') == 0:
+        cls = m.SpikformerModel
+    else:
+        cls = m.SpikformerForImageClassification
+    try:
+        model, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    except Exception as e:  # of a config.json or weights of others, from anywhere in transformers
+        raise ValueError(_DOES_NOT_LOAD.format(path, _first_line(e))) from e
+    lacking = sorted({*info['missing_keys'], *info['unexpected_keys']})
+    if lacking:
+        raise ValueError(
+            f'The weights in {path} are not those of the model in its config.json: {len(lacking)} tensors are missing '
+            f'or left over, {lacking[0]} for one.')
+    return _of_module(model)
+
+
+def _read_training(path: Path) -> Optional[Training]:
+    """Read how the model of a folder was trained; None if nothing there says it."""
+    file = path / TRAINING_FILE
+    if file.is_file():
+        try:
+            args = yaml.safe_load(file.read_text(encoding='utf-8'))
+            return Training(str(args.pop('command')), args)
+        except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
+            raise ValueError(f'{file} does not say how the model was trained, with `command: ...` and the arguments: '
+                             f'{type(e).__name__} {_first_line(e)}. Remove it.') from e
+    # of the folder itself or of one of the Trainer's checkpoints in it
+    files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
+    if not files:
+        return None
+    try:
+        state = max((_read_json(p) for p in files), key=lambda state: state['global_step'])
+        log = [entry for entry in state['log_history'] if 'learning_rate' in entry]
+        args = dict(
+            epochs=state['num_train_epochs'], steps=state['global_step'], batch_size=state.get('train_batch_size'),
+            peak_learning_rate_logged=max((entry['learning_rate'] for entry in log), default=None))
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f'{files[0]} is not a state of the Trainer: {type(e).__name__} {_first_line(e)}. Remove it.') from e
+    return Training('transformers Trainer', {k: v for k, v in args.items() if v is not None})
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is not JSON: {e}.') from e
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds a {type(content).__name__}, expected an object with names.')
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().removesuffix('.') if lines else type(error).__name__

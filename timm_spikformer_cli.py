@@ -1,0 +1,155 @@
+"""The console script `timm-spikformer`: parses the command line before anything heavy is imported.
+
+It stands outside the package because importing `timm_spikformer` registers its models and so imports timm and torch,
+which takes seconds. The arguments of a command are defined in `timm_spikformer/PART/command.py`. That file is loaded
+here under a stand-in name, which leaves the package alone; it therefore imports only the standard library, and modules
+of its own folder that do so too. The package is imported once a command has been chosen.
+"""
+import argparse
+import codecs
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import types
+import unicodedata
+from pathlib import Path
+from typing import Any, List, NamedTuple, NoReturn, Optional, Tuple, Union
+
+__all__ = ['main']
+
+_PACKAGE = 'timm_spikformer'
+
+
+class Command(NamedTuple):
+    """A command: the part of the package that holds its command.py, a line of help, and two functions there.
+
+    Args:
+        part: Folder of the package.
+        help: One line.
+        add_arguments: Function of command.py that takes a parser.
+        run: Function of command.py that takes the parsed arguments.
+        is_light: Whether it runs without the package, and so without torch and timm.
+    """
+    part: str
+    help: str
+    add_arguments: str = 'add_arguments'
+    run: str = 'run'
+    is_light: bool = False
+
+
+COMMANDS = {
+    'demo': Command('demo', 'train a small model on real images'),
+    'profile': Command('profiling', 'measure firing rates, operations and energy; print a table, write a page'),
+    'publish': Command(
+        'publishing', 'publish a checkpoint on the Hub, for timm and transformers', 'add_publish_arguments',
+        'run_publish'),
+    'convert': Command(
+        'publishing', "convert a checkpoint of V1's authors or of spikingjelly", 'add_convert_arguments',
+        'run_convert'),
+    'recipe': Command(
+        'assets', "list, print or write recipes for timm's train.py", 'add_recipe_arguments', 'run_recipe', True),
+    'config': Command(
+        'assets', "list, print or write configurations for transformers' scripts", 'add_config_arguments',
+        'run_config', True),
+}
+
+
+def load_light(name: str) -> types.ModuleType:
+    """Import a module of the package without importing the package.
+
+    Args:
+        name: Name within the package, such as `version` or `demo.command`.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)  # finds it and does not import it
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f'No module named {_PACKAGE!r}', name=_PACKAGE)
+    stand_in, folder = f'_{_PACKAGE}_light', Path(spec.origin).parent
+    *parents, last = name.split('.')
+    for parent in ('', *parents):
+        if parent:
+            stand_in, folder = f'{stand_in}.{parent}', folder / parent
+        if stand_in not in sys.modules:
+            sys.modules[stand_in] = types.ModuleType(stand_in)
+            sys.modules[stand_in].__path__ = [str(folder)]
+    return importlib.import_module(f'{stand_in}.{last}')
+
+
+def create_parser(command: Optional[str] = None) -> argparse.ArgumentParser:
+    """Create the parser; with the arguments of all commands, or of one."""
+    parser = argparse.ArgumentParser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
+    parser.add_argument('--version', action='version', version=load_light('version').__version__)
+    parsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for name, entry in COMMANDS.items():
+        sub = parsers.add_parser(name, help=entry.help, description=entry.help)
+        if command in (None, name):
+            module = load_light(f'{entry.part}.command')
+            sub.description = getattr(module, 'DESCRIPTION', entry.help)
+            getattr(module, entry.add_arguments)(sub)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Parse the command line, and run the command; what is wrong with its input ends it with `error: ...`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors=_STAND_INS)
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith('-')), '')
+    args = create_parser(chosen).parse_args(argv)
+    name = args.command
+    del args.command
+    errors = load_light('errors')
+    try:
+        _raise_on_termination()
+        path = f'{COMMANDS[name].part}.command'
+        module = load_light(path) if COMMANDS[name].is_light else importlib.import_module(f'{_PACKAGE}.{path}')
+        getattr(module, COMMANDS[name].run)(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        light = load_light(f'{COMMANDS[name].part}.command')
+        said = light.interrupted(args) if hasattr(light, 'interrupted') else 'No partial output was written.'
+        sys.exit(f'\nInterrupted. {said}')
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as e:
+        message = errors.explain(e)
+        if message is None:
+            raise
+        sys.exit(f'error: {message}')
+
+
+def _raise_on_termination() -> None:
+    """Let SIGTERM end the command as an exception does, so that temporary files are removed."""
+    def terminate(*args: Any) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # outside the main thread
+        pass
+
+
+_STAND_INS = 'timm-spikformer'
+_SIMILAR = {
+    '\u00b5': 'u', '\u03bc': 'u', '\u00d7': 'x', '\u2013': '-', '\u2014': '-', '\u2190': '<-', '\u2192': '->'}
+
+
+def _stand_in(error: UnicodeError) -> Tuple[Union[str, bytes], int]:
+    """Encode what a terminal has no character for: by a similar one, or the bytes that a file name has."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if '\udc80' <= character <= '\udcff':  # a byte of a file name that is not UTF-8
+        return bytes([ord(character) - 0xdc00]), error.start + 1
+    plain = _SIMILAR.get(character) or unicodedata.normalize('NFKD', character).encode('ascii', 'ignore').decode()
+    return plain or '?', error.start + 1
+
+
+codecs.register_error(_STAND_INS, _stand_in)
+
+if __name__ == '__main__':
+    main()
