@@ -7,13 +7,22 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from surgeries import SURGERIES
 from torch import nn
 
 from timm_spikformer import Spikformer, SpikformerMAE, layers, use_kernels
 from timm_spikformer.kernels.lif import norm_lif
+
+
+@pytest.fixture(autouse=True, scope='module')
+def double():
+    """New modules are of the dtype of the model, too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
 
 MODES = ('eval', 'train', 'masked', 'masked eval', 'checkpointed', 'fx', 'traced')
 
@@ -77,6 +86,10 @@ def compare(*args):
     """Assert that a model gives the same with kernels and without; return what it gave."""
     with use_kernels('plain'):
         expected, plain_calls = run(*args)
+    return compare_with(expected, plain_calls, *args)
+
+
+def compare_with(expected, plain_calls, *args):
     given, calls = run(*args)
     assert plain_calls == 0
     assert given.keys() == expected.keys()
@@ -117,14 +130,14 @@ cases = dict(
 )
 
 
-def check(stem, mode, surgeries, seed, sequence):
-    if mode in ('fx', 'traced'):
-        try:
-            with use_kernels('plain'):
-                run(stem, mode, surgeries, seed, sequence)
-        except Exception:  # PyTorch cannot trace such a model
-            return
-    compare(stem, mode, surgeries, seed, sequence)
+def check(*args):
+    try:
+        with use_kernels('plain'):
+            expected = run(*args)
+    except Exception:  # PyTorch cannot run, or trace, such a model
+        event('not possible without kernels either')
+        return
+    compare_with(*expected, *args)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

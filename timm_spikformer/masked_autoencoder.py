@@ -1,10 +1,10 @@
 """Masked autoencoder around a Spikformer: spiking encoder of the visible patches, ANN decoder of all of them.
 
 The paper, https://arxiv.org/abs/2401.02020, says that pre-training masks and reconstructs in the style of MAE,
-https://arxiv.org/abs/2111.06377, with an asymmetric pair of spiking encoder and artificial decoder, and says no more.
-What it leaves open: masking, target and loss as in MAE; the stem under a mask as in SparK,
-https://arxiv.org/abs/2301.03580; size of the decoder as in later work of overlapping authors; the rest is this
-project's choice, as stated where it is made.
+https://arxiv.org/abs/2111.06377, with an asymmetric pair of spiking encoder and artificial decoder, and no more. What
+it leaves open is filled in as follows: masking, target and loss as in MAE; the stem under a mask as in SparK,
+https://arxiv.org/abs/2301.03580; the size of the decoder as in later work of overlapping authors. All else is this
+project's choice, and the docstrings say so.
 """
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -19,30 +19,44 @@ __all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Images `[B, C, H, W]` to patches `[B, N, C * p * p]`, row by row."""
+    """Return the patches `[B, N, C * p * p]` of images `[B, C, H, W]`, row by row."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(x: Tensor, patch_size: int, grid: Tuple[int, int]) -> Tensor:
-    """Patches `[B, N, C * p * p]` of a grid of N = h * w to images `[B, C, h * p, w * p]`."""
+    """Return the images `[B, C, h * p, w * p]` of patches `[B, N, C * p * p]`, where N = h * w."""
     h, w = grid
     x = x.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, (h, w))  # [B, h, w, C, p, p]
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def _mean_and_std(patches: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of each patch, `[B, N, 1]`. The population's, so that predicting the mean costs a loss of 1 (MAE's: 1 - 1/n)."""
+    """Return mean and standard deviation of each patch, `[B, N, 1]`.
+
+    The deviation is biased, so that predicting the mean costs a loss of 1; MAE's is unbiased, and costs 1 - 1/n.
+    """
     var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
 
 class MAEDecoder(nn.Module):
-    """Patches `[B, N, out_features]` from features `[B, N', D]` of the visible ones.
+    """Decoder of a masked autoencoder, from features `[B, N', D]` of the visible patches to `[B, N, out_features]`.
 
-    LayerNorm and a linear map to the decoder's width; mask tokens where nothing is visible; fixed 2-D sin-cos
-    positions, computed for the grid at hand; transformer blocks; LayerNorm and a linear map to pixels.
+    LayerNorm and a linear layer to the width of the decoder; mask tokens for the masked patches; fixed 2-D sin-cos
+    position embeddings, computed for each grid; transformer blocks; LayerNorm and a linear layer to pixels.
+
+    Args:
+        in_features: D.
+        out_features: Number of values per patch.
+        embed_dim: Width.
+        depth: Number of blocks.
+        num_heads: Number of attention heads.
+        mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+
+    Raises:
+        ValueError: `embed_dim` is not divisible by 4 and by `num_heads`.
     """
 
     def __init__(
@@ -72,12 +86,12 @@ class MAEDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As MAE does."""
+        """Initialize as MAE does."""
         for m in self.modules():
             self.init_layer(m)
 
     def init_layer(self, m: nn.Module) -> None:
-        """Initialise one layer of this decoder, or, given itself, the mask token."""
+        """Initialize one layer of this decoder, or the mask token if given the decoder itself."""
         if m is self:
             nn.init.normal_(m.mask_token, std=.02)
         elif isinstance(m, nn.LayerNorm):
@@ -89,9 +103,9 @@ class MAEDecoder(nn.Module):
     def forward(self, features: Tensor, ids: Tensor, grid: Tuple[int, int]) -> Tensor:
         """
         Args:
-            features: Of the visible patches, `[B, N', D]`.
-            ids: Which patches these are, `[B, N']`, counted row by row.
-            grid: Height and width in patches.
+            features: Features of the visible patches, `[B, N', D]`.
+            ids: Indices of these patches, `[B, N']`, row by row.
+            grid: Height and width of the image in patches.
         """
         features = self.embed(self.norm_in(features))
         B, _, D = features.shape
@@ -102,22 +116,28 @@ class MAEDecoder(nn.Module):
 
 
 class SpikformerMAEOutput(NamedTuple):
-    """What a `SpikformerMAE` returns."""
+    """Output of a `SpikformerMAE`."""
     loss: Tensor  # scalar: mean squared error over the masked patches
-    reconstruction: Tensor  # [B, C, H, W], every patch as the loss sees it: normalised where the target is
+    reconstruction: Tensor  # [B, C, H, W], all patches, normalized if the target is
     mask: Tensor  # [B, N] bool, True where a patch was masked
-    hidden_states: List[Tensor]  # of the visible patches, [B, N', D]: the stem's and each block's, if asked for
+    hidden_states: List[Tensor]  # [B, N', D] of the visible patches, after the stem and each block, on request
 
 
 class SpikformerMAE(nn.Module):
     """Masked autoencoder for self-supervised pre-training of a Spikformer, V1 or V2.
 
     Nothing of a masked pixel reaches the features of a visible patch: masked pixels are 0, each layer of the stem
-    normalises and fires at visible positions only, V1's pooled spikes are masked again, and the encoder's blocks see
-    the visible tokens only.
+    computes its statistics and spikes at visible positions only, the pooled spikes of V1 are masked again, and the
+    encoder blocks get the visible tokens only.
 
-    `encoder` is the model itself, and carries on after pre-training: `encoder.state_dict()` holds its own names. A
-    state dict of the whole loads into a Spikformer through timm, which drops the decoder.
+    `encoder` is the model that is passed in; after pre-training it is used as it is. A state dict of the whole
+    autoencoder loads into a Spikformer as well, without the decoder.
+
+    >>> import timm
+    >>> mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=1), mask_ratio=0.5)
+    >>> output = mae(torch.rand(2, 3, 64, 64))
+    >>> output.reconstruction.shape, output.mask.sum(1).tolist()
+    (torch.Size([2, 3, 64, 64]), [8, 8])
     """
 
     def __init__(
@@ -135,15 +155,19 @@ class SpikformerMAE(nn.Module):
     ):
         """
         Args:
-            encoder: Spikformer, whose classifier is removed. Its time steps are those of pre-training; the paper's
-                figure is of models of one time step.
-            mask_ratio: Share of the units that is masked, in (0, 1).
-            mask_unit: Side in pixels of the squares that are masked, a multiple of the patch; by default the patch.
+            encoder: Spikformer, whose classifier is removed. Pre-training runs its number of time steps; the paper
+                reports a model of one time step.
+            mask_ratio: Share of the units that are masked, in (0, 1).
+            mask_unit: Side of the masked squares in pixels, a multiple of the patch size; by default the patch size.
             decoder_embed_dim: Width of the decoder.
-            decoder_depth: Number of its blocks.
-            decoder_num_heads: Number of its attention heads.
-            decoder_mlp_ratio: Width of its MLP's hidden layer over decoder_embed_dim.
-            norm_pix_loss: Reconstruct patches normalised by their own mean and standard deviation.
+            decoder_depth: Number of decoder blocks.
+            decoder_num_heads: Number of attention heads of the decoder.
+            decoder_mlp_ratio: Width of the hidden layer of the decoder's MLP over decoder_embed_dim.
+            norm_pix_loss: Reconstruct patches normalized by their own mean and standard deviation.
+
+        Raises:
+            TypeError: `encoder` is not a Spikformer.
+            ValueError: The ratio is not in (0, 1), or the unit not a multiple of the patch size.
         """
         super().__init__()
         if not isinstance(encoder, Spikformer):
@@ -176,11 +200,11 @@ class SpikformerMAE(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Of the encoder, which holds nearly all of the activations."""
+        """Set gradient checkpointing of the encoder, which holds nearly all of the activations."""
         self.encoder.set_grad_checkpointing(enable)
 
     def _mask_from_noise(self, noise: Optional[Tensor], x: Tensor) -> Tuple[Tensor, int]:
-        """Mask the units of highest noise: `[B, units]`, True is masked, and the number of visible ones."""
+        """Return a mask `[B, units]` of the units of highest noise, True is masked, and the number of visible units."""
         B, H, W = x.shape[0], x.shape[-2], x.shape[-1]
         if H % self.mask_unit != 0 or W % self.mask_unit != 0:
             raise ValueError(f'Height and width must be multiples of mask_unit={self.mask_unit}, got {H}x{W}.')
@@ -217,13 +241,15 @@ class SpikformerMAE(nn.Module):
             bool_masked_pos: Optional[Tensor] = None,
             noise: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tensor]:
-        """Which patches are masked, `[B, N]`, and the indices of the others in increasing order, `[B, N']`.
+        """Return the mask of the patches, `[B, N]`, and the indices of the visible ones in order, `[B, N']`.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`.
-            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True is masked.
-            noise: Value for each unit of the model, `[B, units]`; those of the highest values are masked. Random if
-                neither is given.
+            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`; 1 or True is masked.
+            noise: Value for each unit, `[B, units]`; the units of highest noise are masked. By default random.
+
+        Raises:
+            ValueError: See `forward`.
         """
         if bool_masked_pos is not None and noise is not None:
             raise ValueError('Expected bool_masked_pos or noise, got both.')
@@ -251,15 +277,17 @@ class SpikformerMAE(nn.Module):
             noise: Optional[Tensor] = None,
             take_blocks: bool = False,
     ) -> SpikformerMAEOutput:
-        """Mask, encode, decode, compare. The target of a sequence is its mean over time.
+        """Mask, encode and decode images, and compute the loss. The target of a sequence is its mean over time.
 
         Args:
-            x: As of `make_mask`, and so are `bool_masked_pos` and `noise`.
-            take_blocks: Return the encoder's hidden states.
+            x: See `make_mask`.
+            bool_masked_pos: See `make_mask`.
+            noise: See `make_mask`.
+            take_blocks: Return the hidden states of the encoder.
 
         Raises:
-            ValueError: The input does not fit the encoder, or the mask does not fit the input, masks all or nothing,
-                or masks another number of patches in some image than in others.
+            ValueError: The input does not fit the encoder, the mask does not fit the input, or it masks all units, no
+                unit, or different numbers of units in different images.
         """
         mask, ids = self.make_mask(x, bool_masked_pos, noise)
         features, hidden_states = self.encoder.forward_tokens(x, ids, take_blocks)
@@ -276,7 +304,7 @@ class SpikformerMAE(nn.Module):
         return patchify(x.float(), self.patch_size)
 
     def target(self, x: Tensor) -> Tensor:
-        """What is to be predicted of images or sequences, `[B, N, C * p * p]`."""
+        """Return the target for images or sequences, `[B, N, C * p * p]`."""
         patches = self._patches(x)
         if self.norm_pix_loss:
             mean, std = _mean_and_std(patches)
@@ -290,13 +318,18 @@ class SpikformerMAE(nn.Module):
             bool_masked_pos: Optional[Tensor] = None,
             noise: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """For people to look at: the input, masked (grey is 0), and with its masked patches reconstructed.
+        """Return images for display: the input, the masked input, and the input with reconstructed masked patches.
 
-        Where the target is normalised, predicted patches are given the mean and standard deviation of the true ones,
-        which a model does not predict: what it is shown for is their content.
+        If the target is normalized, reconstructed patches get the mean and standard deviation of the true ones, as the
+        model does not predict these.
+
+        Args:
+            x: See `make_mask`.
+            bool_masked_pos: See `make_mask`.
+            noise: See `make_mask`.
 
         Returns:
-            Three images `[B, C, H, W]`, on the scale of the input.
+            Three tensors `[B, C, H, W]` on the scale of the input. Masked pixels are 0.
         """
         _, reconstruction, mask, _ = self(x, bool_masked_pos, noise)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .layers import ConvBNLIF, LinearBNLIF
 from .neurons import LIF
 
 __all__ = ['FiringRateMonitor']
@@ -33,10 +34,16 @@ class FiringRateMonitor:
         self._totals: Dict[str, Tensor] = {}
         self._numels: Dict[str, int] = {}
         self._handles: List[RemovableHandle] = []
+        # the output of a unit is that of its neurons; a hook on the neurons themselves would keep kernels from running
+        units: Dict[int, List[nn.Module]] = {}
+        for m in model.modules():
+            if isinstance(m, (ConvBNLIF, LinearBNLIF)):
+                units.setdefault(id(m.lif), []).append(m)
         for name, module in model.named_modules():
             if isinstance(module, LIF):
                 self._numels[name] = 0
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                for m in units.get(id(module), [module]):
+                    self._handles.append(m.register_forward_hook(self._hook(name)))
 
     def _hook(self, name: str):
         @torch.no_grad()

@@ -3,6 +3,7 @@ from collections import OrderedDict
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.fx
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
 from timm.models import get_model_traits
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from .sequences import check_time_steps, mean_over_time, to_time_major
 from .stems import STEMS
 
 __all__ = ['Spikformer', 'find_spikformer']
+
+torch.fx.wrap('to_time_major')  # checks and branches on the shape, which symbolic tracing cannot
+
+torch.fx.wrap('to_time_major')  # checks and branches on the shape, which symbolic tracing cannot
 
 
 class SpikformerHead(ClassifierHead):

@@ -3,7 +3,6 @@ import numbers
 from typing import Tuple
 
 import torch
-import torch.fx
 from torch import Tensor
 
 from .kernels.rules import back_end, in_transform
@@ -12,7 +11,6 @@ from .neurons import carried_membranes
 __all__ = ['check_time_steps', 'mean_over_time', 'to_time_major']
 
 
-@torch.fx.wrap  # checks and branches on the shape, which symbolic tracing cannot
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
     """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
 
