@@ -396,7 +396,7 @@ def test_a_pooling_of_train_py_reaches_the_model(small, tmp_path):
 def test_remote_code_is_complete():
     """Every import of one file by another finds it; that of the registered models is among them."""
     sources = remote_sources()
-    assert {'modeling_spikformer.py', 'configuration_spikformer.py', 'spikformer.py', 'kernels_lif.py'} <= sources.keys()
+    assert {'modeling_spikformer.py', 'configuration_spikformer.py', 'spikformer.py', 'kernels_lif.py'} <= set(sources)
     for name, source in sources.items():
         for line in re.findall(r'^ *from \..*', source, re.M):
             assert re.match(r' *from \.(\w+) import', line)[1] + '.py' in sources, (name, line)
