@@ -205,7 +205,7 @@ class _Demo:
             firing_rate=sum(rates.values()) / len(rates), firing_rates=rates, training_seconds=round(seconds, 1))
 
     def pretrain(self, progress: Progress) -> Dict[str, Any]:
-        """Pre-train without labels, fine-tune with a few, and train as many epochs from scratch with these to compare."""
+        """Pre-train without labels, fine-tune with a few, and train as many epochs from scratch with these."""
         pretraining, finetuning, scratch = self.self_supervised
         args = self.args
         mae = SpikformerMAE(
