@@ -78,7 +78,7 @@ def test_a_namespace_is_listed_as_far_as_it_is_there(namespace, monkeypatch):
 
 @pytest.mark.parametrize('name', ['', 'org/name', '../org', 'org@', 'a b'])
 def test_namespaces_that_are_none(name, namespace):
-    with pytest.raises(ValueError, match='Expected the name of an organisation or user'):
+    with pytest.raises(ValueError, match='Expected the name of an organization or user'):
         namespace(name)
 
 

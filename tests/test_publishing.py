@@ -31,6 +31,7 @@ from transformers import (
 
 from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
 from timm_spikformer.hf.image_processing import create_image_processor, read_data_config
+from timm_spikformer.hf.remote_code import remote_sources
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import publish, read_checkpoint
 from timm_spikformer.publishing.card import Dataset, read_results
@@ -383,12 +384,23 @@ def test_odd_files_in_a_folder(name, text, message, small, tmp_path):
 def test_a_pooling_of_train_py_reaches_the_model(small, tmp_path):
     """As do other arguments: `--gp` changes what the weights mean, and no tensor shows it."""
     path, _ = train_py_checkpoint(small, tmp_path, gp='max')
-    x = example_images(from_model(small))
     expected = timm.create_model('test_spikformer_v2', num_classes=10, global_pool='max', time_steps=2)
     expected.load_state_dict(small.state_dict())
+    expected.eval()
+    x = example_images(from_model(small))
     with torch.no_grad():
-        assert torch.equal(read_checkpoint(path).model(x), expected.eval()(x))
-        assert not torch.equal(expected(x), small(x))
+        assert torch.equal(read_checkpoint(path).model(x), expected(x)) and not torch.equal(expected(x), small(x))
+    assert_all_loaders(dry_run(path, tmp_path / 'out'), expected)
+
+
+def test_remote_code_is_complete():
+    """Every import of one file by another finds it; that of the registered models is among them."""
+    sources = remote_sources()
+    assert {'modeling_spikformer.py', 'configuration_spikformer.py', 'spikformer.py', 'kernels_lif.py'} <= set(sources)
+    for name, source in sources.items():
+        for line in re.findall(r'^ *from \..*', source, re.M):
+            assert re.match(r' *from \.(\w+) import', line)[1] + '.py' in sources, (name, line)
+        compile(source, name, 'exec')
 
 
 def test_a_variant_without_a_registered_name(images, tmp_path):

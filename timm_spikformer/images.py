@@ -441,6 +441,7 @@ def make_loader(
         batch_size: int,
         device: Union[str, torch.device] = 'cpu',
         augment: bool = False,
+        hflip: float = 0.5,
 ):
     """Create timm's loader of images.
 
@@ -450,6 +451,7 @@ def make_loader(
         batch_size: Images in a batch.
         device: For which batches are prepared.
         augment: Load for training: in random order, flipped at random, without an incomplete last batch.
+        hflip: Probability of a horizontal flip in training.
 
     Returns:
         A loader of pairs (images, labels), or of images alone if they have no labels.
@@ -465,7 +467,7 @@ def make_loader(
         images,
         batch_size=batch_size,
         is_training=augment,
-        hflip=0.5,
+        hflip=hflip,
         scale=(1., 1.),
         ratio=(1., 1.),
         color_jitter=0.,

@@ -186,7 +186,7 @@ def locate_weights(
         raise RuntimeError(
             f'No weights have been published for {name}. Train it (see recipes/ and `timm-spikformer demo`) or convert '
             f"a checkpoint (`timm-spikformer convert`), and load yours by checkpoint_path=FILE, or as "
-            f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'. Where an organisation has published some, name it: "
+            f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'. If an organization has published some, name it: "
             f'timm_spikformer.set_hub_namespace("ORG") or {NAMESPACE_VARIABLE}=ORG.')
     filename = cfg.hf_hub_filename or WEIGHTS_FILE
     if not re.fullmatch(r'[\w.-]+\.safetensors', filename):  # a config.json from the Hub may ask for anything
@@ -212,8 +212,8 @@ def _repository(name: str) -> Optional[str]:
     """Return the repository of `name`, a model.tag, in the user's namespace, None if there is none."""
     if _namespace is None or '.' not in name or name.endswith(f'.{_WITHOUT_WEIGHTS}'):
         return None
-    organisation, revision = split_revision(_namespace)
-    return f'{organisation}/{name}@{revision}' if revision else f'{organisation}/{name}'
+    organization, revision = split_revision(_namespace)
+    return f'{organization}/{name}@{revision}' if revision else f'{organization}/{name}'
 
 
 def _is_cached(repo: str, filename: str = WEIGHTS_FILE, cache_dir: Optional[Union[str, Path]] = None) -> bool:

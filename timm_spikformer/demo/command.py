@@ -8,8 +8,8 @@ DESCRIPTION = """Show a small Spikformer V2 at work on real images, in three sta
 
 classify: classify test images of Fashion-MNIST with the weights that the package ships.
 train: train the same model from scratch, with all labels.
-pretrain: pre-train it without labels as a masked autoencoder, fine-tune it with a few labels, and compare with training
-from scratch on these."""
+pretrain: pre-train it without labels as a masked autoencoder, fine-tune it with a few labels, and compare with as many
+epochs of training from scratch on these."""
 
 STAGES = ('classify', 'train', 'pretrain')
 SETTINGS = 'args.json'  # file in the output folder with the arguments of a run
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--time-steps', type=int, default=1, metavar='T', help='(default: %(default)s)')
     add('--epochs', type=int, default=8, metavar='N', help='epochs with all labels (default: %(default)s)')
     add('--pretrain-epochs', type=int, default=2, metavar='N', help='(default: %(default)s)')
-    add('--finetune-epochs', type=int, default=10, metavar='N', help='(default: %(default)s)')
+    add('--finetune-epochs', type=int, default=20, metavar='N', help='(default: %(default)s)')
     add('--labeled', type=int, default=600, metavar='N', help='labeled images to fine-tune with (default: %(default)s)')
     add('--mask-ratio', type=float, default=0.75, metavar='R', help='share of masked patches (default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')

@@ -1,4 +1,5 @@
 """Training for the demo, with timm's optimizer, schedule and EMA: resumable, and deterministic for a seed."""
+import math
 import pickle
 import sys
 import time
@@ -27,6 +28,7 @@ class Stage(NamedTuple):
 
     Args:
         cost: Time that an image takes, in units of the time that it takes in supervised training.
+        hflip: Probability of a horizontal flip.
     """
     name: str
     title: str
@@ -37,6 +39,7 @@ class Stage(NamedTuple):
     beta2: float = 0.999
     seed: int = 0
     cost: float = 1.
+    hflip: float = 0.5
 
     @property
     def checkpoint(self) -> str:
@@ -107,11 +110,16 @@ def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
     return top1.avg, monitor.rates
 
 
-def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> float:
+def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> Optional[float]:
     """Return the test accuracy, in percent, of logistic regression on the same pixels.
 
-    Pixels are in 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS.
+    Pixels are in 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS. None for data so large
+    that this would take longer than training.
     """
+    features = math.prod(config['input_size'])
+    if features * len(train.classes) > 50_000 or features * len(train) > 100_000_000:
+        return None
+
     def pixels(images: Images) -> Tuple[Tensor, Tensor]:
         batches = [(to_pixels(x, config), y) for x, y in make_loader(images, config, 500, device)]
         x, y = (torch.cat(parts) for parts in zip(*batches))
@@ -194,7 +202,7 @@ def train(
     """
     start = time.time()
     device = next(model.parameters()).device
-    loader = make_loader(images, config, stage.batch_size, device, augment=True)
+    loader = make_loader(images, config, stage.batch_size, device, augment=True, hflip=stage.hflip)
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, stage.beta2))
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)

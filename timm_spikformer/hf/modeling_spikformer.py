@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
-from ..network import Spikformer
+from ..spikformer import Spikformer  # and not from network: it registers the models, in remote code too
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [
