@@ -1,4 +1,4 @@
-"""The LIF neuron beside spikingjelly's node: forward, forward and backward, in eager mode and compiled; what it saves.
+"""LIF compared with spikingjelly's LIFNode: time, eager and compiled, and memory saved for backward.
 
     python -m benchmarks neuron
 """
@@ -26,7 +26,7 @@ def _peer() -> Callable[[Tensor], Tensor]:
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Memory that a forward keeps for the backward, the input, which its maker keeps as well, left out."""
+    """Return the bytes saved for backward, without the input, which the layer before keeps anyway."""
     storages = {}
 
     def pack(t: Tensor) -> Tensor:

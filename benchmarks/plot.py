@@ -1,4 +1,4 @@
-"""Draw what `python -m benchmarks scaling --json FILE` has written: `python -m benchmarks.plot FILE PICTURE.png`."""
+"""Plot the results of `python -m benchmarks scaling --json FILE`: `python -m benchmarks.plot FILE PICTURE.png`."""
 import json
 import sys
 from pathlib import Path

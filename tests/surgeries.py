@@ -1,7 +1,7 @@
-"""Changes that people make to a model: hooks, adapters, pruning, other norms and neurons, sharing, wrapping.
+"""Typical user modifications of a model: hooks, adapters, pruning, replaced norms and neurons, sharing, wrapping.
 
 Each is a function `(rng, model)` that changes a model in place, at a place drawn by `rng`; it may return a context
-manager to be entered around the calls, or another module to be called in place of the model.
+manager to be entered around the calls.
 """
 import contextlib
 import functools
@@ -38,7 +38,7 @@ def any_module(rng: random.Random, model: nn.Module) -> nn.Module:
 
 
 class LoRA(nn.Module):
-    """A layer and a low-rank one beside it."""
+    """A layer with a parallel low-rank adapter."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -64,7 +64,7 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-class GradedLIF(LIF):
+class ScaledLIF(LIF):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 0.7
 
@@ -79,14 +79,13 @@ class ShiftedBN1d(nn.BatchNorm1d):
         return super().forward(x) + 0.3
 
 
-class Loud(torch.Tensor):
-    """A tensor subclass that multiplies by more than its values."""
+class ScaledTensor(torch.Tensor):
+    """A tensor subclass whose values count 1.5 times."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        plain = [a.as_subclass(Tensor) * 1.5 if isinstance(a, Loud) else a for a in args]
-        kwargs = {k: v.as_subclass(Tensor) * 1.5 if isinstance(v, Loud) else v for k, v in (kwargs or {}).items()}
-        return func(*plain, **kwargs)
+        plain = [a.as_subclass(Tensor) * 1.5 if isinstance(a, ScaledTensor) else a for a in args]
+        return func(*plain, **(kwargs or {}))
 
 
 def pre_hook(rng, model):
@@ -152,14 +151,14 @@ def instance_forward(rng, model):
 
 
 def pruned(rng, model):
-    """Pruned, then given other weights: the mask is applied to these by a hook."""
+    """Prune, then change the original weights; a pre-hook reapplies the mask."""
     m = draw(rng, model, *PRODUCTS)[2]
     prune.random_unstructured(m, 'weight', 0.5)
     with torch.no_grad():
         m.weight_orig.mul_(1.3)
 
 
-def pruned_for_good(rng, model):
+def pruned_permanently(rng, model):
     m = draw(rng, model, *PRODUCTS)[2]
     prune.remove(prune.l1_unstructured(m, 'weight', 0.5), 'weight')
 
@@ -183,7 +182,7 @@ def subclass_parameter(rng, model):
     m = draw(rng, model, *PRODUCTS)[2]
     weight = m.weight.detach()
     del m.weight
-    m.weight = weight.as_subclass(Loud)
+    m.weight = weight.as_subclass(ScaledTensor)
 
 
 def tensor_attribute(rng, model):
@@ -218,9 +217,9 @@ def dropout(rng, model):
     setattr(parent, name, nn.Dropout(0.3))
 
 
-def graded_neuron(rng, model):
+def scaled_neuron(rng, model):
     parent, name, _ = draw(rng, model, LIF)
-    setattr(parent, name, GradedLIF())
+    setattr(parent, name, ScaledLIF())
 
 
 def other_constants(rng, model):
@@ -274,7 +273,7 @@ def incomplete_norm(rng, model):
 
 
 def frozen_norm(rng, model):
-    """In eval mode whatever the mode of the model."""
+    """Keep some BN layers in eval mode regardless of the model's mode."""
     for _, _, m in rng.sample(places(model, *NORMS), 3):
         m.train = lambda mode=True: None
         m.training = False
@@ -332,7 +331,7 @@ def wrapped_layer(rng, model):
 
 
 def compiled_method(rng, model):
-    """`Module.compile` replaces how a module is called; here by its own call, as nothing is to be compiled."""
+    """Simulate `Module.compile`, which sets `_compiled_call_impl`, without compiling."""
     m = draw(rng, model, *PRODUCTS, *NORMS)[2]
     m._compiled_call_impl = lambda *args: m._call_impl(*args) * 0.9
 
@@ -351,7 +350,7 @@ class _Halved(torch.overrides.TorchFunctionMode):
 
 SURGERIES: Dict[str, Callable] = {f.__name__: f for f in (
     pre_hook, hook, in_place_hook, backward_hook, backward_pre_hook, global_hook, class_forward, instance_forward,
-    pruned, pruned_for_good, weight_norm, old_weight_norm, parametrized, subclass_parameter, tensor_attribute, lora,
-    scale_before_a_neuron, scale_after_a_neuron, scale_after_a_layer, dropout, graded_neuron, other_constants,
+    pruned, pruned_permanently, weight_norm, old_weight_norm, parametrized, subclass_parameter, tensor_attribute, lora,
+    scale_before_a_neuron, scale_after_a_neuron, scale_after_a_layer, dropout, scaled_neuron, other_constants,
     spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block, shared_norm,
     shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method, function_mode)}

@@ -19,7 +19,7 @@ def sequences(images):
 
 
 @torch.no_grad()
-def test_the_last_step_is_the_forward(model, images, sequences):
+def test_last_step_equals_forward(model, images, sequences):
     for x in (images, sequences):
         steps = model.forward_steps(x)
         assert steps.shape == (4, 16, 10)
@@ -28,7 +28,7 @@ def test_the_last_step_is_the_forward(model, images, sequences):
 
 
 @torch.no_grad()
-def test_each_step_is_the_forward_of_so_many(model, images, sequences):
+def test_step_t_equals_forward_with_t_steps(model, images, sequences):
     steps = model.forward_steps(images)
     by_sequence = model.forward_steps(sequences)
     for t in range(1, 5):
@@ -40,7 +40,7 @@ def test_each_step_is_the_forward_of_so_many(model, images, sequences):
 def test_steps_have_gradients(model, images):
     model.train()
     loss = sum(nn.functional.cross_entropy(logits, torch.arange(16) % 10) for logits in model.forward_steps(images))
-    loss.backward()  # as temporal efficient training wants it
+    loss.backward()  # as in temporal efficient training (TET)
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -77,11 +77,11 @@ def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequence
         assert torch.equal(torch.cat(parts[name]), whole[name]), name
         assert whole[name].mean() > 0, name
     torch.testing.assert_close(logits, expected)
-    assert torch.equal(model(sequences), expected)  # nothing is left
+    assert torch.equal(model(sequences), expected)  # no state remains in the model
 
 
 @torch.no_grad()
-def test_membranes_follow_their_samples(model, sequences):
+def test_keep_selects_membranes_of_samples(model, sequences):
     keep = torch.tensor([3, 11, 4])
     carried = CarriedMembranes(model)
     first = carried(sequences[:, :2])
@@ -116,7 +116,7 @@ def test_anytime(model, images, sequences, kernels):
 
 
 @torch.no_grad()
-def test_anytime_does_less(model, images):
+def test_anytime_runs_only_remaining_samples(model, images):
     seen = []
     handle = model.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
     out = predict_anytime(model, images, model.forward_steps(images).softmax(-1).amax(-1)[:3].median().item())
@@ -150,7 +150,7 @@ def test_half_precision(images):
 # -- state belongs to the call
 
 @torch.no_grad()
-def test_other_threads_may_use_the_model_meanwhile(model, images):
+def test_concurrent_use_by_other_threads(model, images):
     expected = model(images[:4])
     stop = threading.Event()
     results = []
@@ -190,7 +190,7 @@ class Normalize(nn.Module):
     lambda m: m.head.register_forward_hook(lambda m, args, out: out + 1) and m,
 ], ids=['normalization', 'head of its own', 'pre-hook', 'hook of the stem', 'hook of the head'])
 @torch.no_grad()
-def test_what_is_around_the_encoder_is_called(model, images, sequences, wrap):
+def test_layers_and_hooks_around_encoder_are_called(model, images, sequences, wrap):
     bare = [model(x) for x in (images, sequences)]
     wrapped = wrap(model).eval()
     for x, without in zip((images, sequences), bare):
@@ -199,7 +199,7 @@ def test_what_is_around_the_encoder_is_called(model, images, sequences, wrap):
 
 
 @torch.no_grad()
-def test_the_cast_of_a_transformers_model(images):
+def test_transformers_model_casts_input_dtype(images):
     torch.manual_seed(0)
     model = SpikformerForImageClassification(SpikformerConfig.from_timm('test_spikformer_v2', num_labels=10))
     model = calibrate(model, images).double()
@@ -213,14 +213,14 @@ class OwnLIF(LIF):
 
 @pytest.mark.parametrize('change, message', [
     (lambda m: setattr(m.blocks[0].mlp.fc1, 'lif', sj_neuron.LIFNode(step_mode='m')),
-     r'blocks\.0\.mlp\.fc1\.lif \(LIFNode\) keeps a state of its own'),
+     r'blocks\.0\.mlp\.fc1\.lif \(LIFNode\) is stateful'),
     (lambda m: setattr(m.blocks[1].attn, 'attn_lif', OwnLIF(v_threshold=0.5)),
      r'forward of blocks\.1\.attn\.attn_lif \(OwnLIF\) has been replaced'),
     (lambda m: m.blocks[0].train(), r'blocks\.0 \(SpikingBlock\) is in train mode.*and \d+ more'),
     (lambda m: m.blocks[0].compile(), r'blocks\.0 \(SpikingBlock\) is compiled'),
     (lambda m: setattr(m, 'blocks', torch.compile(m.blocks)), r'blocks \(OptimizedModule\) is compiled'),
 ])
-def test_what_cannot_be_stepped_is_refused_by_name(model, images, change, message):
+def test_unsupported_module_is_named_in_error(model, images, change, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         predict_anytime(model, images)

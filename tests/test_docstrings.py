@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-MODULES = ('neurons', 'kernels.switch', 'kernels.explain', 'masked_autoencoder', 'anytime')
+MODULES = ('neurons', 'kernels.switch', 'kernels.explain', 'masked_autoencoder', 'anytime', 'monitor')
 
 
 @pytest.mark.parametrize('name', MODULES)

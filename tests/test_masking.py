@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from timm_spikformer import use_kernels
-from timm_spikformer.masking import apply_to_patches, conv3x3_of_patches, maps_of_patches, visible_patches, with_halo
+from timm_spikformer.masking import apply_to_patches, conv3x3_of_patches, patches_to_maps, visible_patches, with_halo
 
 
 @pytest.mark.parametrize('p', [1, 2, 4, 8])
@@ -23,13 +23,13 @@ def test_patches_are_convolved_as_masked_maps(p, n):
     patches = visible_patches(maps, visible)
     assert patches.shape == (n, B * 5, C, p, p)
     out = conv3x3_of_patches(patches, weight, visible).unflatten(0, (n, -1))
-    torch.testing.assert_close(maps_of_patches(out, visible), dense)
-    assert torch.equal(maps_of_patches(patches, visible), maps * seen)
+    torch.testing.assert_close(patches_to_maps(out, visible), dense)
+    assert torch.equal(patches_to_maps(patches, visible), maps * seen)
     assert with_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
 
     grad = torch.randn_like(dense)
     expected = torch.autograd.grad(dense, (maps, weight), grad)
-    given = torch.autograd.grad(maps_of_patches(out, visible), (maps, weight), grad)
+    given = torch.autograd.grad(patches_to_maps(out, visible), (maps, weight), grad)
     for a, b in zip(given, expected):
         torch.testing.assert_close(a, b)
 

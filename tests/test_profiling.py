@@ -1,4 +1,4 @@
-"""Firing rates, operations and energy: counted by hand, by spikingjelly, and as published."""
+"""Firing rates, operations and energy compared with explicit loops, spikingjelly and published values."""
 import copy
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.peer import PeerSpikformer
 from timm_spikformer import Spikformer, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.masking import maps_of_patches
+from timm_spikformer.masking import patches_to_maps
 from timm_spikformer.profiling import Conventions, CostModel, profile
 from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
 from timm_spikformer.profiling.report import to_csv
@@ -41,7 +41,7 @@ def tiny(request, images):
 
 
 def by_hand(layer, x):
-    """Of inputs `[n, ...]`: products with a weight, paddings too; those with an input; their sum; those not of 0."""
+    """Return for inputs `[n, ...]`: MACs with padding, MACs without padding, sum of inputs, and nonzero MACs."""
     dense = real = total = nonzero = 0
     if isinstance(layer, nn.Linear):
         for value in x.flatten(0, -2).flatten().tolist():
@@ -70,7 +70,7 @@ def by_hand(layer, x):
 
 
 def attention_by_hand(q, k, v):
-    """Of spikes `[..., N, d]`: pairs that both fire in q k^T, and in k^T v; accumulates of v and of q."""
+    """Return for spikes `[..., N, d]` the coincident spike pairs in q k^T and in k^T v."""
     qk = kv = 0
     for a, b, c in zip(q.flatten(0, -3).tolist(), k.flatten(0, -3).tolist(), v.flatten(0, -3).tolist()):
         N, d = len(a), len(a[0])
@@ -92,7 +92,7 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
     with torch.no_grad():
         tiny(x)
     result = profile(tiny, x, conventions=Conventions(**EXACT))
-    nonzero = result.under(residual='nonzero')
+    by_nonzero = result.under(residual='nonzero')
     mean = result.under(fan_out='dense')
 
     for name, (m, layer_input) in inputs.items():
@@ -105,7 +105,7 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
         else:
             assert 0 < total < dense
             assert sum(layer.acs) * len(x) == pytest.approx(total, abs=1e-6)
-            assert sum(nonzero.layer(layer.name).acs) * len(x) == pytest.approx(nonzero, abs=1e-6)
+            assert sum(by_nonzero.layer(layer.name).acs) * len(x) == pytest.approx(nonzero, abs=1e-6)
             rate = layer_input.mean().item()
             assert sum(mean.layer(layer.name).acs) * len(x) == pytest.approx(rate * dense, rel=1e-6)
             if isinstance(m, nn.Linear):
@@ -162,7 +162,7 @@ def test_dense_macs_of_the_published_models(name, total, stem, linears, attentio
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
 def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
-    """Where it counts otherwise: sums of spikes are no spikes to it, and its spikes are convolved anew at each step."""
+    """With the conventions of spikingjelly: sums of spikes are MACs, and the first convolution runs at each step."""
     torch.manual_seed(0)
     model = timm.create_model('test_spikformer_v2', num_classes=10, num_heads=16, stem=stem)  # N > d: q (k^T v)
     for block in model.blocks:
@@ -313,7 +313,7 @@ def test_leaves_the_model_as_it_was(model, images, how):
     noise = torch.rand(4)
     torch.manual_seed(1)
     profile(model, x, time_steps=2)
-    assert torch.equal(torch.rand(4), noise)  # random numbers go on as if nothing had been
+    assert torch.equal(torch.rand(4), noise)  # the state of the random number generator is unchanged
     assert model.time_steps == 4 and model.training == (how == 'train')
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
     assert {name: [len(h) for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -359,7 +359,7 @@ def test_memory_is_constant(images):
                 held[i] = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
             yield images[:4] * (0.5 + i / 100)
 
-    profile(model, images)  # what is made once is made
+    profile(model, images)  # warm-up: one-time allocations
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert profile(model, data()).images == 400
     assert held[50] == held[99]
@@ -405,7 +405,7 @@ def test_masked_autoencoder(model, images):
         if a.name.endswith('.attn'):
             assert a.dense_macs == b.dense_macs / 4
         else:
-            assert a.dense_macs == b.dense_macs / 2  # half of the tokens are result
+            assert a.dense_macs == b.dense_macs / 2  # half of the tokens are visible
     # a spike meets the same weights whether patches are convolved as such or as products
     assert 0 < result.totals.acs < full.totals.acs
 
@@ -422,7 +422,7 @@ def test_masked_counts_are_those_of_the_masked_maps(images):
     maps = {}
     unit = encoder.stem.stages[0].expand
     unit.register_forward_hook(
-        lambda m, args, out: maps.update(x=maps_of_patches(args[0], args[2]), visible=args[2]))
+        lambda m, args, out: maps.update(x=patches_to_maps(args[0], args[2]), visible=args[2]))
     torch.manual_seed(5)
     result = profile(mae, images[:4], conventions=Conventions(**EXACT))
     x, (ids, height, width) = maps['x'], maps['visible']
@@ -551,6 +551,6 @@ def test_labels_can_be_left_alone(model, images):
         profile(headless, images, accuracy=True)
 
 
-def test_warns_of_silence(images, caplog):
+def test_warns_of_silent_layers(images, caplog):
     profile(timm.create_model('test_spikformer_v2').eval(), images)
     assert 'No neuron fires in' in caplog.text

@@ -1,6 +1,6 @@
-"""What is computed is what the modules say, whatever has been done to a model: kernels against the modules alone.
+"""Kernels give the same results as the plain modules for arbitrarily modified models.
 
-In float64, where rounding flips no spike.
+The tests use float64, so that rounding does not change spikes.
 """
 import contextlib
 import random
@@ -18,7 +18,7 @@ from timm_spikformer.kernels.lif import norm_lif
 
 @pytest.fixture(autouse=True, scope='module')
 def double():
-    """New modules are of the dtype of the model, too."""
+    """Use float64 for all new modules."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -28,7 +28,7 @@ MODES = ('eval', 'train', 'masked', 'masked eval', 'checkpointed', 'fx', 'traced
 
 
 def make_model(stem: str, is_masked: bool) -> nn.Module:
-    """A small model in float64 all of whose neuron layers fire, calibrated."""
+    """Return a small model whose BN values make every neuron layer fire."""
     torch.manual_seed(0)
     model = Spikformer(
         stem=stem, patch_size=4, stem_strides=(1, 2, 2, 1), in_chans=2, embed_dim=16, depth=1, num_heads=2,
@@ -45,7 +45,7 @@ def make_model(stem: str, is_masked: bool) -> nn.Module:
 
 
 def run(stem, mode, surgeries, seed, sequence):
-    """Build, change and run a model; everything that it gave, by name, and the number of kernels that ran."""
+    """Build, modify and run a model; return all results by name, and the number of `norm_lif` calls."""
     is_masked = mode.startswith('masked')
     model = make_model(stem, is_masked).double()
     rng = random.Random(seed)
@@ -83,31 +83,31 @@ def run(stem, mode, surgeries, seed, sequence):
 
 
 def compare(*args):
-    """Assert that a model gives the same with kernels and without; return what it gave."""
+    """Assert equal results with and without kernels; return the results and the kernel count."""
     with use_kernels('plain'):
         expected, plain_calls = run(*args)
     return compare_with(expected, plain_calls, *args)
 
 
 def compare_with(expected, plain_calls, *args):
-    given, calls = run(*args)
+    result, calls = run(*args)
     assert plain_calls == 0
-    assert given.keys() == expected.keys()
-    # what BN cancels, such as the gradient of a bias before it, is rounding error of this size
+    assert result.keys() == expected.keys()
+    # gradients that BN cancels, such as that of a bias before it, are rounding errors relative to the largest
     largest = max(t.abs().max().item() for name, t in expected.items() if 'grad' in name and t is not None)
     for name, value in expected.items():
-        if value is None or given[name] is None:
-            assert value is given[name], name
+        if value is None or result[name] is None:
+            assert value is result[name], name
         else:
             scale = largest if 'grad' in name else value.abs().max().item()
-            assert (given[name] - value).abs().max() <= 1e-9 * scale, name
+            assert (result[name] - value).abs().max() <= 1e-9 * scale, name
     return expected, calls
 
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
 @pytest.mark.parametrize('mode', MODES)
-def test_the_untouched_model_runs_in_kernels_and_fires(stem, mode):
-    """Else the comparisons below would be of nothing with nothing."""
+def test_unmodified_model_uses_kernels_and_fires(stem, mode):
+    """Otherwise the comparisons below would be vacuous."""
     result, calls = compare(stem, mode, [], 0, False)
     assert result['output'].std() > 0 and result['grad of the input'].abs().max() > 0
     layers_of_stem = 12 if stem == 'scs' else 5
@@ -135,7 +135,7 @@ def check(*args):
         with use_kernels('plain'):
             expected = run(*args)
     except Exception:  # PyTorch cannot run, or trace, such a model
-        event('not possible without kernels either')
+        event('fails without kernels too')
         return
     compare_with(*expected, *args)
 

@@ -1,4 +1,4 @@
-"""torch.func transforms, repeated and vectorized backwards, empty batches, missing values."""
+"""torch.func transforms, repeated and vectorized backward passes, empty batches, NaN and infinity."""
 import copy
 
 import pytest
@@ -79,7 +79,7 @@ def test_jacobian(double, vectorize):
     torch.testing.assert_close(jacobian, torch.stack(rows), rtol=1e-6, atol=1e-12)
 
 
-def test_a_checkpointed_graph_can_be_differentiated_twice(double):
+def test_checkpointed_graph_supports_repeated_backward(double):
     model, x = double
     model.train().set_grad_checkpointing()
     loss = loss_of(model, x)
@@ -92,7 +92,7 @@ def test_a_checkpointed_graph_can_be_differentiated_twice(double):
     assert all(torch.equal(b, statistics[name]) for name, b in model.named_buffers())
 
 
-def test_a_checkpointed_layer_is_recomputed_as_it_ran(double):
+def test_recomputation_uses_kernel_mode_of_forward(double):
     model, x = double
     model.train().set_grad_checkpointing()
     with use_kernels('plain'):
@@ -118,11 +118,11 @@ def test_no_time_step(model, images):
             lif(empty)
 
 
-# -- missing and infinite values
+# -- NaN and infinity
 
 @pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize('time_steps', [1, 3])
-def test_a_current_that_is_no_number_shows(value, time_steps):
+def test_nonfinite_current_gives_nan(value, time_steps):
     x = torch.ones(time_steps, 4)
     x[0, 1] = value
     spikes = lif(x)
@@ -132,7 +132,7 @@ def test_a_current_that_is_no_number_shows(value, time_steps):
 
 
 @pytest.mark.parametrize('value', [torch.nan, torch.inf])
-def test_a_pixel_that_is_no_number_shows_in_its_own_image(model, images, value):
+def test_nonfinite_pixel_affects_only_its_image(model, images, value):
     bad = images[:4].clone()
     bad[1, 0, 40, 9] = value
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_pixel_that_is_no_number_shows_in_its_own_image(model, images, value):
 
 
 @pytest.mark.parametrize('name', ['down.conv.weight', 'proj.conv.weight', 'bn.bias', 'fc2.linear.weight', 'fc.weight'])
-def test_a_weight_that_is_no_number_shows(model, images, name):
+def test_nan_weight_gives_nan_logits(model, images, name):
     found = [p for n, p in model.named_parameters() if n.endswith(name)]
     if not found:
         pytest.skip('the model has no such weight')
@@ -155,7 +155,7 @@ def test_a_weight_that_is_no_number_shows(model, images, name):
 
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('is_masked', [False, True])
-def test_a_pixel_that_is_no_number_shows_in_the_loss_of_pretraining(training, is_masked):
+def test_nan_pixel_gives_nan_pretraining_loss(training, is_masked):
     mae = make_model('scs', is_masked=True).train(training)
     images = torch.randn(4, 2, 16, 16)
     noise = torch.arange(16.).expand(4, -1)  # the last patches are masked

@@ -35,14 +35,14 @@ def _logits_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> AnytimeOutput:
-    """Classify one time step at a time; a sample leaves the batch once its highest probability reaches `confidence`.
+    """Classify one time step at a time; stop for each sample once its highest probability reaches `confidence`.
 
     Membranes are carried from step to step, so each step is computed once, and only for the samples that remain. A
-    sample that takes all steps gets the logits of the ordinary forward, one that takes t gets those after t steps. The
-    whole `model` is called at each step, with whatever is around the Spikformer; the model is not changed, and other
-    threads may use it meanwhile.
+    sample that stops after t steps gets the logits after t steps; after all steps, these equal the logits of `forward`.
+    The whole `model`, including layers around the Spikformer, is called at each step. The model is not modified, and
+    other threads can use it concurrently.
 
-    The criterion is this project's choice. The paper uses a fixed number of time steps.
+    The stopping criterion is specific to this project; the paper uses a fixed number of time steps.
 
     Args:
         model: A Spikformer with a classifier, or a module that holds one, in eval mode.
@@ -79,11 +79,11 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
             logits = torch.empty_like(out)
         logits[remaining] = out
         steps[remaining] = t + 1
-        is_unsure = out.float().softmax(-1).amax(-1) < confidence
-        if not is_unsure.any():
+        is_below = out.float().softmax(-1).amax(-1) < confidence
+        if not is_below.any():
             break
-        if not is_unsure.all():
-            unsure = is_unsure.nonzero().squeeze(1)
-            x, remaining = x[unsure], remaining[unsure]
-            carried.keep(unsure)
+        if not is_below.all():
+            below = is_below.nonzero().squeeze(1)
+            x, remaining = x[below], remaining[below]
+            carried.keep(below)
     return AnytimeOutput(logits, steps, time_steps)

@@ -1,4 +1,4 @@
-"""Conversion of state dicts: of the authors' V1 code, of spikingjelly's Spikformer, of a masked autoencoder."""
+"""Conversion of state dicts from the authors' V1 code, spikingjelly's Spikformer and masked autoencoders."""
 import math
 import re
 import warnings
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 __all__ = ['TRAINING_FILE', 'Conversion', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict']
 
-TRAINING_FILE = 'training_args.yaml'  # beside weights: how they were trained
+TRAINING_FILE = 'training_args.yaml'  # stored next to the weights; contains the training arguments
 
 # (pattern, replacement) for the keys of the authors' V1 code and of spikingjelly's Spikformer
 _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
@@ -36,9 +36,9 @@ _FIRST_KEY = re.compile(r'^((?:[^.]+\.)*?)(?:stem\.stages|patch_embed)\.')
 class Conversion(NamedTuple):
     """A converted state dict, and where each of its tensors comes from.
 
-    Args:
-        state_dict: By this package's names
-        sources: Names in the checkpoint by this package's; none where a tensor was filled with zeros
+    Attributes:
+        state_dict: Tensors keyed by this package's names
+        sources: For each name in this package, the names in the checkpoint; empty if filled with zeros
         unused: Names of tensors that V1's code declares and never uses
     """
     state_dict: Dict[str, Tensor]
@@ -60,7 +60,7 @@ _SPIKINGJELLY = _Origin("spikingjelly's Spikformer", 0.125, None)
 
 
 def _find_origin(state_dict: Dict[str, Any]) -> Optional[_Origin]:
-    """Tell foreign checkpoints apart; None for any other, and for one without encoder blocks.
+    """Return which third-party code wrote a checkpoint; None if unknown or without encoder blocks.
 
     The authors' code has linear layers in its encoder for CIFAR-10, 1-d convolutions for CIFAR10-DVS, and 2-d
     convolutions in the MLP for ImageNet.
@@ -77,13 +77,14 @@ def _find_origin(state_dict: Dict[str, Any]) -> Optional[_Origin]:
 
 
 def _check_scale(origin: _Origin, model: nn.Module) -> None:
-    """Equal shapes do not prove equal outputs: compare the attention scale, which no tensor shows."""
+    """Raise if the attention scale, which is not stored in the checkpoint, differs from the model's."""
     scale = next((block.attn.scale for block in model.blocks if block.attn.scale != origin.attn_scale), None)
     if scale is not None:
         raise ValueError(
-            f'The checkpoint is of {origin.name}, whose attention scale is {origin.attn_scale}; that of the model is '
-            f'{scale}. Create the model with attn_scale={origin.attn_scale}. If the code was changed to another scale, '
-            f"do so too, and load that model's state_dict() into the one with the other scale.")
+            f'The checkpoint is from {origin.name} with attn_scale={origin.attn_scale}; the model has '
+            f'attn_scale={scale}. Create the model with attn_scale={origin.attn_scale}. If the checkpoint was trained '
+            f'with another scale, load it into such a model, then load the state_dict() of that one into a model with '
+            f'the actual scale.')
 
 
 def _check_strides(origin: _Origin, model: nn.Module) -> None:
@@ -91,13 +92,13 @@ def _check_strides(origin: _Origin, model: nn.Module) -> None:
     strides = tuple(model.stem.strides)
     if origin.strides is not None and strides != origin.strides:
         warnings.warn(
-            f'The checkpoint is of {origin.name}, whose stem has the strides {origin.strides}; that of the model has '
+            f'The checkpoint is from {origin.name} with stem strides {origin.strides}; the model has '
             f'{strides}. Unless the code was changed, the outputs differ: create the model with '
             f'patch_size={math.prod(origin.strides)} and stem_strides={origin.strides}.', stacklevel=2)
 
 
 def _strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
-    """Remove what all keys start with before the stem's, such as `module.` of DDP or `net.` of a Lightning module."""
+    """Remove a prefix shared by all keys, such as `module.` of DDP or `net.` of a Lightning module."""
     found = next((match[1] for match in map(_FIRST_KEY.match, state_dict) if match), '')
     for prefix in (found, found.removesuffix('encoder.')):  # a masked autoencoder has a decoder beside it
         if prefix and all(key.startswith(prefix) for key in state_dict):
@@ -106,7 +107,7 @@ def _strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> Dict[str, Tensor]:
-    """Join separate q, k, v. A bias, as in V1's CIFAR-10 model, goes into the running mean of the BN after it."""
+    """Concatenate q, k and v. A linear bias (V1's CIFAR-10 model) is folded into the running mean of the next BN."""
     out = {}
     for key, value in state_dict.items():
         match = re.match(r'(blocks\.\d+\.attn\.)([qkv])\.(linear\.weight|linear\.bias|bn\..+)$', key)
@@ -114,7 +115,7 @@ def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> D
         if match is not None:
             prefix, name, rest = match.groups()
             needed = [f'{prefix}{n}.{r}' for n in 'qkv' for r in (rest, 'bn.running_mean')]
-        if not needed or any(k not in state_dict for k in needed):  # what is incomplete is left over
+        if not needed or any(k not in state_dict for k in needed):  # incomplete q, k, v stay as unexpected keys
             out[key] = value
             continue
         joined = f'{prefix}qkv.{"bn.running_mean" if rest == "linear.bias" else rest}'
@@ -129,7 +130,7 @@ def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> D
 
 
 def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversion:
-    """Convert as `checkpoint_filter_fn` does, with an account of every tensor."""
+    """Convert as `checkpoint_filter_fn` does, and return the source of every tensor."""
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
@@ -165,7 +166,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
                 f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
                 f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
                 f'embed_dim, mlp_ratio, stem and patch_size that the checkpoint was trained with.')
-    if origin is not None and 'stem.stages.0.proj.conv.weight' in model_state:  # a V2 model is another architecture
+    if origin is not None and 'stem.stages.0.proj.conv.weight' in model_state:  # SPS stem, i.e. V1
         _check_scale(origin, model)
         if _of_encoder(out) == _of_encoder(model_state):
             _check_strides(origin, model)
@@ -173,12 +174,12 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
 
 
 def _of_encoder(keys: Iterable[str]) -> set:
-    """Keys without those of the classifier."""
+    """Return the keys that are not the classifier's."""
     return {key for key in keys if not key.startswith('head.')}
 
 
 def _describe(keys: Iterable[str]) -> str:
-    """Stem and depth that keys are of."""
+    """Describe the stem and depth that the keys imply."""
     keys = list(keys)
     stems = [name for name, part in (('scs', '.down.'), ('sps', '.proj.'))
              if any(key.startswith('stem.') and part in key for key in keys)]
@@ -187,14 +188,14 @@ def _describe(keys: Iterable[str]) -> str:
 
 
 def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
-    """Fail early, with a short message, on an architecture mismatch; the classifier may be another or missing.
+    """Fail early, with a short message, on an architecture mismatch; differences in the classifier are allowed.
 
     Args:
         state_dict: Converted by `checkpoint_filter_fn`
         model: The Spikformer that it is to be loaded into
 
     Raises:
-        RuntimeError: Tensors of the model are missing, or there are others.
+        RuntimeError: Keys are missing or unexpected.
     """
     expected = model.state_dict().keys()
     missing, left_over = (sorted(_of_encoder(a) - _of_encoder(b)) for a, b in (
@@ -223,13 +224,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     or `net.`. Joining q, k, v and moving their biases is exact. The encoder of a masked autoencoder is taken, with the
     classifier of `model` left as it is.
 
-    A checkpoint does not hold all that a network computes. The attention scale and the strides of the stem follow from
-    which code wrote it and are compared with those of `model`. The number of heads is not known: pass the one that it
-    was trained with. spikingjelly pools before the neuron and V1 after it, so a model trained there gives equal outputs
-    here at one time step only.
+    A checkpoint does not store the attention scale or the stem strides; they are inferred from the code that wrote it
+    and compared with `model`. The number of heads cannot be inferred: pass the one used in training. spikingjelly pools
+    before the neuron and V1 after it, so outputs of a spikingjelly checkpoint match at T = 1 only.
 
     Raises:
-        ValueError: A tensor has another shape than in `model`, classifier and first convolution excepted, or the
-            checkpoint is of code with another attention scale.
+        ValueError: A shape differs from `model` (except classifier and first convolution), or the attention
+            scales differ.
     """
     return convert_state_dict(state_dict, model).state_dict

@@ -1,7 +1,7 @@
 """Layers of a spiking transformer: spiking self-attention, spiking MLP, encoder block, and the units they consist of.
 
 Activations are time-major, `[T, B, ...]`. Convolutions, linear layers and BatchNorm fold time into the batch; only
-neurons see it as time.
+neurons operate along the time dimension.
 
 Source: the authors' V1 code, https://github.com/ZK-Zhou/spikformer, except where a docstring says otherwise. The paper
 on Spikformer V2, https://arxiv.org/abs/2401.02020, leaves these layers as they are.
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
-from .kernels.lif import norm_lif, why_not_norm_lif
-from .kernels.products import product, why_not_product
-from .kernels.rules import why_not_here, why_not_module
+from .kernels.lif import norm_lif, norm_lif_fallback_reason
+from .kernels.products import product, product_fallback_reason
+from .kernels.rules import context_fallback_reason, module_fallback_reason
 from .masking import Visible, apply_to_patches
 from .neurons import LIF, carried_membranes, lif_plain
-from .recompute import checkpoint_once
+from .recompute import checkpoint_with_bn
 
 __all__ = [
     'ConvBNLIF',
@@ -38,9 +38,9 @@ __all__ = [
 
 @torch.fx.wrap  # the order of the products depends on the shape
 def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return attention without a softmax, `q k^T v`, `[..., N, d]`; of binary spikes it holds integers.
+    """Return attention without softmax, `q k^T v`, `[..., N, d]`; for binary spikes the values are integers.
 
-    Without a softmax the product is associative, exactly so for integers. The cheaper order is taken: the cost per head
+    Without softmax the product is associative, exactly so for integers. The cheaper order is taken; its cost per head
     is `2 N d min(N, d)` multiply-accumulates.
 
     Args:
@@ -56,8 +56,8 @@ def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SpikingSelfAttention(nn.Module):
     """Spiking self-attention (SSA), `[T, B, N, C] -> [T, B, N, C]`.
 
-    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))` per head, with spikes q, k and v. They come from one product, which
-    equals three with a BN each. As in V1, the scale is a constant: it does not follow from the width of a head.
+    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))` per head, with spikes q, k and v. One fused
+    qkv layer is equivalent to three layers with separate BN. As in V1, the scale does not depend on the head dimension.
 
     Args:
         dim: C.
@@ -102,9 +102,9 @@ class SpikingSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
-        """Return whether the neuron of the attention runs in a kernel: see `explain_kernels`."""
+        """Return why `attn_lif` does not run in a kernel, None if it does: see `explain_kernels`."""
         reason = None if type(self.attn_lif) is LIF else f'attn_lif is a {type(self.attn_lif).__name__}'
-        return [('attn_lif', reason or why_not_here())]
+        return [('attn_lif', reason or context_fallback_reason())]
 
 
 class SpikingMLP(nn.Module):
@@ -112,8 +112,8 @@ class SpikingMLP(nn.Module):
 
     Args:
         dim: C.
-        hidden_dim: Width between the two.
-        drop: Dropout rate of the spikes of both.
+        hidden_dim: Width of the hidden layer.
+        drop: Dropout rate of the spikes of both layers.
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class SpikingBlock(nn.Module):
     Args:
         dim: C.
         num_heads: Number of attention heads.
-        mlp_ratio: Width of the MLP's hidden layer over C.
+        mlp_ratio: Ratio of the MLP's hidden width to C.
+        attn_scale: Scale of `q k^T v`.
         proj_drop: Dropout rate of the spikes of attention and MLP.
         drop_path: Stochastic depth rate.
     """
@@ -203,7 +204,7 @@ def _norm_and_fire(
     Returns:
         Spikes `[T, *batch, C, ...]`.
     """
-    if why_not_norm_lif(bn, neuron, LIF, x) is not None:
+    if norm_lif_fallback_reason(bn, neuron, LIF, x) is not None:
         return None
     rows = math.prod(batch)
     args = bn, neuron.constants, x, time_steps, rows, lif_plain
@@ -229,7 +230,7 @@ class SpikingBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_once(block, x)
+                x = checkpoint_with_bn(block, x)
             else:
                 x = block(x)
         return x
@@ -241,51 +242,50 @@ _FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatch
 class _Unit(nn.Module):
     """A convolution or linear layer, its BatchNorm `bn` and its neuron `lif`.
 
-    Each is a module that is called as one, except where a kernel may stand in for it: see `kernels.rules`.
+    The modules are called one by one unless a kernel can replace them: see `kernels.rules`.
     """
-    product_name: str
+    layer_name: str
 
     def _fold(self, fold: Callable[[nn.Module, nn.Module], nn.Module]) -> '_Unit':
-        layer = getattr(self, self.product_name)
+        layer = getattr(self, self.layer_name)
         is_foldable = (
-            why_not_module(layer, (nn.Conv2d, nn.Linear)) is None
-            and why_not_module(self.bn, _FOLDABLE_NORMS) is None
+            module_fallback_reason(layer, (nn.Conv2d, nn.Linear)) is None
+            and module_fallback_reason(self.bn, _FOLDABLE_NORMS) is None
             and layer.weight.shape[0] == self.bn.num_features
         )
         if not is_foldable:
             return self
         folded = copy.deepcopy(self).eval()
-        setattr(folded, self.product_name, fold(getattr(folded, self.product_name), folded.bn))
+        setattr(folded, self.layer_name, fold(getattr(folded, self.layer_name), folded.bn))
         folded.bn = nn.Identity()
         return folded
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
-        """Return the groups of modules that kernels stand in for, and why they do not: see `explain_kernels`."""
+        """Return each group that a kernel can replace, with the reason if it does not: see `explain_kernels`."""
         return [
-            (f'{self.product_name}: input saved as int8', why_not_product(getattr(self, self.product_name))),
-            ('bn + lif: one pass', why_not_norm_lif(self.bn, self.lif, LIF)),
+            (f'{self.layer_name}: input saved as int8', product_fallback_reason(getattr(self, self.layer_name))),
+            ('bn + lif: one pass', norm_lif_fallback_reason(self.bn, self.lif, LIF)),
         ]
 
 
 class ConvBNLIF(_Unit):
     """Convolution - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
 
-    An input with a single step stands for one that is the same at all T steps. It is convolved and normalized once. The
-    result is exact, and so are the batch statistics, except for the factor n / (n - 1) of the running variance: n
-    counts each value once, not T times.
+    An input with a single step is repeated T times, but convolved and normalized only once. The output and the batch
+    statistics are exact, except that n in the factor n / (n - 1) of the running variance counts each value once.
 
-    Of masked images, patches take the place of images, `[T or 1, B * N', C, p, p]`. The convolution sees 0 where a
-    neighbor is masked, and BN takes its statistics over visible positions only, as in SparK,
-    https://arxiv.org/abs/2301.03580, so nothing of a masked pixel reaches a visible one.
+    With `visible`, the input consists of visible patches, `[T or 1, B * N', C, p, p]`. Masked neighbors are 0 in the
+    convolution, and BN statistics cover visible positions only, as in SparK, https://arxiv.org/abs/2301.03580, so
+    masked pixels do not influence visible ones.
 
     Args:
         in_chs: Number of input channels.
         out_chs: Number of output channels.
-        kernel_size: Side of the kernel. The convolution is padded so that stride 1 keeps the resolution.
+        kernel_size: Kernel size. With an odd size, the padding keeps the resolution at stride 1.
         stride: Stride.
     """
-    product_name = 'conv'
+    layer_name = 'conv'
 
     def __init__(
             self,
@@ -329,9 +329,9 @@ class ConvBNLIF(_Unit):
     def fuse(self) -> 'ConvBNLIF':
         """Return a copy for inference with BN folded into the convolution, for `timm.utils.reparameterize_model`.
 
-        The running statistics are folded in train mode too, as timm's scripts fold a model before they call eval().
-        A unit whose members are not plain ones is returned as it is: with hooks or parametrizations, of a subclass,
-        without running statistics, pruned, or replaced.
+        Running statistics are used even in train mode, because timm's scripts fold a model before calling eval().
+        The unit is returned unchanged if its layer or BN has hooks, parametrizations, pruning or no running statistics,
+        is a subclass, or has been replaced.
         """
         return self._fold(fuse_conv_bn_eval)
 
@@ -344,7 +344,7 @@ class LinearBNLIF(_Unit):
         out_features: C'.
         bias: Whether the linear layer has a bias.
     """
-    product_name = 'linear'
+    layer_name = 'linear'
 
     def __init__(
             self,

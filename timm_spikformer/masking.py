@@ -1,7 +1,7 @@
-"""The arithmetic of masked images: visible patches, their halos, and layers applied to them.
+"""Operations on masked images: extract visible patches, add halos, and apply layers to patches.
 
-Under a mask, a layer of the stem sees 0 at masked pixels, and only its output at visible pixels is used, as in SparK,
-https://arxiv.org/abs/2301.03580. So feature maps are kept as their visible patches, `[n, M, C, p, p]`: n is the number
+The input of a stem layer is 0 at masked pixels, and only its output at visible pixels is used, as in SparK,
+https://arxiv.org/abs/2301.03580. Feature maps are therefore kept as visible patches, `[n, M, C, p, p]`: n is the number
 of time steps, or 1 if all are the same, M = B * N' the number of visible patches of all images, and p the side of a
 patch at the resolution of the map.
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels.rules import why_not
+from .kernels.rules import fallback_reason
 
 __all__ = [
     'Visible',
     'apply_to_patches',
     'conv3x3_of_patches',
-    'maps_of_patches',
+    'patches_to_maps',
     'visible_patches',
     'with_halo',
 ]
@@ -30,7 +30,7 @@ Visible = Tuple[Tensor, int, int]
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Return `x[rows]` of a matrix; a gather, whose gradient is many times faster on a CPU than that of indexing."""
+    """Return `x[rows]` of a matrix, by gather, whose backward is many times faster on a CPU than that of indexing."""
     return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
 
 
@@ -55,7 +55,7 @@ def visible_patches(x: Tensor, visible: Visible) -> Tensor:
     return patches.view(n, -1, p, p, C).permute(0, 1, 4, 2, 3)
 
 
-def maps_of_patches(x: Tensor, visible: Visible) -> Tensor:
+def patches_to_maps(x: Tensor, visible: Visible) -> Tensor:
     """Return the maps `[n, B, C, H, W]` of patches `[n, B * N', C, p, p]`, 0 where nothing is visible."""
     n, _, C, p, _ = x.shape
     ids, height, width = visible
@@ -67,10 +67,10 @@ def maps_of_patches(x: Tensor, visible: Visible) -> Tensor:
 
 
 def _halo_rows(visible: Visible, p: int) -> Tensor:
-    """Return where the pixels in and around each visible patch are among the `M * p * p` visible ones.
+    """Return the indices, among the `M * p * p` visible pixels, of the pixels in and around each visible patch.
 
     Returns:
-        Indices `[M, p + 2, p + 2]`; `M * p * p` is a masked pixel, `M * p * p + 1` one outside of the image.
+        Indices `[M, p + 2, p + 2]`; `M * p * p` denotes a masked pixel, `M * p * p + 1` a pixel outside.
     """
     ids, height, width = visible
     B, N = ids.shape
@@ -106,7 +106,7 @@ def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
     Args:
         x: Patches.
         visible: The visible tokens.
-        outside: Value of pixels outside of the image. Masked ones are 0.
+        outside: Value of pixels outside the image. Masked pixels are 0.
     """
     C, p = x.shape[2], x.shape[-1]
     pixels = _take_around(x, _halo_rows(visible, p), outside)
@@ -122,7 +122,7 @@ def conv3x3_of_patches(
 ) -> Tensor:
     """Return the 3x3 convolution, padded by 1, of masked maps at the visible patches.
 
-    For patches of 1 and 2 pixels it is a matrix product, as convolutions of these are up to ten times slower on a CPU.
+    For p <= 2 and one group it is computed as a matrix product, up to ten times faster on a CPU than a convolution.
 
     Args:
         x: Patches, `[n, M, C, p, p]`.
@@ -143,9 +143,9 @@ def conv3x3_of_patches(
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def _from_patches_alone(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
-    """Return what `apply_to_patches` does from the visible patches alone, or None if `layer` must see the maps."""
-    if why_not((layer,), ((nn.Conv2d, nn.MaxPool2d, nn.Identity),), x) is not None:
+def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
+    """Compute `apply_to_patches` from the visible patches only; return None if `layer` needs the full maps."""
+    if fallback_reason((layer,), ((nn.Conv2d, nn.MaxPool2d, nn.Identity),), x) is not None:
         return None
     if type(layer) is nn.Identity:
         return x
@@ -176,8 +176,8 @@ def apply_to_patches(layer: nn.Module, x: Tensor, visible: Visible) -> Tensor:
     Returns:
         Patches, `[n, M, C', p', p']`.
     """
-    out = _from_patches_alone(layer, x, visible)
+    out = _apply_to_visible(layer, x, visible)
     if out is None:
-        maps = layer(maps_of_patches(x, visible).flatten(0, 1))
+        maps = layer(patches_to_maps(x, visible).flatten(0, 1))
         out = visible_patches(maps.unflatten(0, (x.shape[0], -1)), visible)
     return out

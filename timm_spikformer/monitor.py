@@ -12,9 +12,9 @@ __all__ = ['FiringRateMonitor']
 
 
 class FiringRateMonitor:
-    """Record the firing rate, spikes per neuron and time step, of every neuron layer of a model.
+    """Record the firing rate (spikes per neuron and time step) of every LIF layer of a model.
 
-    It works by forward hooks and does not change the model. Example:
+    It uses forward hooks and does not change the model. Example:
 
         >>> import timm, torch, timm_spikformer
         >>> from timm_spikformer.monitor import FiringRateMonitor
@@ -34,7 +34,7 @@ class FiringRateMonitor:
         self._totals: Dict[str, Tensor] = {}
         self._numels: Dict[str, int] = {}
         self._handles: List[RemovableHandle] = []
-        # the output of a unit is that of its neurons; a hook on the neurons themselves would keep kernels from running
+        # hook the unit, whose output is its spikes; a hook on the LIF itself would disable the BN + LIF kernel
         units: Dict[int, List[nn.Module]] = {}
         for m in model.modules():
             if isinstance(m, (ConvBNLIF, LinearBNLIF)):
@@ -71,12 +71,12 @@ class FiringRateMonitor:
         return sum(rates.values()) / len(rates) if rates else float('nan')
 
     def reset(self) -> None:
-        """Forget what was recorded."""
+        """Clear the recorded rates."""
         self._numels = dict.fromkeys(self._numels, 0)
         self._totals = {}
 
     def close(self) -> None:
-        """Remove the hooks; what was recorded stays."""
+        """Remove the hooks; recorded rates are kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -13,15 +13,13 @@ from .checkpoints import check_keys, checkpoint_filter_fn
 from .layers import SpikingBlock, SpikingBlocks
 from .masking import Visible
 from .neurons import carried_membranes
-from .recompute import checkpoint_once
+from .recompute import checkpoint_with_bn
 from .sequences import check_time_steps, mean_over_time, to_time_major
 from .stems import STEMS
 
 __all__ = ['Spikformer', 'find_spikformer']
 
-torch.fx.wrap('to_time_major')  # checks and branches on the shape, which symbolic tracing cannot
-
-torch.fx.wrap('to_time_major')  # checks and branches on the shape, which symbolic tracing cannot
+torch.fx.wrap('to_time_major')  # a leaf for FX: it branches on the shape of the input
 
 
 class SpikformerHead(ClassifierHead):
@@ -41,10 +39,10 @@ class Spikformer(nn.Module):
     A stem of four convolutional stages, encoder blocks of spiking self-attention and spiking MLP, and a linear
     classifier on the mean over time and tokens.
 
-    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; what is the same at all of them, the
-    first convolution and its BN, is computed once. Event or video input `[B, T, C, H, W]` brings its own number of
-    steps. Weights depend neither on the number of steps nor on the size of the image, which may be any multiple of the
-    patch. The membranes live inside one forward call: there is no state to reset.
+    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; the first
+    convolution and its BN, identical at all steps, are computed once. For event or video input `[B, T, C, H, W]`, T is
+    taken from the input. Weights depend on neither T nor the image size, which may be any multiple of the patch size.
+    Membrane potentials are local to one forward call: there is no state to reset.
     """
 
     def __init__(
@@ -70,18 +68,18 @@ class Spikformer(nn.Module):
     ):
         """
         Args:
-            img_size: Nominal input size. The model takes any; a given one is checked against the patch size.
-            patch_size: Pixels per token and side: 1, 2, 4, 8 or 16.
+            img_size: Nominal input size, a multiple of patch_size. The model accepts any multiple of it at run time.
+            patch_size: Patch side in pixels: 1, 2, 4, 8 or 16.
             in_chans: Number of input channels.
             num_classes: Number of classes, 0 for no classifier.
             global_pool: Pooling over tokens, '' for none.
             stem: 'scs' (Spiking Convolutional Stem, V2) or 'sps' (Spiking Patch Splitting, V1).
-            stem_strides: Stride, 1 or 2, of each of the four stages of the stem. By default the last ones reduce.
+            stem_strides: Stride, 1 or 2, of each of the four stages. By default the last stages have stride 2.
             embed_dim: Width of the encoder.
             depth: Number of encoder blocks.
-            num_heads: Number of attention heads. The published parameter counts do not depend on it; 8 at width 512
-                is V1's.
-            mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+            num_heads: Number of attention heads. It does not follow from the published parameter counts; V1 uses 8 at
+                width 512.
+            mlp_ratio: Ratio of the MLP's hidden width to embed_dim.
             attn_scale: Factor of q k^T v before the attention neuron: 0.125 in the authors' V1 code for ImageNet and
                 CIFAR-10, 0.25 in their code for CIFAR10-DVS.
             time_steps: Number of time steps for which an image is presented.
@@ -137,16 +135,16 @@ class Spikformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as V1 does: PyTorch's scale for convolutions and the encoder, no bias, a small classifier.
+        """Initialize as V1: PyTorch's defaults for conv and linear weights, zero biases, trunc_normal (std 0.02) head.
 
-        BN keeps every neuron's current at unit variance, so in train mode neurons fire at every depth.
+        In train mode BN normalizes the input current of every neuron except `attn_lif`, so neurons fire at every depth.
         """
         for m in self.modules():
             self.init_layer(m)
 
     @torch.jit.ignore
     def init_layer(self, m: nn.Module) -> None:
-        """Initialise one layer of this model."""
+        """Initialize one layer of this model."""
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.reset_parameters()
             if m is self.head.fc:
@@ -169,12 +167,20 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Record another nominal input size. No weight depends on it."""
+        """Set the nominal input size. No weight depends on it.
+
+        Raises:
+            ValueError: It is not a positive multiple of the patch size.
+        """
         update_model_input_size(self, self._check_img_size(img_size))
 
     @torch.jit.ignore
     def set_time_steps(self, time_steps: int) -> None:
-        """Present images for another number of time steps, from the next forward on; exported with the model."""
+        """Set the number of time steps for images. It is saved with the model's arguments.
+
+        Raises:
+            ValueError: It is not an integer of at least 1.
+        """
         self.time_steps = check_time_steps(time_steps)
         update_model_args(self, time_steps=self.time_steps)
 
@@ -193,11 +199,11 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `pretrained=True` loads, see `checkpoint_filter_fn`; timm does so with `checkpoint_path`.
+        """Load a state dict of any format that `checkpoint_filter_fn` converts, as `checkpoint_path` of timm does.
 
         Raises:
-            RuntimeError: With `strict`, the state dict is of another architecture.
-            ValueError: A tensor has another shape, or the checkpoint is of code with another attention scale.
+            RuntimeError: With `strict`, the state dict is from a different architecture.
+            ValueError: A shape does not match, or the checkpoint's attention scale differs from the model's.
         """
         converted = OrderedDict(checkpoint_filter_fn(state_dict, self))
         if strict:
@@ -261,7 +267,7 @@ class Spikformer(nn.Module):
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing:
-                    x = checkpoint_once(stage, x, time_steps, None)
+                    x = checkpoint_with_bn(stage, x, time_steps, None)
                 else:
                     x = stage(x, time_steps)
                 if i < self.num_levels - 1 and i in take_indices:
@@ -273,7 +279,7 @@ class Spikformer(nn.Module):
         """Run the encoder blocks on tokens `[T, B, N, C]`; return the means over time of the input and each output."""
         taken = [mean_over_time(x)]
         for block in self.blocks:
-            x = checkpoint_once(block, x) if self.grad_checkpointing else block(x)
+            x = checkpoint_with_bn(block, x) if self.grad_checkpointing else block(x)
             taken.append(mean_over_time(x))
         return x, taken
 
@@ -283,7 +289,7 @@ class Spikformer(nn.Module):
         return self._encode_maps(self.stem(x, time_steps))
 
     def _encode_maps(self, x: Tensor) -> Tensor:
-        """Run the encoder blocks on the maps of the stem, `[T, B, D, H', W']`; a pruned model has neither."""
+        """Run the encoder blocks on the maps of the stem, `[T, B, D, H', W']`; a no-op if the encoder was pruned."""
         if len(self.stem.stages) < self.num_levels:
             return x
         H, W = x.shape[-2:]
@@ -297,11 +303,11 @@ class Spikformer(nn.Module):
             visible: Optional[Tensor] = None,
             take_blocks: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Return features as tokens, row by row, and on request the stem's output and that of each block.
+        """Return features as tokens in raster order, and optionally the outputs of the stem and of each block.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
-            visible: Indices of the visible tokens, `[B, N']`, in increasing order. Nothing of the others reaches them.
+            visible: Indices of the visible tokens, `[B, N']`, in increasing order. Masked tokens do not influence them.
             take_blocks: Return the stem's output and that of each block
         Returns:
             Features `[B, N, D]`, or `[B, N', D]` of the visible tokens, and the list, all of them means over time
@@ -406,7 +412,7 @@ class Spikformer(nn.Module):
 
 
 def find_spikformer(model: nn.Module) -> Spikformer:
-    """The Spikformer that a module is or holds: one of timm's or transformers' wrappers, a masked autoencoder, DDP.
+    """Return the single Spikformer in a module, such as a timm or transformers wrapper, an autoencoder or DDP.
 
     Raises:
         ValueError: There is none, or more than one.

@@ -1,8 +1,8 @@
-"""Leaky integrate-and-fire neuron: the equation, its surrogate gradient, the module, carried membranes.
+"""Leaky integrate-and-fire (LIF) neuron: function, surrogate gradient, module, and stateful inference.
 
-The neuron is a pure function of a whole sequence. Its membrane is a local variable, so there is nothing to reset
-between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX, `torch.compile` and `torch.export`
-need no special case.
+The neuron is a pure function of a whole sequence. Its membrane potential is a local variable, so modules hold
+no state: nothing is reset between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX,
+`torch.compile` and `torch.export` are supported.
 
 Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is assumed
 to share.
@@ -15,8 +15,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, takes_lif_cuda
-from .kernels.rules import back_end, register_class, why_not_here
+from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
+from .kernels.rules import back_end, context_fallback_reason, register_class
 
 __all__ = [
     'LIF',
@@ -36,14 +36,14 @@ def lif_plain(
         alpha: float = 4.0,
         has_grad: bool = True,
 ) -> Tensor:
-    """Return the neuron's spikes as one differentiable expression: the reference, and what compilers and exporters see.
+    """Reference implementation of `lif` in differentiable PyTorch operations, used by compilers and exporters.
 
     Args:
         x: See `lif`.
         tau: See `lif`.
         v_threshold: See `lif`.
         alpha: See `lif`.
-        has_grad: Whether to include the surrogate. An exported graph would compute it even if no gradient is wanted.
+        has_grad: Whether to include the surrogate. False keeps it out of exported inference graphs.
     """
     spikes, v = _lif_steps(x, None, tau, v_threshold, alpha, has_grad)
     return spikes
@@ -62,13 +62,13 @@ def _lif_steps(
     spikes = []
     for current in x.unbind(0):
         current = current.to(dtype)
-        if v is None:  # of a tensor of zeros, a tracer would record the size
+        if v is None:  # not a tensor of zeros: a tracer would record its size as a constant
             h = current / tau
         else:
             h = v + (current - v) / tau
         fired = h >= v_threshold
         spike = fired.to(dtype)
-        if has_grad:  # the value is the step, exactly (sig - sig is 0); the gradient is that of sig
+        if has_grad:  # forward value: the step function, as sig - sig is exactly 0; gradient: that of sig
             sig = torch.sigmoid(alpha * (h - v_threshold))
             spike = spike + (sig - sig.detach())
         spikes.append(spike)
@@ -90,9 +90,9 @@ def _run_kernel(
         constants: Constants of the neuron.
         membrane: Initial membranes: see `lif_cpu`.
     """
-    if type(x) is not Tensor or x.numel() == 0 or why_not_here() is not None:
+    if type(x) is not Tensor or x.numel() == 0 or context_fallback_reason() is not None:
         return None
-    if takes_lif_cuda(x, constants):
+    if supports_lif_cuda(x, constants):
         return lif_cuda(x, constants, membrane)
     if back_end(x) == 'cpu':
         return lif_cpu(x, constants, lif_plain, membrane)
@@ -105,7 +105,7 @@ def _lif_eager(x: Tensor, tau: float, v_threshold: float, alpha: float) -> Tenso
     return lif_plain(x, tau, v_threshold, alpha) if result is None else result[0]
 
 
-@torch.fx.wrap  # a loop over time has no symbolic form, so every FX tracer keeps the call whole
+@torch.fx.wrap  # a leaf for FX, which cannot trace the loop over time
 def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
     """Leaky integrate-and-fire with decayed input, hard reset to 0 and a sigmoid surrogate gradient.
 
@@ -116,16 +116,16 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         v[t] = h[t] * (1 - s[t])                        sig = sigmoid(alpha * (h - v_threshold))
 
     The reset is detached: no gradient flows from v[t] to s[t]. The membrane is float32 (float64 for float64 input),
-    also under autocast and for half-precision input. A neuron one of whose currents is NaN or infinite gives NaN at all
-    time steps.
+    also under autocast and for half-precision input. If any current of a neuron is NaN or
+    infinite, its output is NaN at all time steps.
 
-    The back end follows from the tensor: an autograd function with in-place arithmetic on a CPU; spikingjelly's fused
-    kernels on CUDA, for float32, float16 and bfloat16; elsewhere one plain expression, `lif_plain`, and also under
-    `torch.compile`, export, tracing, scripting and `torch.func` transforms, and `use_kernels('plain')`. A graph made by
-    FX calls this function, and so chooses when it runs. All back ends give identical spikes, except that on CUDA the
-    plain expression rounds otherwise if `tau` is not a power of 2.
+    The back end depends on the device: on CPU, an autograd function with in-place arithmetic; on CUDA, for float32,
+    float16 and bfloat16, spikingjelly's fused kernels. `lif_plain` is used otherwise, and under `torch.compile`,
+    export, tracing, scripting, `torch.func` transforms and `use_kernels('plain')`. An FX graph contains a call of this
+    function, so the back end is selected at run time. All back ends give identical spikes, except that on CUDA the
+    plain expression rounds differently if `tau` is not a power of 2.
 
-    Source: the LIF node of the authors' V1 code. What becomes of NaN and infinity is this project's choice.
+    Source: the LIF node of the authors' V1 code. The handling of NaN and infinity is specific to this project.
 
     Args:
         x: Input current, `[T, ...]`, floating point. It may be expanded over time; its memory format is kept.
@@ -137,7 +137,7 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         Binary spikes, 0 or 1, of the shape and dtype of `x`.
 
     Raises:
-        ValueError: There is no time step.
+        ValueError: `x` has no time dimension or zero time steps.
 
     >>> lif(torch.tensor([[2.0, 1.0], [2.0, 1.5]]))
     tensor([[1., 0.],
@@ -147,7 +147,7 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         raise ValueError(f'Expected currents [T, ...] of at least one time step, got an input of {x.shape}.')
     if torch.jit.is_scripting():
         return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
-    if torch.jit.is_tracing():  # without gradients too, for use with them
+    if torch.jit.is_tracing():  # even under no_grad, so that the traced graph can be trained
         return lif_plain(x, tau, v_threshold, alpha)
     if torch.compiler.is_compiling():
         return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
@@ -231,7 +231,7 @@ def record_membranes(
 ) -> Iterator[Dict[str, List[Tensor]]]:
     """Record the membrane potentials of neuron layers in every forward within a `with` block.
 
-    They are recomputed from the currents by forward hooks, in eager mode, so the layers recorded run without kernels.
+    Forward hooks recompute them from the currents, in eager mode only. The recorded layers are not fused with their BN.
 
     Args:
         model: Any module that holds `LIF` layers.
@@ -273,24 +273,23 @@ _carried: ContextVar[Optional['CarriedMembranes']] = ContextVar('carried', defau
 
 
 def carried_membranes() -> Optional['CarriedMembranes']:
-    """Return the membranes that the present call carries, if it is one of a `CarriedMembranes`."""
+    """Return the active `CarriedMembranes`, or None outside of one."""
     return None if torch.compiler.is_compiling() else _carried.get()
 
 
 class CarriedMembranes:
-    """Call a model with a sequence part by part, as if with the whole: membranes are carried from call to call.
+    """Run a model on a sequence in parts, carrying membrane potentials across forward calls.
 
-    The membranes belong to this object and are keyed by the order in which neurons are called, so nothing is kept in
-    the modules, a layer that is called several times has as many membranes, and other threads may use the model at the
-    same time. The output is that of the whole sequence up to now: the model averages its features over all steps so
-    far. Gradients are not recorded.
+    This object, not the model, holds the state, keyed by the order of neuron calls. A layer that is called several
+    times has a separate state per call, and other threads can use the model at the same time. Each output equals that
+    of the whole sequence so far, as features are averaged over all steps so far. Gradients are not recorded.
 
     Args:
-        model: A module in eval mode that holds a Spikformer, with anything around it that treats time steps alike.
-        time_steps: Number of steps for which each call presents images `[B, C, H, W]`.
+        model: A module in eval mode that contains a Spikformer. Layers around it must not depend on the time step.
+        time_steps: Number of time steps per call for images `[B, C, H, W]`; ignored for sequences.
 
     Raises:
-        ValueError: The model holds something that cannot be run part by part; the error names it.
+        ValueError: The model contains a module that cannot run in parts, or a call has a different batch shape.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2').eval()
@@ -319,13 +318,13 @@ class CarriedMembranes:
             _carried.reset(token)
 
     def keep(self, samples: Tensor) -> None:
-        """Keep some samples of the batch, given as indices `[b]`, and drop the others."""
+        """Keep only the state of the samples with the given indices `[b]`."""
         self._states = [(kind, *(t[samples] if torch.is_tensor(t) else t for t in state))
                         for kind, *state in self._states]
 
     @contextlib.contextmanager
     def _state(self, kind: str) -> Iterator[List[Any]]:
-        """Give the state of this call, a list that is empty at first, to be changed."""
+        """Yield the state of the current neuron or mean as a mutable list, empty at the first call."""
         i, self._next = self._next, self._next + 1
         if i < len(self._states) and self._states[i][0] != kind:
             raise ValueError('Expected each call to run the same layers in the same order as the first.')
@@ -343,7 +342,7 @@ class CarriedMembranes:
 
         Args:
             neuron: The neuron.
-            x: Currents `[T, B, ...]`; of a kernel, one time step of what it reads, `[B, ...]`.
+            x: Currents `[T, B, ...]`; with `run`, one time step of the kernel's input, `[B, ...]`.
             run: Kernel to use, from initial membranes to spikes and final membranes.
         """
         shape = x.shape if run is not None else x.shape[1:]
@@ -363,7 +362,7 @@ class CarriedMembranes:
         return spikes
 
     def mean_over_time(self, x: Tensor) -> Tensor:
-        """Return the mean over all time steps so far of features, given the next ones, `[T, B, ...]`."""
+        """Add features `[T, B, ...]` and return the running mean over all time steps so far, `[B, ...]`."""
         with self._state('mean') as state:
             total = x.sum(0) if not state else state[0] + x.sum(0)
             count = len(x) if not state else state[1] + len(x)
@@ -372,7 +371,7 @@ class CarriedMembranes:
 
 
 def _check_steppable(model: nn.Module) -> None:
-    """Raise a ValueError that names what of a model cannot be run part by part."""
+    """Raise a ValueError that names the modules that cannot run in parts."""
     problems = []
     for name, m in model.named_modules():
         what = f'{name or "the model"} ({type(m).__name__})'
@@ -383,7 +382,7 @@ def _check_steppable(model: nn.Module) -> None:
         elif isinstance(m, LIF) and (type(m).forward is not LIF.forward or 'forward' in vars(m)):
             problems.append(f'the forward of {what} has been replaced')
         elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):
-            problems.append(f'{what} keeps a state of its own over time')
+            problems.append(f'{what} is stateful: it keeps its own state over time')
         elif m.training:
             problems.append(f'{what} is in train mode: call eval() first')
     if problems:

@@ -7,14 +7,15 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .kernels.products import is_marked, mark_spikes
+from .kernels.rules import context_fallback_reason
 from .kernels.switch import get_kernels, use_kernels
 
-__all__ = ['checkpoint_once', 'spare_bn_statistics']
+__all__ = ['checkpoint_with_bn', 'preserve_bn_statistics']
 
 
 @contextlib.contextmanager
-def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BN layers in train mode update copies of their running statistics."""
+def preserve_bn_statistics(module: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of BN layers in train mode at the end of the `with` block."""
     buffers = [
         (m, name, value)
         for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
@@ -30,38 +31,38 @@ def spare_bn_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class _Recomputation(contextlib.AbstractContextManager):
-    """Run a recomputation with the kernels of the forward, and spare the BN statistics.
+    """Context for recomputation: use the kernel mode of the forward, and do not update BN statistics.
 
     Each backward through the same graph enters it once more.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.kernels = get_kernels()
+        self.kernels = get_kernels() if context_fallback_reason() is None else 'plain'
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         self.stack.enter_context(use_kernels(self.kernels))
-        self.stack.enter_context(spare_bn_statistics(self.module))
+        self.stack.enter_context(preserve_bn_statistics(self.module))
 
     def __exit__(self, *args: Any) -> None:
         self.stack.close()
 
 
-def checkpoint_once(module: nn.Module, *args: Any) -> Tensor:
+def checkpoint_with_bn(module: nn.Module, *args: Any) -> Tensor:
     """Call a module with gradient checkpointing; the recomputation does not update the running statistics again.
 
     Args:
         module: Module to call.
         args: Its arguments.
     """
-    if torch.compiler.is_compiling():  # a compiler keeps the updates out of what it recomputes
+    if torch.compiler.is_compiling():  # torch.compile does not repeat buffer updates when it recomputes
         return checkpoint(module, *args, use_reentrant=False)
     are_spikes = [isinstance(arg, Tensor) and is_marked(arg) for arg in args]
 
     def call(*args: Any) -> Tensor:
         for arg, is_spikes in zip(args, are_spikes):
-            if is_spikes:  # if hooks pack saved tensors, a recomputation gets copies of the arguments, without marks
+            if is_spikes:  # saved-tensor hooks may pass unmarked copies of the arguments
                 mark_spikes(arg)
         return module(*args)
 

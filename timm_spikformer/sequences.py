@@ -1,4 +1,4 @@
-"""Images and sequences at the input of a network, and means over time at its output."""
+"""Input layout (images and sequences to time-major) and averaging over time."""
 import numbers
 from typing import Tuple
 
@@ -14,8 +14,8 @@ __all__ = ['check_time_steps', 'mean_over_time', 'to_time_major']
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
     """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
 
-    On a CPU the images become channels-last, and with them all maps of the stem, as the kernels expect it. A compiler
-    chooses its layouts itself.
+    In eager mode on a CPU the input is converted to channels-last, which the kernels require. Compilers choose layouts
+    themselves.
 
     Raises:
         ValueError: The number of dimensions, of channels or of time steps, or the image size, is not what is expected.
@@ -35,17 +35,17 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
     else:
         x = x.unsqueeze(0)
     if torch.jit.is_scripting():
-        is_channels_last = x.device.type == 'cpu'
+        to_channels_last = x.device.type == 'cpu'
     else:  # vmap has no rule for memory formats
-        is_channels_last = not torch.compiler.is_compiling() and not in_transform() and back_end(x) == 'cpu'
-    if is_channels_last:
+        to_channels_last = not torch.compiler.is_compiling() and not in_transform() and back_end(x) == 'cpu'
+    if to_channels_last:
         S = x.shape[0]
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (S, -1))
     return x, time_steps
 
 
 def mean_over_time(x: Tensor) -> Tensor:
-    """Return the mean over time, `[T, ...] -> [...]`; over all steps so far where membranes are carried."""
+    """Return the mean over time, `[T, ...] -> [...]`; over all steps so far within `CarriedMembranes`."""
     if not torch.jit.is_scripting():
         carried = carried_membranes()
         if carried is not None:
@@ -54,10 +54,10 @@ def mean_over_time(x: Tensor) -> Tensor:
 
 
 def check_time_steps(time_steps: int) -> int:
-    """Return a number of time steps as Python's int.
+    """Validate a number of time steps and return it as int.
 
     Raises:
-        ValueError: It is not an integer of at least 1; integers of NumPy are, True is not.
+        ValueError: It is not an integer of at least 1. NumPy integers are accepted, bool is not.
     """
     is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
     if not is_integer or time_steps < 1:

@@ -1,7 +1,7 @@
 """The two stems: the Spiking Convolutional Stem of Spikformer V2 and Spiking Patch Splitting of Spikformer (V1).
 
 Both turn images `[T or 1, B, in_chans, H, W]` into feature maps `[T, B, embed_dim, H / patch_size, W / patch_size]` in
-four stages of widths D/8, D/4, D/2 and D. `stem_strides` says which of the stages halve the resolution.
+four stages of widths D/8, D/4, D/2 and D. `stem_strides` sets which stages halve the resolution.
 """
 import math
 from typing import List, Optional, Sequence
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import ConvBNLIF
-from .masking import Visible, apply_to_patches, maps_of_patches, visible_patches
-from .recompute import checkpoint_once
+from .masking import Visible, apply_to_patches, patches_to_maps, visible_patches
+from .recompute import checkpoint_with_bn
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
 
@@ -19,9 +19,9 @@ _NUM_STAGES = 4
 
 
 def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = None) -> List[int]:
-    """Return the strides of the four stages; by default the last ones reduce, as in V1's CIFAR model.
+    """Return the strides of the four stages; by default the last stages have stride 2, as in V1's CIFAR model.
 
-    Reducing early instead is several times cheaper, as most of a stem's arithmetic is at its highest resolutions.
+    Downsampling in early stages is several times cheaper, as most operations are at high resolution.
 
     Raises:
         ValueError: The strides are not four values of 1 or 2 whose product is the patch size.
@@ -42,13 +42,13 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
 class _Stage(nn.Module):
     """A stage, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`, computed by `forward_patches`.
 
-    Of masked images, `forward_patches` gets the visible patches, `[T or 1, B * N', C, p, p]`.
+    For masked images, the input of `forward_patches` is the visible patches, `[T or 1, B * N', C, p, p]`.
     """
 
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         if visible is None:
             return self.forward_patches(x, time_steps)
-        return maps_of_patches(self.forward_patches(visible_patches(x, visible), time_steps, visible), visible)
+        return patches_to_maps(self.forward_patches(visible_patches(x, visible), time_steps, visible), visible)
 
 
 class SpikingConvStage(_Stage):
@@ -76,9 +76,9 @@ class SpikingConvStage(_Stage):
 
 
 class SpikingPatchStage(_Stage):
-    """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes if the stage reduces.
+    """3x3 convolution - BN - LIF, then 3x3 stride-2 max-pooling of the spikes if the stride is 2.
 
-    With `pos_embed`, which only the last stage has: then `x + LIF(BN(conv3x3(x)))`.
+    The last stage has `pos_embed` and adds `LIF(BN(conv3x3(x)))` to its output.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class _Stem(nn.Module):
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_once(stage, x, time_steps, visible)
+                x = checkpoint_with_bn(stage, x, time_steps, visible)
             else:
                 x = stage(x, time_steps, visible)
         return x
@@ -148,8 +148,8 @@ class _Stem(nn.Module):
 class SpikingConvStem(_Stem):
     """Spiking Convolutional Stem (SCS) of V2, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
-    One residual block of ratio 4 per stage, no pooling and no position embedding: the structure that the published
-    parameter counts imply. That the residual adds spikes, and the order convolution - BN - LIF, follow V1.
+    One residual block of ratio 4 per stage, no pooling and no position embedding: this is
+    inferred from the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
     """
     stage_cls = SpikingConvStage
 

@@ -1,4 +1,4 @@
-"""The CUDA path on a CPU, by spikingjelly's Triton kernels in Triton's interpreter.
+"""Tests of the CUDA path on a CPU: spikingjelly's Triton kernels run in Triton's interpreter.
 
 `test_cuda_path.py` runs these tests in a process of their own, with TRITON_INTERPRET=1, which Triton reads when it is
 imported. CPU tensors stand for those on CUDA: see `on_cuda`.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from timm_spikformer import LIF, SpikformerMAE, explain_kernels, lif, predict_anytime, use_kernels
 from timm_spikformer.kernels import rules
 from timm_spikformer.kernels.lif import LIFConstants, lif_cuda
-from timm_spikformer.kernels.products import product, to_bytes
+from timm_spikformer.kernels.products import product, to_int8_if_exact
 from timm_spikformer.neurons import CarriedMembranes, lif_plain, membrane_potentials
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'Run tests/kernels/test_cuda_path.py instead.'
@@ -62,7 +62,7 @@ _register_kernels()
 
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tensors on the CPU take the back end of CUDA, and its operator the interpreted kernels."""
+    """Use the CUDA back end for CPU tensors, with the interpreted kernels as its operators."""
     monkeypatch.setattr(sj_triton, 'torch', _TorchWithoutCUDA())
     monkeypatch.setattr(sj_lif, '_forward', torch.ops.interpreted_lif.forward.default)
     monkeypatch.setitem(rules.BACK_ENDS, 'cpu', 'cuda')
@@ -103,7 +103,7 @@ def test_kernels_equal_the_equation(layout, dtype, constants):
     order = sorted(range(1, x.ndim), key=lambda d: -x.stride(d))
     assert spikes.permute(0, *order).is_contiguous() or spikes.stride() == x.stride()
 
-    assert torch.equal(to_bytes(spikes[1:]).to(dtype), expected[1:])
+    assert torch.equal(to_int8_if_exact(spikes[1:]).to(dtype), expected[1:])
 
     spikes, membrane = lif_cuda(data, LIFConstants(*constants), torch.zeros(data.shape[1:]))
     assert torch.equal(spikes, expected)
@@ -122,7 +122,7 @@ RAMP = torch.linspace(0., 3., 12).view(3, 4)
     (RAMP, dict(v_threshold=torch.inf)),
     (RAMP, dict(alpha=0.)),
 ], ids=['float64', 'one dimension', 'empty', 'tau', 'v_threshold', 'alpha'])
-def test_what_the_kernels_do_not_take_runs_without(x, kwargs):
+def test_unsupported_inputs_use_lif_plain(x, kwargs):
     x = x.clone().requires_grad_()
     spikes = lif(x, **kwargs)
     spikes.sum().backward()
@@ -188,7 +188,7 @@ MODELS = {
 
 
 def make(name: str) -> nn.Module:
-    """Return a model of 16 tokens for `images()`, as small as the interpreter is slow, whose neurons all fire."""
+    """Return a model of 16 tokens for `images()`, small as the interpreter is slow; all neuron layers fire."""
     torch.manual_seed(0)
     model = timm.create_model(
         'test_spikformer_v2', num_classes=5, patch_size=4, embed_dim=16, depth=1, mlp_ratio=2., **MODELS[name])
@@ -250,7 +250,7 @@ def test_inference_mode(name):
         assert torch.equal(model(x), expected)
         spikes = lif(torch.randn(2, 3, 8).mul(2)).flatten(0, 1)
     with pytest.raises(RuntimeError, match='Inference tensors cannot be saved for backward'):
-        product(nn.Linear(8, 4), spikes)  # as of the layer
+        product(nn.Linear(8, 4), spikes)  # the same error as nn.Linear's
 
 
 def test_training_step_under_autocast():
@@ -263,7 +263,7 @@ def test_training_step_under_autocast():
     assert_grads_close(grads, expected_grads, tolerance=0.1)
 
 
-# layers whose input comes straight out of a neuron; that of the others is an image, a sum or pooled
+# layers whose input is the direct output of a neuron; other inputs are images, sums or pooled spikes
 NUM_SAVED_AS_BYTES = {'V2': 4 * 2 + 2, 'V1': 2 + 2}
 
 

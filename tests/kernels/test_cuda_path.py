@@ -1,6 +1,6 @@
-"""The CUDA path without a GPU: its kernels in Triton's interpreter, and the rest on the meta device.
+"""The CUDA path without a GPU: kernels run in Triton's interpreter, the rest on the meta device.
 
-What needs a GPU is in tests/test_cuda.py.
+Tests that need a GPU are in tests/test_cuda.py.
 """
 import importlib.util
 import os
@@ -32,14 +32,14 @@ def test_in_the_interpreter_of_triton():
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """Let tensors on the meta device, which have no values, take the back end of CUDA."""
+    """Use the CUDA back end for tensors on the meta device, which have no values."""
     monkeypatch.setitem(rules.BACK_ENDS, 'meta', 'cuda')
 
 
 @pytest.mark.parametrize('grad_checkpointing', [False, True], ids=['', 'checkpointing'])
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
-def test_a_training_step_does_not_wait_for_the_device(stem, grad_checkpointing, on_cuda):
-    """Reading a value, by which the host would wait, is an error on the meta device."""
+def test_training_step_does_not_synchronize(stem, grad_checkpointing, on_cuda):
+    """Reading a value, which would synchronize, raises an error on the meta device."""
     encoder = timm.create_model('test_spikformer_v2', stem=stem, num_classes=10, device='meta')
     encoder.set_grad_checkpointing(grad_checkpointing)
     x = torch.rand(2, 3, 64, 64, device='meta')
@@ -55,8 +55,8 @@ def test_a_training_step_does_not_wait_for_the_device(stem, grad_checkpointing, 
 
 
 @pytest.mark.parametrize('shape', [(3,), (3, 4), (3, 2, 4, 5)], ids=str)
-def test_a_device_without_kernels_takes_the_expression(shape):
-    """The meta device stands for it, on which a kernel that reads values fails."""
+def test_device_without_kernels_uses_lif_plain(shape):
+    """The meta device represents such a device; a kernel that reads values fails on it."""
     x = torch.rand(shape, device='meta', requires_grad=True)
     spikes = lif(x)
     spikes.sum().backward()
@@ -65,8 +65,8 @@ def test_a_device_without_kernels_takes_the_expression(shape):
     assert model(torch.rand(2, 3, 32, 32, device='meta')).shape == (2, 10)
 
 
-def test_the_meta_device_tells_a_kernel_that_reads_values():
-    """What `test_a_training_step_does_not_wait_for_the_device` relies on: the kernel for CPUs reads values."""
+def test_meta_device_detects_reading_of_values():
+    """What `test_training_step_does_not_synchronize` relies on: the kernel for CPUs reads values."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='meta'):
         patch.setitem(rules.BACK_ENDS, 'meta', 'cpu')
         lif(torch.rand(3, 4, device='meta'))

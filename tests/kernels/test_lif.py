@@ -1,4 +1,4 @@
-"""BatchNorm and neuron in one pass, against the two modules."""
+"""Fused BatchNorm + LIF kernel compared with the two modules."""
 import copy
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from timm_spikformer import LIF, layers, use_kernels
-from timm_spikformer.kernels.lif import _norm_of, norm_lif, why_not_norm_lif
+from timm_spikformer.kernels.lif import _norm_of, norm_lif, norm_lif_fallback_reason
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
 
@@ -50,7 +50,7 @@ def assert_same(ours, expected):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """BatchNorms that the kernel stood in for."""
+    """Record the BatchNorm layers that the kernel replaces."""
     calls = []
 
     def norm_lif_and_record(bn, *args):
@@ -105,7 +105,7 @@ def image_like(time_steps: int = 3) -> Tensor:
 
 @pytest.mark.parametrize('is_conv', [True, False], ids=['conv', 'linear'])
 def test_is_one_pass(is_conv, calls):
-    """The output of BN is not saved: the layer saves its input and the product, and the neuron nothing else."""
+    """The output of BN is not saved: only the layer's input and its output before BN are saved."""
     torch.manual_seed(0)
     layer, x = make_layer(is_conv), image_like()
     if not is_conv:
@@ -117,7 +117,7 @@ def test_is_one_pass(is_conv, calls):
     assert sorted(n for n in sizes if n > 100) == ([135] if is_conv else []) + [x.numel(), spikes.numel()]
 
 
-def test_frozen_bn_learns_its_affine_values(calls):
+def test_bn_in_eval_mode_has_affine_gradients(calls):
     torch.manual_seed(0)
     layer = make_layer(True).eval()
     x, grad = image_like(), torch.randn(3, 4, 5, 8, 8)
@@ -126,7 +126,7 @@ def test_frozen_bn_learns_its_affine_values(calls):
     assert_same(ours, run_plain(layer, x, 3, grad))
 
 
-def test_stands_in_for_every_bn_of_a_model(model, images, calls):
+def test_replaces_every_bn_of_a_model(model, images, calls):
     model.train()(images)
     assert calls == [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
@@ -157,7 +157,7 @@ def test_parameters_changed_before_the_backward_are_noticed():
         spikes.sum().backward()
 
 
-def test_a_later_forward_in_train_mode_leaves_the_backward_of_an_earlier_one_alone():
+def test_train_forward_does_not_affect_earlier_backward():
     """The running statistics change in place; the kernel has copied what it needs."""
     torch.manual_seed(0)
     layer, x = make_layer(True).eval(), image_like()
@@ -174,7 +174,7 @@ def test_a_later_forward_in_train_mode_leaves_the_backward_of_an_earlier_one_alo
 @pytest.mark.parametrize('is_conv', [True, False], ids=['conv', 'linear'])
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_double_backward(is_conv, training):
-    """A gradient penalty on the input, with frozen products, as no kernel saves their input in a byte then."""
+    """A gradient penalty on the input, with frozen layers, as int8-saved inputs do not support double backward."""
     torch.manual_seed(0)
     layer = make_layer(is_conv).double().train(training)
     next(layer.children()).weight.requires_grad_(False)
@@ -197,11 +197,11 @@ def test_double_backward(is_conv, training):
 def test_reasons():
     layer = make_layer(True)
     x = layer.conv(image_like().flatten(0, 1))
-    assert why_not_norm_lif(layer.bn, layer.lif, LIF, x) is None
+    assert norm_lif_fallback_reason(layer.bn, layer.lif, LIF, x) is None
     for change, reason in (
             (lambda: x.contiguous(), 'the channels are not last in memory'),
             (lambda: x.bfloat16(), 'the input is torch.bfloat16 on cpu, BatchNorm2d.weight torch.float32 on cpu'),
             (lambda: x[:1, :, :1, :1], 'the input has one value per channel'),
             (lambda: x[:0], 'the input is empty'),
     ):
-        assert why_not_norm_lif(layer.bn, layer.lif, LIF, change()) == reason
+        assert norm_lif_fallback_reason(layer.bn, layer.lif, LIF, change()) == reason

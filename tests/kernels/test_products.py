@@ -1,4 +1,4 @@
-"""Layers that save their input as int8: the gradients of the modules, whatever the input holds."""
+"""Layers that save their input as int8 give the same outputs and gradients as the modules, for any input."""
 import copy
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from timm_spikformer import use_kernels
-from timm_spikformer.kernels.products import mark_spikes, product, to_bytes
+from timm_spikformer.kernels.products import mark_spikes, product, to_int8_if_exact
 
 LAYERS = {
     'convolution': lambda: nn.Conv2d(6, 8, 3, padding=1, bias=False),
@@ -61,27 +61,28 @@ def test_frozen_weights_save_nothing():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-def test_bytes_are_exact(dtype, memory_format):
+def test_int8_conversion_is_exact(dtype, memory_format):
     x = torch.arange(-128, 128).to(dtype).view(4, 4, 4, 4).contiguous(memory_format=memory_format)
-    assert torch.equal(to_bytes(x).to(dtype), x)
+    assert torch.equal(to_int8_if_exact(x).to(dtype), x)
     for bad in (128., -129., 0.5, torch.nan, torch.inf):
         y = x.clone()
         y[3, 3, 3, 3] = bad
-        assert to_bytes(y) is None
+        assert to_int8_if_exact(y) is None
 
 
-def test_without_reading_values_only_the_unchanged_output_of_a_neuron_counts():
-    """Off the CPU, where a check would make the host wait. The meta device has no values at all."""
+def test_only_unmodified_marked_spikes_are_converted_off_cpu():
+    """On devices other than the CPU values are not read; the meta device has none."""
     with torch.device('meta'):
         spikes = mark_spikes(torch.ones(4, 3, 5))
-        assert to_bytes(spikes) is not None and to_bytes(spikes.flatten(0, 1).t()) is not None
-        assert to_bytes(torch.ones(3)) is None and to_bytes(spikes + 1) is None and to_bytes(spikes.clone()) is None
+        assert to_int8_if_exact(spikes) is not None and to_int8_if_exact(spikes.flatten(0, 1).t()) is not None
+        assert to_int8_if_exact(torch.ones(3)) is None and to_int8_if_exact(spikes + 1) is None
+        assert to_int8_if_exact(spikes.clone()) is None
         view = spikes.flatten(0, 1)
         spikes.mul_(2)
-        assert to_bytes(spikes) is None and to_bytes(view) is None
+        assert to_int8_if_exact(spikes) is None and to_int8_if_exact(view) is None
 
 
-def test_double_backward_names_the_way_out():
+def test_double_backward_error_names_use_kernels():
     layer = nn.Linear(6, 8)
     x = torch.ones(3, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"use_kernels\('plain'\)"):

@@ -1,7 +1,7 @@
-"""Kernels: faster counterparts of groups of modules, used only where no caller can tell the difference.
+"""Kernels: faster counterparts of groups of modules, used only where they give the same results.
 
 - `switch.py`: the public switch, `set_kernels` and `use_kernels`.
-- `rules.py`: the decision whether a kernel may stand in for a group of modules.
+- `rules.py`: the conditions under which a kernel may replace a group of modules.
 - `lif.py`: the neuron, and BatchNorm and neuron in one pass.
 - `products.py`: convolutions and linear layers that save their input for backward as int8.
 - `explain.py`: a table of which groups of a model run how.

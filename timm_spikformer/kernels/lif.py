@@ -1,7 +1,7 @@
-"""The neuron on a CPU, alone or with the BatchNorm before it, in one pass over memory; and on CUDA, by spikingjelly.
+"""LIF kernels: on CPU, optionally fused with the preceding BatchNorm, in one pass over memory; on CUDA, spikingjelly's.
 
-On a CPU the work is done in chunks that stay in the caches from the first operation on them to the last. The backward
-recomputes currents and membranes from the input, so nothing but the input is saved. Comparisons write 0 and 1 into
+On a CPU the input is processed in chunks that fit the cache. The backward recomputes currents and membrane potentials,
+so only the input, the BN parameters and the per-channel statistics are saved. Comparisons write 0 and 1 into
 floating-point buffers, as boolean masks are several times slower on a CPU.
 
 The plain counterparts are `neurons.lif_plain` and `nn.BatchNorm`.
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .products import mark_spikes
-from .rules import back_end, is_batched, why_not
+from .rules import back_end, fallback_reason, is_batched
 
-__all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'takes_lif_cuda', 'norm_lif', 'why_not_norm_lif']
+__all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'supports_lif_cuda', 'norm_lif', 'norm_lif_fallback_reason']
 
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 19  # values of one time step per chunk: a few such buffers fit the last cache of a CPU
+_CHUNK = 1 << 19  # values per time step and chunk; a few such buffers fit the last-level cache
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -34,7 +34,7 @@ class LIFConstants(NamedTuple):
 class Norm(NamedTuple):
     """Normalization by BatchNorm, `(x - mean) * invstd * weight + bias`; mean and invstd are `[C]`.
 
-    `from_batch` says that they are those of the input, so the gradient passes through them too.
+    `from_batch`: whether they are computed from the input (train mode), so that gradients flow through them.
     """
     mean: Tensor
     invstd: Tensor
@@ -46,7 +46,7 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Return mean and biased variance over the rows of `[n, C]`, float64 `[C]`.
 
     Chunks are merged by the formula of Chan et al., https://doi.org/10.2307/2683386. PyTorch sums the statistics of
-    channels-last maps in float32, which is too coarse where an image is nearly flat: spikes flip.
+    channels-last maps in float32, which is too imprecise for nearly constant images: spikes change.
     """
     n, mean, squares = 0, x.new_zeros(x.shape[1], dtype=torch.float64), 0.
     chunks = x.split(max(1, _CHUNK // x.shape[1]))
@@ -105,12 +105,12 @@ def _charge(
 ) -> None:
     """Write the charged membranes of currents `[T or 1, rows, C]`, negated, into the first T of `T + 2` buffers.
 
-    Negated, as `torch.threshold` can then reset them: it keeps what is above a value and sets the rest to 0.
+    They are negated so that `torch.threshold`, which keeps values above a threshold, can do the reset.
     `membrane` is the initial one, `[rows, C]`, 0 by default.
     """
     *membranes, v, current = buffers
     tau = constants.tau
-    is_power_of_2 = math.frexp(tau)[0] == 0.5  # a product with 1 / tau is exact then, and faster than a division
+    is_power_of_2 = math.frexp(tau)[0] == 0.5  # then multiplying by 1 / tau is exact, and faster
     last = None
     for t, h in enumerate(membranes):
         if t < len(x):
@@ -143,12 +143,12 @@ def fire(
     """Return the spikes `[T, R, C]` of currents `[T or 1, R, C]`.
 
     Args:
-        x: Currents. One step stands for T equal ones.
+        x: Input currents. A single step is repeated T times.
         constants: Constants of the neuron.
         time_steps: T.
         affine: Scale and shift of the currents.
-        membrane: Membranes before the first step, after the reset, `[R, C]`; 0 by default.
-        new_membrane: Where to write those after the last step.
+        membrane: Initial membrane potentials, `[R, C]`; 0 by default.
+        new_membrane: Output buffer, `[R, C]`, for the membrane potentials after the last step.
         is_finite: Whether the currents are known to be finite.
     """
     spikes = x.new_empty(time_steps, *x.shape[1:])
@@ -160,7 +160,7 @@ def fire(
             torch.le(charged[t], threshold, out=spikes[t, rows])
         if new_membrane is not None:
             torch.threshold(charged[-1], threshold, 0., out=new_membrane[rows]).neg_()
-        if not is_finite and not math.isfinite(charged.sum().item()):  # never misses; what follows is exact
+        if not is_finite and not math.isfinite(charged.sum().item()):  # no false negatives
             is_bad = ~charged.isfinite().all(0)
             spikes[:, rows].masked_fill_(is_bad, torch.nan)
             if new_membrane is not None:
@@ -177,7 +177,7 @@ def _fire_normed(
         constants: LIFConstants,
         *membranes: Tensor,
 ) -> Tensor:
-    """Return the spikes of currents that are normalized first: see `fire`."""
+    """Normalize the currents, then return their spikes: see `fire`."""
     affine = _affine(weight, bias, norm)
     # the statistics of a batch are finite only if all of its values are
     is_finite = norm is not None and norm.from_batch and math.isfinite(torch.dot(*affine).item())
@@ -185,7 +185,7 @@ def _fire_normed(
 
 
 class _LIFFunction(torch.autograd.Function):
-    """The neuron, and BatchNorm where there is one, `[T or 1, R, C] -> [T, R, C]`; saves its input alone."""
+    """Optional BatchNorm, then LIF, `[T or 1, R, C] -> [T, R, C]`; saves no intermediate activations."""
 
     @staticmethod
     def forward(
@@ -232,7 +232,7 @@ def _backward(
     for rows, buffers in _chunks(x, time_steps):
         _charge(x[:, rows], affine, constants, buffers)
         sig, not_reset = buffers[-2:]
-        for t in range(time_steps - 1, -1, -1):  # the gradient of each current takes the place of its membrane
+        for t in range(time_steps - 1, -1, -1):  # gradients of the currents overwrite the membrane potentials
             h = buffers[t]
             torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
             is_last = t == time_steps - 1
@@ -265,7 +265,7 @@ def _backward(
 
 
 def _replay(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    """Return the same gradients by differentiating the plain counterpart."""
+    """Return the same gradients by differentiating `plain`, for double backward and vectorized gradients."""
     x, weight, bias = ctx.saved_tensors
     norm, needed = ctx.norm, ctx.needs_input_grad[:3]
     create_graph = torch.is_grad_enabled()
@@ -293,7 +293,7 @@ def lif_cpu(
         plain: Callable[..., Tensor],
         membrane: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Return the spikes of currents `[T, ...]`, laid out in memory as these, and the membranes after the last step.
+    """Return the spikes of currents `[T, ...]`, in their memory format, and the final membrane potentials.
 
     Args:
         x: Currents, on a CPU. They may be expanded over time.
@@ -319,7 +319,7 @@ def lif_cpu(
     return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
 
 
-def takes_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
+def supports_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
     """Return whether spikingjelly's kernels are implemented for currents `[T, ...]` and constants of the neuron."""
     tau, v_threshold, alpha = constants
     are_valid = 1. < tau < math.inf and math.isfinite(v_threshold) and 0. < alpha < math.inf
@@ -329,16 +329,16 @@ def takes_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
 def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
     """Return the spikes of currents `[T, ...]`, and the membranes after the last step, by spikingjelly's fused kernels.
 
-    They give no spike where the membrane is NaN, and an infinite one becomes NaN at its reset. Adding `v - v`, which is
-    0 or NaN, makes the neuron's output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
+    The kernels emit 0 where the membrane potential is NaN, and turn an infinite one into NaN at the reset. Adding
+    `v - v`, which is 0 or NaN, makes the output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
 
     Args:
-        x: Currents. Ask `takes_lif_cuda` first.
+        x: Input currents, `[T, ...]`, for which `supports_lif_cuda` returns True.
         constants: Constants of the neuron.
         membrane: Initial membranes, `x.shape[1:]`, float32; 0 by default.
     """
     from spikingjelly.activation_based import functional, surrogate
-    if membrane is None:  # laid out as the currents, which the kernels then read in the order of memory
+    if membrane is None:  # same memory format as the currents, so the kernels read contiguous memory
         membrane = torch.zeros_like(x[0], dtype=torch.float32)
     spikes, membrane, _ = functional.lif_multi_step(
         x,
@@ -353,16 +353,21 @@ def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = No
     return mark_spikes(spikes.add_((membrane - membrane).detach())), membrane
 
 
-def why_not_norm_lif(bn: nn.Module, neuron: nn.Module, neuron_class: type, x: Optional[Tensor] = None) -> Optional[str]:
-    """Return why BatchNorm and neuron must be called one by one, in words; None if `norm_lif` may stand in for both.
+def norm_lif_fallback_reason(
+        bn: nn.Module,
+        neuron: nn.Module,
+        neuron_class: type,
+        x: Optional[Tensor] = None,
+) -> Optional[str]:
+    """Return the reason, as a message, why BatchNorm and neuron cannot be fused; None if `norm_lif` can replace both.
 
     Args:
         bn: BatchNorm.
         neuron: The module called next.
         neuron_class: The class of neuron that the kernel implements.
-        x: Input of `bn`, `[n, C]` or `[n, C, H, W]`. None leaves the conditions on the input out.
+        x: Input of `bn`, `[n, C]` or `[n, C, H, W]`. If None, the input is not checked.
     """
-    reason = why_not((bn, neuron), (_NORMS, (neuron_class,)), x)
+    reason = fallback_reason((bn, neuron), (_NORMS, (neuron_class,)), x)
     if reason is not None:
         return reason
     weight = bn._parameters['weight']
@@ -391,13 +396,15 @@ def norm_lif(
         plain: Callable[..., Tensor],
         membrane: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Return the spikes of `neuron(bn(x))` in one pass over memory; ask `why_not_norm_lif` first.
+    """Return the spikes of `neuron(bn(x))` in one pass over memory.
+
+    Requires that `norm_lif_fallback_reason` is None.
 
     Args:
         bn: BatchNorm, whose running statistics are updated in train mode.
         constants: Constants of the neuron.
-        x: `[S * batch_size, C]` or, channels last in memory, `[S * batch_size, C, H, W]`, where S is T or 1. One step
-            stands for T equal ones.
+        x: `[S * batch_size, C]` or, channels last in memory, `[S * batch_size, C, H, W]`, where S is T or 1. A single
+            step is repeated T times.
         time_steps: T.
         batch_size: Number of rows per time step: samples, or samples times tokens.
         plain: Differentiable counterpart of the neuron.

@@ -1,23 +1,23 @@
-"""Convolutions and linear layers that save their input for backward as int8, where every value of it is one.
+"""Convolutions and linear layers that save an integer-valued input for backward as int8.
 
-Spikes and their sums are small integers, so a byte holds each of them exactly. The plain counterpart is the layer.
+Spikes and sums of spikes are small integers, which int8 represents exactly. The reference is the layer itself.
 """
 from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .rules import back_end, why_not
+from .rules import back_end, fallback_reason
 
-__all__ = ['is_marked', 'mark_spikes', 'product', 'to_bytes', 'why_not_product']
+__all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
 
 _CHUNK = 1 << 16  # values that are checked at a time
 _CLASSES = ((nn.Conv2d, nn.Linear),)
 
 
 def mark_spikes(spikes: Tensor) -> Tensor:
-    """Record on the neuron's own output that it is binary, for `to_bytes` where reading values would synchronize."""
-    if not spikes.is_inference():  # those have no version, and cannot be saved for backward
+    """Mark a neuron's output as binary, so that `to_int8_if_exact` need not read its values."""
+    if not spikes.is_inference():  # inference tensors have no version counter and cannot be saved for backward
         spikes._spikes_version = spikes._version
     return spikes
 
@@ -29,11 +29,11 @@ def is_marked(x: Tensor) -> bool:
     return any(getattr(t, '_spikes_version', None) == x._version for t in (x, x._base))
 
 
-def to_bytes(x: Tensor) -> Optional[Tensor]:
-    """Return `x` as int8 if that is exact, else None.
+def to_int8_if_exact(x: Tensor) -> Optional[Tensor]:
+    """Return `x` as int8 if every value is an integer in [-128, 127], else None.
 
-    On a CPU the values are checked, whoever made them; reading them costs about a tenth of the smallest convolution.
-    Elsewhere that would make the host wait for the device, so `x` has to come from our neuron: see `mark_spikes`.
+    On a CPU the values are checked, which takes about a twentieth of the time of the smallest convolution. On other
+    devices a check would synchronize, so only tensors marked by `mark_spikes` are converted.
     """
     if back_end(x) != 'cpu':
         return x.to(torch.int8) if is_marked(x) else None
@@ -49,7 +49,7 @@ def to_bytes(x: Tensor) -> Optional[Tensor]:
 
 
 class _ProductOfBytes(torch.autograd.Function):
-    """A convolution or linear layer that saves `x_bytes`, which equals `x`, in its place."""
+    """A convolution or linear layer that saves `x_bytes`, the int8 copy of `x`, instead of `x`."""
 
     @staticmethod
     def forward(
@@ -70,8 +70,8 @@ class _ProductOfBytes(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                'A double backward (create_graph=True) needs the input of each layer, of which the kernels save a copy '
-                "in int8 only. Run forward and backward under timm_spikformer.use_kernels('plain').")
+                'Double backward (create_graph=True) is not supported for layers that save their input as int8. '
+                "Run forward and backward under timm_spikformer.use_kernels('plain').")
         x_bytes, weight = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         x = x_bytes.to(weight.dtype)
@@ -89,30 +89,30 @@ class _ProductOfBytes(torch.autograd.Function):
         return grads[0], None, grads[1], grads[2], None
 
 
-def why_not_product(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
-    """Return why a convolution or linear layer must be called as a module, in words; None if `product` may stand in.
+def product_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
+    """Return why a convolution or linear layer must be called as a module; None if `product` can replace it.
 
     Args:
         layer: The layer.
-        x: Its input. None leaves the conditions on the input out.
+        x: Its input. If None, the input is not checked.
     """
-    reason = why_not((layer,), _CLASSES, x)
+    reason = fallback_reason((layer,), _CLASSES, x)
     if reason is None and x is not None and x.ndim != (2 if type(layer) is nn.Linear else 4):
         reason = f'the input has the shape {list(x.shape)}'
     return reason
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return `layer(x)`, saving `x` for backward as int8 where that is exact and nobody can tell the difference.
+    """Return `layer(x)`, saving `x` for backward as int8 if that is exact and no hook or tracer observes the layer.
 
     Args:
-        layer: Convolution, linear layer, or any module in the place of one.
+        layer: Convolution, linear layer, or a module that replaces one; other modules are simply called.
         x: Its input: `[n, C, H, W]` or `[n, C]`.
     """
-    if not torch.is_grad_enabled() or why_not_product(layer, x) is not None or not layer.weight.requires_grad:
+    if not torch.is_grad_enabled() or product_fallback_reason(layer, x) is not None or not layer.weight.requires_grad:
         return layer(x)
     with torch.no_grad():
-        x_bytes = to_bytes(x)
+        x_bytes = to_int8_if_exact(x)
     if x_bytes is None:
         return layer(x)
     conv_args = (layer.stride, layer.padding, layer.dilation, layer.groups) if type(layer) is nn.Conv2d else ()

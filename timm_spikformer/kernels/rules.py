@@ -1,8 +1,8 @@
-"""The decision whether a kernel may stand in for a group of modules.
+"""Conditions under which a kernel may replace a group of modules.
 
-A kernel bypasses `Module.__call__` and reads parameters itself. It may do so only where nobody can tell the difference:
-every module of the group is exactly of a class that the kernel implements, with arguments that it implements, without
-hooks, parametrizations or replaced methods, and no tracer, compiler, transform or dispatch mode observes the call.
+A kernel bypasses `Module.__call__` and reads parameters itself. It is used only if all of this holds:
+the type of every module is exactly a class that the kernel implements, with supported arguments and no hooks,
+parametrizations or replaced methods; and no tracer, compiler, transform or dispatch mode is active.
 """
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
@@ -20,17 +20,17 @@ __all__ = [
     'in_transform',
     'is_batched',
     'register_class',
-    'why_not',
-    'why_not_here',
-    'why_not_module',
+    'fallback_reason',
+    'context_fallback_reason',
+    'module_fallback_reason',
 ]
 
-# The kernels that tensors of a type of device take; those of another type take the modules. spikingjelly's are for
-# CUDA alone, not for ROCm, which PyTorch calls 'cuda' too.
+# Device type -> kernel back end. Other device types run the modules. spikingjelly's kernels support CUDA but not ROCm,
+# whose device type in PyTorch is also 'cuda'.
 BACK_ENDS = {'cpu': 'cpu'} if torch.version.hip else {'cpu': 'cpu', 'cuda': 'cuda'}
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
-# what stands in the __dict__ of an instance only if somebody has put it there
+# names that are in an instance's __dict__ only if user code has set them
 _REPLACED = frozenset((
     *_METHODS, '_call_impl', '_wrapped_call_impl', '_compiled_call_impl',
     'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'))
@@ -45,7 +45,7 @@ _originals: Dict[type, Tuple[Tuple[str, Callable], ...]] = {}
 
 
 def register_class(cls: type) -> type:
-    """Record the methods of a class that a kernel implements, to notice later if they have been replaced."""
+    """Record the methods of a class that a kernel implements, so that later replacements are detected."""
     _originals[cls] = tuple((name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name))
     return cls
 
@@ -55,7 +55,7 @@ for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d,
 
 
 def back_end(x: Tensor) -> str:
-    """Return whose kernels a tensor takes: `'cpu'`, `'cuda'`, or `''` for none."""
+    """Return the kernel back end for a tensor: `'cpu'`, `'cuda'`, or `''` for none."""
     return BACK_ENDS.get(x.device.type, '')
 
 
@@ -65,15 +65,15 @@ def in_transform() -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Return whether `x` stands for a batch of tensors under `vmap`, or under a vectorized backward."""
+    """Return whether `x` is a batched tensor of `vmap` or of a vectorized backward."""
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def why_not_here() -> Optional[str]:
+def context_fallback_reason() -> Optional[str]:
     """Return why no kernel may run in this call, whatever the modules; None if one may.
 
-    A TorchDispatchMode that does not depend on the operators by which a result is computed may allow kernels by an
-    attribute `allows_kernels = True`.
+    A TorchDispatchMode whose result does not depend on which operators run can permit kernels by setting the attribute
+    `allows_kernels = True`.
     """
     if get_kernels() == 'plain':
         return 'kernels are switched off'
@@ -94,7 +94,7 @@ def why_not_here() -> Optional[str]:
     return None
 
 
-def _why_not_arguments(m: nn.Module) -> Optional[str]:
+def _arguments_fallback_reason(m: nn.Module) -> Optional[str]:
     if isinstance(m, nn.Conv2d):
         if m.padding_mode != 'zeros' or isinstance(m.padding, str):
             return f'padding={m.padding!r}, padding_mode={m.padding_mode!r}'
@@ -105,16 +105,16 @@ def _why_not_arguments(m: nn.Module) -> Optional[str]:
         if not m.track_running_stats or buffers['running_mean'] is None or buffers['running_var'] is None:
             return 'it has no running statistics'
         if buffers['num_batches_tracked'] is None:
-            return 'it does not count its batches'
+            return 'num_batches_tracked is None'
     return None
 
 
-def why_not_module(m: nn.Module, classes: Tuple[type, ...]) -> Optional[str]:
-    """Return why code may not read the parameters of a module instead of calling it; None if it may.
+def module_fallback_reason(m: nn.Module, classes: Tuple[type, ...]) -> Optional[str]:
+    """Return why a module must be called instead of reading its parameters directly; None if reading is safe.
 
     Args:
         m: The module.
-        classes: The classes that the code implements, exactly.
+        classes: Supported classes. Subclasses are not supported.
     """
     cls, attributes = type(m), m.__dict__
     if cls not in classes:
@@ -131,11 +131,11 @@ def why_not_module(m: nn.Module, classes: Tuple[type, ...]) -> Optional[str]:
         for tensor in tensors.values():
             if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
                 return f'a parameter or buffer of the {cls.__name__} is a {type(tensor).__name__}'
-    reason = _why_not_arguments(m)
+    reason = _arguments_fallback_reason(m)
     return reason and f'{cls.__name__}: {reason}'
 
 
-def _why_not_input(members: Sequence[nn.Module], x: Tensor) -> Optional[str]:
+def _input_fallback_reason(members: Sequence[nn.Module], x: Tensor) -> Optional[str]:
     if type(x) is not Tensor:
         return f'the input is a {type(x).__name__}'
     device = x.device.type
@@ -151,23 +151,23 @@ def _why_not_input(members: Sequence[nn.Module], x: Tensor) -> Optional[str]:
     return None
 
 
-def why_not(
+def fallback_reason(
         members: Sequence[nn.Module],
         classes: Sequence[Tuple[type, ...]],
         x: Optional[Tensor] = None,
 ) -> Optional[str]:
-    """Return why a kernel may not stand in for a group of modules, in words; None if it may.
+    """Return the reason, as a message, why a kernel cannot replace a group of modules; None if it can.
 
     Args:
         members: The modules of the group, in the order in which they are called, with no module in between.
         classes: For each of them the classes that the kernel implements.
-        x: Input of the first one. None leaves the conditions on the input and its device out.
+        x: Input of the first module. If None, the input and its device are not checked.
     """
-    reason = why_not_here()
+    reason = context_fallback_reason()
     if reason is not None:
         return reason
     for m, expected in zip(members, classes):
-        reason = why_not_module(m, expected)
+        reason = module_fallback_reason(m, expected)
         if reason is not None:
             return reason
-    return None if x is None else _why_not_input(members, x)
+    return None if x is None else _input_fallback_reason(members, x)

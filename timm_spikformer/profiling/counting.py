@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..masked_autoencoder import SpikformerMAE
 from ..network import Spikformer, find_spikformer
-from ..recompute import spare_bn_statistics
+from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
 from .recording import Recorder, Tally
@@ -385,7 +385,7 @@ def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
     eager = torch.compiler.set_stance('force_eager')  # a compiled model would take the hooks for a part of itself
-    with torch.inference_mode(False), torch.no_grad(), eager, fork_rng, spare_bn_statistics(encoder):
+    with torch.inference_mode(False), torch.no_grad(), eager, fork_rng, preserve_bn_statistics(encoder):
         try:
             encoder.time_steps = before if time_steps is None else time_steps
             yield

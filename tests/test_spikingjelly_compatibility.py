@@ -1,4 +1,4 @@
-"""What users of spikingjelly do with any network: reset it, set its step mode, and watch its neurons."""
+"""Compatibility with spikingjelly's utilities: reset_net, set_step_mode and monitors."""
 import pytest
 import torch
 from conftest import calibrate
@@ -7,12 +7,12 @@ from spikingjelly.activation_based.monitor import GradOutputMonitor, InputMonito
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, lif, record_membranes
+from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, record_membranes
 
 
 @pytest.mark.parametrize('wrap', [
     lambda m: m, nn.DataParallel, lambda m: nn.Sequential(nn.Identity(), m)], ids=['bare', 'parallel', 'sequential'])
-def test_there_is_nothing_to_reset(model, images, wrap):
+def test_reset_net_changes_nothing(model, images, wrap):
     wrapped = wrap(model)
     expected = wrapped(images)
     functional.reset_net(wrapped)
@@ -21,7 +21,7 @@ def test_there_is_nothing_to_reset(model, images, wrap):
     assert model.head.fc.out_features == 10 and torch.equal(wrapped(images), expected)
 
 
-def test_transformers_has_nothing_to_reset(images):
+def test_reset_net_on_transformers_model(images):
     model = SpikformerForImageClassification(SpikformerConfig.from_timm('test_spikformer_v2'))
     functional.reset_net(model)
     assert model(images).logits.shape == (16, 1000)
@@ -39,10 +39,10 @@ def test_monitors(model, images):
         assert monitor.monitored_layers == neurons and len(monitor.records) == len(neurons)
         monitor.remove_hooks()
     for current, spikes in zip(inputs.records, outputs.records):
-        assert torch.equal(lif(current) if spikes.shape[-1] == 4 else spikes, spikes) or current.shape == spikes.shape
+        assert current.shape == spikes.shape and spikes.any()
 
 
-def test_hooks_of_the_process_see_every_layer(model, images):
+def test_global_hooks_see_every_layer(model, images):
     seen = []
     handle = torch_module.register_module_forward_hook(lambda m, args, out: seen.append(m))
     try:
