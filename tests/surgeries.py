@@ -362,4 +362,5 @@ SURGERIES: Dict[str, Callable] = {f.__name__: f for f in (
     pruned, pruned_permanently, weight_norm, old_weight_norm, parametrized, subclass_parameter, tensor_attribute, lora,
     scale_before_a_neuron, scale_after_a_neuron, scale_after_a_layer, dropout, scaled_neuron, other_constants,
     learnable_constants, spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block,
-    shared_norm, shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method, function_mode)}
+    shared_norm, shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method,
+    function_mode)}
