@@ -95,27 +95,35 @@ def main(argv: Optional[List[str]] = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors=_STAND_INS)
-    argv = sys.argv[1:] if argv is None else argv
-    chosen = next((word for word in argv if not word.startswith('-')), '')
-    args = create_parser(chosen).parse_args(argv)
-    name = args.command
-    del args.command
-    errors = load_light('errors')
     try:
-        _raise_on_termination()
-        path = f'{COMMANDS[name].part}.command'
-        module = load_light(path) if COMMANDS[name].is_light else importlib.import_module(f'{_PACKAGE}.{path}')
-        getattr(module, COMMANDS[name].run)(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        light = load_light(f'{COMMANDS[name].part}.command')
-        said = light.interrupted(args) if hasattr(light, 'interrupted') else 'No partial output was written.'
-        sys.exit(f'\nInterrupted. {said}')
+        try:
+            _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _run(argv: List[str]) -> None:
+    chosen = next((word for word in argv if not word.startswith('-')), '')
+    args = create_parser(chosen).parse_args(argv)
+    command = COMMANDS[args.command]
+    del args.command
+    path = f'{command.part}.command'
+    try:
+        _raise_on_termination()
+        module = load_light(path) if command.is_light else importlib.import_module(f'{_PACKAGE}.{path}')
+        getattr(module, command.run)(args)
+    except KeyboardInterrupt:
+        light = load_light(path)
+        said = light.interrupted(args) if hasattr(light, 'interrupted') else 'No partial output was written.'
+        sys.exit(f'\nInterrupted. {said}')
+    except BrokenPipeError:
+        raise
     except Exception as e:
-        message = errors.explain(e)
+        message = load_light('errors').explain(e)
         if message is None:
             raise
         sys.exit(f'error: {message}')

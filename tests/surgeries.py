@@ -361,5 +361,6 @@ SURGERIES: Dict[str, Callable] = {f.__name__: f for f in (
     pre_hook, hook, in_place_hook, backward_hook, backward_pre_hook, global_hook, class_forward, instance_forward,
     pruned, pruned_permanently, weight_norm, old_weight_norm, parametrized, subclass_parameter, tensor_attribute, lora,
     scale_before_a_neuron, scale_after_a_neuron, scale_after_a_layer, dropout, scaled_neuron, other_constants,
-    learnable_constants, spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block, shared_norm,
-    shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method, function_mode)}
+    learnable_constants, spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block,
+    shared_norm, shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method,
+    function_mode)}

@@ -1,25 +1,25 @@
 """Firing rates, operations and energy of a Spikformer: `profile` measures a `Profile`; the rest presents it."""
-from .activity import Activity, record_activity
-from .conventions import COST_MODELS, Conventions, CostModel
-from .counting import LayerProfile, Profile, StepProfile, Totals, profile
-from .pictures import render
-from .report import print_profile, print_steps, write_report
-from .tensorboard import log_profile
+from ..lazy import import_on_demand
 
-__all__ = [
-    'Activity',
-    'COST_MODELS',
-    'Conventions',
-    'CostModel',
-    'LayerProfile',
-    'Profile',
-    'StepProfile',
-    'Totals',
-    'log_profile',
-    'print_profile',
-    'print_steps',
-    'profile',
-    'record_activity',
-    'render',
-    'write_report',
-]
+# Imported on demand: measuring needs nothing of what drawing needs
+_MODULES = {
+    'Activity': '.activity',
+    'COST_MODELS': '.conventions',
+    'Conventions': '.conventions',
+    'CostModel': '.conventions',
+    'LayerProfile': '.counting',
+    'Profile': '.counting',
+    'StepProfile': '.counting',
+    'Totals': '.counting',
+    'log_profile': '.tensorboard',
+    'print_profile': '.report',
+    'print_steps': '.report',
+    'profile': '.counting',
+    'record_activity': '.activity',
+    'render': '.pictures',
+    'write_report': '.report',
+}
+
+__all__ = list(_MODULES)
+
+__getattr__ = import_on_demand(__name__, _MODULES)

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
+import jinja2  # noqa: F401  ModelCard needs it, and would say so only after the measurements
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
