@@ -227,6 +227,15 @@ def other_constants(rng, model):
     setattr(parent, name, LIF(tau=rng.uniform(1.2, 4.), v_threshold=rng.uniform(0.3, 1.), alpha=rng.uniform(1., 6.)))
 
 
+def learnable_constants(rng, model):
+    """As in PLIF, whose time constant is learned."""
+    m = draw(rng, model, LIF)[2]
+    name = rng.choice(('tau', 'v_threshold', 'alpha'))
+    value = getattr(m, name)
+    delattr(m, name)
+    setattr(m, name, nn.Parameter(torch.tensor(value)))
+
+
 class StatelessNode(nn.Module):
     """spikingjelly's multi-step neuron, reset before each call."""
 
@@ -352,5 +361,6 @@ SURGERIES: Dict[str, Callable] = {f.__name__: f for f in (
     pre_hook, hook, in_place_hook, backward_hook, backward_pre_hook, global_hook, class_forward, instance_forward,
     pruned, pruned_permanently, weight_norm, old_weight_norm, parametrized, subclass_parameter, tensor_attribute, lora,
     scale_before_a_neuron, scale_after_a_neuron, scale_after_a_layer, dropout, scaled_neuron, other_constants,
-    spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block, shared_norm,
-    shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method, function_mode)}
+    learnable_constants, spikingjelly_neuron, other_norm, incomplete_norm, frozen_norm, frozen_weights, shared_block,
+    shared_norm, shared_neuron, other_convolution, larger_kernel, other_pool, wrapped_layer, compiled_method,
+    function_mode)}

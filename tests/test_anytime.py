@@ -8,7 +8,7 @@ from conftest import calibrate
 from spikingjelly.activation_based import neuron as sj_neuron
 from torch import nn
 
-from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime
+from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime, record_membranes
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.neurons import CarriedMembranes
 
@@ -235,3 +235,39 @@ def test_data_parallel_is_refused(model, images):
 def test_empty_batch(model, images):
     out = predict_anytime(model, images[:0])
     assert out.logits.shape == (0, 10) and out.steps.shape == (0,) and out.saving == 0.
+
+
+class Encode(nn.Module):
+    """Direct encoding: each image becomes a sequence."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1))
+
+
+class LastStep(Encode):
+    def forward(self, x):
+        return self.model.forward_steps(x)[-1]
+
+
+@pytest.mark.parametrize('wrap, message', [
+    (Encode, 'changes the number of time steps of its input, from an image to 4'),
+    (LastStep, 'forward_steps cannot be called step by step'),
+])
+def test_wrappers_with_time_steps_of_their_own_are_refused(model, images, wrap, message):
+    with pytest.raises(ValueError, match=message):
+        predict_anytime(wrap(model).eval(), images)
+
+
+def test_statistics_of_the_batch_are_refused(model, images):
+    model.blocks[0].mlp.fc1.bn = nn.BatchNorm1d(256, track_running_stats=False)
+    with pytest.raises(ValueError, match=r'blocks\.0\.mlp\.fc1\.bn.*statistics of the batch'):
+        predict_anytime(model.eval(), images)
+
+
+def test_membranes_of_a_part_are_not_recorded(model, images):
+    with record_membranes(model), pytest.raises(ValueError, match='does not support CarriedMembranes'):
+        predict_anytime(model, images)

@@ -1,12 +1,15 @@
 """torch.func transforms, repeated and vectorized backward passes, empty batches, NaN and infinity."""
+import contextlib
 import copy
 
 import pytest
 import torch
 from test_surgery import make_model
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_spikformer import LIF, lif, use_kernels
+from timm_spikformer import LIF, lif, record_membranes, use_kernels
 from timm_spikformer.neurons import lif_plain
 
 pytestmark = pytest.mark.usefixtures('kernels')
@@ -99,6 +102,41 @@ def test_recomputation_uses_kernel_mode_of_forward(double):
         loss = loss_of(model, x)
     loss.backward()
     assert model.head.fc.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('when', ['forward', 'backward'])
+@pytest.mark.parametrize('observe', ['membranes', 'global hook', 'hook', 'flops'])
+def test_recomputation_repeats_the_kernels_of_the_forward(double, observe, when):
+    model, x = double
+    model.train().set_grad_checkpointing()
+    expected = torch.autograd.grad(loss_of(model, x), model.stem.stages[0].parameters())
+
+    @contextlib.contextmanager
+    def observed():
+        if observe == 'membranes':
+            with record_membranes(model):
+                yield
+        elif observe == 'flops':
+            with FlopCounterMode(display=False):
+                yield
+        else:
+            bn = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+            register = register_module_forward_hook if observe == 'global hook' else bn.register_forward_hook
+            handle = register(lambda m, args, out: None)
+            yield
+            handle.remove()
+
+    if when == 'forward':
+        with observed():
+            loss = loss_of(model, x)
+        grads = torch.autograd.grad(loss, model.stem.stages[0].parameters())
+    else:
+        loss = loss_of(model, x)
+        with observed():
+            grads = torch.autograd.grad(loss, model.stem.stages[0].parameters())
+    for a, b in zip(grads, expected):
+        torch.testing.assert_close(a, b)
+    assert expected[0].abs().max() > 0
 
 
 def test_empty_batch(model, images):

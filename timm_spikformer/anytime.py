@@ -42,6 +42,8 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
     The whole `model`, including layers around the Spikformer, is called at each step. The model is not modified, and
     other threads can use it concurrently.
 
+    Layers around the Spikformer must treat all time steps alike: normalization of pixels, but no mixing over time.
+
     The stopping criterion is specific to this project; the paper uses a fixed number of time steps.
 
     Args:

@@ -19,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .kernels.lif import norm_lif, norm_lif_fallback_reason
 from .kernels.products import product, product_fallback_reason
-from .kernels.rules import context_fallback_reason, module_fallback_reason
+from .kernels.rules import context_fallback_reason, module_fallback_reason, runs_in_kernel
 from .masking import Visible, apply_to_patches
 from .neurons import LIF, carried_membranes, lif_plain
 from .recompute import checkpoint_with_bn
@@ -204,7 +204,7 @@ def _norm_and_fire(
     Returns:
         Spikes `[T, *batch, C, ...]`.
     """
-    if norm_lif_fallback_reason(bn, neuron, LIF, x) is not None:
+    if not runs_in_kernel(lambda: norm_lif_fallback_reason(bn, neuron, LIF, x)):
         return None
     rows = math.prod(batch)
     args = bn, neuron.constants, x, time_steps, rows, lif_plain

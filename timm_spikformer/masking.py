@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels.rules import fallback_reason
+from .kernels.rules import fallback_reason, runs_in_kernel
 
 __all__ = [
     'Visible',
@@ -145,7 +145,8 @@ def conv3x3_of_patches(
 
 def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
     """Compute `apply_to_patches` from the visible patches only; return None if `layer` needs the full maps."""
-    if fallback_reason((layer,), ((nn.Conv2d, nn.MaxPool2d, nn.Identity),), x) is not None:
+    classes = nn.Conv2d, nn.MaxPool2d, nn.Identity
+    if not runs_in_kernel(lambda: fallback_reason((layer,), (classes,), x)):
         return None
     if type(layer) is nn.Identity:
         return x

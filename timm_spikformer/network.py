@@ -242,6 +242,7 @@ class Spikformer(nn.Module):
         if not torch.jit.is_scripting():
             carried = carried_membranes()
             if carried is not None:
+                carried.check_input(x)
                 time_steps = carried.time_steps
         return to_time_major(x, time_steps, self.in_chans, self.patch_size)
 
@@ -403,6 +404,8 @@ class Spikformer(nn.Module):
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
         """
+        if carried_membranes() is not None:
+            raise ValueError('forward_steps cannot be called step by step: call the model itself.')
         return self.classify_steps(self._forward_maps(x))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
-from .kernels.rules import back_end, context_fallback_reason, register_class
+from .kernels.rules import back_end, context_fallback_reason, register_class, runs_in_kernel
 
 __all__ = [
     'LIF',
@@ -90,7 +90,10 @@ def _run_kernel(
         constants: Constants of the neuron.
         membrane: Initial membranes: see `lif_cpu`.
     """
-    if type(x) is not Tensor or x.numel() == 0 or context_fallback_reason() is not None:
+    is_supported = type(x) is Tensor and x.is_floating_point() and x.numel() > 0
+    if not is_supported or any(type(value) not in (float, int) for value in constants):
+        return None
+    if not runs_in_kernel(context_fallback_reason):
         return None
     if supports_lif_cuda(x, constants):
         return lif_cuda(x, constants, membrane)
@@ -259,6 +262,8 @@ def record_membranes(
     records: Dict[str, List[Tensor]] = {name: [] for name in layers}
 
     def record(name: str, neuron: LIF, x: Tensor) -> None:
+        if carried_membranes() is not None:
+            raise ValueError('record_membranes does not support CarriedMembranes and predict_anytime.')
         charged, after = membrane_potentials(x, neuron.tau, neuron.v_threshold)
         records[name].append(charged if before_reset else after)
 
@@ -306,10 +311,12 @@ class CarriedMembranes:
         _check_steppable(model)
         self._states: List[Tuple[Any, ...]] = []
         self._next = 0
+        self._input_steps: Optional[int] = None  # T of the sequence passed in, None for images
 
     def __call__(self, x: Tensor, **kwargs: Any) -> Any:
         """Run the model on the next part: images `[B, C, H, W]` or sequences `[B, t, C, H, W]`."""
         self._next = 0
+        self._input_steps = x.shape[1] if x.ndim == 5 else None
         token = _carried.set(self)
         try:
             with torch.no_grad():
@@ -331,6 +338,14 @@ class CarriedMembranes:
         state = list(self._states[i][1:]) if i < len(self._states) else []
         yield state
         self._states[i:i + 1] = [(kind, *state)]
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError if the network gets another number of time steps than was passed in."""
+        num_steps = x.shape[1] if x.ndim == 5 else None
+        if num_steps != self._input_steps:
+            raise ValueError(
+                f'The model cannot be run step by step: a module around the network changes the number of time steps '
+                f'of its input, from {self._input_steps or "an image"} to {num_steps or "an image"}.')
 
     def fire(
             self,
@@ -383,6 +398,10 @@ def _check_steppable(model: nn.Module) -> None:
             problems.append(f'the forward of {what} has been replaced')
         elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):
             problems.append(f'{what} is stateful: it keeps its own state over time')
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
+            problems.append(f'{what} normalizes with the statistics of the batch, over all time steps')
+        elif type(m).__module__.startswith('torch.ao.nn.quantized.dynamic'):
+            problems.append(f'{what} is quantized dynamically, by a scale over all time steps')
         elif m.training:
             problems.append(f'{what} is in train mode: call eval() first')
     if problems:

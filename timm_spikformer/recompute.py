@@ -7,7 +7,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .kernels.products import is_marked, mark_spikes
-from .kernels.rules import context_fallback_reason
+from .kernels.rules import Decisions
 from .kernels.switch import get_kernels, use_kernels
 
 __all__ = ['checkpoint_with_bn', 'preserve_bn_statistics']
@@ -31,18 +31,20 @@ def preserve_bn_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class _Recomputation(contextlib.AbstractContextManager):
-    """Context for recomputation: use the kernel mode of the forward, and do not update BN statistics.
+    """Context for recomputation: use the kernels of the forward, and do not update BN statistics.
 
     Each backward through the same graph enters it once more.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, decisions: Decisions):
         self.module = module
-        self.kernels = get_kernels() if context_fallback_reason() is None else 'plain'
+        self.decisions = decisions
+        self.kernels = get_kernels()
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         self.stack.enter_context(use_kernels(self.kernels))
+        self.stack.enter_context(self.decisions.repeat())
         self.stack.enter_context(preserve_bn_statistics(self.module))
 
     def __exit__(self, *args: Any) -> None:
@@ -66,5 +68,6 @@ def checkpoint_with_bn(module: nn.Module, *args: Any) -> Tensor:
                 mark_spikes(arg)
         return module(*args)
 
-    context_fn = lambda: (contextlib.nullcontext(), _Recomputation(module))  # noqa: E731
+    decisions = Decisions()
+    context_fn = lambda: (decisions.record(), _Recomputation(module, decisions))  # noqa: E731
     return checkpoint(call, *args, use_reentrant=False, context_fn=context_fn)

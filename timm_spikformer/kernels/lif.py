@@ -370,6 +370,8 @@ def norm_lif_fallback_reason(
     reason = fallback_reason((bn, neuron), (_NORMS, (neuron_class,)), x)
     if reason is not None:
         return reason
+    if any(type(value) not in (float, int) for value in neuron.constants):
+        return f'a constant of the {type(neuron).__name__} is a tensor'
     weight = bn._parameters['weight']
     if back_end(weight) != 'cpu':
         return f'the kernel is for CPUs, the parameters are on {weight.device}'

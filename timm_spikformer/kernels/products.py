@@ -7,7 +7,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .rules import back_end, fallback_reason
+from .rules import back_end, fallback_reason, runs_in_kernel
 
 __all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
 
@@ -109,7 +109,9 @@ def product(layer: nn.Module, x: Tensor) -> Tensor:
         layer: Convolution, linear layer, or a module that replaces one; other modules are simply called.
         x: Its input: `[n, C, H, W]` or `[n, C]`.
     """
-    if not torch.is_grad_enabled() or product_fallback_reason(layer, x) is not None or not layer.weight.requires_grad:
+    if not torch.is_grad_enabled() or not runs_in_kernel(lambda: product_fallback_reason(layer, x)):
+        return layer(x)
+    if not layer.weight.requires_grad:
         return layer(x)
     with torch.no_grad():
         x_bytes = to_int8_if_exact(x)

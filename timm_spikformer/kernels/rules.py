@@ -4,7 +4,9 @@ A kernel bypasses `Module.__call__` and reads parameters itself. It is used only
 the type of every module is exactly a class that the kernel implements, with supported arguments and no hooks,
 parametrizations or replaced methods; and no tracer, compiler, transform or dispatch mode is active.
 """
-from typing import Callable, Dict, Optional, Sequence, Tuple
+import contextlib
+from contextvars import ContextVar
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from torch.utils._device import DeviceContext
 from .switch import get_kernels
 
 __all__ = [
+    'Decisions',
+    'runs_in_kernel',
+
     'BACK_ENDS',
     'back_end',
     'in_transform',
@@ -57,6 +62,49 @@ for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d,
 def back_end(x: Tensor) -> str:
     """Return the kernel back end for a tensor: `'cpu'`, `'cuda'`, or `''` for none."""
     return BACK_ENDS.get(x.device.type, '')
+
+
+class Decisions:
+    """The decisions of one forward, for gradient checkpointing to repeat when it recomputes it."""
+
+    def __init__(self) -> None:
+        self._decisions: List[bool] = []
+        self._position: Optional[int] = None  # of the next decision to repeat; None while recording
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the decisions within a `with` block."""
+        token = _decisions.set(self)
+        try:
+            yield
+        finally:
+            _decisions.reset(token)
+
+    @contextlib.contextmanager
+    def repeat(self) -> Iterator[None]:
+        """Repeat the recorded decisions within a `with` block."""
+        self._position = 0
+        with self.record():
+            yield
+
+    def decide(self, reason: Callable[[], Optional[str]]) -> bool:
+        """See `runs_in_kernel`."""
+        if self._position is None or self._position >= len(self._decisions):
+            decision = reason() is None
+            if self._position is None:
+                self._decisions.append(decision)
+            return decision
+        self._position += 1
+        return self._decisions[self._position - 1]
+
+
+_decisions: ContextVar[Optional[Decisions]] = ContextVar('decisions', default=None)
+
+
+def runs_in_kernel(reason: Callable[[], Optional[str]]) -> bool:
+    """Return whether a kernel runs, given a function that returns why it does not; recomputations repeat decisions."""
+    decisions = _decisions.get()
+    return reason() is None if decisions is None else decisions.decide(reason)
 
 
 def in_transform() -> bool:
