@@ -7,15 +7,17 @@ of its own folder that do so too. The package is imported once a command has bee
 """
 import argparse
 import codecs
+import contextlib
 import importlib
 import importlib.util
 import os
 import signal
 import sys
+import threading
 import types
 import unicodedata
 from pathlib import Path
-from typing import Any, List, NamedTuple, NoReturn, Optional, Tuple, Union
+from typing import Any, Iterator, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
 __all__ = ['main']
 
@@ -113,9 +115,9 @@ def _run(argv: List[str]) -> None:
     del args.command
     path = f'{command.part}.command'
     try:
-        _raise_on_termination()
-        module = load_light(path) if command.is_light else importlib.import_module(f'{_PACKAGE}.{path}')
-        getattr(module, command.run)(args)
+        with _raise_on_termination():
+            module = load_light(path) if command.is_light else importlib.import_module(f'{_PACKAGE}.{path}')
+            getattr(module, command.run)(args)
     except KeyboardInterrupt:
         light = load_light(path)
         said = light.interrupted(args) if hasattr(light, 'interrupted') else 'No partial output was written.'
@@ -129,16 +131,21 @@ def _run(argv: List[str]) -> None:
         sys.exit(f'error: {message}')
 
 
-def _raise_on_termination() -> None:
+@contextlib.contextmanager
+def _raise_on_termination() -> Iterator[None]:
     """Let SIGTERM end the command as an exception does, so that temporary files are removed."""
     def terminate(*args: Any) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)
 
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # outside the main thread
-        pass
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 _STAND_INS = 'timm-spikformer'

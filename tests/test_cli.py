@@ -238,6 +238,11 @@ def test_a_signal_leaves_nothing(number, message, tmp_path):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
+def test_handlers_of_signals_are_put_back(capsys):
+    cli.main(['recipe'])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 # -- recipes and configurations
 
 def test_recipes_are_printed_and_written(tmp_path, capsys, monkeypatch):
