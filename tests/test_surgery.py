@@ -121,6 +121,14 @@ def test_each_surgery(name):
             compare(stem, mode, [name], 1, True)
 
 
+@pytest.mark.parametrize('mode', ['train', 'masked'])
+def test_one_norm_in_a_kernel_and_as_a_module(mode):
+    """The kernel must not invalidate what the module has saved for backward."""
+    for seed in range(4):
+        compare('sps', mode, ['spikingjelly_neuron', 'shared_norm', 'scale_after_a_layer'], seed, False)
+    compare('sps', mode, ['spikingjelly_neuron', 'shared_norm', 'scale_after_a_layer'], 498890668, False)
+
+
 cases = dict(
     stem=st.sampled_from(('scs', 'sps')),
     mode=st.sampled_from(MODES),

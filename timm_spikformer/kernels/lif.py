@@ -71,8 +71,9 @@ def _norm_of(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> Norm:
         mean, var = _mean_and_var(rows)
         bn.num_batches_tracked += 1
         momentum = 1. / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean.to(dtype), momentum)
-        bn.running_var.lerp_((var * (n / (n - 1))).to(dtype), momentum)
+        # .data: like F.batch_norm, without a new version of tensors that another call may have saved for backward
+        bn.running_mean.data.lerp_(mean.to(dtype), momentum)
+        bn.running_var.data.lerp_((var * (n / (n - 1))).to(dtype), momentum)
     invstd = (var.double() + bn.eps).rsqrt()
     # a copy for backward, as a later forward in train mode updates the running statistics in place
     return Norm(mean.to(dtype, copy=has_grad), invstd.to(dtype), bn.eps, bn.training)
