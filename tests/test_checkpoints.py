@@ -98,7 +98,7 @@ def test_other_strides_are_warned_of(folder, kwargs, images):
 
 def test_a_checkpoint_of_spikingjelly_has_a_scale_too(images):
     theirs, _ = spikingjelly_model(images[:, :, ::2, ::2], embed_dims=64, num_heads=2, depths=2)
-    with pytest.raises(ValueError, match="spikingjelly's Spikformer, whose attention scale is 0.125; .*is 0.25"):
+    with pytest.raises(ValueError, match="spikingjelly's Spikformer with attn_scale=0.125; the model has .*0.25"):
         create(patch_size=4, attn_scale=0.25).load_state_dict(theirs.state_dict())
 
 
