@@ -1,8 +1,10 @@
-"""Write what is generated here: `config.json` and `preprocessor_config.json` of every registered model.
+"""Generate `config.json` and `preprocessor_config.json` of every registered model.
 
     python hf_configs/make_configs.py [FOLDER]
 """
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import timm
@@ -13,18 +15,22 @@ from timm_spikformer.pretrained import cfg_to_train
 
 
 def write(name: str, folder: Path, **kwargs) -> None:
-    """Write the two files of one model, as it is to be trained: of the tag that comes without weights."""
+    """Write the two files of a model as it is before training; existing files are replaced once both are complete."""
     cfg = cfg_to_train(name)
-    # the scripts take the labels from the data
-    SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs).save_pretrained(folder)
-    create_image_processor(cfg.to_dict()).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        # the scripts take the labels from the data
+        SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs).save_pretrained(temporary)
+        create_image_processor(cfg.to_dict()).save_pretrained(temporary)
+        for file in os.listdir(temporary):
+            os.replace(Path(temporary, file), folder / file)
 
 
 def main() -> None:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in timm.list_models(module='spikformer'):
         write(name, root / name)
-    # what the paper's model of one time step is fine-tuned to
+    # the paper fine-tunes the model of one time step to four
     write('spikformer_v2_16_768', root / 'spikformer_v2_16_768_4_time_steps', time_steps=4)
 
 

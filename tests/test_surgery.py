@@ -1,6 +1,7 @@
 """Kernels give the same results as the plain modules for arbitrarily modified models.
 
-The tests use float64, so that rounding does not change spikes.
+The tests use float64, so that rounding does not change spikes. Event-driven products are float32 only; here operators of
+PyTorch take the place of their compiled loops, so that the tests cover when they are used and what they read.
 """
 import contextlib
 import random
@@ -13,7 +14,9 @@ from surgeries import SURGERIES
 from torch import nn
 
 from timm_spikformer import Spikformer, SpikformerMAE, layers, use_kernels
+from timm_spikformer.kernels import events
 from timm_spikformer.kernels.lif import norm_lif
+from timm_spikformer.neurons import lif_plain
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -22,6 +25,48 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def event_driven_in_double():
+    """Make products of any size event-driven, computed by PyTorch in float64."""
+
+    def read_events(layer, x):
+        shape, values = events._shape(layer, x), x.detach()
+        if not ((values >= 0) & (values <= 15) & (values == values.round())).all():
+            return None
+        values = values.to(torch.uint8)
+        values = values.permute(0, 2, 3, 1) if x.ndim == 4 else values
+        return events.Events(events._as_shape(values, shape), shape, int(values.sum()), max(1, int(values.max())))
+
+    def dense(layer, counted):
+        x = events.restore_input(counted, type(layer) is nn.Linear).double()
+        if type(layer) is nn.Linear:
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+    def fire(layer, bn, neuron, x, counted, time_steps, as_bytes=False):
+        out = dense(layer, counted)
+        if type(bn) is not nn.Identity:
+            out = nn.functional.batch_norm(out, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+        spikes = lif_plain(out.unflatten(0, (time_steps, -1)), *neuron.constants).flatten(0, 1)
+        return spikes.to(torch.uint8) if as_bytes else spikes
+
+    def weight_gradient(counted, grad, weight):
+        x = events.restore_input(counted, weight.ndim == 2).double()
+        if weight.ndim == 2:
+            return grad.t() @ x
+        block, padding = counted.shape.block, counted.shape.padding
+        return torch.nn.grad.conv2d_weight(x, weight.shape, grad, block, padding)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in dict(
+                MIN_MACS=0, MIN_CHANNELS=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64, read_events=read_events,
+                convolve=lambda layer, x, counted: dense(layer, counted), weight_gradient=weight_gradient,
+        ).items():
+            monkeypatch.setattr(events, name, value)
+        monkeypatch.setattr(layers, 'fire_events', fire)
+        yield
 
 
 MODES = ('eval', 'train', 'masked', 'masked eval', 'checkpointed', 'fx', 'traced')

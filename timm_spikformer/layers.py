@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
+from .kernels.events import (
+    Events, count_events, event_fallback_reason, events_of_bytes, fire_events, fire_fallback_reason)
 from .kernels.lif import norm_lif, norm_lif_fallback_reason
 from .kernels.products import product, product_fallback_reason
-from .kernels.rules import context_fallback_reason, module_fallback_reason, runs_in_kernel
+from .kernels.rules import context_fallback_reason, module_fallback_reason, register_class, runs_in_kernel
 from .masking import Visible, apply_to_patches
 from .neurons import LIF, carried_membranes, lif_plain
 from .recompute import checkpoint_with_bn
@@ -132,6 +134,10 @@ class SpikingMLP(nn.Module):
         self.drop2 = nn.Dropout(drop) if drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and module_fallback_reason(self.drop1, (nn.Identity,)) is None:
+            out = fire_both(self.fc1, self.fc2, x, x.shape[0])
+            if out is not None:
+                return self.drop2(out)
         x = self.drop1(self.fc1(x))
         return self.drop2(self.fc2(x))
 
@@ -261,10 +267,43 @@ class _Unit(nn.Module):
         return folded
 
     @torch.jit.ignore
+    def _multiply_and_fire(
+            self,
+            x: Tensor,
+            input_steps: int,
+            time_steps: int,
+            events: Optional[Events] = None,
+            as_bytes: bool = False,
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Return the spikes of the unit if one event-driven kernel can compute them; else the product of its layer.
+
+        Args:
+            x: Input of the layer, `[S * n, ...]`.
+            input_steps: S: T, or 1 if all time steps are the same.
+            time_steps: T.
+            events: The input as events, if they have been counted.
+            as_bytes: Return spikes as bytes: see `fire_events`. Otherwise nothing is computed.
+
+        Returns:
+            The spikes `[T * n, C', ...]` or None, and the product or None.
+        """
+        layer = getattr(self, self.layer_name)
+        if events is None:
+            events = count_events(layer, x)
+        if events is not None and events.are_few and input_steps == time_steps and carried_membranes() is None:
+            if runs_in_kernel(lambda: fire_fallback_reason(self.bn, self.lif, LIF)):
+                spikes = fire_events(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
+                if spikes is not None:
+                    return spikes, None
+        return None, None if as_bytes else product(layer, x, events)
+
+    @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
         """Return each group that a kernel can replace, with the reason if it does not: see `explain_kernels`."""
+        layer = getattr(self, self.layer_name)
         return [
-            (f'{self.layer_name}: input saved as int8', product_fallback_reason(getattr(self, self.layer_name))),
+            (f'{self.layer_name}: event-driven', event_fallback_reason(layer)),
+            (f'{self.layer_name}: input saved as int8', product_fallback_reason(layer)),
             ('bn + lif: one pass', norm_lif_fallback_reason(self.bn, self.lif, LIF)),
         ]
 
@@ -317,7 +356,9 @@ class ConvBNLIF(_Unit):
         elif visible is not None:
             x = apply_to_patches(self.conv, x, visible).flatten(0, 1)
         else:
-            x = product(self.conv, x.flatten(0, 1))
+            spikes, x = self._multiply_and_fire(x.flatten(0, 1), S, time_steps)
+            if spikes is not None:
+                return spikes.unflatten(0, (S, B))
         if not torch.jit.is_scripting():
             spikes = _norm_and_fire(self.bn, self.lif, x, time_steps, (B,))
             if spikes is not None:
@@ -366,7 +407,9 @@ class LinearBNLIF(_Unit):
         if torch.jit.is_scripting():
             x = self.linear(x)
         else:
-            x = product(self.linear, x)  # [T * B * N, C']
+            spikes, x = self._multiply_and_fire(x, T, T)  # [T * B * N, C']
+            if spikes is not None:
+                return spikes.unflatten(0, (T, B, N))
             spikes = _norm_and_fire(self.bn, self.lif, x, T, (B, N))
             if spikes is not None:
                 return spikes
@@ -376,3 +419,34 @@ class LinearBNLIF(_Unit):
     def fuse(self) -> 'LinearBNLIF':
         """Return a copy for inference with BN folded into the linear layer: see `ConvBNLIF.fuse`."""
         return self._fold(fuse_linear_bn_eval)
+
+
+register_class(ConvBNLIF)
+register_class(LinearBNLIF)
+
+
+def fire_both(first: nn.Module, second: nn.Module, x: Tensor, time_steps: int) -> Optional[Tensor]:
+    """Return the spikes of `second(first(x))`, with those between the two units as bytes; None if they must be called.
+
+    For inference, if both are event-driven and nothing observes what is passed between them.
+
+    Args:
+        first: A unit of this module, or a module that replaces one.
+        second: The same.
+        x: `[T, B, ...]`.
+        time_steps: T.
+    """
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.shape[0] != time_steps:
+        return None
+    if any(module_fallback_reason(unit, (ConvBNLIF, LinearBNLIF)) is not None for unit in (first, second)):
+        return None
+    num_dims = 2 if type(first) is ConvBNLIF else 3  # of time, batch and tokens
+    spikes, _ = first._multiply_and_fire(x.flatten(0, num_dims - 1), time_steps, time_steps, as_bytes=True)
+    if spikes is None:
+        return None
+    events = events_of_bytes(getattr(second, second.layer_name), spikes)
+    if events is not None:
+        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events)
+        return out.unflatten(0, x.shape[:num_dims])
+    spikes = spikes.float().unflatten(0, x.shape[:num_dims])
+    return second(spikes, time_steps) if type(second) is ConvBNLIF else second(spikes)

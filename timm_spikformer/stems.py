@@ -9,7 +9,7 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF
+from .layers import ConvBNLIF, fire_both
 from .masking import Visible, apply_to_patches, patches_to_maps, visible_patches
 from .recompute import checkpoint_with_bn
 
@@ -72,6 +72,10 @@ class SpikingConvStage(_Stage):
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.down(x, time_steps, visible)
+        if not torch.jit.is_scripting() and visible is None:
+            out = fire_both(self.expand, self.contract, x, time_steps)
+            if out is not None:
+                return x + out
         return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)
 
 

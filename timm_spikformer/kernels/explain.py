@@ -1,45 +1,118 @@
 """A table of which groups of a model's modules run in a kernel, and why the others do not."""
-from typing import List, NamedTuple
+import contextlib
+import statistics
+import time
+from typing import Dict, Iterator, List, NamedTuple, Optional
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .events import EventRecord, observe_events
 
 __all__ = ['KernelGroup', 'KernelReport', 'explain_kernels']
 
+_REPEATS = 3  # of timed calls
+
 
 class KernelGroup(NamedTuple):
-    """A group of modules that a kernel may stand in for."""
+    """A group of modules that a kernel can replace."""
     module: str  # name of the module that the group is in
     group: str  # what the kernel computes
     runs_as: str  # 'kernel' or 'modules'
     reason: str  # why the modules are called, or ''
+    density: Optional[float] = None  # events per input of an event-driven product
+    milliseconds: Optional[float] = None  # of a call of the module that the group is in
 
 
 class KernelReport(List[KernelGroup]):
     """The groups of a model; printed as a table."""
 
     def __str__(self) -> str:
-        rows = [('module', 'group', 'runs as', 'reason'), *self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        head = ['module', 'group', 'runs as', 'reason']
+        rows = [[g.module, g.group, g.runs_as, g.reason] for g in self]
+        for i, (name, digits) in enumerate((('density', 3), ('milliseconds', 2)), 4):
+            values = [g[i] for g in self]
+            if any(value is not None for value in values):
+                head.insert(-1, name)
+                for row, value in zip(rows, values):
+                    row.insert(-1, '' if value is None else f'{value:.{digits}f}')
+        rows.insert(0, head)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
         return '\n'.join(
-            '  '.join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[3])).rstrip() for row in rows)
+            '  '.join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1])).rstrip() for row in rows)
 
 
-def explain_kernels(model: nn.Module) -> KernelReport:
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _time_calls(model: nn.Module, x: Tensor) -> Dict[nn.Module, float]:
+    """Return the median time of a call of each module with kernel groups, in milliseconds."""
+    started: Dict[nn.Module, float] = {}
+    times: Dict[nn.Module, List[float]] = {}
+
+    def start(m: nn.Module, *args: object) -> None:
+        started[m] = time.perf_counter()
+
+    def stop(m: nn.Module, *args: object) -> None:
+        times.setdefault(m, []).append(1e3 * (time.perf_counter() - started[m]))
+
+    with contextlib.ExitStack() as stack:
+        for m in model.modules():
+            if hasattr(m, 'kernel_groups'):
+                stack.callback(m.register_forward_pre_hook(start).remove)
+                stack.callback(m.register_forward_hook(stop).remove)
+        for _ in range(_REPEATS):
+            model(x)
+    return {m: statistics.median(values) for m, values in times.items()}
+
+
+def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelReport:
     """Return which groups of modules run in a kernel under the present switch, and why the others do not.
 
-    It describes an eager call with an input of the model's dtype and device, outside of autocast. A kernel that saves
-    memory for backward runs in training only.
+    Without an input it describes an eager call with one of the model's dtype and device, outside of autocast. With an
+    input, the model is called in eval mode, and the report has the density of the input of each product, whether it
+    was event-driven, and the time of each layer. A kernel that saves memory for backward runs in training only.
 
     Args:
         model: Any module that holds layers of this package.
+        x: Input of the model.
 
     >>> import timm
-    >>> report = explain_kernels(timm.create_model('test_spikformer_v2'))
-    >>> report[0].module, report[0].runs_as
-    ('stem.stages.0.down', 'kernel')
+    >>> model = timm.create_model('test_spikformer_v2')
+    >>> report = explain_kernels(model)
+    >>> report[0].module, report[0].group
+    ('stem.stages.0.down', 'conv: event-driven')
+    >>> report = explain_kernels(model, torch.rand(1, 3, 64, 64))
+    >>> report[0].runs_as, report[0].reason
+    ('modules', '3 to 8 channels: too few, or not a multiple of 8')
     """
+    records: Dict[nn.Module, EventRecord] = {}
+    times: Dict[nn.Module, float] = {}
+    if x is not None:
+        with _in_eval_mode(model):
+            before = observe_events(lambda record: records.__setitem__(record.layer, record))
+            try:
+                model(x)
+            finally:
+                observe_events(before)
+            times = _time_calls(model, x)
     report = KernelReport()
     for name, module in model.named_modules():
         for group, reason in getattr(module, 'kernel_groups', list)():
-            report.append(KernelGroup(name, group, 'modules' if reason else 'kernel', reason or ''))
+            density = None
+            layer_name, _, what = group.partition(': ')
+            record = records.get(getattr(module, layer_name, None)) if what == 'event-driven' else None
+            if record is not None:
+                density, reason = record.density, record.reason
+            report.append(KernelGroup(
+                name, group, 'modules' if reason else 'kernel', reason or '', density, times.get(module)))
     return report

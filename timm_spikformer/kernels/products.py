@@ -1,12 +1,14 @@
-"""Convolutions and linear layers that save an integer-valued input for backward as int8.
+"""Convolutions and linear layers of spikes: event-driven where that is faster, and with the input saved as bytes.
 
-Spikes and sums of spikes are small integers, which int8 represents exactly. The reference is the layer itself.
+Spikes and sums of spikes are small integers, which a byte represents exactly. The reference is the layer itself.
 """
 from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from . import events as event_driven
+from .events import Events, count_events
 from .rules import back_end, fallback_reason, runs_in_kernel
 
 __all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
@@ -68,24 +70,11 @@ class _ProductOfBytes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'Double backward (create_graph=True) is not supported for layers that save their input as int8. '
-                "Run forward and backward under timm_spikformer.use_kernels('plain').")
+        _refuse_double_backward()
         x_bytes, weight = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        x = x_bytes.to(weight.dtype)
-        if ctx.conv_args:
-            stride, padding, dilation, groups = ctx.conv_args
-            grads = torch.ops.aten.convolution_backward(
-                grad, x, weight, weight.shape[:1], stride, padding, dilation, False, (0, 0), groups,
-                (needs_x, needs_weight, needs_bias))
-        else:
-            grads = (
-                grad @ weight if needs_x else None,
-                grad.t() @ x if needs_weight else None,
-                grad.sum(0) if needs_bias else None,
-            )
+        grads = _dense_backward(
+            grad, x_bytes.to(weight.dtype), weight, ctx.conv_args, (needs_x, needs_weight, needs_bias))
         return grads[0], None, grads[1], grads[2], None
 
 
@@ -102,13 +91,90 @@ def product_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Opt
     return reason
 
 
-def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return `layer(x)`, saving `x` for backward as int8 if that is exact and no hook or tracer observes the layer.
+class _EventProduct(torch.autograd.Function):
+    """An event-driven product, which saves the bytes of its input; only the gradient of the input is dense."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            x: Tensor,
+            weight: Tensor,
+            bias: Optional[Tensor],
+            layer: nn.Module,
+            events: Events,
+            out: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(events.values, weight)
+        ctx.events = events._replace(values=None)
+        ctx.x_shape, ctx.conv_args = x.shape, _conv_args(layer)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_double_backward()
+        values, weight = ctx.saved_tensors
+        events = ctx.events._replace(values=values)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_weight = event_driven.weight_gradient(events, grad, weight) if needs_weight else None
+        x = grad.new_empty(1).expand(ctx.x_shape)
+        needs_dense = needs_weight and grad_weight is None
+        if needs_dense:
+            x = event_driven.restore_input(events, not ctx.conv_args)
+        grads = _dense_backward(grad, x, weight, ctx.conv_args, (needs_x, needs_dense, needs_bias))
+        return grads[0], grads[1] if needs_dense else grad_weight, grads[2], None, None, None
+
+
+def _conv_args(layer: nn.Module) -> Tuple[Any, ...]:
+    return (layer.stride, layer.padding, layer.dilation, layer.groups) if type(layer) is nn.Conv2d else ()
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'Double backward (create_graph=True) is not supported for layers that save their input as int8. '
+            "Run forward and backward under timm_spikformer.use_kernels('plain').")
+
+
+def _dense_backward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv_args: Tuple[Any, ...],
+        needs: Tuple[bool, bool, bool],
+) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Return the gradients of input, weight and bias; `conv_args` is empty for a linear layer."""
+    if conv_args:
+        stride, padding, dilation, groups = conv_args
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, weight.shape[:1], stride, padding, dilation, False, (0, 0), groups, needs)
+    needs_x, needs_weight, needs_bias = needs
+    return (
+        grad @ weight if needs_x else None,
+        grad.t() @ x if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+def product(layer: nn.Module, x: Tensor, events: Optional[Events] = None) -> Tensor:
+    """Return `layer(x)`, event-driven if that is faster; for backward save `x` as bytes if that is exact.
+
+    Both only if no hook or tracer observes the layer.
 
     Args:
         layer: Convolution, linear layer, or a module that replaces one; other modules are simply called.
         x: Its input: `[n, C, H, W]` or `[n, C]`.
+        events: The result of `count_events`, if that has been called.
     """
+    if events is None:
+        events = count_events(layer, x)
+    if events is not None and events.are_few:
+        with torch.no_grad():
+            out = event_driven.convolve(layer, x, events)
+        if out is not None:
+            has_grad = x.requires_grad or any(p.requires_grad for p in layer.parameters())
+            if torch.is_grad_enabled() and has_grad:
+                return _EventProduct.apply(x, layer.weight, layer.bias, layer, events, out)
+            return out
     if not torch.is_grad_enabled() or not runs_in_kernel(lambda: product_fallback_reason(layer, x)):
         return layer(x)
     if not layer.weight.requires_grad:
@@ -117,5 +183,4 @@ def product(layer: nn.Module, x: Tensor) -> Tensor:
         x_bytes = to_int8_if_exact(x)
     if x_bytes is None:
         return layer(x)
-    conv_args = (layer.stride, layer.padding, layer.dilation, layer.groups) if type(layer) is nn.Conv2d else ()
-    return _ProductOfBytes.apply(x, x_bytes, layer.weight, layer.bias, conv_args)
+    return _ProductOfBytes.apply(x, x_bytes, layer.weight, layer.bias, _conv_args(layer))

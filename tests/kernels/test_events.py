@@ -1,0 +1,380 @@
+"""Event-driven products: equal to the layers, whatever the shape, layout, rate and number of threads."""
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import calibrate, firing_rates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from timm_spikformer import explain_kernels, use_kernels
+from timm_spikformer.kernels import compiled, events, products
+from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
+
+LAYERS = {
+    '3x3': lambda i, o: nn.Conv2d(i, o, 3, padding=1),
+    '3x3, no padding': lambda i, o: nn.Conv2d(i, o, 3),
+    '3x3, no bias': lambda i, o: nn.Conv2d(i, o, 3, padding=1, bias=False),
+    '2x2': lambda i, o: nn.Conv2d(i, o, 2, stride=2),
+    '1x1': lambda i, o: nn.Conv2d(i, o, 1),
+    'linear': nn.Linear,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_products_are_event_driven(monkeypatch):
+    monkeypatch.setattr(events, 'MIN_MACS', 0)
+    monkeypatch.setattr(events, 'MIN_CHANNELS', 1)
+    monkeypatch.setattr(events, 'MAX_DENSITY', {1: 99., 2: 99., 3: 99.})
+
+
+@pytest.fixture
+def num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def spikes(shape, rate, largest=1, channels_last=True):
+    x = (torch.rand(shape) < rate) * torch.randint(1, largest + 1, shape)
+    x = x.float()
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
+
+
+def make(kind, in_chs, out_chs, height=6, width=10, batch=3, rate=0.2, largest=1, channels_last=True, integers=False):
+    """A layer and its input."""
+    layer = LAYERS[kind](in_chs, out_chs)
+    if integers:
+        for p in layer.parameters():
+            p.data = torch.randint(-8, 9, p.shape).float()
+    if channels_last:
+        layer = layer.to(memory_format=torch.channels_last)
+    shape = (batch * height * width, in_chs) if kind == 'linear' else (batch, in_chs, height, width)
+    return layer, spikes(shape, rate, largest, channels_last)
+
+
+def event_driven(layer, x):
+    """The product, certainly event-driven."""
+    counted = events.count_events(layer, x)
+    assert counted is not None and counted.are_few
+    return products.product(layer, x, counted)
+
+
+def layout(x):
+    """Strides of the dimensions that have more than one element."""
+    return [stride for n, stride in zip(x.shape, x.stride()) if n > 1]
+
+
+def gradients(function, layer, x, grad):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    out = function(layer, x)
+    out.backward(grad)
+    return [out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+cases = st.fixed_dictionaries(dict(
+    kind=st.sampled_from(list(LAYERS)), in_chs=st.sampled_from([8, 24, 64, 72, 136, 520]),
+    out_chs=st.sampled_from([1, 31, 32, 33, 70]), height=st.sampled_from([4, 6, 14]),
+    width=st.sampled_from([4, 6, 14]), batch=st.integers(1, 4), rate=st.sampled_from([0., 0.1, 0.5, 1.]),
+    largest=st.sampled_from([1, 2, 9]), channels_last=st.booleans()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, threads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_integers_are_exact(case, threads, seed):
+    """With integer weights and gradients all sums are exact, so outputs and gradients are equal to the bit."""
+    torch.manual_seed(seed)
+    layer, x = make(**case, integers=True)
+    grad = torch.randint(-4, 5, layer(x).shape).float()
+    expected = gradients(lambda layer, x: layer(x), layer, x, grad)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = gradients(event_driven, layer, x, grad)
+    finally:
+        torch.set_num_threads(before)
+    for result, wanted in zip(results, expected):
+        assert torch.equal(result, wanted) and layout(result) == layout(wanted)
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+@pytest.mark.parametrize('rate', [0.01, 0.1, 0.3, 1.])
+def test_error_is_that_of_the_dense_product(kind, rate):
+    """In float32 the root mean square error against float64 is at or below the dense product's."""
+    torch.manual_seed(0)
+    layer, x = make(kind, 128, 64, 14, 14, 4, rate)
+    out = layer(x)
+    grad = torch.randn(out.shape).contiguous(memory_format=torch.preserve_format)
+    wanted = gradients(lambda layer, x: layer(x), copy.deepcopy(layer).double(), x.double(), grad.double())
+    dense, ours = (gradients(f, layer, x, grad) for f in (lambda layer, x: layer(x), event_driven))
+    for i in (0, 2):  # output, gradient of the weight
+        errors = [(side[i].double() - wanted[i]).square().mean().sqrt().item() for side in (ours, dense)]
+        assert errors[0] <= 1.05 * errors[1], errors
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+def test_threads_do_not_change_the_result(kind, num_threads):
+    layer, x = make(kind, 128, 200, 14, 14, 3, 0.15)
+    grad = torch.randn_like(layer(x))
+    results = []
+    for n in (1, 2, 3, 5):
+        num_threads(n)
+        out, _, *grads = gradients(event_driven, layer, x, grad)  # PyTorch computes the gradient of the input
+        results.append([out, *grads[:1]])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf, 1e33])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_weights_that_are_not_finite(kind, bad):
+    """They spread as in the dense product, where 0 * inf is NaN."""
+    layer, x = make(kind, 16, 40)
+    layer.weight.data[1, 2] = bad
+    assert torch.equal(event_driven(layer, x).isfinite(), layer(x).isfinite())
+    assert torch.allclose(event_driven(layer, x), layer(x), equal_nan=True)
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_gradients_that_are_not_finite(kind, bad):
+    layer, x = make(kind, 16, 40, integers=True)
+    grad = torch.randint(-4, 5, layer(x).shape).float()
+    grad[1, 3] = bad
+    results, expected = (gradients(f, layer, x, grad) for f in (event_driven, lambda layer, x: layer(x)))
+    for result, wanted in zip(results, expected):
+        assert torch.allclose(result, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize('value', [0.5, -1., 16., torch.nan, torch.inf])
+def test_other_values_are_dense(value):
+    layer, x = make('3x3', 16, 16)
+    x[1, 2, 3, 3] = value
+    assert events.count_events(layer, x) is None
+    assert torch.allclose(products.product(layer, x), layer(x), equal_nan=True)
+
+
+def unit(kind, in_chs, out_chs, integers=True):
+    """A unit and its BN calibrated, so that a third or so of its neurons fire; with BN of powers of 2 all is exact."""
+    layer = LinearBNLIF(in_chs, out_chs) if kind == 'linear' else ConvBNLIF(
+        in_chs, out_chs, 2 if kind == '2x2' else 3, 2 if kind == '2x2' else 1)
+    product = layer.linear if kind == 'linear' else layer.conv
+    if integers:
+        product.weight.data = torch.randint(-4, 5, product.weight.shape).float()
+        if product.bias is not None:
+            product.bias.data = torch.randint(-4, 5, product.bias.shape).float()
+    layer.bn.eps = 0.
+    layer.bn.running_var.fill_(4.)
+    layer.bn.weight.data.fill_(0.5)
+    layer.bn.bias.data.fill_(1.)
+    return layer.eval()
+
+
+@pytest.mark.parametrize('time_steps', [1, 2, 4, 8])
+@pytest.mark.parametrize('kind', ['3x3', '2x2', 'linear'])
+def test_units_fire_the_same_spikes(kind, time_steps):
+    torch.manual_seed(0)
+    layer = unit(kind, 64, 48)
+    shape = (time_steps, 2, 10, 64) if kind == 'linear' else (time_steps, 2, 64, 12, 8)
+    x = ((torch.rand(shape) < 0.2) * torch.randint(1, 3, shape)).float()
+    args = () if kind == 'linear' else (time_steps,)
+    with torch.no_grad():
+        for memory_format in ('contiguous', 'channels-last'):
+            if memory_format == 'channels-last' and kind != 'linear':
+                x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (time_steps, 2))
+                layer = layer.to(memory_format=torch.channels_last)
+            calls = []
+            before = events.observe_events(calls.append)
+            try:
+                result = layer(x, *args)
+            finally:
+                events.observe_events(before)
+            with use_kernels('plain'):
+                expected = layer(x, *args)
+            assert calls and 0.1 < expected.mean() < 0.9
+            assert torch.equal(result, expected) and layout(result) == layout(expected)
+
+
+@pytest.mark.parametrize('tau', [2., 3.5])
+def test_units_of_other_constants_and_folded_ones(tau):
+    torch.manual_seed(0)
+    layer = unit('3x3', 64, 48)
+    layer.lif.tau, layer.lif.v_threshold = tau, 0.7
+    x = (torch.rand(3, 2, 64, 8, 8) < 0.2).float()
+    with torch.no_grad():
+        for module in (layer, layer.fuse()):
+            with use_kernels('plain'):
+                expected = module(x, 3)
+            assert 0.1 < expected.mean() < 0.9
+            assert (module(x, 3) != expected).double().mean() <= 1e-3  # by rounding
+
+
+def test_a_dense_input_is_not_event_driven(monkeypatch):
+    monkeypatch.setattr(events, 'MAX_DENSITY', {1: 0.4, 2: 0.4, 3: 0.4})
+    layer, x = make('3x3', 64, 64, rate=0.6)
+    with torch.no_grad():
+        assert not events.count_events(layer, x).are_few
+        assert torch.equal(products.product(layer, x), layer(x))  # to the bit, as it is the layer's
+    assert events.count_events(layer, spikes((2, 64, 8, 8), 0.3)).are_few
+
+
+def test_a_model_in_training():
+    """A step of a whole model in float32 against plain modules in float64; and gradients of every parameter."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 64, 64)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), x)
+    assert min(firing_rates(model, x).values()) > 0
+    model.train()
+    records = []
+    before = events.observe_events(records.append)
+    try:
+        model(x).square().sum().backward()
+    finally:
+        events.observe_events(before)
+    assert sum(record.reason is None for record in records) > 10
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with use_kernels('plain'):
+        model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        # a few spikes flip by rounding
+        assert (grads[name] - p.grad).norm() <= 0.05 * p.grad.norm() + 1e-4, name
+
+
+def test_python_threads_share_the_pool(num_threads):
+    num_threads(2)
+    layer, x = make('3x3', 64, 64, 14, 14, 4)
+    expected = event_driven(layer, x)
+    failures = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(event_driven(layer, x), expected):
+                failures.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not failures and not any(worker.is_alive() for worker in workers)
+
+
+SCRIPT = """
+    import multiprocessing, sys
+    import numpy as np
+    import torch
+    from torch import nn
+    from timm_spikformer.kernels import events
+
+    def product(_=None):
+        # PyTorch's own parallel operators hang in forked processes, so the tensors are small or from NumPy
+        torch.manual_seed(0)
+        layer = nn.Conv2d(32, 64, 3, padding=1)
+        x = (np.random.default_rng(0).random((8, 14, 14, 32)) < 0.2).astype(np.float32)
+        x = torch.from_numpy(x).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return events.convolve(layer, x, events.read_events(layer, x)).numpy().sum()
+
+    if __name__ == '__main__':
+        torch.set_num_threads(2)
+        expected = product()
+        with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+            assert pool.map(product, range(4)) == [expected] * 4
+        print('equal')
+"""
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+def test_child_processes(method, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(textwrap.dedent(SCRIPT))
+    out = subprocess.run(
+        [sys.executable, '-W', 'ignore', str(script), method], capture_output=True, text=True, timeout=120)
+    assert out.stdout == 'equal\n', out.stderr
+
+
+def test_without_numba(tmp_path):
+    """The dense path, silently; `explain_kernels` names what is missing."""
+    code = """
+        import sys
+        sys.modules['numba'] = None
+        import timm, torch, timm_spikformer
+        from timm_spikformer.kernels import events
+        events.MIN_MACS = 0
+        model = timm.create_model('test_spikformer_v2').eval()
+        print(model(torch.rand(1, 3, 64, 64)).shape)
+        print(timm_spikformer.explain_kernels(model))"""
+    out = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and 'pip install numba' in out.stdout and not out.stderr, out.stderr
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path / 'file'), XDG_CACHE_HOME=str(tmp_path / 'file'))
+    code = """
+        import numpy as np
+        from timm_spikformer.kernels import compiled
+        loops = compiled.loops()
+        x = np.array([0, 1, 2], np.float32)
+        print(loops.read_events(x, 0, 3, np.empty(3, np.uint8)))"""
+    out = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=120, env=env)
+    assert out.stdout == '(3, 2)\n', out.stderr
+
+
+def test_intrinsics_equal_their_plain_counterparts():
+    numba = pytest.importorskip('numba')
+    from timm_spikformer.kernels import simd
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal(50 * simd.BLOCK).astype(np.float32)
+    indices = rng.integers(0, 40, 64).astype(np.uint16)
+    values = rng.integers(0, 2, 64).astype(np.uint8)
+
+    @numba.njit
+    def run(rows, indices, values, is_first, total, appended, copied):
+        simd.add_rows(rows, 2 * 32, indices, 4, 24, total, 32, is_first)
+        simd.copy_indices(indices, 3, copied, 5, -7)
+        n = 2
+        for i in range(0, 64, 8):
+            n = simd.append_indices(values, i, simd.BYTE_INDICES, simd.BYTE_COUNTS, appended, n, 100 + i)
+        return n
+
+    def run_plain(rows, indices, values, is_first, total, appended, copied):
+        simd.add_rows_plain(rows, 2 * 32, indices, 4, 24, total, 32, is_first)
+        simd.copy_indices_plain(indices, 3, copied, 5, -7)
+        n = 2
+        for i in range(0, 64, 8):
+            n = simd.append_indices_plain(values, i, simd.BYTE_INDICES, simd.BYTE_COUNTS, appended, n, 100 + i)
+        return n
+
+    for is_first in (True, False):
+        outputs = []
+        for function in (run, run_plain):
+            buffers = np.ones(96, np.float32), np.zeros(80, np.uint16), np.zeros(64, np.uint16)
+            n = function(rows, indices, values, is_first, *buffers)
+            outputs.append((n, buffers[0], buffers[1][:n], buffers[2]))
+        for a, b in zip(*outputs):
+            assert np.array_equal(a, b)
+
+
+def test_readme_example_of_explain_kernels():
+    model = timm.create_model('test_spikformer_v2')
+    x = torch.rand(1, 3, 64, 64)
+    report = explain_kernels(model, x)
+    assert any(group.density is not None for group in report)
+
+
+def test_the_reference_of_a_product_is_the_layer():
+    layer, x = make('3x3', 64, 32)
+    assert torch.allclose(event_driven(layer, x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5)

@@ -1,0 +1,451 @@
+"""Event-driven products: convolutions and linear layers that add the weights of the inputs that are not 0.
+
+Inputs are spikes and sums of spikes. Their events are counted in every call; if they are too many, the layer itself is
+called. The compiled loops are in `event_loops.py`; the reference is the layer.
+
+A product runs event-driven only in float32 on a CPU, for the convolutions of this package (3x3 with stride 1, 2x2 with
+stride 2, 1x1) and linear layers, if it is large enough to gain (`MIN_MACS`) and sparse enough (`MAX_DENSITY`). Weights
+must be finite, as a dense product multiplies NaN and infinity by zeros, too.
+
+Products are exact up to the order of float32 additions, and the same for any number of threads.
+"""
+import math
+import sys
+import threading
+from contextvars import ContextVar
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import compiled, threads
+from .rules import back_end, fallback_reason, module_fallback_reason, runs_in_kernel
+
+__all__ = [
+    'Events',
+    'EventRecord',
+    'convolve',
+    'count_events',
+    'event_fallback_reason',
+    'events_of_bytes',
+    'fire_events',
+    'observe_events',
+    'read_events',
+    'weight_gradient',
+]
+
+# Density, in events per input, up to which a product is event-driven, by the kernel size. The measured break-even is
+# higher, 0.4 to 0.6 by shape: `python -m benchmarks events` prints it.
+MAX_DENSITY = {3: 0.4, 2: 0.4, 1: 0.4}
+# Multiply-accumulates of the dense product from which it may be event-driven. In smaller ones, calls cost too much.
+MIN_MACS = 20_000_000
+MIN_CHANNELS = 32  # of input and output
+CHANNEL_MULTIPLE = 8  # of the input: the loops read 8 bytes at a time
+DTYPE = torch.float32
+
+_CLASSES = ((nn.Conv2d, nn.Linear),)
+_PAIRS = 600  # of output pixels and time steps in a tile
+_NO_BYTES = torch.empty(0, dtype=torch.uint8).numpy()
+_LIMIT = 1e30  # of sums of absolute weights: no intermediate result overflows
+
+
+class Shape(NamedTuple):
+    """A product as a convolution with stride 1 of `[N, H, W, C]`; see `event_loops`."""
+    N: int
+    H: int
+    W: int
+    C: int
+    OC: int
+    kernel_size: int
+    padding: int
+    block: int  # 2 for a 2x2 convolution with stride 2, which is a 1x1 convolution of blocks of 2x2 pixels; else 1
+
+    @property
+    def out_size(self) -> Tuple[int, int]:
+        reduction = 2 * self.padding - self.kernel_size + 1
+        return self.H + reduction, self.W + reduction
+
+    @property
+    def macs(self) -> int:
+        height, width = self.out_size
+        return self.N * height * width * self.kernel_size ** 2 * self.C * self.OC
+
+
+class Events(NamedTuple):
+    """The input of a product as bytes, and its shape."""
+    values: Tensor  # uint8 [N, H, W, C] as in `shape`
+    shape: Shape
+    total: int  # sum of the values
+    largest: int
+
+    @property
+    def density(self) -> float:
+        return self.total / self.values.numel()
+
+    @property
+    def are_few(self) -> bool:
+        """Whether the product is to be event-driven."""
+        return self.dense_reason is None
+
+    @property
+    def dense_reason(self) -> Optional[str]:
+        """Why the product is to be dense; None if it is to be event-driven."""
+        limit = MAX_DENSITY[2 if self.shape.block == 2 else self.shape.kernel_size]
+        if self.density > limit:
+            return f'{self.density:.2f} events per input, more than {limit}'
+        return None
+
+
+class EventRecord(NamedTuple):
+    """What `observe_events` reports about a call of a layer."""
+    layer: nn.Module
+    density: Optional[float]  # events per input; None if they were not counted
+    reason: Optional[str]  # why the product is not event-driven; None if it is
+
+
+_observer: ContextVar[Optional[Callable[[EventRecord], None]]] = ContextVar('observer', default=None)
+
+
+def observe_events(observer: Optional[Callable[[EventRecord], None]]) -> Optional[Callable[[EventRecord], None]]:
+    """Set the function that gets a record of every product in this thread, or None; return the one before."""
+    old = _observer.get()
+    _observer.set(observer)
+    return old
+
+
+def _shape(layer: nn.Module, x: Tensor) -> Optional[Shape]:
+    """Return the shape of a layer's product, or None if no loop implements it."""
+    if type(layer) is nn.Linear:
+        return Shape(1, x.shape[0], 1, x.shape[1], layer.out_features, 1, 0, 1) if x.ndim == 2 else None
+    if x.ndim != 4 or layer.groups != 1 or layer.dilation != (1, 1):
+        return None
+    N, C, H, W = x.shape
+    args = layer.kernel_size, layer.stride, layer.padding
+    if args == ((2, 2), (2, 2), (0, 0)) and H % 2 == W % 2 == 0:
+        return Shape(N, H // 2, W // 2, 4 * C, layer.out_channels, 1, 0, 2)
+    if args in (((3, 3), (1, 1), (1, 1)), ((3, 3), (1, 1), (0, 0)), ((1, 1), (1, 1), (0, 0))):
+        shape = Shape(N, H, W, C, layer.out_channels, layer.kernel_size[0], layer.padding[0], 1)
+        return shape if min(shape.out_size) > 0 else None
+    return None
+
+
+def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
+    if shape is None:
+        return 'no event-driven kernel for its kernel size, stride, padding, dilation or groups'
+    channels = shape.C // shape.block ** 2
+    if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < MIN_CHANNELS:
+        return f'{channels} to {shape.OC} channels: too few, or not a multiple of {CHANNEL_MULTIPLE}'
+    if shape.macs < MIN_MACS:
+        return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to gain'
+    return None
+
+
+def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
+    """Return why the product of a layer is not event-driven, whatever the values of its input; None if it can be.
+
+    Args:
+        layer: The layer.
+        x: Its input. If None, it is not checked.
+    """
+    is_bytes = type(x) is Tensor and x.dtype == torch.uint8
+    reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
+    if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
+        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products are float32 on a CPU'
+    if reason is None and x is not None:
+        reason = _shape_fallback_reason(_shape(layer, x))
+    if reason is None and torch._C._len_torch_dispatch_stack() > 0:
+        reason = 'a TorchDispatchMode is active'
+    if reason is None and sys.byteorder != 'little':
+        reason = 'event-driven products need a little-endian machine'
+    return reason or compiled.unavailable_reason()
+
+
+def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
+    """Return the input of a layer as events, if its product may be event-driven and the values are small integers.
+
+    Args:
+        layer: Convolution, linear layer, or a module that replaces one.
+        x: Its input, `[n, C, H, W]` or `[n, C]`.
+    """
+    reason = event_fallback_reason(layer, x)
+    events = read_events(layer, x) if runs_in_kernel(lambda: reason) else None
+    if events is not None:
+        reason = events.dense_reason
+    _observe(layer, events, reason if events is not None or reason else 'the input is not of integers from 0 to 15')
+    return events
+
+
+def _observe(layer: nn.Module, events: Optional[Events], reason: Optional[str]) -> None:
+    observer = _observer.get()
+    if observer is not None:
+        observer(EventRecord(layer, None if events is None else events.density, reason))
+
+
+def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
+    """Convert the input of a layer to bytes; return None if any value is not an integer from 0 to 15.
+
+    Args:
+        layer: A layer for which `event_fallback_reason` returns None.
+        x: Its input.
+    """
+    shape = _shape(layer, x)
+    is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    x = (x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()).detach()
+    values = torch.empty(x.shape, dtype=torch.uint8)
+    source, target = x.view(-1).numpy(), values.view(-1).numpy()
+    results = threads.run(
+        compiled.loops().read_events,
+        [(source, start, stop, target) for start, stop in threads.split(len(source), 1 << 16)])
+    total, largest = 0, 0
+    for part, part_largest in results:
+        if part < 0:
+            return None
+        total += part
+        largest = max(largest, part_largest)
+    if x.ndim == 4 and not is_channels_last:
+        values = values.permute(0, 2, 3, 1)
+    return Events(_as_shape(values, shape), shape, total, largest)
+
+
+def _as_shape(values: Tensor, shape: Shape) -> Tensor:
+    """Return bytes `[n, H, W, C]` or `[n, C]` as `[N, H, W, C]` of a shape."""
+    if shape.block == 2:
+        values = values.view(shape.N, shape.H, 2, shape.W, 2, -1).permute(0, 1, 3, 2, 4, 5)
+    return values.reshape(shape.N, shape.H, shape.W, shape.C).contiguous()
+
+
+def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
+    """Return spikes from `fire_events(..., as_bytes=True)` as the events of the next layer; None if it has to be dense.
+
+    Args:
+        layer: Convolution or linear layer.
+        x: Spikes, uint8 `[n, C, H, W]` or `[n, C]`.
+    """
+    reason = event_fallback_reason(layer, x)
+    events = None
+    if runs_in_kernel(lambda: reason):
+        shape = _shape(layer, x)
+        values = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+        total = int(np.count_nonzero(_flat(x).view(bool)))
+        events = Events(_as_shape(values, shape), shape, total, 1)
+        reason = events.dense_reason
+    _observe(layer, events, reason)
+    return events if reason is None else None
+
+
+def restore_input(events: Events, is_linear: bool) -> Tensor:
+    """Return the input of the layer, float32 `[n, C]` for a linear layer or `[n, C, H, W]`."""
+    shape, values = events.shape, events.values
+    if is_linear:
+        return values.view(shape.H, shape.C).float()
+    if shape.block == 2:
+        values = values.view(shape.N, shape.H, shape.W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
+        values = values.reshape(shape.N, 2 * shape.H, 2 * shape.W, -1)
+    return values.float().permute(0, 3, 1, 2)
+
+
+_buffers = threading.local()
+
+
+def _scratch(n: int) -> Tensor:
+    """Return n floats that are valid until the next call in this thread: touching new memory takes longer than packing."""
+    buffer = getattr(_buffers, 'buffer', None)
+    if buffer is None or len(buffer) < n:
+        with torch.inference_mode(False):
+            buffer = _buffers.buffer = torch.empty(n)
+    return buffer[:n]
+
+
+def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
+    """Return the weights in the order of the loops; None if they are not finite, or so large that sums could overflow."""
+    loops = compiled.loops()
+    size = shape.kernel_size
+    chunk = min(loops.largest_chunk(size), shape.C)
+    num_blocks = -(-shape.OC // loops.BLOCK)
+    packed = _scratch(num_blocks * -(-shape.C // chunk) * (size * size * chunk + 1) * loops.BLOCK)
+    weight = weight.detach()
+    flat = (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).reshape(-1).numpy()  # [OC, k, k, C]
+    limit = _LIMIT / (size * size * shape.C * largest)
+    is_fine = threads.run(loops.pack_weights, [
+        (flat, shape.OC, shape.C, size * size, chunk, start, stop, limit, packed.numpy())
+        for start, stop in threads.split(num_blocks, 1)])
+    return packed if all(is_fine) else None
+
+
+def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
+    """Divide tiles, and blocks if tiles are few, into items for the threads: `(tile0, tile1, block0, block1)`."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        return [(0, num_tiles, 0, num_blocks)]
+    tiles = threads.split(num_tiles, 1, 4 * num_threads)
+    blocks = threads.split(num_blocks, 1, max(1, -(-2 * num_threads // len(tiles))))
+    return [(*tile, *block) for tile in tiles for block in blocks]
+
+
+def _flat(x: Tensor) -> Any:
+    """Return the memory of a tensor from its first to its last element, as a NumPy array."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+    return x.as_strided((span,), (1,)).numpy()
+
+
+def _run(
+        events: Events,
+        packed: Tensor,
+        time_steps: int,
+        out: Tensor,
+        scale: Optional[Tensor],
+        shift: Tensor,
+        tau: float = 2.,
+        v_threshold: float = 1.,
+) -> None:
+    """Run `event_loops.convolve`; `out` is `[N, H', W', OC]`, with any strides. Without a scale, no neurons follow."""
+    loops = compiled.loops()
+    N, H, W, C, OC, size, padding, _ = events.shape
+    T = time_steps
+    if N == 1 and T > 1:  # a linear layer: [T * R, 1, 1, C] as T images of R rows
+        N, H = T, H // T
+        out = out.view(T, H, 1, OC)
+    B = N // T
+    out_height, out_width = H + 2 * padding - size + 1, W + 2 * padding - size + 1
+    tile_rows = min(out_height, max(1, _PAIRS // (out_width * T)))
+    num_tiles = B * -(-out_height // tile_rows)
+    num_blocks = -(-OC // loops.BLOCK)
+    missing = (0, num_blocks * loops.BLOCK - OC)
+    shift = nn.functional.pad(shift, missing)
+    is_fused = scale is not None
+    scale = nn.functional.pad(scale, missing) if is_fused else shift
+    is_bytes = out.dtype == torch.uint8
+    outputs = torch.empty(0).numpy() if is_bytes else _flat(out), _flat(out) if is_bytes else _NO_BYTES
+    threads.run(loops.convolve, [
+        (events.values.view(-1).numpy(), packed.numpy(), T, B, H, W, C, OC, size, padding,
+         min(loops.largest_chunk(size), C), tile_rows, *item, max(1, events.largest), *outputs, *out.stride(), is_fused,
+         scale.numpy(), shift.numpy(), loops.float32(tau), loops.float32(v_threshold), loops.BYTE_INDICES,
+         loops.BYTE_COUNTS)
+        for item in _items(num_tiles, num_blocks)])
+
+
+def _empty_output(
+        layer: nn.Module,
+        x: Tensor,
+        shape: Shape,
+        as_bytes: bool = False,
+) -> Tuple[Tensor, Tensor]:
+    """Return an output of the layer, in the memory format that the layer would choose, and a view `[N, H', W', OC]`."""
+    dtype = torch.uint8 if as_bytes else torch.float32
+    if type(layer) is nn.Linear:
+        out = torch.empty(shape.H, shape.OC, dtype=dtype)
+        return out, out[None, :, None]
+    is_channels_last = as_bytes or any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, layer.weight))
+    memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+    out = torch.empty(shape.N, shape.OC, *shape.out_size, dtype=dtype, memory_format=memory_format)
+    return out, out.permute(0, 2, 3, 1)
+
+
+def convolve(layer: nn.Module, x: Tensor, events: Events) -> Optional[Tensor]:
+    """Return `layer(x)` from its events; None if the weights are not finite or very large. No gradients are recorded.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        events: The same as events, from `read_events`.
+    """
+    packed = _pack(layer.weight, events.shape, max(1, events.largest))
+    if packed is None:
+        return None
+    out, view = _empty_output(layer, x, events.shape)
+    bias = torch.zeros(events.shape.OC) if layer.bias is None else layer.bias.detach()
+    _run(events, packed, 1, view, None, bias)
+    return out
+
+
+def fire_events(
+        layer: nn.Module,
+        bn: nn.Module,
+        neuron: nn.Module,
+        x: Tensor,
+        events: Events,
+        time_steps: int,
+        as_bytes: bool = False,
+) -> Optional[Tensor]:
+    """Return the spikes of `neuron(bn(layer(x)))` in one pass, for inference; None if the modules have to be called.
+
+    Args:
+        layer: The layer.
+        bn: BatchNorm in eval mode, or `nn.Identity`.
+        neuron: A neuron with the attribute `constants`, see `lif.LIFConstants`.
+        x: Input of the layer, `[T * n, ...]`.
+        events: The same as events.
+        time_steps: T.
+        as_bytes: Return uint8, in channels-last format, for `events_of_bytes`.
+
+    Returns:
+        Spikes, `[T * n, ...]`.
+    """
+    shape = events.shape
+    tau, v_threshold, _ = neuron.constants
+    scale, shift = torch.ones(shape.OC), torch.zeros(shape.OC)
+    if type(bn) is not nn.Identity:
+        scale = bn.weight * (bn.running_var.double() + bn.eps).rsqrt().float()
+        shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
+    if layer.bias is not None:
+        shift = torch.addcmul(shift, layer.bias, scale)
+    scale, shift = scale.detach().contiguous(), shift.detach().contiguous()
+    if not float(scale.abs().amax()) * _LIMIT + float(shift.abs().amax()) < 1e38:
+        return None
+    packed = _pack(layer.weight, shape, max(1, events.largest))
+    if packed is None:
+        return None
+    out, view = _empty_output(layer, x, shape, as_bytes)
+    _run(events, packed, time_steps, view, scale, shift, tau, v_threshold)
+    return out
+
+
+def fire_fallback_reason(bn: nn.Module, neuron: nn.Module, neuron_class: Type[nn.Module]) -> Optional[str]:
+    """Return why BN and neuron cannot follow an event-driven product in the same pass; None if they can."""
+    if torch.is_grad_enabled():
+        return 'gradients are recorded'
+    reason = module_fallback_reason(neuron, (neuron_class,))
+    if reason is None and type(bn) is not nn.Identity:
+        reason = module_fallback_reason(bn, (nn.BatchNorm1d, nn.BatchNorm2d))
+        if reason is None and bn.training:
+            reason = 'BatchNorm is in train mode'
+        if reason is None and any(t.dtype != DTYPE for t in (bn.weight, bn.running_var)):
+            reason = f'BatchNorm is not {DTYPE}'
+    elif reason is None:
+        reason = module_fallback_reason(bn, (nn.Identity,))
+    if reason is None and not all(type(c) in (int, float) and math.isfinite(c) for c in neuron.constants[:2]):
+        reason = 'the constants of the neuron are not finite numbers'
+    return reason
+
+
+def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Tensor]:
+    """Return the gradient of the weight of a layer, in its memory format; None if the output's is not finite.
+
+    Args:
+        events: Input of the layer.
+        grad: Gradient of its output, `[n, OC, H', W']` or `[n, OC]`, float32 with any strides.
+        weight: The weight.
+    """
+    loops = compiled.loops()
+    N, H, W, C, OC, size, padding, block = events.shape
+    grad = grad.permute(0, 2, 3, 1) if grad.ndim == 4 else grad[None, :, None]
+    border = size - 1
+    tile_rows = min(H, max(1, _PAIRS // W))
+    tile_images = min(N, max(1, _PAIRS // (tile_rows * W)))
+    num_blocks = -(-OC // loops.BLOCK)
+    out = torch.zeros(num_blocks, size, size, C, loops.BLOCK)
+    assert (tile_rows + border) * (W + border) * tile_images < 1 << 16
+    are_finite = threads.run(loops.weight_gradient, [
+        (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images, tile_rows,
+         8 * start, 8 * stop, max(1, events.largest), out.view(-1).numpy(), loops.BYTE_INDICES, loops.BYTE_COUNTS)
+        for start, stop in threads.split(C // 8, 1, 1 if torch.get_num_threads() == 1 else 2 * torch.get_num_threads())])
+    if not all(are_finite):
+        return None
+    is_direct = weight.ndim == 2 or weight.is_contiguous(memory_format=torch.channels_last)
+    result = torch.empty_like(weight, memory_format=torch.channels_last if weight.ndim == 4 else None)
+    threads.run(loops.unpack_weights, [
+        (out.view(-1).numpy(), OC, C, size * size, start, stop, _flat(result))
+        for start, stop in threads.split(num_blocks, 1)])
+    return result if is_direct else result.contiguous()

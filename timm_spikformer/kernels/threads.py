@@ -1,0 +1,67 @@
+"""Run compiled functions that release the GIL in as many threads as PyTorch uses.
+
+numba's own thread pools are not used: one is not safe under Python threads, another not after a fork.
+"""
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+
+__all__ = ['run', 'split']
+
+_lock = threading.Lock()
+_pool: Optional[ThreadPoolExecutor] = None
+
+
+def _get_pool(num_threads: int) -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None or _pool._max_workers < num_threads:
+            _pool = ThreadPoolExecutor(num_threads, thread_name_prefix='timm_spikformer')
+        return _pool
+
+
+def _reset_after_fork() -> None:
+    """Forget the threads, which exist in the parent process only."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_reset_after_fork)
+
+
+def split(n: int, multiple: int, parts: Optional[int] = None) -> List[Tuple[int, int]]:
+    """Divide `range(n)` into at most `parts` ranges, by default one per thread, whose bounds are multiples of a number."""
+    parts = parts or torch.get_num_threads()
+    size = max(1, -(-n // (parts * multiple))) * multiple
+    return [(start, min(n, start + size)) for start in range(0, n, size)]
+
+
+def run(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]]) -> List[Any]:
+    """Return `function(*item)` of each item, computed in `torch.get_num_threads()` threads, one of them the caller's."""
+    num_threads = min(torch.get_num_threads(), len(items))
+    if num_threads <= 1:
+        return [function(*item) for item in items]
+    results: List[Any] = [None] * len(items)
+    remaining = iter(range(len(items)))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                i = next(remaining, None)
+            if i is None:
+                return
+            results[i] = function(*items[i])
+
+    futures = [_get_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    try:
+        work()
+    finally:
+        for future in futures:  # the caller never waits for threads that other callers keep busy
+            if not future.cancel():
+                future.result()
+    return results
