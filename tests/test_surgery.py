@@ -1,7 +1,7 @@
 """Kernels give the same results as the plain modules for arbitrarily modified models.
 
-The tests use float64, so that rounding does not change spikes. Event-driven products are float32 only; here operators of
-PyTorch take the place of their compiled loops, so that the tests cover when they are used and what they read.
+The tests use float64, so that rounding does not change spikes. Event-driven products are float32 only; here PyTorch's
+operators replace their compiled loops, so that the tests cover when they are used and what they read.
 """
 import contextlib
 import random
@@ -61,7 +61,7 @@ def event_driven_in_double():
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in dict(
-                MIN_MACS=0, MIN_CHANNELS=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64, read_events=read_events,
+                MIN_MACS=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64, read_events=read_events,
                 convolve=lambda layer, x, counted: dense(layer, counted), weight_gradient=weight_gradient,
         ).items():
             monkeypatch.setattr(events, name, value)

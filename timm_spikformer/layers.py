@@ -18,7 +18,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
 from .kernels.events import (
-    Events, count_events, event_fallback_reason, events_of_bytes, fire_events, fire_fallback_reason)
+    Events,
+    count_events,
+    event_fallback_reason,
+    events_of_bytes,
+    fire_events,
+    fire_fallback_reason,
+    is_small,
+)
 from .kernels.lif import norm_lif, norm_lif_fallback_reason
 from .kernels.products import product, product_fallback_reason
 from .kernels.rules import context_fallback_reason, module_fallback_reason, register_class, runs_in_kernel
@@ -441,7 +448,10 @@ def fire_both(first: nn.Module, second: nn.Module, x: Tensor, time_steps: int) -
     if any(module_fallback_reason(unit, (ConvBNLIF, LinearBNLIF)) is not None for unit in (first, second)):
         return None
     num_dims = 2 if type(first) is ConvBNLIF else 3  # of time, batch and tokens
-    spikes, _ = first._multiply_and_fire(x.flatten(0, num_dims - 1), time_steps, time_steps, as_bytes=True)
+    rows = x.flatten(0, num_dims - 1)
+    if is_small(getattr(first, first.layer_name), rows):
+        return None
+    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, as_bytes=True)
     if spikes is None:
         return None
     events = events_of_bytes(getattr(second, second.layer_name), spikes)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_spikformer import explain_kernels, use_kernels
-from timm_spikformer.kernels import compiled, events, products
+from timm_spikformer.kernels import events, products
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
 LAYERS = {
@@ -34,6 +34,7 @@ LAYERS = {
 def small_products_are_event_driven(monkeypatch):
     monkeypatch.setattr(events, 'MIN_MACS', 0)
     monkeypatch.setattr(events, 'MIN_CHANNELS', 1)
+    monkeypatch.setattr(events, 'MIN_CHANNELS_IN_TRAINING', 1)
     monkeypatch.setattr(events, 'MAX_DENSITY', {1: 99., 2: 99., 3: 99.})
 
 

@@ -30,6 +30,8 @@ __all__ = [
     'event_fallback_reason',
     'events_of_bytes',
     'fire_events',
+    'fire_fallback_reason',
+    'is_small',
     'observe_events',
     'read_events',
     'weight_gradient',
@@ -37,10 +39,11 @@ __all__ = [
 
 # Density, in events per input, up to which a product is event-driven, by the kernel size. The measured break-even is
 # higher, 0.4 to 0.6 by shape: `python -m benchmarks events` prints it.
-MAX_DENSITY = {3: 0.4, 2: 0.4, 1: 0.4}
+MAX_DENSITY = {3: 0.45, 2: 0.45, 1: 0.45}
 # Multiply-accumulates of the dense product from which it may be event-driven. In smaller ones, calls cost too much.
 MIN_MACS = 20_000_000
-MIN_CHANNELS = 32  # of input and output
+MIN_CHANNELS = 8  # of input and output, for inference
+MIN_CHANNELS_IN_TRAINING = 16
 CHANNEL_MULTIPLE = 8  # of the input: the loops read 8 bytes at a time
 DTYPE = torch.float32
 
@@ -134,11 +137,20 @@ def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
     if shape is None:
         return 'no event-driven kernel for its kernel size, stride, padding, dilation or groups'
     channels = shape.C // shape.block ** 2
-    if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < MIN_CHANNELS:
+    min_channels = MIN_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else MIN_CHANNELS
+    if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < min_channels:
         return f'{channels} to {shape.OC} channels: too few, or not a multiple of {CHANNEL_MULTIPLE}'
     if shape.macs < MIN_MACS:
         return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to gain'
     return None
+
+
+def is_small(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a product is certainly too small to gain; a quick check that comes before all others."""
+    if type(x) is not Tensor or type(layer) not in _CLASSES[0]:
+        return False
+    weight = layer._parameters.get('weight')
+    return weight is not None and x.ndim > 1 and x.numel() // max(1, x.shape[1]) * weight.numel() < MIN_MACS
 
 
 def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
@@ -151,7 +163,7 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optio
     is_bytes = type(x) is Tensor and x.dtype == torch.uint8
     reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
     if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
-        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products are float32 on a CPU'
+        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products are {DTYPE} on a CPU'
     if reason is None and x is not None:
         reason = _shape_fallback_reason(_shape(layer, x))
     if reason is None and torch._C._len_torch_dispatch_stack() > 0:
@@ -168,6 +180,9 @@ def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
         layer: Convolution, linear layer, or a module that replaces one.
         x: Its input, `[n, C, H, W]` or `[n, C]`.
     """
+    if is_small(layer, x):
+        _observe(layer, None, 'too small to gain')
+        return None
     reason = event_fallback_reason(layer, x)
     events = read_events(layer, x) if runs_in_kernel(lambda: reason) else None
     if events is not None:
@@ -249,7 +264,7 @@ _buffers = threading.local()
 
 
 def _scratch(n: int) -> Tensor:
-    """Return n floats that are valid until the next call in this thread: touching new memory takes longer than packing."""
+    """Return n floats, valid until the next call in this thread. Reuse avoids page faults, which cost more than packing."""
     buffer = getattr(_buffers, 'buffer', None)
     if buffer is None or len(buffer) < n:
         with torch.inference_mode(False):
@@ -258,7 +273,7 @@ def _scratch(n: int) -> Tensor:
 
 
 def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
-    """Return the weights in the order of the loops; None if they are not finite, or so large that sums could overflow."""
+    """Return the weights in the order of the loops; None if they are not finite or so large that sums may overflow."""
     loops = compiled.loops()
     size = shape.kernel_size
     chunk = min(loops.largest_chunk(size), shape.C)
@@ -437,10 +452,12 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
     num_blocks = -(-OC // loops.BLOCK)
     out = torch.zeros(num_blocks, size, size, C, loops.BLOCK)
     assert (tile_rows + border) * (W + border) * tile_images < 1 << 16
+    num_threads = torch.get_num_threads()
     are_finite = threads.run(loops.weight_gradient, [
-        (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images, tile_rows,
-         8 * start, 8 * stop, max(1, events.largest), out.view(-1).numpy(), loops.BYTE_INDICES, loops.BYTE_COUNTS)
-        for start, stop in threads.split(C // 8, 1, 1 if torch.get_num_threads() == 1 else 2 * torch.get_num_threads())])
+        (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images,
+         tile_rows, 8 * start, 8 * stop, max(1, events.largest), out.view(-1).numpy(), loops.BYTE_INDICES,
+         loops.BYTE_COUNTS)
+        for start, stop in threads.split(C // 8, 1, 1 if num_threads == 1 else 2 * num_threads)])
     if not all(are_finite):
         return None
     is_direct = weight.ndim == 2 or weight.is_contiguous(memory_format=torch.channels_last)

@@ -34,14 +34,14 @@ if hasattr(os, 'register_at_fork'):
 
 
 def split(n: int, multiple: int, parts: Optional[int] = None) -> List[Tuple[int, int]]:
-    """Divide `range(n)` into at most `parts` ranges, by default one per thread, whose bounds are multiples of a number."""
+    """Divide `range(n)` into at most `parts` ranges (default: one per thread) with multiples of a number as bounds."""
     parts = parts or torch.get_num_threads()
     size = max(1, -(-n // (parts * multiple))) * multiple
     return [(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 def run(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]]) -> List[Any]:
-    """Return `function(*item)` of each item, computed in `torch.get_num_threads()` threads, one of them the caller's."""
+    """Return `function(*item)` of each item, computed in `torch.get_num_threads()` threads including the caller's."""
     num_threads = min(torch.get_num_threads(), len(items))
     if num_threads <= 1:
         return [function(*item) for item in items]
