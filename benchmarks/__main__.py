@@ -13,7 +13,7 @@ import torch
 
 from . import plot
 
-GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy', 'profiling', 'energy')
+GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy', 'profiling', 'energy', 'events')
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """The dense floor of a step: its convolutions and matrix products alone, on tensors of the same shapes and layouts."""
 import statistics
-import time
 from collections import Counter
 from typing import Any, Callable, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .measure import clock
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.convolution, _aten.convolution_backward, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
@@ -50,8 +51,8 @@ def dense_floor(step: Callable[[], object], repeats: int = 3) -> Tuple[float, in
         times = []
         with torch.no_grad():
             for _ in range(repeats + 1):
-                start = time.perf_counter()
+                start = clock()
                 func(*args)
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
         seconds += count * statistics.median(times[1:])
     return seconds, sum(record.calls.values())

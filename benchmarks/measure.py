@@ -6,6 +6,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Callable, Dict, List, NamedTuple
 
+import torch
+
 
 class Ratio(NamedTuple):
     """Median of the ratios of the rounds, and between which values half of them lie."""
@@ -17,17 +19,22 @@ class Ratio(NamedTuple):
         return f'{self.median:.2f} ({self.low:.2f} to {self.high:.2f})'
 
 
+def clock() -> float:
+    """Return CPU time with one thread, which depends less on other load on the machine, else wall time; in seconds."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def interleave(functions: Dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Dict[str, List[float]]:
-    """Seconds of each function in each round; the machine's moods hit all of them alike."""
+    """Return the seconds of each function in each round. Interleaved, other load on the machine affects all alike."""
     for _ in range(warmup):
         for function in functions.values():
             function()
     times: Dict[str, List[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 

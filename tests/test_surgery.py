@@ -61,8 +61,9 @@ def event_driven_in_double():
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in dict(
-                MIN_MACS=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64, read_events=read_events,
-                convolve=lambda layer, x, counted: dense(layer, counted), weight_gradient=weight_gradient,
+                MIN_MACS=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64,
+                read_events=read_events, convolve=lambda layer, x, counted: dense(layer, counted),
+                weight_gradient=weight_gradient,
         ).items():
             monkeypatch.setattr(events, name, value)
         monkeypatch.setattr(layers, 'fire_events', fire)

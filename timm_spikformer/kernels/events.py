@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import compiled, threads
 from .rules import back_end, fallback_reason, module_fallback_reason, runs_in_kernel
+from .switch import get_kernels
 
 __all__ = [
     'Events',
@@ -166,6 +167,8 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optio
         reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products are {DTYPE} on a CPU'
     if reason is None and x is not None:
         reason = _shape_fallback_reason(_shape(layer, x))
+    if reason is None and get_kernels() == 'dense':
+        reason = 'event-driven products are switched off'
     if reason is None and torch._C._len_torch_dispatch_stack() > 0:
         reason = 'a TorchDispatchMode is active'
     if reason is None and sys.byteorder != 'little':
@@ -264,7 +267,7 @@ _buffers = threading.local()
 
 
 def _scratch(n: int) -> Tensor:
-    """Return n floats, valid until the next call in this thread. Reuse avoids page faults, which cost more than packing."""
+    """Return n floats, valid until the next call in this thread. Reuse avoids page faults."""
     buffer = getattr(_buffers, 'buffer', None)
     if buffer is None or len(buffer) < n:
         with torch.inference_mode(False):

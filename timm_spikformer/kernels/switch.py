@@ -7,12 +7,12 @@ from typing import Iterator, Optional
 __all__ = ['VARIABLE', 'get_kernels', 'set_kernels', 'use_kernels']
 
 VARIABLE = 'TIMM_SPIKFORMER_KERNELS'
-_MODES = ('auto', 'plain')
+_MODES = ('auto', 'dense', 'plain')
 
 
 def _check(mode: str, source: str) -> str:
     if mode not in _MODES:
-        raise ValueError(f"{source} must be 'auto' or 'plain', got {mode!r}.")
+        raise ValueError(f"{source} must be 'auto', 'dense' or 'plain', got {mode!r}.")
     return mode
 
 
@@ -21,7 +21,7 @@ _override: ContextVar[Optional[str]] = ContextVar('kernels', default=None)
 
 
 def get_kernels() -> str:
-    """Return the mode in force here: `'auto'` or `'plain'`.
+    """Return the mode in force here: `'auto'`, `'dense'` or `'plain'`.
 
     >>> get_kernels()
     'auto'
@@ -35,11 +35,12 @@ def set_kernels(mode: str) -> None:
     The environment variable `TIMM_SPIKFORMER_KERNELS` sets it before the first import.
 
     Args:
-        mode: `'auto'` runs a kernel wherever it may stand in for modules; `'plain'` runs the modules alone, and is the
+        mode: `'auto'` runs a kernel wherever it can replace modules. `'dense'` does so except for event-driven
+            products, whose float32 sums round differently from PyTorch's. `'plain'` runs the modules alone, and is the
             reference that every kernel is tested against.
 
     Raises:
-        ValueError: The mode is neither.
+        ValueError: The mode is none of these.
 
     >>> set_kernels('auto')
     """
@@ -57,7 +58,7 @@ def use_kernels(mode: str) -> Iterator[None]:
         mode: As in `set_kernels`.
 
     Raises:
-        ValueError: The mode is neither `'auto'` nor `'plain'`.
+        ValueError: The mode is not `'auto'`, `'dense'` or `'plain'`.
 
     >>> with use_kernels('plain'):
     ...     get_kernels()
