@@ -112,7 +112,11 @@ class SpikingSelfAttention(nn.Module):
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
         """Return why `attn_lif` does not run in a kernel, None if it does: see `explain_kernels`."""
-        reason = None if type(self.attn_lif) is LIF else f'attn_lif is a {type(self.attn_lif).__name__}'
+        reason = None
+        if type(self.attn_lif) is not LIF:
+            reason = f'attn_lif is a {type(self.attn_lif).__name__}'
+        elif not self.attn_lif.constants.are_numbers:
+            reason = 'the constants of attn_lif are not numbers'
         return [('attn_lif', reason or context_fallback_reason())]
 
 

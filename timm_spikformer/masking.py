@@ -8,12 +8,14 @@ patch at the resolution of the map.
 `apply_to_patches` calls any module on the masked maps, `[n * B, C, H, W]`. For a plain convolution or pooling layer it
 computes the same from the visible patches alone, and saves the work at masked positions.
 """
+import copy
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernels.products import product
 from .kernels.rules import fallback_reason, runs_in_kernel
 
 __all__ = [
@@ -143,6 +145,13 @@ def conv3x3_of_patches(
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
 
+def _without_padding(layer: nn.Conv2d) -> nn.Conv2d:
+    """Return a layer with the same parameters that does not pad its input."""
+    layer = copy.copy(layer)
+    layer.padding = (0, 0)
+    return layer
+
+
 def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
     """Compute `apply_to_patches` from the visible patches only; return None if `layer` needs the full maps."""
     classes = nn.Conv2d, nn.MaxPool2d, nn.Identity
@@ -157,10 +166,12 @@ def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional
             return None
         return F.max_pool2d(with_halo(x, visible, -torch.inf), 3, 2).unflatten(0, (n, -1))
     args = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    if args == ((3, 3), (1, 1), (1, 1), (1, 1)):
+    if args == ((3, 3), (1, 1), (1, 1), (1, 1)) and p > 2:
+        out = product(_without_padding(layer), with_halo(x, visible))
+    elif args == ((3, 3), (1, 1), (1, 1), (1, 1)):
         out = conv3x3_of_patches(x, layer.weight, visible, layer.bias, layer.groups)
     elif args[0] == args[1] and args[2:] == ((0, 0), (1, 1)) and p % args[0][0] == 0 and p % args[0][1] == 0:
-        out = F.conv2d(x.flatten(0, 1), layer.weight, layer.bias, layer.stride, groups=layer.groups)
+        out = product(layer, x.flatten(0, 1))
     else:
         return None
     return out.unflatten(0, (n, -1))

@@ -91,7 +91,7 @@ def _run_kernel(
         membrane: Initial membranes: see `lif_cpu`.
     """
     is_supported = type(x) is Tensor and x.is_floating_point() and x.numel() > 0
-    if not is_supported or any(type(value) not in (float, int) for value in constants):
+    if not is_supported or not constants.are_numbers:
         return None
     if not runs_in_kernel(context_fallback_reason):
         return None

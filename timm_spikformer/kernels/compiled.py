@@ -1,54 +1,106 @@
-"""Compile the loops of event-driven products with numba, at first use, and keep them on disk."""
+"""Compile the loops of event-driven products with numba, each at its first call, and keep them on disk.
+
+Compiling depends on nothing but the call, not on how much work has come before: otherwise the same input would give
+other bits once it has happened. Small products do not ask for the loops, so small models do not wait for them.
+"""
 import functools
 import hashlib
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 __all__ = ['loops', 'unavailable_reason']
 
 _lock = threading.RLock()
 _HELPERS = ('_append_row', '_all_within', '_fire', '_copy', '_clear', '_transpose', '_add', '_copy_and_check')
-_FUNCTIONS = ('read_events', 'pack_weights', 'unpack_weights', 'convolve', 'weight_gradient')
+_LOOPS = ('read_events', 'pack_weights', 'unpack_weights', 'convolve', 'weight_gradient')
 
 
-def _cache_dir() -> str:
-    """Return a folder for compiled code that depends on the source, as numba does not notice all changes of it."""
+@functools.cache
+def _cache_folder() -> Optional[Path]:
+    """Return the folder for compiled code, None if none can be written.
+
+    It is named by the source code, as numba does not notice all changes of it.
+    """
     digest = hashlib.sha256()
     for name in ('compiled.py', 'event_loops.py', 'simd.py'):
         digest.update(Path(__file__).with_name(name).read_bytes())
-    base = os.environ.get('NUMBA_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'timm_spikformer')
-    return str(Path(base, f'event_loops-{digest.hexdigest()[:16]}').expanduser())
+    base = os.environ.get('NUMBA_CACHE_DIR') or os.path.join(
+        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'timm_spikformer')
+    folder = Path(base, f'event_loops-{digest.hexdigest()[:16]}').absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
-def _compile(function: Any) -> Any:
+def _jit(function: Callable[..., Any], has_cache: bool) -> Any:
     import numba
     from numba.core import config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = _cache_dir()
+    folder = _cache_folder() if has_cache else None
+    if folder is None:
+        return numba.njit(nogil=True, error_model='numpy')(function)
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         return numba.njit(nogil=True, error_model='numpy', cache=True)(function)
-    except RuntimeError:  # no folder can be written: compile in every process
-        return numba.njit(nogil=True, error_model='numpy')(function)
     finally:
         config.CACHE_DIR = before
 
 
 @functools.cache
+def _announce() -> None:
+    folder = _cache_folder()
+    kept = f'kept in {folder}' if folder else 'not kept, as no cache folder can be written: set NUMBA_CACHE_DIR'
+    print(
+        f'timm_spikformer: compiling event-driven kernels for this machine, which takes some seconds ({kept}). '
+        'TIMM_SPIKFORMER_KERNELS=dense disables them.', file=sys.stderr)
+
+
+class _Loop:
+    """A function that is compiled, or loaded from disk, at its first call."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.compiled: Optional[Callable[..., Any]] = None
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.compiled or self._compile(args))(*args)
+
+    def _compile(self, args: Tuple[Any, ...]) -> Callable[..., Any]:
+        import numba
+        with _lock:
+            if self.compiled is None:
+                folder = _cache_folder()
+                if folder is None or not any(folder.rglob(f'event_loops.{self.function.__name__}-*.nbi')):
+                    _announce()
+                types = tuple(numba.typeof(arg) for arg in args)
+                compiled = _jit(self.function, has_cache=True)
+                try:
+                    compiled.compile(types)
+                except Exception:  # of the files: a full disk, damaged code
+                    compiled = _jit(self.function, has_cache=False)
+                    compiled.compile(types)
+                self.compiled = compiled
+            return self.compiled
+
+
+@functools.cache
 def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
-    """Return the compiled loops, or why there are none."""
+    """Return the loops, or why there are none."""
     try:
         from . import event_loops, simd
     except ImportError as e:  # numba is absent, or does not support this NumPy
         return None, f'event-driven products need numba (pip install numba): {e}'
     for name in _HELPERS:
-        setattr(event_loops, name, _compile(getattr(event_loops, name)))
+        setattr(event_loops, name, _jit(getattr(event_loops, name), has_cache=True))
     return SimpleNamespace(
         BLOCK=simd.BLOCK, BYTE_INDICES=simd.BYTE_INDICES, BYTE_COUNTS=simd.BYTE_COUNTS,
         largest_chunk=event_loops.largest_chunk, float32=event_loops.np.float32,
-        **{name: _compile(getattr(event_loops, name)) for name in _FUNCTIONS}), None
+        **{name: _Loop(getattr(event_loops, name)) for name in _LOOPS}), None
 
 
 def unavailable_reason() -> Optional[str]:

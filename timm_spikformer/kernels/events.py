@@ -433,7 +433,7 @@ def fire_fallback_reason(bn: nn.Module, neuron: nn.Module, neuron_class: Type[nn
             reason = f'BatchNorm is not {DTYPE}'
     elif reason is None:
         reason = module_fallback_reason(bn, (nn.Identity,))
-    if reason is None and not all(type(c) in (int, float) and math.isfinite(c) for c in neuron.constants[:2]):
+    if reason is None and not (neuron.constants.are_numbers and all(map(math.isfinite, neuron.constants))):
         reason = 'the constants of the neuron are not finite numbers'
     return reason
 

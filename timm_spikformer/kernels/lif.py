@@ -30,6 +30,11 @@ class LIFConstants(NamedTuple):
     v_threshold: float
     alpha: float
 
+    @property
+    def are_numbers(self) -> bool:
+        """Whether they are Python numbers, which kernels need, and not tensors that may get gradients."""
+        return all(type(value) in (float, int) for value in self)
+
 
 class Norm(NamedTuple):
     """Normalization by BatchNorm, `(x - mean) * invstd * weight + bias`; mean and invstd are `[C]`.
@@ -371,7 +376,7 @@ def norm_lif_fallback_reason(
     reason = fallback_reason((bn, neuron), (_NORMS, (neuron_class,)), x)
     if reason is not None:
         return reason
-    if any(type(value) not in (float, int) for value in neuron.constants):
+    if not neuron.constants.are_numbers:
         return f'a constant of the {type(neuron).__name__} is a tensor'
     weight = bn._parameters['weight']
     if back_end(weight) != 'cpu':
