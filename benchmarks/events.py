@@ -194,7 +194,8 @@ def run(quick: bool) -> Dict[str, object]:
             title = f'{name}, T = {time_steps}, batch {batch_size}, {step}'
             entry = measure_model(model, x[:batch_size], is_training, 1 if quick else 3)
             results[f'{title}, rate {rate}'] = {'rate': found, **entry}
-            print(f'  {title}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, {entry["dense"]:.2f} without')
+            print(
+                f'  {title}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, {entry["dense"]:.2f} without')
     if not quick:
         memory = {mode: peak_memory(_training_of, mode, MODELS[0], 4, 1, 0.13) for mode in ('events', 'dense')}
         results['memory_mib'] = memory

@@ -14,7 +14,7 @@ from surgeries import SURGERIES
 from torch import nn
 
 from timm_spikformer import Spikformer, SpikformerMAE, layers, use_kernels
-from timm_spikformer.kernels import events
+from timm_spikformer.kernels import events, products
 from timm_spikformer.kernels.lif import norm_lif
 from timm_spikformer.neurons import lif_plain
 
@@ -62,10 +62,11 @@ def event_driven_in_double():
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in dict(
                 MIN_MACS=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64,
-                read_events=read_events, convolve=lambda layer, x, counted: dense(layer, counted),
-                weight_gradient=weight_gradient,
+                read_events=read_events,
         ).items():
             monkeypatch.setattr(events, name, value)
+        monkeypatch.setattr(products, 'convolve', lambda layer, x, counted: dense(layer, counted))
+        monkeypatch.setattr(products, 'weight_gradient', weight_gradient)
         monkeypatch.setattr(layers, 'fire_events', fire)
         yield
 

@@ -145,8 +145,8 @@ class SpikingMLP(nn.Module):
         self.drop2 = nn.Dropout(drop) if drop > 0. else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and module_fallback_reason(self.drop1, (nn.Identity,)) is None:
-            out = fire_both(self.fc1, self.fc2, x, x.shape[0])
+        if not torch.jit.is_scripting():
+            out = fire_both(self.fc1, self.drop1, self.fc2, x, x.shape[0])
             if out is not None:
                 return self.drop2(out)
         x = self.drop1(self.fc1(x))
@@ -284,6 +284,7 @@ class _Unit(nn.Module):
             input_steps: int,
             time_steps: int,
             events: Optional[Events] = None,
+            is_fused: bool = False,
             as_bytes: bool = False,
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """Return the spikes of the unit if one event-driven kernel can compute them; else the product of its layer.
@@ -293,7 +294,8 @@ class _Unit(nn.Module):
             input_steps: S: T, or 1 if all time steps are the same.
             time_steps: T.
             events: The input as events, if they have been counted.
-            as_bytes: Return spikes as bytes: see `fire_events`. Otherwise nothing is computed.
+            is_fused: Compute nothing if no kernel can compute the spikes.
+            as_bytes: Return spikes as bytes: see `fire_events`.
 
         Returns:
             The spikes `[T * n, C', ...]` or None, and the product or None.
@@ -306,7 +308,7 @@ class _Unit(nn.Module):
                 spikes = fire_events(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
                 if spikes is not None:
                     return spikes, None
-        return None, None if as_bytes else product(layer, x, events)
+        return None, None if is_fused else product(layer, x, events)
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
@@ -436,31 +438,43 @@ register_class(ConvBNLIF)
 register_class(LinearBNLIF)
 
 
-def fire_both(first: nn.Module, second: nn.Module, x: Tensor, time_steps: int) -> Optional[Tensor]:
+def fire_both(
+        first: nn.Module,
+        between: Optional[nn.Module],
+        second: nn.Module,
+        x: Tensor,
+        time_steps: int,
+) -> Optional[Tensor]:
     """Return the spikes of `second(first(x))`, with those between the two units as bytes; None if they must be called.
 
     For inference, if both are event-driven and nothing observes what is passed between them.
 
     Args:
         first: A unit of this module, or a module that replaces one.
-        second: The same.
+        between: A module between the two; bytes are passed only if it is None or an identity.
+        second: As `first`.
         x: `[T, B, ...]`.
         time_steps: T.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.shape[0] != time_steps:
+    if context_fallback_reason() is not None or torch.is_grad_enabled() or type(x) is not Tensor:
+        return None
+    if x.shape[0] != time_steps:
         return None
     if any(module_fallback_reason(unit, (ConvBNLIF, LinearBNLIF)) is not None for unit in (first, second)):
+        return None
+    if between is not None and module_fallback_reason(between, (nn.Identity,)) is not None:
         return None
     num_dims = 2 if type(first) is ConvBNLIF else 3  # of time, batch and tokens
     rows = x.flatten(0, num_dims - 1)
     if is_small(getattr(first, first.layer_name), rows):
         return None
-    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, as_bytes=True)
+    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, is_fused=True, as_bytes=True)
     if spikes is None:
         return None
     events = events_of_bytes(getattr(second, second.layer_name), spikes)
     if events is not None:
-        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events)
-        return out.unflatten(0, x.shape[:num_dims])
+        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events, is_fused=True)
+        if out is not None:
+            return out.unflatten(0, x.shape[:num_dims])
     spikes = spikes.float().unflatten(0, x.shape[:num_dims])
     return second(spikes, time_steps) if type(second) is ConvBNLIF else second(spikes)

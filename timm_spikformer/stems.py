@@ -72,8 +72,8 @@ class SpikingConvStage(_Stage):
 
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
         x = self.down(x, time_steps, visible)
-        if not torch.jit.is_scripting() and visible is None:
-            out = fire_both(self.expand, self.contract, x, time_steps)
+        if not torch.jit.is_scripting():
+            out = fire_both(self.expand, None, self.contract, x, time_steps) if visible is None else None
             if out is not None:
                 return x + out
         return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)

@@ -326,7 +326,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     code = """
         import numpy as np
         from timm_spikformer.kernels import compiled
-        loops = compiled.loops()
+        loops = compiled.load_loops()
         x = np.array([0, 1, 2], np.float32)
         print(loops.read_events(x, 0, 3, np.empty(3, np.uint8)))"""
     out = subprocess.run(

@@ -5,6 +5,7 @@ other bits once it has happened. Small products do not ask for the loops, so sma
 """
 import functools
 import hashlib
+import inspect
 import os
 import sys
 import threading
@@ -12,11 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Optional, Tuple
 
-__all__ = ['loops', 'unavailable_reason']
+__all__ = ['load_loops', 'unavailable_reason']
 
 _lock = threading.RLock()
 _HELPERS = ('_append_row', '_all_within', '_fire', '_copy', '_clear', '_transpose', '_add', '_copy_and_check')
-_LOOPS = ('read_events', 'pack_weights', 'unpack_weights', 'convolve', 'weight_gradient')
 
 
 @functools.cache
@@ -26,8 +26,8 @@ def _cache_folder() -> Optional[Path]:
     It is named by the source code, as numba does not notice all changes of it.
     """
     digest = hashlib.sha256()
-    for name in ('compiled.py', 'event_loops.py', 'simd.py'):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for function in (_cache_folder, *_functions()):
+        digest.update(Path(inspect.getfile(inspect.unwrap(function))).read_bytes())
     base = os.environ.get('NUMBA_CACHE_DIR') or os.path.join(
         os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'timm_spikformer')
     folder = Path(base, f'event_loops-{digest.hexdigest()[:16]}').absolute()
@@ -75,7 +75,7 @@ class _Loop:
         with _lock:
             if self.compiled is None:
                 folder = _cache_folder()
-                if folder is None or not any(folder.rglob(f'event_loops.{self.function.__name__}-*.nbi')):
+                if folder is None or not any(folder.rglob(f'*.{self.function.__name__}-*.nbi')):
                     _announce()
                 types = tuple(numba.typeof(arg) for arg in args)
                 compiled = _jit(self.function, has_cache=True)
@@ -88,19 +88,27 @@ class _Loop:
             return self.compiled
 
 
+def _functions() -> Tuple[Callable[..., Any], ...]:
+    from .event_loops import convolve, pack_weights, read_events, unpack_weights, weight_gradient
+    from .simd import add_rows_plain  # for its file
+    return read_events, pack_weights, unpack_weights, convolve, weight_gradient, add_rows_plain
+
+
 @functools.cache
 def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
     """Return the loops, or why there are none."""
     try:
-        from . import event_loops, simd
+        *functions, _ = _functions()
+        from .event_loops import largest_chunk
+        from .simd import BLOCK, BYTE_COUNTS, BYTE_INDICES
     except ImportError as e:  # numba is absent, or does not support this NumPy
         return None, f'event-driven products need numba (pip install numba): {e}'
-    for name in _HELPERS:
-        setattr(event_loops, name, _jit(getattr(event_loops, name), has_cache=True))
+    names = vars(sys.modules[largest_chunk.__module__])
+    for name in _HELPERS:  # the loops call them by these names
+        names[name] = _jit(names[name], has_cache=True)
     return SimpleNamespace(
-        BLOCK=simd.BLOCK, BYTE_INDICES=simd.BYTE_INDICES, BYTE_COUNTS=simd.BYTE_COUNTS,
-        largest_chunk=event_loops.largest_chunk, float32=event_loops.np.float32,
-        **{name: _Loop(getattr(event_loops, name)) for name in _LOOPS}), None
+        BLOCK=BLOCK, BYTE_INDICES=BYTE_INDICES, BYTE_COUNTS=BYTE_COUNTS, largest_chunk=largest_chunk,
+        **{f.__name__: _Loop(f) for f in functions}), None
 
 
 def unavailable_reason() -> Optional[str]:
@@ -109,7 +117,7 @@ def unavailable_reason() -> Optional[str]:
         return _load()[1]
 
 
-def loops() -> SimpleNamespace:
+def load_loops() -> SimpleNamespace:
     """Return the compiled functions and the constants of `event_loops`."""
     with _lock:
         return _load()[0]

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import compiled, threads
+from .compiled import load_loops, unavailable_reason
 from .rules import back_end, fallback_reason, module_fallback_reason, runs_in_kernel
 from .switch import get_kernels
+from .threads import run_in_threads, split_range
 
 __all__ = [
     'Events',
@@ -35,6 +36,7 @@ __all__ = [
     'is_small',
     'observe_events',
     'read_events',
+    'restore_input',
     'weight_gradient',
 ]
 
@@ -173,7 +175,7 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optio
         reason = 'a TorchDispatchMode is active'
     if reason is None and sys.byteorder != 'little':
         reason = 'event-driven products need a little-endian machine'
-    return reason or compiled.unavailable_reason()
+    return reason or unavailable_reason()
 
 
 def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
@@ -183,6 +185,8 @@ def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
         layer: Convolution, linear layer, or a module that replaces one.
         x: Its input, `[n, C, H, W]` or `[n, C]`.
     """
+    if torch.compiler.is_compiling():
+        return None
     if is_small(layer, x):
         _observe(layer, None, 'too small to gain')
         return None
@@ -212,9 +216,9 @@ def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     x = (x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()).detach()
     values = torch.empty(x.shape, dtype=torch.uint8)
     source, target = x.view(-1).numpy(), values.view(-1).numpy()
-    results = threads.run(
-        compiled.loops().read_events,
-        [(source, start, stop, target) for start, stop in threads.split(len(source), 1 << 16)])
+    results = run_in_threads(
+        load_loops().read_events,
+        [(source, start, stop, target) for start, stop in split_range(len(source), 1 << 16)])
     total, largest = 0, 0
     for part, part_largest in results:
         if part < 0:
@@ -277,7 +281,7 @@ def _scratch(n: int) -> Tensor:
 
 def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
     """Return the weights in the order of the loops; None if they are not finite or so large that sums may overflow."""
-    loops = compiled.loops()
+    loops = load_loops()
     size = shape.kernel_size
     chunk = min(loops.largest_chunk(size), shape.C)
     num_blocks = -(-shape.OC // loops.BLOCK)
@@ -285,9 +289,9 @@ def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
     weight = weight.detach()
     flat = (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).reshape(-1).numpy()  # [OC, k, k, C]
     limit = _LIMIT / (size * size * shape.C * largest)
-    is_fine = threads.run(loops.pack_weights, [
+    is_fine = run_in_threads(loops.pack_weights, [
         (flat, shape.OC, shape.C, size * size, chunk, start, stop, limit, packed.numpy())
-        for start, stop in threads.split(num_blocks, 1)])
+        for start, stop in split_range(num_blocks, 1)])
     return packed if all(is_fine) else None
 
 
@@ -296,8 +300,8 @@ def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
     num_threads = torch.get_num_threads()
     if num_threads == 1:
         return [(0, num_tiles, 0, num_blocks)]
-    tiles = threads.split(num_tiles, 1, 4 * num_threads)
-    blocks = threads.split(num_blocks, 1, max(1, -(-2 * num_threads // len(tiles))))
+    tiles = split_range(num_tiles, 1, 4 * num_threads)
+    blocks = split_range(num_blocks, 1, max(1, -(-2 * num_threads // len(tiles))))
     return [(*tile, *block) for tile in tiles for block in blocks]
 
 
@@ -318,7 +322,7 @@ def _run(
         v_threshold: float = 1.,
 ) -> None:
     """Run `event_loops.convolve`; `out` is `[N, H', W', OC]`, with any strides. Without a scale, no neurons follow."""
-    loops = compiled.loops()
+    loops = load_loops()
     N, H, W, C, OC, size, padding, _ = events.shape
     T = time_steps
     if N == 1 and T > 1:  # a linear layer: [T * R, 1, 1, C] as T images of R rows
@@ -335,10 +339,10 @@ def _run(
     scale = nn.functional.pad(scale, missing) if is_fused else shift
     is_bytes = out.dtype == torch.uint8
     outputs = torch.empty(0).numpy() if is_bytes else _flat(out), _flat(out) if is_bytes else _NO_BYTES
-    threads.run(loops.convolve, [
+    run_in_threads(loops.convolve, [
         (events.values.view(-1).numpy(), packed.numpy(), T, B, H, W, C, OC, size, padding,
          min(loops.largest_chunk(size), C), tile_rows, *item, max(1, events.largest), *outputs, *out.stride(), is_fused,
-         scale.numpy(), shift.numpy(), loops.float32(tau), loops.float32(v_threshold), loops.BYTE_INDICES,
+         scale.numpy(), shift.numpy(), np.float32(tau), np.float32(v_threshold), loops.BYTE_INDICES,
          loops.BYTE_COUNTS)
         for item in _items(num_tiles, num_blocks)])
 
@@ -446,7 +450,7 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
         grad: Gradient of its output, `[n, OC, H', W']` or `[n, OC]`, float32 with any strides.
         weight: The weight.
     """
-    loops = compiled.loops()
+    loops = load_loops()
     N, H, W, C, OC, size, padding, block = events.shape
     grad = grad.permute(0, 2, 3, 1) if grad.ndim == 4 else grad[None, :, None]
     border = size - 1
@@ -456,16 +460,16 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
     out = torch.zeros(num_blocks, size, size, C, loops.BLOCK)
     assert (tile_rows + border) * (W + border) * tile_images < 1 << 16
     num_threads = torch.get_num_threads()
-    are_finite = threads.run(loops.weight_gradient, [
+    are_finite = run_in_threads(loops.weight_gradient, [
         (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images,
          tile_rows, 8 * start, 8 * stop, max(1, events.largest), out.view(-1).numpy(), loops.BYTE_INDICES,
          loops.BYTE_COUNTS)
-        for start, stop in threads.split(C // 8, 1, 1 if num_threads == 1 else 2 * num_threads)])
+        for start, stop in split_range(C // 8, 1, 1 if num_threads == 1 else 2 * num_threads)])
     if not all(are_finite):
         return None
     is_direct = weight.ndim == 2 or weight.is_contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(weight, memory_format=torch.channels_last if weight.ndim == 4 else None)
-    threads.run(loops.unpack_weights, [
+    run_in_threads(loops.unpack_weights, [
         (out.view(-1).numpy(), OC, C, size * size, start, stop, _flat(result))
-        for start, stop in threads.split(num_blocks, 1)])
+        for start, stop in split_range(num_blocks, 1)])
     return result if is_direct else result.contiguous()

@@ -7,8 +7,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import events as event_driven
-from .events import Events, count_events
+from .events import Events, convolve, count_events, restore_input, weight_gradient
 from .rules import back_end, fallback_reason, runs_in_kernel
 
 __all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
@@ -115,11 +114,11 @@ class _EventProduct(torch.autograd.Function):
         values, weight = ctx.saved_tensors
         events = ctx.events._replace(values=values)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_weight = event_driven.weight_gradient(events, grad, weight) if needs_weight else None
+        grad_weight = weight_gradient(events, grad, weight) if needs_weight else None
         x = grad.new_empty(1).expand(ctx.x_shape)
         needs_dense = needs_weight and grad_weight is None
         if needs_dense:
-            x = event_driven.restore_input(events, not ctx.conv_args)
+            x = restore_input(events, not ctx.conv_args)
         grads = _dense_backward(grad, x, weight, ctx.conv_args, (needs_x, needs_dense, needs_bias))
         return grads[0], grads[1] if needs_dense else grad_weight, grads[2], None, None, None
 
@@ -169,7 +168,7 @@ def product(layer: nn.Module, x: Tensor, events: Optional[Events] = None) -> Ten
         events = count_events(layer, x)
     if events is not None and events.are_few:
         with torch.no_grad():
-            out = event_driven.convolve(layer, x, events)
+            out = convolve(layer, x, events)
         if out is not None:
             has_grad = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             if torch.is_grad_enabled() and has_grad:

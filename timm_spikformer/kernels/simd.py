@@ -6,9 +6,13 @@ selects the instructions of the machine (AVX2, AVX-512, NEON), so none of these 
 This module imports numba, so it is imported only by `event_loops`.
 """
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+try:  # transformers takes imports outside of try for requirements of remote code
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+except ImportError:
+    raise
 
 __all__ = [
     'BLOCK',

@@ -9,7 +9,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ['run', 'split']
+__all__ = ['run_in_threads', 'split_range']
 
 _lock = threading.Lock()
 _pool: Optional[ThreadPoolExecutor] = None
@@ -33,14 +33,14 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-def split(n: int, multiple: int, parts: Optional[int] = None) -> List[Tuple[int, int]]:
+def split_range(n: int, multiple: int, parts: Optional[int] = None) -> List[Tuple[int, int]]:
     """Divide `range(n)` into at most `parts` ranges (default: one per thread) with multiples of a number as bounds."""
     parts = parts or torch.get_num_threads()
     size = max(1, -(-n // (parts * multiple))) * multiple
     return [(start, min(n, start + size)) for start in range(0, n, size)]
 
 
-def run(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]]) -> List[Any]:
+def run_in_threads(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]]) -> List[Any]:
     """Return `function(*item)` of each item, computed in `torch.get_num_threads()` threads including the caller's."""
     num_threads = min(torch.get_num_threads(), len(items))
     if num_threads <= 1:
