@@ -209,9 +209,9 @@ def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
         write_report(tmp_path, [result])
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('index.html', 'precious')]
     (tmp_path / 'index.html').unlink()
-    with write_file(tmp_path / 'results.json') as partial:
+    with write_file(tmp_path / 'results.json', 'demo') as partial:
         partial.write_text('{}')
-    with pytest.raises(ValueError, match='holds results.json, which another command of timm-spikformer wrote'):
+    with pytest.raises(ValueError, match='holds results.json, which `timm-spikformer demo` wrote. Name another'):
         write_report(tmp_path, [result])
 
 
