@@ -239,6 +239,20 @@ def test_a_signal_leaves_nothing(number, message, tmp_path):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands for the disk; safetensors raises an error of its own."""
+    torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+    result = run('convert', tmp_path / 'a.pth', '--model', 'test_spikformer_v2', '--output', tmp_path / 'out', code="""
+        import signal, sys
+        from resource import RLIMIT_FSIZE, setrlimit
+        import timm_spikformer_cli
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        setrlimit(RLIMIT_FSIZE, (100_000, 100_000))
+        timm_spikformer_cli.main(sys.argv[1:])""", check=False)
+    assert result.stderr.splitlines()[-1].startswith(f'error: {tmp_path / "out"}: File too large; nothing was written.')
+    assert 'Traceback' not in result.stderr and os.listdir(tmp_path) == ['a.pth']
+
+
 def test_ctrl_c_before_the_arguments_are_parsed(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

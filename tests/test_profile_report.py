@@ -388,6 +388,8 @@ def test_command_in_any_terminal(encoding, width, tmp_path):
     (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
     ([SHIPPED, '--time-steps', '0'], '--time-steps must be at least 1'),
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
+    ([SHIPPED, '--time-steps', '1', f'1{"0" * 25}'], '--time-steps must be at most 2147483647'),
+    ([SHIPPED, '--batch-size', f'1{"0" * 25}'], '--batch-size must be at most 2147483647'),
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
     ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
     ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),

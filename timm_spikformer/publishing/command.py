@@ -68,7 +68,7 @@ def read_labels(path: Optional[str]) -> Optional[List[str]]:
     """Read class names, one on each line.
 
     Raises:
-        ValueError: The file is missing, is not text in UTF-8, or has an empty line, or a name twice.
+        ValueError: The file is missing, is not text in UTF-8, or has an empty line.
     """
     if path is None:
         return None
@@ -80,11 +80,6 @@ def read_labels(path: Optional[str]) -> Optional[List[str]]:
     empty = next((i for i, label in enumerate(labels) if not label.strip()), None)
     if empty is not None:
         raise ValueError(f'Line {empty + 1} of {path} is empty. Expected one name on each line.')
-    twice = next((i for i, label in enumerate(labels) if label in labels[:i]), None)
-    if twice is not None:
-        raise ValueError(
-            f'Line {twice + 1} of {path} is {labels[twice]!r}, as line {labels.index(labels[twice]) + 1} is. Expected '
-            f'another name for each class.')
     return labels
 
 
