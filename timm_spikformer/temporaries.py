@@ -60,13 +60,12 @@ def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Ite
 
 def remove_stale(target: Path, parent: Path) -> None:
     """Remove the temporary files and folders of a target that killed processes have left; `parent` is locked."""
-    with suppress(OSError):
-        for name in os.listdir(parent):
-            if name.startswith(_prefix(target)):
-                descriptor = _try_lock(parent / name)
-                if descriptor is not None:  # its process has ended
-                    os.close(descriptor)
-                    discard(parent / name)
+    with suppress(OSError), os.scandir(parent) as entries:
+        for path in [parent / entry.name for entry in entries if entry.name.startswith(_prefix(target))]:
+            descriptor = _try_lock(path)
+            if descriptor is not None:  # its process has ended
+                os.close(descriptor)
+                discard(path)
 
 
 @contextmanager
