@@ -110,18 +110,18 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 def _run(argv: List[str]) -> None:
     chosen = next((word for word in argv if not word.startswith('-')), '')
-    args = create_parser(chosen).parse_args(argv)
-    command = COMMANDS[args.command]
-    del args.command
-    path = f'{command.part}.command'
+    command, said = None, 'No partial output was written.'
     try:
+        args = create_parser(chosen).parse_args(argv)
+        command = COMMANDS[args.command]
+        del args.command
+        path = f'{command.part}.command'
         with _raise_on_termination():
             module = load_light(path) if command.is_light else importlib.import_module(f'{_PACKAGE}.{path}')
             getattr(module, command.run)(args)
     except KeyboardInterrupt:
-        light = load_light(path)
-        said = light.interrupted(args) if hasattr(light, 'interrupted') else 'No partial output was written.'
-        sys.exit(f'\nInterrupted. {said}')
+        light = load_light(f'{command.part}.command') if command else None
+        sys.exit(f'\nInterrupted. {light.interrupted(args) if hasattr(light, "interrupted") else said}')
     except BrokenPipeError:
         raise
     except Exception as e:

@@ -239,6 +239,29 @@ def test_a_signal_leaves_nothing(number, message, tmp_path):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands for the disk; safetensors raises an error of its own."""
+    torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+    result = run('convert', tmp_path / 'a.pth', '--model', 'test_spikformer_v2', '--output', tmp_path / 'out', code="""
+        import signal, sys
+        from resource import RLIMIT_FSIZE, setrlimit
+        import timm_spikformer_cli
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        setrlimit(RLIMIT_FSIZE, (100_000, 100_000))
+        timm_spikformer_cli.main(sys.argv[1:])""", check=False)
+    assert result.stderr.splitlines()[-1].startswith(f'error: {tmp_path / "out"}: File too large; nothing was written.')
+    assert 'Traceback' not in result.stderr and os.listdir(tmp_path) == ['a.pth']
+
+
+def test_ctrl_c_before_the_arguments_are_parsed(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_spikformer_cli.create_parser', interrupt)
+    with pytest.raises(SystemExit, match='^\nInterrupted. No partial output was written.$'):
+        cli.main(['demo'])
+
+
 def test_handlers_of_signals_are_put_back(capsys):
     cli.main(['recipe'])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -281,6 +304,9 @@ def test_configurations_are_printed_and_written(tmp_path, capsys, monkeypatch):
     cli.main(['config', 'spikformer_v2_8_512', '--output', 'out'])
     assert {p.name: p.read_text() for p in folder.iterdir()} == {
         p.name: p.read_text() for p in Path('out').iterdir() if not p.name.startswith('.')}
+    cli.main(['config', 'spikformer_v2_8_512', '--output', 'out'])
+    with pytest.raises(SystemExit, match='which `timm-spikformer config spikformer_v2_8_512` wrote. Name another'):
+        cli.main(['config', 'spikformer_8_384', '--output', 'out'])
     cli.main(['config', 'pretrain_imagenet', '--output', 'args.json'])
     assert Path('args.json').read_text() == (ROOT / 'hf_configs' / 'args' / 'pretrain_imagenet.json').read_text()
 

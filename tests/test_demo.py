@@ -1,5 +1,6 @@
 """The demo at the size of a test: a tiny model, few images, the console script's own entry point."""
 import json
+import math
 import os
 import shlex
 import shutil
@@ -113,6 +114,7 @@ def test_a_new_run_is_not_resumed_from_an_old_one(finished, folder, tmp_path, mo
 
 @pytest.mark.parametrize('args', [
     ['--epochs', 0], ['--model', 'resnet18'], ['--device', 'abacus'], ['--data', 'nowhere'], ['--batch-size', 128],
+    ['--mask-ratio', 0.9999],
 ])
 def test_bad_arguments_leave_the_output_folder_as_it_was(args, folder, tmp_path):
     """A checkpoint of train.py in it, for example."""
@@ -133,12 +135,82 @@ def test_files_of_others_stay(finished, folder, tmp_path):
         'model_best.pth.tar', 'notes.txt', 'args.json', 'model', 'results.json', 'supervised.pth.tar', MANIFEST}
 
 
-@pytest.mark.parametrize('name', ['supervised.pth.tar', 'args.json'])
-def test_a_file_of_somebody_else_is_not_replaced(name, folder, tmp_path):
+@pytest.mark.parametrize('name', [
+    'supervised.pth.tar', 'scratch.pth.tar', 'args.json', 'results.json', 'predictions.png', 'reconstruction.png',
+    'model/config.json'])
+def test_a_file_of_somebody_else_is_found_at_the_start(name, folder, tmp_path, monkeypatch):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b'precious')
-    with pytest.raises(SystemExit, match=f'error: .*{name}'):
-        run_demo(tmp_path, '--data', folder, '--stages', 'train', '--epochs', 1)
+    monkeypatch.setattr('timm_spikformer.demo.demo.train', lambda *args, **kwargs: pytest.fail('trained'))
+    with pytest.raises(SystemExit, match=f'error: .*{Path(name).name}'):
+        run_demo(tmp_path, '--data', folder)
+    assert [path for path in tmp_path.rglob('*') if path.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_bytes() == b'precious'
+
+
+def test_other_commands_keep_out_of_the_folders_of_a_demo(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / 'demo')
+    model, weights = tmp_path / 'demo' / 'model', saved_weights(tmp_path / 'demo')
+    torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+    for command in (
+            ['config', 'spikformer_v2_8_512'], ['convert', tmp_path / 'a.pth', '--model', 'test_spikformer_v2'],
+            ['publish', finished / 'model', '--repo', 'a/test_spikformer_v2.x', '--license', 'mit', '--dry-run']):
+        with pytest.raises(SystemExit, match='error: .*model holds a model that `timm-spikformer demo` wrote. Name'):
+            cli.main([*map(str, command), '--output', str(model)])
+    with pytest.raises(SystemExit, match='demo holds args.json, which `timm-spikformer demo` wrote. Name another'):
+        cli.main(['profile', 'x', '--output', str(tmp_path / 'demo')])
+    assert saved_weights(tmp_path / 'demo') == weights
+
+
+def test_an_output_folder_inside_the_data(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'data')
+    output, before = tmp_path / 'data' / 'train' / 'out', sorted(tmp_path.rglob('*'))
+    for command in (
+            ['demo', '--data', tmp_path / 'data'], ['profile', 'test_spikformer_v2', '--data', tmp_path / 'data'],
+            ['publish', 'spikformer_v2_2_64_patch4_32.fashion_mnist', '--repo', 'a/b', '--license', 'mit', '--dry-run',
+             '--eval-data', tmp_path / 'data', '--dataset', 'c/d']):
+        if command[0] == 'publish':
+            torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
+            command[1:2] = [tmp_path / 'a.pth', '--model', 'test_spikformer_v2']
+        with pytest.raises(SystemExit, match='error: .*out is inside .*data, and would be read as a part of these'):
+            cli.main([*map(str, command), '--output', str(output)])
+    assert sorted(path for path in tmp_path.rglob('*') if path.name != 'a.pth') == before
+
+
+def test_a_second_demo_in_the_same_folder_is_told(folder, tmp_path, monkeypatch):
+    ended = []
+    command = [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--data', folder]
+
+    def second(*args, **kwargs):
+        ended.append(subprocess.run(
+            [*command, '--output', tmp_path / 'out'],
+            env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_spikformer.demo.demo.train', second)
+    with pytest.raises(SystemExit, match='--resume'):
+        run_demo(tmp_path / 'out', '--data', folder, '--epochs', 5)
+    assert ended[0].returncode == 1
+    assert f'error: Another run of timm-spikformer is writing to {tmp_path / "out"}. Wait until' in ended[0].stderr
+    assert json.loads((tmp_path / 'out' / 'args.json').read_text())['epochs'] == 5
+    assert sorted(os.listdir(tmp_path / 'out')) == [MANIFEST, 'args.json']
+
+
+@pytest.mark.parametrize('size', [500, 3_000])
+def test_a_full_disk(size, folder, tmp_path):
+    """A limit on the size of files stands for the disk: it fits no checkpoint, or not even the arguments."""
+    code = f"""if 1:
+        import resource, signal, sys
+        from timm_spikformer import cli
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+        cli.main(sys.argv[1:])"""
+    done = subprocess.run(
+        [sys.executable, '-c', code, 'demo', *TINY, '--data', folder, '--epochs', '1', '--output', tmp_path / 'out'],
+        env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path / "out"}') and 'Traceback' not in done.stderr
+    assert 'File too large; nothing was written' in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -146,7 +218,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     training.save_checkpoint(path, epoch=0)
 
     def interrupted(state, f):
-        Path(f).write_bytes(b'half')
+        f.write(b'half')
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, 'save', interrupted)
@@ -212,41 +284,79 @@ def test_the_printed_commands_can_be_pasted(folder, tmp_path, capsys):
     code = printed['load it'][2]
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
     assert printed['profile it'] == [
-        'timm-spikformer', 'profile', 'test_spikformer_v2', '--checkpoint', str(output / 'model')]
+        'timm-spikformer', 'profile', 'test_spikformer_v2', '--checkpoint', str(output / 'model'), '--data',
+        str(folder)]
+    assert printed['train a larger model'] == ['timm-spikformer', 'recipe', 'cifar10']
+    cli.main(printed['train a larger model'][1:])
+    assert 'train.py -c' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda path: path.write_bytes(path.read_bytes()[:1000]), 'is damaged or is not a checkpoint of this run'),
-    (lambda path: torch.save([1], path), 'is damaged or is not a checkpoint of this run'),
-    (lambda path: torch.save({'state_dict': {}}, path), 'is damaged or is not a checkpoint of this run'),
-], ids=['cut', 'list', 'empty'])
-def test_resuming_from_a_damaged_checkpoint(damage, message, finished, tmp_path):
+def test_resuming_from_a_changed_checkpoint(finished, tmp_path):
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
-    damage(output / 'supervised.pth.tar')
-    with pytest.raises(SystemExit, match=f'error: .*supervised.pth.tar {message}'):
+    torch.save({'epoch': -5}, output / 'supervised.pth.tar')
+    with pytest.raises(SystemExit, match='error: .*supervised.pth.tar has been changed since timm-spikformer wrote it'):
         run_demo(output, '--resume')
 
 
-@pytest.mark.parametrize('text', ['', '{"epochs": 1}', '[]', '{broken'])
-def test_resuming_from_damaged_arguments(text, finished, tmp_path):
-    output = tmp_path / 'output'
-    shutil.copytree(finished, output)
-    (output / 'args.json').write_text(text)
-    with pytest.raises(SystemExit, match='error: .*args.json .*Start without --resume'):
-        run_demo(output, '--resume')
+@pytest.mark.parametrize('state, message', [
+    ([1], ''),
+    ({'state_dict': {}}, ''),
+    ({'epoch': -5}, 'it was saved after epoch -5, expected 0 to 2'),
+    ({'epoch': 99}, 'it was saved after epoch 99, expected 0 to 2'),
+    ({'epoch': '1'}, 'it was saved after epoch 1'),
+    ({'seconds': math.nan}, 'it says that training took nan seconds'),
+    ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, and now it is 0.2'),
+    ({'model': 3}, 'Expected state_dict'),
+], ids=repr)
+def test_checkpoints_of_other_runs(state, message, tmp_path):
+    path, model, trained_with = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}
+    good = {'epoch': 0, 'seconds': 0.5, 'trained_with': trained_with, 'model': model.state_dict()}
+    arguments = path, torch.device('cpu'), {'model': model}, 3, trained_with
+    torch.save(good, path)
+    assert training.load_checkpoint(*arguments) == (1, 0.5)
+    torch.save({**good, **state} if isinstance(state, dict) and 'state_dict' not in state else state, path)
+    with pytest.raises(ValueError, match=f'x.pth.tar is damaged or is not a checkpoint of this run: .*{message}'):
+        training.load_checkpoint(*arguments)
 
 
-def test_resuming_with_an_argument_of_another_type(finished, tmp_path):
+def test_a_cut_checkpoint(tmp_path):
+    torch.save({'epoch': 0}, tmp_path / 'x')
+    (tmp_path / 'x').write_bytes((tmp_path / 'x').read_bytes()[:500])
+    with pytest.raises(ValueError, match='x is damaged or is not a checkpoint of this run'):
+        training.load_checkpoint(tmp_path / 'x', torch.device('cpu'), {}, 3, {})
+
+
+@pytest.mark.parametrize('change', [{'epochs': 'ten'}, {'stages': ['foo']}, {'epochs': 6}], ids=str)
+def test_resuming_with_changed_arguments(change, finished, tmp_path):
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
     settings = json.loads((output / 'args.json').read_text())
-    (output / 'args.json').write_text(json.dumps(dict(settings, epochs='ten')))
-    with pytest.raises(SystemExit, match="error: .*args.json holds epochs = 'ten'"):
-        run_demo(output, '--resume')
+    for text in (json.dumps({**settings, **change}), '', '[]'):
+        (output / 'args.json').write_text(text)
+        with pytest.raises(SystemExit, match='error: .*args.json has been changed since timm-spikformer wrote it'):
+            run_demo(output, '--resume')
 
 
-def test_progress_counts_the_work_of_all_stages():
+def test_resuming_with_other_arguments_or_data(finished, folder, tmp_path):
+    output, data = tmp_path / 'output', tmp_path / 'data'
+    shutil.copytree(finished, output)
+    for args, message in ((['--epochs', 7], '--epochs is 7, and the run to resume was started with 5'),
+                          (['--data', data], '--data is .*data, and the run to resume was started with .*')):
+        with pytest.raises(SystemExit, match=f'error: {message}'):
+            run_demo(output, '--resume', *args)
+    shutil.copytree(folder, data)
+    other = tmp_path / 'other'
+    run_demo(other, '--data', data, '--epochs', 1, '--stages', 'train')
+    assert 'accuracy' in run_demo(other, '--resume', '--epochs', 1)
+    extra = data / 'train' / 'class_0' / 'extra.png'
+    shutil.copy(next((data / 'train' / 'class_0').iterdir()), extra)
+    with pytest.raises(SystemExit, match='it was trained with training images = 100 images, .* now it is 101 images'):
+        run_demo(other, '--resume')
+
+
+def test_progress_counts_the_work_of_all_stages(monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     stages = [training.Stage('a', 'A', 2, 0.1, 8), training.Stage('b', 'B', 1, 0.1, 8, cost=0.5)]
     images = read_splits()['test'].spread(20)
     total = sum(stage.work(images) for stage in stages)
@@ -256,6 +366,15 @@ def test_progress_counts_the_work_of_all_stages():
         progress.update(16)
         progress.update(100)
         assert progress.bar.n == total and progress.bar.initial == 16
+
+
+def test_in_a_pipe_there_is_a_line_for_each_epoch(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--data', folder, '--stages', 'train', '--epochs',
+         '3', '--output', tmp_path / 'out'],
+        env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert done.stderr == '' and '\r' not in done.stdout
+    assert sum(line.startswith('Training, epoch') for line in done.stdout.splitlines()) == 3
 
 
 def test_fewer_images_than_a_batch(folder, tmp_path):
@@ -283,8 +402,14 @@ def test_terminals(encoding, width, folder, tmp_path):
     (['--time-steps', 0], '--time-steps must be at least 1, got 0'),
     (['--epochs', 0], '--epochs must be at least 1, got 0'),
     (['--mask-ratio', 1], '--mask-ratio must be greater than 0 and less than 1, got 1'),
-    (['--lr', 0], '--lr must be greater than 0, got 0'),
-    (['--lr', 'nan'], '--lr must be greater than 0, got nan'),
+    (['--lr', 0], '--lr must be greater than 0 and finite, got 0'),
+    (['--lr', 'nan'], '--lr must be greater than 0 and finite, got nan'),
+    (['--pretrain-lr', 'inf'], '--pretrain-lr must be greater than 0 and finite, got inf'),
+    (['--weight-decay', -1], '--weight-decay must be at least 0 and finite, got -1'),
+    (['--weight-decay', 'nan'], '--weight-decay must be at least 0 and finite, got nan'),
+    (['--mask-ratio', 'nan'], '--mask-ratio must be greater than 0 and less than 1, got nan'),
+    (['--time-steps', 10 ** 25], '--time-steps must be at most 2147483647, got 1'),
+    (['--batch-size', 10 ** 25], '--batch-size must be at most 2147483647, got 1'),
     (['--seed', -1], '--seed must be from 0'),
     (['--device', 'abacus'], '--device abacus cannot be used'),
 ])

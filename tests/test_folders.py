@@ -1,5 +1,6 @@
 """The writer of folders: nothing of others is lost, and a folder is written completely or not at all."""
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_spikformer import folders
-from timm_spikformer.folders import MANIFEST, check_output, manifest_files, remove_files, write_file, write_folder
+from timm_spikformer.folders import (
+    MANIFEST,
+    check_output,
+    hold_folder,
+    manifest_files,
+    remove_files,
+    write_file,
+    write_folder,
+)
+from timm_spikformer.temporaries import PREFIX
 
 
-def write(folder, files, **kwargs):
-    with write_folder(folder, **kwargs) as temporary:
+def write(folder, files, kind='test', **kwargs):
+    with write_folder(folder, kind, **kwargs) as temporary:
         for name, text in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text)
@@ -75,9 +85,9 @@ def test_folders_that_are_refused(name, message, tmp_path, monkeypatch):
     source.parent.mkdir(parents=True)
     source.write_text('weights')
     before = read(tmp_path)
-    for function in (check_output, lambda *args: write(args[0], {'model.safetensors': 'x'}, inputs=args[1])):
+    for function in (check_output, lambda *args, **kwargs: write(args[0], {'model.safetensors': 'x'}, **kwargs)):
         with pytest.raises(ValueError, match=message):
-            function(name, [source])
+            function(name, 'test', inputs=[source])
     assert read(tmp_path) == before
 
 
@@ -118,12 +128,91 @@ def test_manifests_that_this_package_did_not_write(text, tmp_path):
     assert read(tmp_path) == {'victim': 'x'} and (tmp_path / 'out' / MANIFEST).read_text() == text
 
 
+def test_a_manifest_that_is_a_link(tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'theirs.json').write_text('{"files": {}}')
+    for target in (tmp_path / 'theirs.json', 'nowhere'):
+        (tmp_path / 'out' / MANIFEST).symlink_to(target)
+        for context in (write_folder(tmp_path / 'out', 'test', add=True), write_file(tmp_path / 'out' / 'a', 'test')):
+            with pytest.raises(ValueError, match='is not a manifest of timm-spikformer'), context:
+                pass
+        assert os.listdir(tmp_path / 'out') == [MANIFEST]
+        (tmp_path / 'out' / MANIFEST).unlink()
+
+
+# -- which command wrote a folder
+
+def test_files_of_another_kind_are_not_replaced(tmp_path):
+    out = tmp_path / 'out'
+    write(out, {'config.json': '1', 'model.safetensors': '1'}, kind='convert a')
+    for refused in (
+            lambda: write(out, {'config.json': '2'}, kind='config a'),
+            lambda: write(out, {'config.json': '2', 'model.safetensors': '2'}, kind='convert b'),
+            lambda: write(out, {'other': '2'}, kind='profile', add=True),
+            lambda: write_file(out / 'other', 'demo').__enter__(),
+            lambda: remove_files(out, ['config.json', 'model.safetensors'], 'demo')):
+        with pytest.raises(ValueError, match='out holds a model that `timm-spikformer convert a` wrote. Name another'):
+            refused()
+    assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
+    write(out, {'config.json': '2'}, kind='convert a')
+    with pytest.raises(ValueError, match='out holds config.json, which `timm-spikformer convert a` wrote'):
+        check_output(out, 'demo')
+    assert read(out) == {'config.json': '2'}
+
+
+def test_manifests_without_a_kind(tmp_path):
+    """Those of early versions: the names of the files say whose they are."""
+    out = tmp_path / 'out'
+
+    def write_old():
+        write(out, {'config.json': '1', 'model.safetensors': '1'}, add=True)
+        content = json.loads((out / MANIFEST).read_text())
+        del content['kind']
+        (out / MANIFEST).write_text(json.dumps(content))
+
+    write_old()
+    for refused in (lambda: write(out, {'config.json': '2'}), lambda: write_file(out / 'other', 'test').__enter__(),
+                    lambda: check_output(out, 'test', names=['config.json'])):
+        with pytest.raises(ValueError, match='holds a model that an earlier version of timm-spikformer wrote'):
+            refused()
+    assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
+    write(out, {'config.json': '2', 'model.safetensors': '2'}, kind='new')
+    assert json.loads((out / MANIFEST).read_text())['kind'] == 'new'
+    remove_files(out, ['config.json', 'model.safetensors'], 'new')
+    write_old()
+    check_output(out, 'other', names=['config.json', 'model.safetensors', 'more'], add=True)
+    remove_files(out, ['config.json', 'model.safetensors', 'more'], 'other')
+    assert os.listdir(out) == []
+
+
+def test_files_that_will_be_written(tmp_path):
+    (tmp_path / 'results.json').write_text('mine')
+    check_output(tmp_path, 'test', add=True, names=['other'])
+    with pytest.raises(ValueError, match='results.json was not written by timm-spikformer'):
+        check_output(tmp_path, 'test', add=True, names=['other', 'results.json'])
+
+
+def test_data_inside_and_around(tmp_path, monkeypatch):
+    (tmp_path / 'data' / 'cat').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to('data')
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    for out in ('data/out', 'data/cat/out', 'link/out', '../' + tmp_path.name + '/data/out'):
+        with pytest.raises(ValueError, match='is inside .*data, and would be read as a part of these images'):
+            check_output(tmp_path / out, 'test', data=[tmp_path / 'data'])
+    for out in ('data', 'data/cat'):
+        with pytest.raises(ValueError, match='is or contains .*cat, which is read'):
+            check_output(tmp_path / out, 'test', data=[tmp_path / 'data' / 'cat'])
+    check_output(tmp_path / 'data2', 'test', data=[tmp_path / 'data'])
+    check_output(tmp_path / 'data' / 'out', 'test', inputs=[tmp_path / 'data'])  # a checkpoint's folder
+
+
 def test_an_error_or_interruption_leaves_nothing(tmp_path):
     for error in (ValueError, KeyboardInterrupt):
-        with pytest.raises(error), write_folder(tmp_path / 'a' / 'b' / 'out') as temporary:
+        with pytest.raises(error), write_folder(tmp_path / 'a' / 'b' / 'out', 'test') as temporary:
             (temporary / 'half').write_text('half')
             raise error
-        with pytest.raises(error), write_file(tmp_path / 'file') as partial:
+        with pytest.raises(error), write_file(tmp_path / 'file', 'test') as partial:
             partial.write_text('half')
             raise error
     assert not os.listdir(tmp_path)
@@ -135,19 +224,19 @@ def test_a_full_disk(tmp_path):
     code = """
         import resource, signal, sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        import folders
+        from timm_spikformer_cli import load_light
+        folders = load_light('folders')
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         out = Path(sys.argv[1])
-        for context in (folders.write_folder(out), folders.write_file(out / 'file')):
+        for context in (folders.write_folder(out, 'test'), folders.write_file(out / 'file', 'test')):
             try:
                 with context as temporary:
                     (temporary / 'a' if temporary.is_dir() else temporary).write_bytes(bytes(10_000))
             except OSError as e:
                 print(e.filename, e.strerror)"""
     result = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code), str(tmp_path / 'out'), str(Path(folders.__file__).parent)],
+        [sys.executable, '-c', textwrap.dedent(code), str(tmp_path / 'out')],
         capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
         f'{path} File too large; nothing was written' for path in (tmp_path / 'out', tmp_path / 'out' / 'file')]
@@ -165,22 +254,22 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
 
 
 def test_files(tmp_path):
-    with pytest.raises(ValueError, match='is not a folder'), write_file(tmp_path / 'nowhere' / 'a'):
+    with pytest.raises(ValueError, match='is not a folder'), write_file(tmp_path / 'nowhere' / 'a', 'test'):
         pass
     (tmp_path / 'notes.txt').write_text('mine')
     for text in ('1', '2', '3'):
-        with write_file(tmp_path / 'results.json') as partial:
+        with write_file(tmp_path / 'results.json', 'test') as partial:
             assert partial.suffix == '.json' and partial.parent == tmp_path
             partial.write_text(text)
-    with pytest.raises(ValueError, match='notes.txt was not written by'), write_file(tmp_path / 'notes.txt'):
+    with pytest.raises(ValueError, match='notes.txt was not written by'), write_file(tmp_path / 'notes.txt', 'test'):
         pass
     assert read(tmp_path) == {'results.json': '3', 'notes.txt': 'mine'}
-    remove_files(tmp_path, ['results.json', 'notes.txt', 'nothing'])
-    assert read(tmp_path) == {'notes.txt': 'mine'} and manifest_files(tmp_path) == []
-    write(tmp_path, {'a': '1'})  # a folder without files of its own is one all the same
+    remove_files(tmp_path, ['results.json', 'notes.txt', 'nothing'], 'test')
+    assert os.listdir(tmp_path) == ['notes.txt']
+    write(tmp_path, {'a': '1'}, add=True)
     (tmp_path / 'a').write_text('edited')
     with pytest.raises(ValueError, match='a has been changed since'):
-        remove_files(tmp_path, ['a'])
+        remove_files(tmp_path, ['a'], 'test')
 
 
 def test_two_runs_at_once(tmp_path):
@@ -203,12 +292,12 @@ def test_a_killed_run_can_be_repeated(tmp_path):
     (out / 'notes.txt').write_text('mine')
     code = """
         import os, sys
-        sys.path.insert(0, sys.argv[2])
-        import folders
-        with folders.write_folder(sys.argv[1]) as temporary:
+        from timm_spikformer_cli import load_light
+        folders = load_light('folders')
+        with folders.write_folder(sys.argv[1], 'test') as temporary:
             for name in 'abc':
                 (temporary / name).write_text('2')
-            count, rename = int(sys.argv[3]), os.rename
+            count, rename = int(sys.argv[2]), os.rename
             def rename_or_die(*args):
                 global count
                 count -= 1
@@ -218,11 +307,72 @@ def test_a_killed_run_can_be_repeated(tmp_path):
             os.rename = rename_or_die"""
     for count in range(5):
         result = subprocess.run(
-            [sys.executable, '-c', textwrap.dedent(code), str(out), str(Path(folders.__file__).parent), str(count)])
+            [sys.executable, '-c', textwrap.dedent(code), str(out), str(count)])
         assert result.returncode == -signal.SIGKILL
         assert read(out).pop('notes.txt') == 'mine'
         write(out, {'a': '3', 'd': '3'})
         assert read(out) == {'a': '3', 'd': '3', 'notes.txt': 'mine'}
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
+    out = tmp_path / 'out'
+    code = """
+        import os, sys, time
+        from pathlib import Path
+        from timm_spikformer_cli import load_light
+        folders = load_light('folders')
+        out = Path(sys.argv[1])
+        with folders.write_folder(out, 'test') as temporary, folders.write_file(out.parent / 'a.json', 'test') as file:
+            for path in (temporary / 'x', file):
+                path.write_text('1')
+            print('ready', flush=True)
+            time.sleep(60)"""
+
+    def start(path):
+        process = subprocess.Popen(
+            [sys.executable, '-c', textwrap.dedent(code), str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == 'ready\n'
+        return process
+
+    killed, running, other = start(out), start(out), start(tmp_path / 'other')
+    for process in (killed, other):
+        process.kill()
+        process.wait()
+    left = set(os.listdir(tmp_path))
+    assert len(left) == 6
+    write(out, {'a': '1'})
+    with write_file(tmp_path / 'a.json', 'test') as partial:
+        partial.write_text('2')
+    now = set(os.listdir(tmp_path)) - {'out', 'a.json', MANIFEST}
+    assert now < left and len(now) == 3  # both of the running one, and the folder of another output
+    assert sum((tmp_path / name).is_file() for name in now) == 1
+    running.kill()
+    running.wait()
+    write(out, {'a': '3'})  # also where the folder is replaced
+    assert len(set(os.listdir(tmp_path)) - {'out', 'a.json', MANIFEST}) == 2
+
+
+def test_a_held_folder(tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / f'{PREFIX}lock').write_text('')  # of a process that was killed
+    with hold_folder(tmp_path / 'out'):
+        with pytest.raises(ValueError, match='Another run of timm-spikformer is writing to .*out. Wait until it ends'):
+            hold_folder(tmp_path / 'out').__enter__()
+        with write_file(tmp_path / 'out' / 'a', 'test') as partial:  # by the run that holds it
+            partial.write_text('1')
+    assert read(tmp_path) == {'out/a': '1'}
+    with pytest.raises(KeyError), hold_folder(tmp_path / 'x' / 'y'):
+        raise KeyError
+    assert os.listdir(tmp_path) == ['out']
+
+
+def test_an_error_that_safetensors_describes(tmp_path):
+    for context in (write_folder(tmp_path / 'out', 'test'), write_file(tmp_path / 'out', 'test')):
+        with pytest.raises(OSError, match='No space left on device; nothing was written') as info, context:
+            raise Exception('Error while serializing: I/O error: No space left on device (os error 28)')
+        assert info.value.filename == str(tmp_path / 'out') and not os.listdir(tmp_path)
+    with pytest.raises(KeyError, match='not found'), write_folder(tmp_path / 'out', 'test'):
+        raise KeyError('not found (os error 2)')  # of something that was read
 
 
 # -- random folders, random failures

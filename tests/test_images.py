@@ -393,6 +393,49 @@ def test_a_label_outside_the_named_classes(tmp_path):
         read_splits(tmp_path)
 
 
+def test_class_names_of_one_split_only(tmp_path):
+    """The numbers of classes are compared; the names are taken for both splits."""
+    write_parquet(tmp_path / 'train.parquet', [png()] * 2, [1, 0])
+    write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 1], features=FEATURES)
+    train, test = train_test(read_splits(tmp_path))
+    assert train.classes == test.classes == ['x', 'y'] and train.labels.tolist() == [1, 0]
+    write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2])
+    with pytest.raises(ValueError, match="there are 3 classes without names, and .* test split names 2: 'x', 'y'"):
+        train_test(read_splits(tmp_path))
+
+
+def test_two_classes_of_the_same_name(tmp_path):
+    features = datasets.Features(FEATURES)
+    write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2])
+    label = {'names': ['a', 'a', 'b'], '_type': 'ClassLabel'}
+    metadata = {'huggingface': json.dumps({'info': {'features': {**features.to_dict(), 'label': label}}})}
+    table = pq.read_table(tmp_path / 'train.parquet').replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / 'train.parquet')
+    with pytest.raises(ValueError, match="the split train names both class 0 and class 1 'a'. Rename one of them"):
+        read_splits(tmp_path)
+    with pytest.raises(ValueError, match="The model names both class 1 and class 2 'x'"):
+        match_classes(read_splits()['test'], ['y', 'x', 'x'], 3)
+
+
+@pytest.mark.parametrize('change', ['none', 'a file more', 'another name', 'another size', 'another class'])
+def test_a_digest_tells_images_apart(change, tmp_path):
+    write_tree(tmp_path, 'a/1.png', 'a/2.png', 'b/1.png', 'c/1.png')
+    before = read_splits(tmp_path)['all']
+    assert before.digest() != before.select([0, 1]).digest() != before.select([0, 2]).digest()
+    digest, path = before.digest(), tmp_path / 'a' / '1.png'
+    if change == 'a file more':
+        (tmp_path / 'a' / '3.png').write_bytes(path.read_bytes())
+    elif change == 'another name':
+        path.rename(tmp_path / 'a' / '0.png')
+    elif change == 'another size':
+        path.write_bytes(path.read_bytes() + b'0')
+    elif change == 'another class':
+        (tmp_path / 'b' / '1.png').rename(tmp_path / 'a' / '3.png')
+        path.rename(tmp_path / 'b' / '1.png')
+    assert (read_splits(tmp_path)['all'].digest() == digest) == (change == 'none')
+    assert read_splits()['test'].digest() == read_splits()['test'].digest() != read_splits()['train'].digest()
+
+
 def test_a_test_label_that_is_not_in_the_training_split(tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 2, [0, 1])
     write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 2])

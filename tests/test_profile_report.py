@@ -209,9 +209,9 @@ def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
         write_report(tmp_path, [result])
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('index.html', 'precious')]
     (tmp_path / 'index.html').unlink()
-    with write_file(tmp_path / 'results.json') as partial:
+    with write_file(tmp_path / 'results.json', 'demo') as partial:
         partial.write_text('{}')
-    with pytest.raises(ValueError, match='holds results.json, which another command of timm-spikformer wrote'):
+    with pytest.raises(ValueError, match='holds results.json, which `timm-spikformer demo` wrote. Name another'):
         write_report(tmp_path, [result])
 
 
@@ -388,6 +388,8 @@ def test_command_in_any_terminal(encoding, width, tmp_path):
     (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
     ([SHIPPED, '--time-steps', '0'], '--time-steps must be at least 1'),
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
+    ([SHIPPED, '--time-steps', '1', f'1{"0" * 25}'], '--time-steps must be at most 2147483647'),
+    ([SHIPPED, '--batch-size', f'1{"0" * 25}'], '--batch-size must be at most 2147483647'),
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
     ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
     ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),

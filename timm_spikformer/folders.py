@@ -1,55 +1,67 @@
 """Writing of output folders and files without losing anything that is already there.
 
 A folder is written to a temporary sibling, verified there by the caller, and then moved into place. A manifest in the
-folder lists the files that this package wrote and their digests. Only files of the manifest whose content is still
-the same are ever replaced or removed; every other file belongs to somebody else and is left alone.
+folder lists the files that this package wrote and their digests, and their kind: the command that wrote them and, where
+it writes models, the architecture. Only files of the manifest of the same kind and with the same content are ever
+replaced or removed; every other file is left alone.
 
 This module imports the standard library only.
 """
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that end in the same instant are not told apart there
-    fcntl = None
+from .temporaries import PREFIX, create_temporary, discard, hold, lock, new_folders, remove_stale, temporary_path
 
 __all__ = [
-    'MANIFEST', 'check_output', 'manifest_files', 'remove_files', 'write_file', 'write_folder',
-    'write_manifest', 'write_new_file']
+    'MANIFEST', 'check_file', 'check_output', 'hold_folder', 'manifest_files', 'remove_files', 'write_file',
+    'write_folder', 'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
 # Path in the folder, with '/', to the sha256 digests that its content may have: two while a file is being replaced
-Manifest = Dict[str, List[str]]
+Digests = Dict[str, List[str]]
 
 MANIFEST = '.timm-spikformer.json'
-_TEMPORARY = '.timm-spikformer-'  # prefix of temporary files and folders
 _ADVICE = 'Name another folder, or move the file away.'
 
 
-def check_output(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = False) -> Path:
+class _Manifest(NamedTuple):
+    """What this package wrote to a folder; `kind` is None in the manifests of early versions."""
+    kind: Optional[str]
+    files: Digests
+
+
+def check_output(
+        folder: PathLike,
+        kind: str,
+        inputs: Iterable[PathLike] = (),
+        data: Iterable[PathLike] = (),
+        add: bool = False,
+        names: Iterable[str] = (),
+) -> Path:
     """Check that writing to a folder loses nothing, without touching the disk.
 
     Args:
         folder: Folder to be written. It may not exist yet.
+        kind: Command that writes it and, if it writes a model, the architecture: 'profile', 'convert spikformer_8_384'.
         inputs: Files and folders that are read to make it; the folder may not be or contain one of them.
+        data: Folders whose images are read; the folder may not be inside one of them either, where its files would be
+            taken for images.
         add: Accept a folder with files of others. By default it must be empty, or have been written by this package.
+        names: Files that will be written, as far as they are known; none of them may be somebody else's.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
         ValueError: The folder is a file, a symbolic link, the current folder or one above it, contains one of the
-            inputs, or holds files of others.
+            inputs, is inside the data, or holds files of others, of another kind, or changed ones.
     """
     if not os.fspath(folder) or '\0' in os.fspath(folder):
         raise ValueError(f'{os.fspath(folder)!r} is not the name of a folder.')
@@ -65,28 +77,44 @@ def check_output(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = 
     parent = next(parent for parent in path.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise ValueError(f'{folder} cannot be created: {parent} is not a folder.')
-    for source in inputs:
-        source = Path(source).resolve()
+    data = [Path(source).resolve() for source in data]
+    for source in (*data, *(Path(source).resolve() for source in inputs)):
         if source == path or path in source.parents:
             raise ValueError(f'{folder} is or contains {source}, which is read. Name another folder.')
+    for source in data:
+        if source in path.parents:
+            raise ValueError(
+                f'{folder} is inside {source}, and would be read as a part of these images the next time. Name a '
+                f'folder outside it.')
     if path.is_dir():
-        _check_foreign(path, add)
+        with lock(path):
+            _check_foreign(path, add)
+            old, names = _read_manifest(path), [*names]
+            _check_kind(path, old, kind, not names or old.files.keys() <= {*names})
+            for name in (*old.files, *names):
+                _check_own(path, name, old.files)
     return path
 
 
 def manifest_files(folder: PathLike) -> List[str]:
     """Return the paths, with '/', of the files in a folder that this package wrote, none without a manifest."""
-    return sorted(_read_manifest(Path(folder)))
+    return sorted(_read_manifest(Path(folder)).files)
 
 
-def write_manifest(folder: PathLike) -> None:
+def write_manifest(folder: PathLike, kind: str) -> None:
     """List all files of a folder in its manifest, for a folder that is uploaded before `write_folder` is done."""
     folder = Path(folder)
-    _write_manifest(folder, {name: [_digest(folder / name)] for name in _files(folder)})
+    _write_manifest(folder, _Manifest(kind, {name: [_digest(folder / name)] for name in _files(folder)}))
 
 
 @contextmanager
-def write_folder(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = False) -> Iterator[Path]:
+def write_folder(
+        folder: PathLike,
+        kind: str,
+        inputs: Iterable[PathLike] = (),
+        data: Iterable[PathLike] = (),
+        add: bool = False,
+) -> Iterator[Path]:
     """Write a folder completely or not at all.
 
     Yields an empty temporary folder beside `folder`. When the block ends without an error, its files are moved into
@@ -94,7 +122,7 @@ def write_folder(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = 
 
     Args:
         folder: Folder to write. It may not exist yet.
-        inputs: Files and folders that are read to make it; the folder may not be or contain one of them.
+        kind: See `check_output`, also for `inputs` and `data`.
         add: Write into a folder that holds files of others too. No file of theirs is replaced.
 
     Raises:
@@ -102,48 +130,75 @@ def write_folder(folder: PathLike, inputs: Iterable[PathLike] = (), add: bool = 
             since, and would be replaced or removed.
         OSError: The disk is full, the folder may not be written, and the like.
     """
-    path = check_output(folder, inputs, add)
-    created = _create_parents(path.parent)
-    temporary = None
-    try:
-        with _about(path):
-            # beside the folder, so that moving is renaming; in a mounted folder beside is another disk
-            temporary = _new_folder(path if os.path.ismount(path) else path.parent)
-        with _about(path, temporary):
+    path = check_output(folder, kind, inputs, data, add)
+    with new_folders(path.parent):
+        # beside the folder, so that moving is renaming; in a mounted folder beside is another disk
+        with create_temporary(path, path if os.path.ismount(path) else path.parent, is_folder=True) as temporary:
             yield temporary
-            _commit(temporary, path, add)
-    except BaseException:
-        _discard(temporary)
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-    _discard(temporary)
+            _commit(temporary, path, kind, add)
 
 
 @contextmanager
-def write_file(path: PathLike) -> Iterator[Path]:
-    """Write a file completely or not at all, and list it in the manifest of its folder.
+def hold_folder(folder: PathLike) -> Iterator[None]:
+    """Create a folder for a run that writes single files to it, and keep other such runs out until the block ends.
 
-    Yields the path of a temporary sibling with the same suffix, which is renamed to `path` when the block ends without
-    an error. The folder must exist.
+    After an error, the folder is removed again if this created it and it is empty.
 
     Raises:
-        ValueError: The file is there already and was not written by this package, or has been changed since.
+        ValueError: Another run holds the folder.
+        OSError: The folder may not be written, and the like.
+    """
+    path = Path(os.path.abspath(folder))
+    with new_folders(path), hold(path):
+        yield
+
+
+@contextmanager
+def write_file(path: PathLike, kind: str) -> Iterator[Path]:
+    """Write a file completely or not at all, and list it in the manifest of its folder.
+
+    Yields the path of an empty temporary sibling with the same suffix, to be written in place, which is renamed to
+    `path` when the block ends without an error. The folder must exist.
+
+    Args:
+        path: File to write.
+        kind: See `check_output`; all files of a folder that this package writes are of one kind.
+
+    Raises:
+        ValueError: The file is there already and was not written by this package, or has been changed since; or the
+            folder holds files of another kind.
         OSError: The disk is full, the folder may not be written, and the like.
     """
     path = _check_file(path)
-    _check_own(path.parent, path.name, _read_manifest(path.parent))
-    with _partial_file(path) as partial:
+    check_file(path, kind)
+    with create_temporary(path, path.parent) as partial:
         yield partial
         digest = _digest(partial)
-        with _lock(path.parent):
-            manifest = _read_manifest(path.parent)
-            _check_own(path.parent, path.name, manifest)
+        with lock(path.parent):
+            files = _check_file_kind(path, kind)
             # in this order, an interruption leaves a file of which the manifest knows the content
             before = [_digest(path)] if path.exists() else []
-            _write_manifest(path.parent, {**manifest, path.name: [*before, digest]})
+            _write_manifest(path.parent, _Manifest(kind, {**files, path.name: [*before, digest]}))
             os.replace(partial, path)
+            remove_stale(path, path.parent)
+
+
+def check_file(path: Path, kind: str) -> None:
+    """Check that a file is not there, or is as this package wrote it.
+
+    Raises:
+        ValueError: It was not written by this package, has been changed since, or is of another kind.
+    """
+    with lock(path.parent):
+        _check_file_kind(path, kind)
+
+
+def _check_file_kind(path: Path, kind: str) -> Digests:
+    """Check a file, see `check_file`; return the digests of its folder's files."""
+    manifest = _read_manifest(path.parent)
+    _check_kind(path.parent, manifest, kind, manifest.files.keys() <= {path.name})
+    _check_own(path.parent, path.name, manifest.files)
+    return manifest.files
 
 
 @contextmanager
@@ -158,11 +213,12 @@ def write_new_file(path: PathLike) -> Iterator[Path]:
     """
     path = _check_file(path)
     _check_own(path.parent, path.name, {}, f'{path} is there already. Name a new file, or remove it first.')
-    with _partial_file(path) as partial:
+    with create_temporary(path, path.parent) as partial:
         yield partial
-        with _lock(path.parent):
+        with lock(path.parent):
             _check_own(path.parent, path.name, {}, f'{path} has appeared in the meantime and is not replaced.')
             os.replace(partial, path)
+            remove_stale(path, path.parent)
 
 
 def _check_file(path: PathLike) -> Path:
@@ -176,68 +232,72 @@ def _check_file(path: PathLike) -> Path:
     return absolute
 
 
-@contextmanager
-def _partial_file(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f'{_TEMPORARY}{secrets.token_hex(8)}{path.suffix}')
-    try:
-        with _about(path, partial):
-            yield partial
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def remove_files(folder: PathLike, names: Iterable[str]) -> None:
+def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
     """Remove those of the files that this package wrote to a folder, and leave all others alone.
 
+    The manifest is removed with its last file.
+
+    Args:
+        folder: Folder.
+        names: All files that the command writes to it.
+        kind: See `check_output`.
+
     Raises:
-        ValueError: A file has been changed since it was written.
+        ValueError: A file has been changed since it was written, or the folder holds files of another kind.
     """
     folder = Path(folder)
-    with _lock(folder):
-        manifest = _read_manifest(folder)
-        names = [name for name in names if name in manifest]
-        for name in names:
-            _check_own(folder, name, manifest)
-        for name in names:
+    with lock(folder):
+        manifest, names = _read_manifest(folder), {*names}
+        _check_kind(folder, manifest, kind, manifest.files.keys() <= names)
+        for name in names & manifest.files.keys():
+            _check_own(folder, name, manifest.files)
+        for name in names & manifest.files.keys():
             (folder / name).unlink(missing_ok=True)
-        if names:
-            _write_manifest(folder, {name: digests for name, digests in manifest.items() if name not in names})
+        rest = {name: digests for name, digests in manifest.files.items() if name not in names}
+        if rest:
+            _write_manifest(folder, _Manifest(kind, rest))
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def _commit(temporary: Path, folder: Path, add: bool) -> None:
+def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
     """Move the files of the temporary folder into place, or leave the folder as it was."""
-    new = {name: [_digest(temporary / name)] for name in _files(temporary)}
-    with _lock(folder.parent):
+    new = _Manifest(kind, {name: [_digest(temporary / name)] for name in _files(temporary)})
+    with lock(folder.parent):
         if not os.path.lexists(folder):
             _write_manifest(temporary, new)
             os.rename(temporary, folder)
+            remove_stale(folder, temporary.parent)
             return
-        with _lock(folder):
+        with lock(folder):
             if folder.is_symlink() or not folder.is_dir():
                 raise ValueError(f'{folder} has become a file or a symbolic link in the meantime. {_ADVICE}')
             _check_foreign(folder, add)
             old = _read_manifest(folder)
-            for name in {*old, *new}:
-                _check_own(folder, name, old)
+            _check_kind(folder, old, kind, old.files.keys() == new.files.keys())
+            for name in {*old.files, *new.files}:
+                _check_own(folder, name, old.files)
             _replace(temporary, folder, old, new)
+            remove_stale(folder, temporary.parent)
 
 
-def _replace(temporary: Path, folder: Path, old: Manifest, new: Manifest) -> None:
+def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> None:
     """Replace the files of the manifest `old` by those of `new`; undo it where it fails."""
     moves: List[Tuple[Path, Path]] = []
     folders: List[Path] = []  # new ones
-    backup = _new_folder(temporary.parent)
+    backup = temporary_path(folder, temporary.parent)
+    backup.mkdir()
     has_manifest = (folder / MANIFEST).exists()
     try:
         if has_manifest:
             shutil.copyfile(folder / MANIFEST, backup / MANIFEST)
         # from here on, whatever happens, the manifest knows the content of every file, old or new
-        _write_manifest(folder, {name: [*old.get(name, []), *new.get(name, [])] for name in {*old, *new}})
-        for name in old:
+        _write_manifest(folder, _Manifest(new.kind, {
+            name: [*old.files.get(name, []), *new.files.get(name, [])] for name in {*old.files, *new.files}}))
+        for name in old.files:
             if os.path.lexists(folder / name):
                 _move(folder / name, backup / name, moves, folders)
-        for name in new:
+        for name in new.files:
             _move(temporary / name, folder / name, moves, folders)
         _write_manifest(folder, new)
     except BaseException:
@@ -254,8 +314,8 @@ def _replace(temporary: Path, folder: Path, old: Manifest, new: Manifest) -> Non
             with suppress(OSError):
                 made.rmdir()
         raise
-    _discard(backup)
-    for parent in sorted({folder / p for name in old for p in Path(name).parents if p.name}, reverse=True):
+    discard(backup)
+    for parent in sorted({folder / p for name in old.files for p in Path(name).parents if p.name}, reverse=True):
         with suppress(OSError):
             parent.rmdir()  # where it is empty
 
@@ -269,15 +329,18 @@ def _move(source: Path, target: Path, moves: List[Tuple[Path, Path]], folders: L
     os.rename(source, target)
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> _Manifest:
     """Read the manifest of a folder; a folder without one holds no file of this package."""
     path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return _Manifest(None, {})
     try:
-        files = json.loads(path.read_text(encoding='utf-8'))['files']
-        if all(_is_inside(name) and all(isinstance(d, str) for d in digests) for name, digests in files.items()):
-            return files
-    except FileNotFoundError:
-        return {}
+        if stat.S_ISREG(path.lstat().st_mode):  # and not the link of somebody, which would be replaced
+            content = json.loads(path.read_text(encoding='utf-8'))
+            kind, files = content.get('kind'), content['files']
+            if isinstance(kind, (str, type(None))) and all(
+                    _is_inside(name) and all(isinstance(d, str) for d in digests) for name, digests in files.items()):
+                return _Manifest(kind, files)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f'{path} is not a manifest of timm-spikformer, or is damaged. {_ADVICE}')
@@ -287,12 +350,14 @@ def _is_inside(name: str) -> bool:
     return name != MANIFEST and not name.startswith('/') and not re.search(r'[\\\0:]|(^|/)\.{0,2}(/|$)', name)
 
 
-def _write_manifest(folder: Path, files: Manifest) -> None:
-    text = json.dumps({'written_by': 'timm-spikformer', 'files': dict(sorted(files.items()))}, indent=2) + '\n'
-    partial = folder / f'{_TEMPORARY}{secrets.token_hex(8)}'
+def _write_manifest(folder: Path, manifest: _Manifest) -> None:
+    """Write the manifest of a folder that is locked, or that no other process knows."""
+    content = {'written_by': 'timm-spikformer', 'kind': manifest.kind, 'files': dict(sorted(manifest.files.items()))}
+    partial = temporary_path(folder / MANIFEST, folder)
     try:
-        partial.write_text(text, encoding='utf-8')
+        partial.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         os.replace(partial, folder / MANIFEST)
+        remove_stale(folder / MANIFEST, folder)
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -303,14 +368,28 @@ def _check_foreign(folder: Path, add: bool) -> None:
     _read_manifest(folder)
     if add or (folder / MANIFEST).exists():
         return
-    there = sorted(name for name in os.listdir(folder) if not name.startswith(_TEMPORARY))
+    there = sorted(name for name in os.listdir(folder) if not name.startswith(PREFIX))
     if there:
         raise ValueError(
             f'{folder} holds files that timm-spikformer did not write, such as {there[0]!r}. Name a new or an empty '
             f'folder.')
 
 
-def _check_own(folder: Path, name: str, manifest: Manifest, message: Optional[str] = None) -> None:
+def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> None:
+    """Raise a ValueError if another command wrote the files of a folder, or wrote another model.
+
+    Args:
+        is_same: Whether the files are those of this kind by their names, for manifests that do not say.
+    """
+    if not manifest.files or manifest.kind == kind or (manifest.kind is None and is_same):
+        return
+    has_model = any(name.endswith('.safetensors') for name in manifest.files)
+    what = 'a model that' if has_model else f'{min(manifest.files)}, which'
+    writer = 'an earlier version of timm-spikformer' if manifest.kind is None else f'`timm-spikformer {manifest.kind}`'
+    raise ValueError(f'{folder} holds {what} {writer} wrote. Name another folder.')
+
+
+def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
     """Raise a ValueError if `name` stands in the folder with another content than this package has given it."""
     path = folder
     for part in Path(name).parts[:-1]:
@@ -320,9 +399,9 @@ def _check_own(folder: Path, name: str, manifest: Manifest, message: Optional[st
     path = folder / name
     if not os.path.lexists(path):
         return
-    if name not in manifest:
+    if name not in files:
         raise ValueError(message or f'{path} was not written by timm-spikformer, and is not replaced. {_ADVICE}')
-    if not stat.S_ISREG(path.lstat().st_mode) or _digest(path) not in manifest[name]:
+    if not stat.S_ISREG(path.lstat().st_mode) or _digest(path) not in files[name]:
         raise ValueError(
             f'{path} has been changed since timm-spikformer wrote it, and is not replaced or removed. {_ADVICE}')
 
@@ -336,61 +415,3 @@ def _files(folder: Path) -> List[str]:
 def _digest(path: Path) -> str:
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def _new_folder(parent: Path) -> Path:
-    """Create a temporary folder with the permissions of any other new folder, which tempfile's have not."""
-    path = parent / f'{_TEMPORARY}{secrets.token_hex(8)}'
-    path.mkdir()
-    return path
-
-
-def _create_parents(path: Path) -> List[Path]:
-    """Create a folder and its parents; return those that were not there, the innermost first."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    created: List[Path] = []
-    try:
-        for p in reversed(missing):
-            p.mkdir(exist_ok=True)
-            created.insert(0, p)
-    except BaseException:
-        for p in created:
-            with suppress(OSError):
-                p.rmdir()
-        raise
-    return created
-
-
-def _discard(temporary: Optional[Path]) -> None:
-    if temporary is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _about(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
-    """Let an OSError name what the user asked for and not a temporary file."""
-    try:
-        yield
-    except OSError as e:
-        if e.filename is None:  # of a write to an open file
-            is_ours = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        else:
-            is_ours = temporary is None or str(e.filename).startswith(str(temporary))
-        if not is_ours or e.errno is None:
-            raise
-        raise OSError(e.errno, f'{e.strerror}; nothing was written', str(path)) from e
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Exclude other runs that write to the folder; file systems without locks go without."""
-    descriptor = None
-    if fcntl is not None:
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

@@ -4,6 +4,7 @@ Classes of an image folder are found and numbered by timm's own reader, because 
 Pictures are decoded by Pillow; one that cannot be decoded is an error that names the file.
 """
 import copy
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -63,17 +64,17 @@ def training_config(model: Optional[str] = None) -> Dict[str, Any]:
 class _FileSource:
     """Encoded pictures, each in a file of its own."""
 
-    def __init__(self, paths: Sequence[str]):
-        self.paths = paths
+    def __init__(self, files: Sequence[str]):
+        self.files = files
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def name(self, i: int) -> str:
-        return self.paths[i]
+        return self.files[i]
 
     def open(self, i: int) -> Any:
-        return open(self.paths[i], 'rb')
+        return open(self.files[i], 'rb')
 
 
 class Images(Dataset):
@@ -83,7 +84,8 @@ class Images(Dataset):
     `transform` is set, as `make_loader` does.
 
     Args:
-        source: Encoded pictures by index: `open(i)` returns a binary file, `name(i)` says where it is from.
+        source: Encoded pictures by index: `open(i)` returns a binary file, `name(i)` says where it is from; `files` are
+            the paths of all files.
         labels: Class indices `[N]`, or None without labels.
         classes: Names of the classes in the order of their indices, or None if the dataset does not name them.
         name: Name of the dataset, for people to read.
@@ -136,6 +138,15 @@ class Images(Dataset):
     def filename(self, i: int) -> str:
         """Path of an image; of an image in a parquet file, the file and the row."""
         return self.source.name(int(self._indices[i]))
+
+    def digest(self) -> str:
+        """Return a digest of the names and sizes of the files, of the labels, and of which images these are."""
+        digest = hashlib.sha256()
+        for path in self.source.files:
+            digest.update(os.fsencode(f'{os.path.basename(path)} {os.path.getsize(path)}\n'))
+        for values in (self._indices, self.labels):
+            digest.update(b'' if values is None else values.astype('<i8').tobytes())
+        return digest.hexdigest()
 
     def select(self, indices: Any, split: Optional[str] = None) -> 'Images':
         """Return the images of these indices."""
@@ -244,9 +255,10 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
         splits = {split: Images(*read_parquet(paths, expected), name, split) for split, paths in files.items()}
     else:
         splits = {split: _read_folder(path, name, split, expected) for split, path in folders.items()}
-    for images in splits.values():
+    for split, images in splits.items():
         if labels and images.labels is None:
             raise ValueError(f'{root} has no labels. {expected}')
+        _check_names(images.classes, f'{root}: the split {split}')
     train = splits.get('train')
     if train is not None and train.labels is not None and train.classes is not None:
         for split, images in splits.items():
@@ -345,7 +357,8 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
         seed: Chooses the images that are held out.
 
     Raises:
-        ValueError: There is no training split, there are fewer than two classes, or labels are missing in between.
+        ValueError: There is no training split, there are fewer than two classes, labels are missing in between, or
+            the images to test on are of other classes.
     """
     train = splits.get('train', splits.get('all'))
     if train is None:
@@ -358,9 +371,14 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
             raise ValueError(
                 f'{train.description}: the labels are {len(present)} different integers from {present[0]} to '
                 f'{present[-1]}. Expected 0 to K - 1 for K classes, each of them at least once.')
-        train = copy.copy(train)
-        train.classes = [str(i) for i in present]
     test = splits.get('test', splits.get('validation'))
+    if train.classes is None:
+        train = copy.copy(train)
+        train.classes = [str(i) for i in present] if test is None or test.classes is None else test.classes
+        if len(train.classes) != len(present):
+            raise ValueError(
+                f'{train.description}: there are {len(present)} classes without names, and {test.description} names '
+                f'{len(train.classes)}: {_shorten(train.classes)}. Give both the same classes.')
     if test is None:
         return train.hold_out(seed)
     if test.classes is None:
@@ -413,6 +431,7 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     """
     if images.labels is None:
         raise ValueError(f'{images.description}: there are no labels.')
+    _check_names(names, 'The model')
     if names is None or images.classes is None:
         count = images.labels.max() + 1 if images.classes is None else len(images.classes)
         if count != num_classes:
@@ -428,6 +447,15 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     matched.labels = np.array([index[name] for name in images.classes])[images.labels]
     matched.classes = list(names)
     return matched
+
+
+def _check_names(names: Optional[Sequence[str]], whose: str) -> None:
+    """Raise a ValueError if two classes have the same name."""
+    seen: Dict[str, int] = {}
+    for i, name in enumerate(names or ()):
+        if name in seen:
+            raise ValueError(f'{whose} names both class {seen[name]} and class {i} {name!r}. Rename one of them.')
+        seen[name] = i
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def run_config(args: argparse.Namespace) -> None:
     elif args.output is None:
         print((path / 'config.json').read_text(encoding='utf-8'), end='')
     else:
-        with write_folder(args.output, [path]) as folder:
+        with write_folder(args.output, f'config {args.name}', [path]) as folder:
             for file in path.glob('*.json'):
                 (folder / file.name).write_text(file.read_text(encoding='utf-8'), encoding='utf-8')
         print(f'Written to {args.output}')

@@ -13,6 +13,7 @@ epochs of training from scratch on these."""
 
 STAGES = ('classify', 'train', 'pretrain')
 SETTINGS = 'args.json'  # file in the output folder with the arguments of a run
+KIND = 'demo'  # of the output folder, see folders.py
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

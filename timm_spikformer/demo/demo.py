@@ -1,10 +1,12 @@
 """The three stages of the demo: classify with shipped weights, train, pre-train and fine-tune."""
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import timm
 import torch
@@ -13,17 +15,28 @@ from timm.models import save_for_hf
 from timm.utils import random_seed
 from torch import nn
 
+from ..arguments import check_count, check_number
 from ..checkpoints import TRAINING_FILE
-from ..folders import check_output, remove_files, write_file, write_folder
+from ..folders import (
+    check_file,
+    check_output,
+    hold_folder,
+    manifest_files,
+    remove_files,
+    write_file,
+    write_folder,
+)
 from ..images import SHIPPED_MODEL, Images, data_config, make_loader, read_splits, train_test, training_config
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
-from .command import SETTINGS, STAGES
+from .command import KIND, SETTINGS, STAGES, add_arguments
 from .pictures import reconstruction_loss, save_predictions, save_reconstructions
 from .training import Progress, Stage, check_batches, classify, evaluate, fit_linear, reconstruct, train
 
 _PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'
-_RESULTS = 'results.json'
+_RESULTS, _MODEL = 'results.json', 'model'
+_CHECKPOINTS = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'finetuning', 'scratch')]
+_FILES = [SETTINGS, *_CHECKPOINTS, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS]
 _OF_THE_CALL = ('resume', 'output', 'device')  # arguments that --resume does not restore
 _OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
 _BN_BIAS = 0.7  # at the start of training
@@ -40,72 +53,77 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     """
     start = time.time()
     output = Path(args.output)
+    args.data = args.data and os.path.abspath(args.data)
     if args.resume:
         _restore(args, output / SETTINGS)
         print(f'Continuing in {output} with the arguments of that run.')
-    stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     _check_arguments(args)
-    demo = _Demo(args, output) if {'train', 'pretrain'} & {*stages} else None
-    check_output(output, [args.data] if args.data else [], add=True)
-    output.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        names = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'finetuning', 'scratch')]
-        remove_files(output, [*names, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS])
-        _write_json(output / SETTINGS, vars(args))
-
-    results: Dict[str, Any] = {}
-    if 'classify' in stages:
-        results.update(_classify_shipped(output / _PREDICTIONS))
-    if demo is not None:
-        print(demo.description)
-        runs = (demo.supervised if 'train' in stages else []) + (demo.self_supervised if 'pretrain' in stages else [])
-        with Progress(sum(run.stage.work(run.images) for run in runs)) as progress:
-            if 'train' in stages:
-                results.update(demo.train(progress))
-            if 'pretrain' in stages:
-                results.update(demo.pretrain(progress))
-        results.update(model=args.model, time_steps=args.time_steps, seed=args.seed)
-    results['seconds'] = round(time.time() - start, 1)
-    _write_json(output / _RESULTS, results)
+    stages = args.stages or (STAGES if args.data is None else STAGES[1:])
+    data = [args.data] if args.data else []
+    check_output(output, KIND, data=data, add=True, names=_FILES)
+    if 'train' in stages:
+        check_output(output / _MODEL, KIND, data=data)
+    demo = _Demo(args, output, stages) if {'train', 'pretrain'} & {*stages} else None
+    with hold_folder(output), _tidied(output):
+        if not args.resume:
+            remove_files(output, _FILES, KIND)
+            _write_json(output / SETTINGS, vars(args))
+        results: Dict[str, Any] = {}
+        if 'classify' in stages:
+            results.update(_classify_shipped(output / _PREDICTIONS))
+        if demo is not None:
+            results.update(demo.run())
+        results['seconds'] = round(time.time() - start, 1)
+        _write_json(output / _RESULTS, results)
     _print_results(results, args, output)
     return results
 
 
+@contextlib.contextmanager
+def _tidied(output: Path) -> Iterator[None]:
+    """After an error, remove the arguments of the run if it has left nothing to resume or to look at."""
+    try:
+        yield
+    except Exception:
+        if manifest_files(output) == [SETTINGS]:
+            remove_files(output, _FILES, KIND)
+        raise
+
+
 def _write_json(path: Path, values: Dict[str, Any]) -> None:
-    with write_file(path) as partial:
+    with write_file(path, KIND) as partial:
         partial.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
 
 def _restore(args: argparse.Namespace, settings: Path) -> None:
-    """Set the arguments to those of the run that is resumed."""
+    """Set the arguments to those of the run that is resumed, which others that are given may not differ from."""
     if not settings.is_file():
         raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
-    try:
-        saved = json.loads(settings.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{settings} is not JSON: {e}. Start without --resume.') from e
-    expected = vars(args).keys() - {*_OF_THE_CALL}
-    if not isinstance(saved, dict) or not expected <= saved.keys():
+    check_file(settings, KIND)
+    saved = json.loads(settings.read_text(encoding='utf-8'))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    expected = defaults.keys() - {*_OF_THE_CALL}
+    if not expected <= saved.keys():
         raise ValueError(f'{settings} does not hold the arguments of a demo of this version. Start without --resume.')
-    for name in expected:
-        value, default = saved[name], getattr(args, name)
-        types = (str, list, type(None)) if name in ('data', 'stages') else type(default)
-        if not isinstance(value, types) and not (isinstance(default, float) and type(value) is int):
-            raise ValueError(f'{settings} holds {name} = {value!r}. Start without --resume.')
-        setattr(args, name, value)
+    for name in sorted(expected):
+        if getattr(args, name) not in (defaults[name], saved[name]):
+            raise ValueError(
+                f'--{name.replace("_", "-")} is {getattr(args, name)}, and the run to resume was started with '
+                f'{saved[name]}. Omit it, or start without --resume.')
+        setattr(args, name, saved[name])
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     check_model_name(args.model)
     for name in ('time_steps', 'epochs', 'pretrain_epochs', 'finetune_epochs', 'batch_size', 'labeled'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
-    if not 0. < args.mask_ratio < 1.:
-        raise ValueError(f'--mask-ratio must be greater than 0 and less than 1, got {args.mask_ratio}.')
+        check_count(f'--{name.replace("_", "-")}', getattr(args, name))
+    check_number('--mask-ratio', args.mask_ratio, above=0, below=1)
+    check_number('--weight-decay', args.weight_decay)
     for name in ('lr', 'pretrain_lr'):
-        if not 0. < getattr(args, name) < float('inf'):
-            raise ValueError(f'--{name.replace("_", "-")} must be greater than 0, got {getattr(args, name)}.')
+        check_number(f'--{name.replace("_", "-")}', getattr(args, name), above=0)
     if not 0 <= args.seed < 2 ** 31:
         raise ValueError(f'--seed must be from 0 to 2147483647, got {args.seed}.')
     try:
@@ -139,17 +157,27 @@ class _Run(NamedTuple):
     images: Images
 
 
+def _identity(images: Images) -> str:
+    return f'{len(images)} images, SHA-256 {images.digest()}'
+
+
 class _Demo:
     """Data, models and training runs of the stages that train; all checks are done when it is created."""
 
-    def __init__(self, args: argparse.Namespace, output: Path):
+    def __init__(self, args: argparse.Namespace, output: Path, stages: Sequence[str]):
+        self.trained_with = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
+        if args.quick:
+            args = argparse.Namespace(**{**vars(args), 'epochs': 1, 'pretrain_epochs': 1, 'finetune_epochs': 1})
         self.args = args
         self.output = output
+        self.stages = stages
         self.device = torch.device(args.device)
         self.images, self.test_images = train_test(read_splits(args.data), args.seed)
         self.config = training_config(args.model if args.data else None)
+        self.trained_with.update(
+            {'classes': self.images.classes, 'training images': _identity(self.images),
+             'test images': _identity(self.test_images)})
         if args.quick:
-            args.epochs = args.pretrain_epochs = args.finetune_epochs = 1
             self.images, self.test_images = self.images.take(320, args.seed), self.test_images.take(100, args.seed)
         few = self.images.take(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
 
@@ -170,6 +198,9 @@ class _Demo:
         for run in (*self.supervised, *self.self_supervised):
             check_batches(*run)
         model = self._create_model()
+        if 'pretrain' in stages:
+            with torch.no_grad():  # whether the model and the mask ratio fit the images
+                self._create_mae().eval()(torch.zeros(1, *self.config['input_size'], device=self.device))
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
             f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.time_steps} time '
@@ -189,9 +220,27 @@ class _Demo:
                 nn.init.constant_(module.bias, _BN_BIAS)
         return model.to(device=self.device, memory_format=torch.channels_last)
 
+    def _create_mae(self) -> SpikformerMAE:
+        mae = SpikformerMAE(
+            self._create_model(), mask_ratio=self.args.mask_ratio, decoder_embed_dim=64, decoder_depth=2,
+            decoder_num_heads=2)
+        return mae.to(device=self.device, memory_format=torch.channels_last)
+
     def _train(self, run: _Run, model: nn.Module, objective: Callable, progress: Progress):
         return train(
-            run.stage, model, objective, run.images, self.config, self.output, progress, resume=self.args.resume)
+            run.stage, model, objective, run.images, self.config, self.output, progress, self.trained_with,
+            resume=self.args.resume)
+
+    def run(self) -> Dict[str, Any]:
+        """Run the stages; return their results."""
+        print(self.description)
+        parts = {'train': (self.train, self.supervised), 'pretrain': (self.pretrain, self.self_supervised)}
+        chosen = [part for stage, part in parts.items() if stage in self.stages]
+        results: Dict[str, Any] = {}
+        with Progress(sum(run.stage.work(run.images) for _, runs in chosen for run in runs)) as progress:
+            for function, _ in chosen:
+                results.update(function(progress))
+        return dict(results, model=self.args.model, time_steps=self.args.time_steps, seed=self.args.seed)
 
     def train(self, progress: Progress) -> Dict[str, Any]:
         """Train with all labels, and save the model."""
@@ -208,10 +257,7 @@ class _Demo:
         """Pre-train without labels, fine-tune with a few, and train as many epochs from scratch with these."""
         pretraining, finetuning, scratch = self.self_supervised
         args = self.args
-        mae = SpikformerMAE(
-            self._create_model(), mask_ratio=args.mask_ratio, decoder_embed_dim=64, decoder_depth=2,
-            decoder_num_heads=2).to(device=self.device, memory_format=torch.channels_last)
-        mae, pretrain_seconds = self._train(pretraining, mae, reconstruct, progress)
+        mae, pretrain_seconds = self._train(pretraining, self._create_mae(), reconstruct, progress)
         mae_loss, mean_loss = reconstruction_loss(mae, self.test_loader, args.seed)
         save_reconstructions(mae, self.test_loader, self.config, self.output / _RECONSTRUCTIONS, args.seed)
         model = self._create_model()
@@ -232,7 +278,7 @@ class _Demo:
         training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
         command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
-        with write_folder(self.output / 'model') as folder:
+        with write_folder(self.output / _MODEL, KIND) as folder:
             save_for_hf(
                 model, str(folder), model_config=dict(label_names=self.images.classes), safe_serialization=True,
                 data_config=self.config)
@@ -272,13 +318,14 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
         ]
     lines += ['', f'Time {results["seconds"]:.0f} s']
     if 'accuracy' in results:
-        folder = str(output / 'model')
+        folder = str(output / _MODEL)
         load = f'import timm, timm_spikformer; timm.create_model({"local-dir:" + folder!r}, pretrained=True)'
+        profile = ['timm-spikformer', 'profile', args.model, '--checkpoint', folder]
         commands = {
             'load it': ['python', '-c', load],
-            'profile it': ['timm-spikformer', 'profile', args.model, '--checkpoint', folder],
+            'profile it': [*profile, *(['--data', args.data] if args.data else [])],
             'use your own images': ['timm-spikformer', 'demo', '--data', 'DIR'],
-            'train a larger model': ['python', '-m', 'timm_spikformer', 'train.py', '-c', 'recipes/cifar10.yaml'],
+            'train a larger model': ['timm-spikformer', 'recipe', 'cifar10'],  # which says how
         }
         lines += ['', f'The classifier is saved in {folder}. What to do next:']
         lines += [f'  {title:<20}  {shlex.join(command)}' for title, command in commands.items()]

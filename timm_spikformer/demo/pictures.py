@@ -12,6 +12,7 @@ from torchvision.utils import make_grid
 from ..folders import write_file
 from ..images import to_pixels
 from ..masked_autoencoder import SpikformerMAE
+from .command import KIND
 
 _TILE = 84  # pixels of an image in a picture, at least
 
@@ -30,7 +31,7 @@ def save_predictions(x: Tensor, captions: Sequence[str], config: Dict[str, Any],
         left, top = i % columns * width, i // columns * height
         picture.paste(tile, (left + 18, top + 4))
         draw.text((left + width // 2, top + height - 10), caption, fill='black', anchor='mm')
-    with write_file(path) as partial:
+    with write_file(path, KIND) as partial:
         picture.save(partial)
 
 
@@ -70,5 +71,5 @@ def save_reconstructions(
     x = x[:: max(1, len(x) // count)][:count]
     rows = mae.eval().reconstruct(x, noise=_noise(mae, x, seed))
     images = _enlarge(to_pixels(torch.cat(rows), config))
-    with write_file(path) as partial:
+    with write_file(path, KIND) as partial:
         to_pil_image(make_grid(images, nrow=len(x), padding=4, pad_value=1.)).save(partial)

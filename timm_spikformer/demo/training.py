@@ -1,4 +1,5 @@
 """Training for the demo, with timm's optimizer, schedule and EMA: resumable, and deterministic for a seed."""
+import io
 import math
 import pickle
 import sys
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from ..folders import write_file
 from ..images import Images, make_loader, to_pixels
 from ..monitor import FiringRateMonitor
+from .command import KIND
 
 # (model, images, labels) to the loss, and to the logits if there are any
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
@@ -52,7 +54,7 @@ class Stage(NamedTuple):
 
 
 class Progress:
-    """One progress bar over several training runs, with the time left for all of them."""
+    """One progress bar over several training runs, with the time left for all of them; lines only if not a terminal."""
 
     def __init__(self, total: float):
         """
@@ -64,13 +66,15 @@ class Progress:
             bar_format='{desc} |{bar}| {percentage:.0f} %, {elapsed} so far, {remaining} left{postfix}',
             dynamic_ncols=True,
             smoothing=0,
-            mininterval=0.2 if sys.stderr.isatty() else 20.,
+            mininterval=0.2,
+            disable=None,  # where the output is not a terminal
         )
 
     def skip(self, work: float) -> None:
         """Count work that an earlier run has done."""
-        self.bar.initial += work
-        self.bar.n += work
+        if not self.bar.disable:
+            self.bar.initial += work
+            self.bar.n += work
 
     def update(self, work: float, postfix: str = '') -> None:
         self.bar.set_postfix_str(postfix, refresh=False)
@@ -82,6 +86,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Print a line above the bar."""
         tqdm.write(text)
+        sys.stdout.flush()
 
     def __enter__(self) -> 'Progress':
         return self
@@ -154,21 +159,39 @@ def check_batches(stage: Stage, images: Images) -> None:
 
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Replace a checkpoint; if it is interrupted, the previous one stays whole."""
-    with write_file(path) as partial:
-        torch.save(state, partial)
+    buffer = io.BytesIO()  # of a full disk torch.save only says that a position is unexpected
+    torch.save(state, buffer)
+    with write_file(path, KIND) as partial:
+        partial.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, device: torch.device, modules: Dict[str, Any]) -> Tuple[int, float]:
+def load_checkpoint(
+        path: Path,
+        device: torch.device,
+        modules: Dict[str, Any],
+        epochs: int,
+        trained_with: Dict[str, Any],
+) -> Tuple[int, float]:
     """Load the states of `modules` from a checkpoint; return the number of epochs done, and the seconds they took.
 
     Raises:
-        ValueError: The file is damaged, or is of another run.
+        ValueError: The file is damaged, or is of another run: with more than `epochs`, or trained with something else
+            than `trained_with`.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        epoch, seconds, before = state['epoch'], state['seconds'], dict(state['trained_with'])
+        for name in sorted({*before, *trained_with}):
+            if before.get(name) != trained_with.get(name):
+                raise ValueError(
+                    f'it was trained with {name} = {before.get(name)}, and now it is {trained_with.get(name)}.')
+        if type(epoch) is not int or not 0 <= epoch < epochs:
+            raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}.')
+        if type(seconds) is not float or not 0. <= seconds < math.inf:
+            raise ValueError(f'it says that training took {seconds} seconds.')
         for key, module in modules.items():
             module.load_state_dict(state[key])
-        return int(state['epoch']) + 1, float(state['seconds'])
+        return epoch + 1, seconds
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(
             f'{path} is damaged or is not a checkpoint of this run: {str(e).splitlines()[0] if str(e) else e!r} '
@@ -183,6 +206,7 @@ def train(
         config: Dict[str, Any],
         output: Path,
         progress: Progress,
+        trained_with: Dict[str, Any],
         resume: bool = False,
 ) -> Tuple[nn.Module, float]:
     """Train with AdamW, cosine decay and EMA; a checkpoint is written after every epoch.
@@ -195,6 +219,7 @@ def train(
         config: timm's data config.
         output: Folder of the checkpoints.
         progress: Bar to advance.
+        trained_with: Arguments and data of the run, by names for people, which checkpoints record.
         resume: Continue from the checkpoint of the stage if there is one; a finished stage is only loaded.
 
     Returns:
@@ -213,7 +238,8 @@ def train(
     start_epoch, seconds_before = 0, 0.
     if resume and checkpoint.is_file():
         start_epoch, seconds_before = load_checkpoint(
-            checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer))
+            checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), stage.epochs,
+            trained_with)
         progress.skip(start_epoch * len(loader) * stage.batch_size * stage.cost)
 
     with FiringRateMonitor(model) as monitor:
@@ -233,7 +259,9 @@ def train(
                     loss, logits = objective(model, x.contiguous(memory_format=torch.channels_last), y)
                 monitor.enabled = False
                 if not loss.isfinite():
-                    raise ValueError(f'{stage.title}: the loss is {loss.item()}. Try a lower --lr than {stage.lr}.')
+                    raise ValueError(
+                        f'{stage.title}: the loss is {loss.item()}. Try a lower learning rate than {stage.lr}, or a '
+                        f'lower --weight-decay than {stage.weight_decay}.')
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -243,8 +271,9 @@ def train(
                     top1.update(accuracy(logits, y)[0].item(), len(x))
                 progress.update(len(x) * stage.cost, f'loss {losses.avg:.3f}')
             save_checkpoint(
-                checkpoint, epoch=epoch, seconds=seconds_before + time.time() - start, state_dict=model.state_dict(),
-                state_dict_ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
+                checkpoint, epoch=epoch, seconds=seconds_before + time.time() - start, trained_with=trained_with,
+                state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
+                optimizer=optimizer.state_dict())
             correct = f'training accuracy {top1.avg:5.1f} %   ' if top1.count else ''
             progress.write(
                 f'{stage.title}, epoch {epoch + 1}/{stage.epochs}   loss {losses.avg:.3f}   {correct}'

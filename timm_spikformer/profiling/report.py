@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..folders import check_output, manifest_files, write_folder
+from ..folders import check_output, write_folder
 from .activity import Activity
 from .counting import LayerProfile, Profile, Totals
 from .pictures import PICTURES, render
@@ -25,7 +25,7 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 
-_ADVICE = 'Name another folder.'
+_KIND = 'profile'  # of the folder
 _PAGE = 'index.html'
 _FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
 _PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -215,25 +215,18 @@ def to_html(
         pictures={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light})
 
 
-def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = ()) -> None:
-    """Check that a report can be written to a folder without losing anything.
+def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data: Iterable[PathLike] = ()) -> None:
+    """Check that a report can be written to a folder, which may hold files of others, without losing anything.
 
     Args:
-        folder: Folder of the report. It may hold files of others.
+        folder: Folder of the report.
         inputs: Files and folders that are read.
+        data: Folders of the images.
 
     Raises:
-        ValueError: See `timm_spikformer.folders.check_output`; or the folder holds the output of another command.
+        ValueError: See `timm_spikformer.folders.check_output`.
     """
-    path = check_output(folder, inputs, add=True)
-    ours = manifest_files(path)
-    for name in sorted(_FILES):
-        if name not in ours and os.path.lexists(path / name):
-            raise ValueError(f'{path / name} was not written by timm-spikformer, and would be replaced. {_ADVICE}')
-    others = [name for name in ours if name not in _FILES]
-    if others:
-        raise ValueError(
-            f'{folder} holds {others[0]}, which another command of timm-spikformer wrote. {_ADVICE}')
+    check_output(folder, _KIND, inputs, data, add=True, names=sorted(_FILES))
 
 
 def write_report(
@@ -260,7 +253,7 @@ def write_report(
     files['profile.json'] = (json.dumps([p.to_dict() for p in profiles], indent=2) + '\n').encode()
     files['layers.csv'] = to_csv(profiles).encode()
     files[_PAGE] = to_html(profiles, activity, data, notes).encode()
-    with write_folder(folder, add=True) as temporary:
+    with write_folder(folder, _KIND, add=True) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
     return Path(folder) / _PAGE

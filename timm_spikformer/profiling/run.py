@@ -11,6 +11,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from ..arguments import check_count
 from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
 from ..masked_autoencoder import SpikformerMAE
 from ..pretrained import check_source
@@ -40,7 +41,8 @@ def run_profile(args: argparse.Namespace) -> Path:
     device = _check_arguments(args)
     cost = _parse_cost(args.cost)
     conventions = Conventions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Conventions)})
-    check_report_folder(args.output, [path for path in (args.checkpoint, args.data) if path is not None])
+    check_report_folder(
+        args.output, *([path] if path is not None else [] for path in (args.checkpoint, args.data)))
     notes: List[str] = []
     images = sample_images(read_splits(args.data, labels=False)).spread(args.images)
     loaded = _load(args, notes)
@@ -76,11 +78,9 @@ def run_profile(args: argparse.Namespace) -> Path:
 
 def _check_arguments(args: argparse.Namespace) -> torch.device:
     for name in ('images', 'batch_size'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
+        check_count(f'--{name.replace("_", "-")}', getattr(args, name))
     for steps in args.time_steps or ():
-        if steps < 1:
-            raise ValueError(f'--time-steps must be at least 1, got {steps}.')
+        check_count('--time-steps', steps)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         torch.empty(1, device=device)

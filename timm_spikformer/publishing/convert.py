@@ -99,5 +99,5 @@ def convert(
     checkpoint = Checkpoint(converted, data_config(converted), source=path)
     if labels is not None:
         set_labels(checkpoint, labels)
-    save_folder(checkpoint, output, [path], is_live=False)
+    save_folder(checkpoint, output, [path], is_live=False, command='convert')
     return Converted(model, _report(conversion))

@@ -90,20 +90,24 @@ def save_folder(
         folder: Union[str, Path],
         inputs: Iterable[Union[str, Path]] = (),
         is_live: bool = True,
+        command: str = 'save_folder',
 ) -> None:
     """Write a folder that timm and transformers load, verified, completely or not at all.
 
     Args:
         checkpoint: What to save.
-        folder: Where to. Only files that this package wrote there before are replaced; see `folders.write_folder`.
+        folder: Where to. Only files that the same command wrote there before, for a model of the same architecture,
+            are replaced; see `folders.write_folder`.
         inputs: Files that the checkpoint was read from; the folder may not contain them.
         is_live: Require that neurons fire on images, as `verify_folder` does.
+        command: Command that saves it, for the manifest of the folder.
 
     Raises:
         ValueError: The folder may not be written.
         RuntimeError: What was written gives other outputs.
     """
-    with write_folder(folder, inputs) as temporary:
+    kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
+    with write_folder(folder, kind, inputs) as temporary:
         write_checkpoint(checkpoint, temporary)
         verify_folder(temporary, checkpoint, is_live)
 

@@ -83,11 +83,15 @@ def publish(
         RuntimeError: What was written gives other outputs than the checkpoint, or the Hub cannot be reached.
     """
     _check_arguments(repo, license, results, eval_data, dataset, train_datasets, base_model, output, dry_run)
-    inputs = [path for path in (checkpoint, results, eval_data) if isinstance(path, (str, Path))]
+    inputs = [path for path in (checkpoint, results) if isinstance(path, (str, Path))]
+    data = [] if eval_data is None else [eval_data]
     api = HfApi(token=token, library_name='timm-spikformer')
-    with _random_state_kept(), _open_folder(output, inputs) as folder:
+    with _random_state_kept(), contextlib.ExitStack() as stack:
         checkpoint = _read(checkpoint, model, ema, labels, model_kwargs)
         architecture = checkpoint.encoder.pretrained_cfg['architecture']
+        kind = f'publish {architecture}'
+        folder = Path(stack.enter_context(
+            tempfile.TemporaryDirectory() if output is None else write_folder(output, kind, inputs, data)))
         if not dry_run:
             hub.check_token(api)
             hub.inspect(api, repo, architecture, private, revision, tag)
@@ -104,7 +108,7 @@ def publish(
         write_checkpoint(checkpoint, folder, str(card), results_files(measured, date))
         _check_texts(folder)
         verify_folder(folder, checkpoint)
-        write_manifest(folder)
+        write_manifest(folder, kind)
         if dry_run:
             return Published(Path(output))
         commit = hub.upload(api, folder, repo, architecture, private, revision, tag)
@@ -132,13 +136,6 @@ def _check_arguments(
         raise ValueError('A result needs the dataset that it was measured on; name it with --dataset.')
     if dry_run and output is None:
         raise ValueError('A dry run needs an output folder; name it with --output.')
-
-
-@contextlib.contextmanager
-def _open_folder(output: Optional[Union[str, Path]], inputs: Sequence[Union[str, Path]]) -> Iterator[Path]:
-    """Yield a folder to write, which becomes `output` at the end, or is removed."""
-    with tempfile.TemporaryDirectory() if output is None else write_folder(output, inputs) as folder:
-        yield Path(folder)
 
 
 @contextlib.contextmanager
