@@ -13,7 +13,8 @@ from timm.models import save_for_hf
 from timm.utils import random_seed
 from torch import nn
 
-from ..checkpoints import TRAINING_FILE
+from ..checkpoints import DIGEST_ARG, TRAINING_FILE
+from ..devices import choose_device
 from ..folders import check_output, remove_files, write_file, write_folder
 from ..images import SHIPPED_MODEL, Images, data_config, make_loader, read_splits, train_test, training_config
 from ..masked_autoencoder import SpikformerMAE
@@ -44,7 +45,6 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
         _restore(args, output / SETTINGS)
         print(f'Continuing in {output} with the arguments of that run.')
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
-    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     _check_arguments(args)
     demo = _Demo(args, output) if {'train', 'pretrain'} & {*stages} else None
     check_output(output, [args.data] if args.data else [], add=True)
@@ -108,10 +108,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f'--{name.replace("_", "-")} must be greater than 0, got {getattr(args, name)}.')
     if not 0 <= args.seed < 2 ** 31:
         raise ValueError(f'--seed must be from 0 to 2147483647, got {args.seed}.')
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from e
+    args.device = str(choose_device(args.device))
 
 
 @torch.no_grad()
@@ -147,6 +144,7 @@ class _Demo:
         self.output = output
         self.device = torch.device(args.device)
         self.images, self.test_images = train_test(read_splits(args.data), args.seed)
+        self.all_images = self.images
         self.config = training_config(args.model if args.data else None)
         if args.quick:
             args.epochs = args.pretrain_epochs = args.finetune_epochs = 1
@@ -232,6 +230,8 @@ class _Demo:
         training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
         command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
+        if self.test_images.split.startswith('held-out'):  # so that publish can tell which images these are
+            training[DIGEST_ARG] = self.all_images.digest()
         with write_folder(self.output / 'model') as folder:
             save_for_hf(
                 model, str(folder), model_config=dict(label_names=self.images.classes), safe_serialization=True,
