@@ -423,6 +423,9 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
     model_args = config.get('model_args') or {}
     if not isinstance(model_args, dict) or not isinstance(config.get('pretrained_cfg', {}), dict):
         raise ValueError(f'{path / "config.json"} holds model_args or a pretrained_cfg that are not objects.')
+    unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_FROM_WEIGHTS})
+    if unknown:  # among them are those that make timm load another file
+        raise ValueError(f'{path / "config.json"} holds model_args that are not of the network: {unknown[0]}.')
     check_size(path, tensors, {**model_args, **{key: config[key] for key in _FROM_WEIGHTS if key in config}})
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
