@@ -164,6 +164,14 @@ def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
             explain_raised(bug)
 
 
+@pytest.mark.parametrize('command', [['profile', 'hf-hub:foo/bar'], ['profile', 'hf-hub:foo/bar@v1', '--images', '1']])
+def test_a_repository_that_is_not_cached_while_offline(command, tmp_path):
+    done = run(*command, cwd=tmp_path, env=dict(HF_HOME=str(tmp_path), PYTHONPATH=str(ROOT)), check=False)
+    assert done.returncode == 1 and done.stderr == (
+        f'error: config.json of {command[1].removeprefix("hf-hub:")} is not in the cache, and HF_HUB_OFFLINE is set. '
+        f'Unset it, and try again. Give weights with --checkpoint, or take random ones with --calibrate.\n')
+
+
 def test_value_errors_of_the_package_are_told_from_those_it_runs_into():
     from timm_spikformer.publishing.command import parse_kwargs
 
