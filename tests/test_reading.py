@@ -80,8 +80,9 @@ def test_a_file_without_crc(state_dict, tmp_path):
     (WEIGHT, lambda v: v.to(torch.int8), 'in torch.int8; weights are floating-point numbers'),
     (WEIGHT, lambda v: v > 0, 'in torch.bool; weights are floating-point numbers'),
     (WEIGHT, lambda v: v.to(torch.float8_e4m3fn), 'in torch.float8_e4m3fn; weights are floating-point numbers'),
+    (WEIGHT, lambda v: v.double() + 1e300, 'are not finite: 16384 of 16384 values .* infinite in float32'),
     (COUNTER, lambda v: v + 1j, 'in torch.complex64'),
-], ids=['meta', 'sparse', 'csr', 'quantized', 'complex', 'int8', 'bool', 'float8', 'counter'])
+], ids=['meta', 'sparse', 'csr', 'quantized', 'complex', 'int8', 'bool', 'float8', 'float64', 'counter'])
 def test_tensors_that_are_no_weights(name, change, message, state_dict, tmp_path):
     state_dict[name] = change(state_dict[name])
     torch.save({'state_dict': state_dict}, tmp_path / 'a.pth')
@@ -227,6 +228,14 @@ def test_a_config_with_odd_values(kind, change, small, tmp_path):
         assert read_checkpoint(folder).labels is None
     else:
         assert_an_error(folder)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(num_attention_heads=0), 'hidden_size must be divisible by num_attention_heads, .* num_attention_heads=0'),
+    (dict(hidden_size='x'), "Validation error for field 'hidden_size': .*x"),
+])
+def test_a_config_of_transformers_says_what_does_not_fit(change, message, small, tmp_path):
+    assert_an_error(save_folder('transformers', small, tmp_path, **change), message)
 
 
 def test_a_config_that_names_another_file(small, state_dict, tmp_path):

@@ -18,9 +18,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, without a period at the end; else its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().removesuffix('.') if lines else type(error).__name__
+    """Return the first line of what an error says, two if it ends in a colon, without a period; else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(':'):
+        lines[0] += f' {lines[1]}'
+    return lines[0].removesuffix('.') if lines else type(error).__name__
 
 
 def read_tensors(path: Path) -> Dict[str, Any]:
@@ -99,11 +101,11 @@ def check_tensors(path: object, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f'{path} holds {name} in {value.dtype}; weights are floating-point numbers, one of '
                 f'{", ".join(map(str, _DTYPES))}.')
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            count = int((~torch.isfinite(value)).sum())
+        is_finite = torch.isfinite(value.float())
+        if not is_finite.all():
             raise ValueError(
-                f'{path} holds weights that are not finite: {count} of {value.numel()} values of {name} are NaN or '
-                f'infinite. Use an earlier checkpoint.')
+                f'{path} holds weights that are not finite: {int((~is_finite).sum())} of {value.numel()} values of '
+                f'{name} are NaN or infinite in float32. Use an earlier checkpoint.')
 
 
 def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, Any], decoder: bool = False) -> None:
