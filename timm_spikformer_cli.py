@@ -78,9 +78,17 @@ def load_light(name: str) -> types.ModuleType:
     return importlib.import_module(f'{stand_in}.{last}')
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that does not ignore errors of the output, as argparse does."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            (file or sys.stderr).write(message)
+
+
 def create_parser(command: Optional[str] = None) -> argparse.ArgumentParser:
     """Create the parser; with the arguments of all commands, or of one."""
-    parser = argparse.ArgumentParser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
+    parser = _Parser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
     parser.add_argument('--version', action='version', version=load_light('version').__version__)
     parsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, entry in COMMANDS.items():
@@ -103,9 +111,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+    except OSError as e:  # the output cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        is_closed = isinstance(e, BrokenPipeError)  # by its reader, such as `head`
+        sys.exit(1 if is_closed else f'error: The output cannot be written: {load_light("errors").explain(e)}')
 
 
 def _run(argv: List[str]) -> None:

@@ -138,6 +138,10 @@ def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
 
     import huggingface_hub.errors as hub
     from safetensors import SafetensorError
+    with pytest.raises(RuntimeError) as info:
+        torch.empty(2 ** 60)
+    no_memory, caused_by_it = info.value, ValueError('cannot be created')
+    caused_by_it.__cause__ = no_memory
     for error, text in (
             (OSError(28, 'No space left on device', '/out'), '/out: No space left on device. Free some space'),
             (PermissionError(13, 'Permission denied', '/out'), '/out: Permission denied. Change its permissions'),
@@ -148,6 +152,9 @@ def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
             (yaml.YAMLError('bad'), 'Data cannot be read: bad'),
             (UnicodeDecodeError('utf-8', b'x', 0, 1, 'bad byte'), 'Data cannot be read: .*bad byte'),
             (torch.OutOfMemoryError('too much'), 'There is not enough memory: too much. Use a smaller batch'),
+            (MemoryError(), 'There is not enough memory: MemoryError. Use a smaller batch size, fewer time steps'),
+            (no_memory, 'There is not enough memory: .*DefaultCPUAllocator.* Use a smaller batch size'),
+            (caused_by_it, 'There is not enough memory: cannot be created. Use a smaller batch size'),
     ):
         with pytest.raises(SystemExit, match=f'^error: {text}'):
             explain_raised(error)
@@ -155,6 +162,14 @@ def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
                 ZeroDivisionError()):
         with pytest.raises(type(bug)):
             explain_raised(bug)
+
+
+@pytest.mark.parametrize('command', [['profile', 'hf-hub:foo/bar'], ['profile', 'hf-hub:foo/bar@v1', '--images', '1']])
+def test_a_repository_that_is_not_cached_while_offline(command, tmp_path):
+    done = run(*command, cwd=tmp_path, env=dict(HF_HOME=str(tmp_path), PYTHONPATH=str(ROOT)), check=False)
+    assert done.returncode == 1 and done.stderr == (
+        f'error: config.json of {command[1].removeprefix("hf-hub:")} is not in the cache, and HF_HUB_OFFLINE is set. '
+        f'Unset it, and try again. Give weights with --checkpoint, or take random ones with --calibrate.\n')
 
 
 def test_value_errors_of_the_package_are_told_from_those_it_runs_into():
@@ -210,6 +225,28 @@ def test_a_closed_pipe(args):
         [sys.executable, '-m', 'timm_spikformer_cli', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait(60) in (0, 1)  # argparse itself does not mind
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+@pytest.mark.parametrize('buffered', [True, False])
+@pytest.mark.parametrize('args', [['--version'], ['profile', '--help'], ['recipe', 'cifar10']], ids=' '.join)
+def test_output_to_a_full_disk(args, buffered):
+    env = dict(os.environ, PYTHONUNBUFFERED='' if buffered else '1')
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-m', 'timm_spikformer_cli', *args], stdout=full, stderr=subprocess.PIPE, text=True,
+            env=env, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    assert 'No space left on device' in done.stderr
+
+
+@pytest.mark.parametrize('command', ['profile', 'demo'])
+@pytest.mark.parametrize('device', ['meta', 'lazy', 'cuda:99', 'abacus', 'cpu:x'])
+def test_devices_that_run_no_model(command, device, tmp_path):
+    model = {'profile': ['spikformer_v2_2_64_patch4_32'], 'demo': ['--stages', 'train']}[command]
+    with pytest.raises(SystemExit, match=f'^error: --device {device} cannot be used: '):
+        cli.main([command, *model, '--device', device, '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('number, message', [(signal.SIGINT, 'Interrupted. No partial output'), (signal.SIGTERM, '')])

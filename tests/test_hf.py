@@ -143,6 +143,8 @@ def test_dtype_and_device_map(images, tmp_path):
     model = SpikformerForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map='cpu')
     assert model.dtype == torch.bfloat16 and model.timm_model.blocks[0].mlp.fc1.linear.weight.dtype == torch.bfloat16
     assert {b.dtype for n, b in model.named_buffers() if 'running' in n} == {torch.float32}
+    for m in (created, model):
+        assert {b.dtype for n, b in m.named_buffers() if 'num_batches' in n} == {torch.int64}
     assert_live(model, images)
     assert model(images).logits.isfinite().all()
 

@@ -25,7 +25,6 @@ from timm_spikformer.images import (
     match_classes,
     read_splits,
     sample_images,
-    test_images,
     train_test,
     training_config,
 )
@@ -256,9 +255,9 @@ def test_without_a_test_split_a_tenth_is_held_out_and_named_so(tmp_path):
     assert test.split == 'held-out tenth' and test.description == f'4 images of {tmp_path.name}, held-out tenth'
     assert not {*relative(train, tmp_path)} & {*relative(test, tmp_path)}
     assert np.bincount(test.labels).tolist() == [2, 2] and 'c/1.png' in relative(train, tmp_path)
-    again = test_images(read_splits(tmp_path), seed=3)
+    again = train_test(read_splits(tmp_path), seed=3)[1]
     assert relative(again, tmp_path) == relative(test, tmp_path)
-    assert relative(test_images(read_splits(tmp_path), seed=4), tmp_path) != relative(test, tmp_path)
+    assert relative(train_test(read_splits(tmp_path), seed=4)[1], tmp_path) != relative(test, tmp_path)
     assert sample_images(read_splits(tmp_path)).description == f'41 images of {tmp_path.name}'
 
 
@@ -271,9 +270,9 @@ def test_the_tenth_of_a_training_split(tmp_path):
 def test_the_test_split_comes_before_the_validation_split(tmp_path):
     write_tree(tmp_path, *(f'{split}/{name}/1.png' for split in ('train', 'val', 'test') for name in 'ab'))
     splits = read_splits(tmp_path)
-    assert train_test(splits)[1].split == test_images(splits).split == sample_images(splits).split == 'test'
+    assert train_test(splits)[1].split == sample_images(splits).split == 'test'
     del splits['test']
-    assert train_test(splits)[1].split == test_images(splits).split == sample_images(splits).split == 'validation'
+    assert train_test(splits)[1].split == sample_images(splits).split == 'validation'
 
 
 def test_classes_of_one_image_only(tmp_path):
@@ -418,11 +417,11 @@ def test_two_classes_of_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize('change', ['none', 'a file more', 'another name', 'another size', 'another class'])
-def test_a_digest_tells_images_apart(change, tmp_path):
+def test_a_fingerprint_tells_images_apart(change, tmp_path):
     write_tree(tmp_path, 'a/1.png', 'a/2.png', 'b/1.png', 'c/1.png')
     before = read_splits(tmp_path)['all']
-    assert before.digest() != before.select([0, 1]).digest() != before.select([0, 2]).digest()
-    digest, path = before.digest(), tmp_path / 'a' / '1.png'
+    assert before.fingerprint() != before.select([0, 1]).fingerprint() != before.select([0, 2]).fingerprint()
+    digest, path = before.fingerprint(), tmp_path / 'a' / '1.png'
     if change == 'a file more':
         (tmp_path / 'a' / '3.png').write_bytes(path.read_bytes())
     elif change == 'another name':
@@ -432,8 +431,9 @@ def test_a_digest_tells_images_apart(change, tmp_path):
     elif change == 'another class':
         (tmp_path / 'b' / '1.png').rename(tmp_path / 'a' / '3.png')
         path.rename(tmp_path / 'b' / '1.png')
-    assert (read_splits(tmp_path)['all'].digest() == digest) == (change == 'none')
-    assert read_splits()['test'].digest() == read_splits()['test'].digest() != read_splits()['train'].digest()
+    assert (read_splits(tmp_path)['all'].fingerprint() == digest) == (change == 'none')
+    shipped = read_splits()
+    assert read_splits()['test'].fingerprint() == shipped['test'].fingerprint() != shipped['train'].fingerprint()
 
 
 def test_a_test_label_that_is_not_in_the_training_split(tmp_path):

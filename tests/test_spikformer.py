@@ -152,16 +152,47 @@ def test_the_attention_scale_is_an_argument(images):
     (dict(time_steps=True), 'time_steps must be an integer of at least 1, got True'),
     (dict(time_steps=np.True_), 'time_steps must be an integer of at least 1, got'),
     (dict(time_steps='4'), "time_steps must be an integer of at least 1, got '4'"),
-    (dict(attn_scale=0.), 'attn_scale must be greater than 0, got 0.0'),
+    (dict(attn_scale=0.), 'attn_scale must be a finite number greater than 0, got 0.0'),
+    (dict(attn_scale=float('inf')), 'attn_scale must be a finite number greater than 0, got inf'),
+    (dict(mlp_ratio=float('nan')), 'mlp_ratio must be a finite number greater than 0, got nan'),
+    (dict(mlp_ratio=-4), 'mlp_ratio must be a finite number greater than 0, got -4'),
+    (dict(mlp_ratio='4'), "mlp_ratio must be a finite number greater than 0, got '4'"),
+    (dict(mlp_ratio=0.001), r'embed_dim \* mlp_ratio must be at least 1, got 64 \* 0.001'),
+    (dict(drop_rate=5), 'drop_rate must be a number of at least 0 and less than 1, got 5'),
+    (dict(proj_drop_rate=-0.1), 'proj_drop_rate must be a number of at least 0 and less than 1, got -0.1'),
+    (dict(drop_path_rate=1.), 'drop_path_rate must be a number of at least 0 and less than 1, got 1.0'),
+    (dict(drop_path_rate=True), 'drop_path_rate must be a number of at least 0 and less than 1, got True'),
+    (dict(global_pool='foo'), "global_pool must be one of '', 'avg', 'max', 'avgmax', 'catavgmax', got 'foo'"),
+    (dict(global_pool=3), 'global_pool must be one of .*, got 3'),
+    (dict(global_pool=''), "global_pool must name a pooling for a classifier of 1000 classes, got ''"),
+    (dict(in_chans=0), 'in_chans must be an integer of at least 1, got 0'),
+    (dict(num_classes=-1), 'num_classes must be an integer of at least 0, got -1'),
+    (dict(num_heads=0), 'num_heads must be an integer of at least 1, got 0'),
+    (dict(embed_dim=64.), 'embed_dim must be an integer of at least 8, got 64.0'),
+    (dict(stem=['scs']), r"Unknown stem \['scs'\], expected one of"),
+    (dict(stem_strides=5), 'stem_strides must be 4 values of 1 or 2 .*, got 5'),
+    (dict(img_size='64'), "img_size must be an integer of at least 1, got '64'"),
+    (dict(img_size=(64, 64, 64)), r'img_size must be one integer or two, got \(64, 64, 64\)'),
     (dict(stem='conv'), "Unknown stem 'conv', expected one of 'scs', 'sps'"),
     (dict(num_heads=5), 'embed_dim=64 and num_heads=5'),
     (dict(img_size=70), 'img_size must be a positive multiple of the patch size 16, got 70'),
     (dict(patch_size=7), 'patch_size must be 1, 2, 4, 8 or 16, got 7'),
-    (dict(depth=-1), 'depth must not be negative, got -1'),
+    (dict(depth=-1), 'depth must be an integer of at least 0, got -1'),
+    (dict(depth=1.5), 'depth must be an integer of at least 0, got 1.5'),
 ])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model('test_spikformer_v2', **kwargs)
+
+
+def test_bad_arguments_of_a_new_classifier():
+    model = timm.create_model('test_spikformer_v2')
+    for args, message in (
+            ((10, 'foo'), "global_pool must be one of .*, got 'foo'"), ((-1,), 'num_classes must be an integer'),
+            ((10, ''), 'global_pool must name a pooling for a classifier of 10 classes')):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(*args)
+    assert model.num_classes == 1000 and model.head.global_pool.pool_type == 'avg'
 
 
 @pytest.mark.parametrize('shape, message', [

@@ -7,9 +7,12 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ['TRAINING_FILE', 'Conversion', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict']
+__all__ = [
+    'DIGEST_ARG', 'TRAINING_FILE', 'Conversion', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict',
+]
 
 TRAINING_FILE = 'training_args.yaml'  # stored next to the weights; contains the training arguments
+DIGEST_ARG = 'training_images_sha256'  # one of them: digest of the training images, if others were held out to test on
 
 # (pattern, replacement) for the keys of the authors' V1 code and of spikingjelly's Spikformer
 _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (

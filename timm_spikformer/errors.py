@@ -7,6 +7,7 @@ This module imports the standard library only.
 """
 import dis
 import errno
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Optional
@@ -17,6 +18,8 @@ _PACKAGE = Path(__file__).parent
 # modules whose exceptions are about files, foreign data or the network
 _LIBRARIES = ('huggingface_hub', 'httpx', 'httpcore', 'safetensors', 'json', 'yaml', 'pyarrow', 'datasets', 'PIL',
               'pickle', '_pickle', 'zipfile', 'zlib', 'csv', '_csv')
+# what PyTorch says without an OutOfMemoryError, on a CPU and by MPS
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|backend out of memory")
 _HINTS = {
     errno.ENOSPC: 'Free some space, or write to another disk.',
     errno.EDQUOT: 'Free some of your quota, or write to another disk.',
@@ -34,8 +37,9 @@ def explain(error: BaseException) -> Optional[str]:
     """Return what to tell the user of a command about an exception, or None if it is a bug."""
     if isinstance(error, ImportError):
         return _explain_import(error)
-    if type(error).__name__ == 'OutOfMemoryError':
-        return f'There is not enough memory: {_first_line(error)} Use a smaller batch size or model, or another device.'
+    if _is_out_of_memory(error):
+        return (f'There is not enough memory: {_first_line(error)} Use a smaller batch size, fewer time steps, a '
+                f'smaller model or image, or another device.')
     if _comes_from_network(error):
         return (f'The Hub cannot be reached: {_first_line(error)} Check the network, or set HF_HUB_OFFLINE=1 to use '
                 f'what has been downloaded before.')
@@ -78,6 +82,15 @@ def _explain_os_error(error: OSError) -> str:
     names = ' -> '.join(str(name) for name in (error.filename, error.filename2) if name is not None)
     hint = _HINTS.get(error.errno, '')
     return f'{names}: {error.strerror}. {hint}'.removeprefix(': ').rstrip()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing, on any device; also where another error was raised from it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':
+        return True
+    if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
+        return True
+    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)
 
 
 def _comes_from_network(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from .pretrained import cfg_to_train
 
 __all__ = [
     'DATA_KEYS', 'FASHION_MNIST', 'SHIPPED_MODEL', 'Images', 'data_config', 'make_loader', 'match_classes',
-    'read_splits', 'sample_images', 'test_images', 'to_pixels', 'train_test', 'training_config']
+    'read_splits', 'sample_images', 'to_pixels', 'train_test', 'training_config']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -139,7 +139,7 @@ class Images(Dataset):
         """Path of an image; of an image in a parquet file, the file and the row."""
         return self.source.name(int(self._indices[i]))
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return a digest of the names and sizes of the files, of the labels, and of which images these are."""
         digest = hashlib.sha256()
         for path in self.source.files:
@@ -180,6 +180,14 @@ class Images(Dataset):
             raise ValueError(f'{self.description}: no class has 2 images, so none can be held out to test on.')
         split = 'held-out tenth' if self.split == 'all' else f'held-out tenth of {self.split}'
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the encoded images and their labels, in order."""
+        total = hashlib.sha256()
+        for i, label in zip(self._indices, self.labels):
+            with self.source.open(int(i)) as stream:
+                total.update(hashlib.sha256(stream.read()).digest() + int(label).to_bytes(8, 'big'))
+        return total.hexdigest()
 
     def _ranked(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shuffled indices, the rank of each one within its class, and the sizes of the classes."""
@@ -386,22 +394,6 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
         test = copy.copy(test)
         test.classes = train.classes
     return train, test
-
-
-def test_images(splits: Dict[str, Images], seed: int = 0) -> Images:
-    """Return images to measure accuracy on: of the test split, else the validation split, else a tenth held out.
-
-    Args:
-        splits: What `read_splits` returned.
-        seed: The images that are held out are those of `train_test` at the same seed.
-    """
-    for split in ('test', 'validation'):
-        if split in splits:
-            return splits[split]
-    return train_test(splits, seed)[1]
-
-
-test_images.__test__ = False  # its name is not that of a test
 
 
 def sample_images(splits: Dict[str, Images]) -> Images:

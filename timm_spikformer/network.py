@@ -9,6 +9,7 @@ from timm.models import get_model_traits
 from torch import Tensor, nn
 
 from ._timm import feature_take_indices, update_model_args, update_model_input_size
+from .arguments import check_integer, check_pooling, check_positive, check_rate
 from .checkpoints import check_keys, checkpoint_filter_fn
 from .layers import SpikingBlock, SpikingBlocks
 from .masking import Visible
@@ -18,6 +19,9 @@ from .sequences import check_time_steps, mean_over_time, to_time_major
 from .stems import STEMS
 
 __all__ = ['Spikformer', 'find_spikformer']
+
+# arguments that are integers, and the least value of each
+_INTEGERS = dict(patch_size=1, in_chans=1, num_classes=0, embed_dim=8, depth=0, num_heads=1)
 
 torch.fx.wrap('to_time_major')  # a leaf for FX: it branches on the shape of the input
 
@@ -86,15 +90,25 @@ class Spikformer(nn.Module):
             drop_rate: Dropout before the classifier.
             proj_drop_rate: Dropout of the spikes that leave the linear layers, drawn anew at each time step.
             drop_path_rate: Stochastic depth rate of the last block; it drops a branch at all time steps together.
+
+        Raises:
+            ValueError: A value does not fit; the message names the argument, the value and what was expected.
         """
         init_args = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         super().__init__()
         self._init_args = init_args
         dd = {'device': device, 'dtype': dtype}
-        if stem not in STEMS:
+        if not isinstance(stem, str) or stem not in STEMS:
             raise ValueError(f'Unknown stem {stem!r}, expected one of {", ".join(map(repr, STEMS))}.')
-        if depth < 0:
-            raise ValueError(f'depth must not be negative, got {depth}.')
+        for name, minimum in _INTEGERS.items():
+            check_integer(name, init_args[name], minimum)
+        for name in ('mlp_ratio', 'attn_scale'):
+            check_positive(name, init_args[name])
+        for name in ('drop_rate', 'proj_drop_rate', 'drop_path_rate'):
+            check_rate(name, init_args[name])
+        check_pooling(global_pool, num_classes)
+        if embed_dim * mlp_ratio < 1:
+            raise ValueError(f'embed_dim * mlp_ratio must be at least 1, got {embed_dim} * {mlp_ratio}.')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.patch_size = patch_size
@@ -160,7 +174,10 @@ class Spikformer(nn.Module):
 
     def _check_img_size(self, img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         size = to_2tuple(img_size)
-        if any(s < self.patch_size or s % self.patch_size for s in size):
+        if len(size) != 2:
+            raise ValueError(f'img_size must be one integer or two, got {img_size!r}.')
+        size = tuple(check_integer('img_size', s, 1) for s in size)
+        if any(s % self.patch_size for s in size):
             raise ValueError(
                 f'img_size must be a positive multiple of the patch size {self.patch_size}, got {img_size}.')
         return size
@@ -231,6 +248,8 @@ class Spikformer(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        check_integer('num_classes', num_classes, 0)
+        check_pooling(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -33,7 +34,7 @@ from timm.models import (
 )
 
 __all__ = [
-    'cfg_to_train', 'check_hub', 'check_source', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+    'cfg_to_train', 'check_hub', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
@@ -82,10 +83,9 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
             f'`hf auth login` or set HF_TOKEN.') from e
     except RevisionNotFoundError as e:
         raise RuntimeError(f'The repository {repo_id} has no revision {revision!r}.') from e
-    except LocalEntryNotFoundError as e:  # a subclass of EntryNotFoundError, so it comes first
-        raise RuntimeError(
-            f'{filename} of {repo} is not in the cache, and the Hub cannot be reached. Connect, or unset '
-            f'HF_HUB_OFFLINE where it is set, and try again.') from e
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:  # before EntryNotFoundError, whose subclass it is
+        why = 'HF_HUB_OFFLINE is set. Unset it' if is_offline_mode() else 'the Hub cannot be reached. Connect'
+        raise RuntimeError(f'{filename} of {repo} is not in the cache, and {why}, and try again.') from e
     except EntryNotFoundError as e:
         raise RuntimeError(
             f'The repository {repo} holds no {filename}. Publish it with `timm-spikformer publish`; weights in another '
@@ -125,13 +125,6 @@ def check_hub(endpoint: Optional[str] = None) -> None:
             f'again.') from error
 
 
-def check_source(name: str) -> None:
-    """Fail within seconds if `hf-hub:ORG/NAME` has to be downloaded and the Hub cannot be reached; see `check_hub`."""
-    repo = name.removeprefix('hf-hub:')
-    if repo != name and not _is_cached(repo, 'config.json') and not is_offline_mode():
-        check_hub()
-
-
 def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
     """Download a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`; return its path in the cache.
 
@@ -140,6 +133,8 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
             download; a damaged file is removed from the cache.
     """
     repo_id, revision = split_revision(repo)
+    if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
+        check_hub()
     with _explained(repo, filename):
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()

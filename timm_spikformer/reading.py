@@ -5,34 +5,37 @@ is read by `timm.create_model`, one of transformers by `from_pretrained`, a file
 `load_checkpoint`. Pickles are opened with `weights_only=True` alone.
 """
 import argparse
+import contextlib
 import copy
+import inspect
 import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
 import yaml
 from safetensors import SafetensorError
 from timm.data import str_to_pil_interp
-from timm.models import get_model_input_config, load_checkpoint, load_state_dict
+from timm.models import get_model_input_config, load_checkpoint
 from torch import Tensor, nn
 
-from ._timm import torch_load
 from .checkpoints import TRAINING_FILE, convert_state_dict
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
+from .pretrained import WEIGHTS_FILE, download
 from .spikformer import Spikformer, check_model_name
+from .state_dicts import check_size, check_tensors, find_state_dict, first_line, read_tensors
 
 if TYPE_CHECKING:
     from .hf.configuration_spikformer import SpikformerConfig
 
 __all__ = [
-    'Checkpoint', 'Training', 'check_finite', 'create_matching', 'from_model', 'read_checkpoint', 'read_tensors',
-    'set_labels', 'timm_part',
+    'Checkpoint', 'Training', 'check_data_config', 'create', 'create_matching', 'from_model', 'read_checkpoint',
+    'read_source', 'set_labels', 'timm_part',
 ]
 
 # Arguments of train.py that describe the machine, or where the run was stored on it
@@ -43,6 +46,11 @@ _PRIVATE_ARGS = re.compile(
 _PARSING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
+# Arguments of the network that describe the weights and cannot be chosen, and those that can
+_FROM_WEIGHTS = ('num_classes', 'in_chans')
+_MODEL_KWARGS = [
+    name for name in inspect.signature(Spikformer).parameters if name not in (*_FROM_WEIGHTS, 'device', 'dtype')]
+_LARGEST_ACTIVATION = 2 ** 28  # values that a stage of the stem may return for one image: 1 GiB
 _DOES_NOT_LOAD = 'The weights in {} do not load into the model of its config.json: {}.'
 
 
@@ -65,6 +73,7 @@ class Checkpoint:
         processor: The preprocessor_config.json that it came with. By default one is written that matches
             `data_config`.
         source: File or folder that it was read from.
+        name: Name that the model was created by, with the tag of its weights if it has one.
     """
     model: Union[Spikformer, SpikformerMAE]
     data_config: Dict[str, Any]
@@ -72,10 +81,25 @@ class Checkpoint:
     training: Optional[Training] = None
     processor: Optional[Dict[str, Any]] = None
     source: Optional[Path] = None
+    name: Optional[str] = None
 
     @property
     def encoder(self) -> Spikformer:
         return self.model.encoder if isinstance(self.model, SpikformerMAE) else self.model
+
+    @property
+    def activation_size(self) -> int:
+        """Number of values of the largest output of a stage of the stem, for one image."""
+        encoder = self.encoder
+        size, largest = math.prod(self.data_config['input_size'][1:]), 0
+        for width, stride in zip(encoder.stem.widths, encoder.stem.strides):
+            size //= stride ** 2
+            largest = max(largest, encoder.time_steps * width * size)
+        return largest
+
+    def batch_size(self, most: int) -> int:
+        """Return a number of images, at most `most`, that a forward pass has the memory for."""
+        return max(1, min(most, _LARGEST_ACTIVATION // max(1, self.activation_size)))
 
 
 def read_checkpoint(
@@ -105,78 +129,58 @@ def read_checkpoint(
         checkpoint = _read_file(path, model, ema, model_kwargs)
     else:
         raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
-    _check_data_config(path, checkpoint.data_config)
+    check_data_config(path, checkpoint)
     return checkpoint
 
 
-def _check_data_config(path: Path, config: Dict[str, Any]) -> None:
-    """Raise a ValueError if images cannot be presented by a data config."""
+def read_source(name: str) -> Checkpoint:
+    """Read `local-dir:DIR` or `hf-hub:ORG/NAME`, a folder or a repository of timm or transformers.
+
+    Raises:
+        ValueError: The folder is missing, damaged, or not of a Spikformer; the message says which.
+        RuntimeError: The repository cannot be downloaded.
+    """
+    if name.startswith('local-dir:'):
+        return read_checkpoint(name.removeprefix('local-dir:'))
+    repo = name.removeprefix('hf-hub:')
+    folder = Path(download(repo, 'config.json')).parent
+    download(repo, WEIGHTS_FILE)
+    with contextlib.suppress(RuntimeError):  # there need not be one
+        download(repo, 'preprocessor_config.json')
+    return read_checkpoint(folder)
+
+
+def check_data_config(path: object, checkpoint: Checkpoint) -> None:
+    """Check that images can be presented by the data config of a checkpoint, and are of a size that can be computed.
+
+    Args:
+        path: Where it is from.
+        checkpoint: The checkpoint.
+
+    Raises:
+        ValueError: They cannot, or are too large.
+    """
+    config = checkpoint.data_config
+
     def are_numbers(values: Any, count: int) -> bool:
         return len(values) == count and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
 
     try:
         channels, height, width = config['input_size']
-        fits = are_numbers((channels, height, width), 3) and min(channels, height, width) > 0
+        fits = all(type(v) is int and v > 0 for v in (channels, height, width))
         fits &= all(are_numbers(config[key], channels) for key in ('mean', 'std')) and min(config['std']) > 0
         fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
         str_to_pil_interp(config['interpolation'])
     except _PARSING_ERRORS as e:
-        raise ValueError(f'{path} describes its images by {config}: {type(e).__name__} {_first_line(e)}.') from e
+        raise ValueError(f'{path} describes its images by {config}: {type(e).__name__} {first_line(e)}.') from e
     if not fits:
         raise ValueError(f'{path} describes its images by {config}; expected a size, mean and std of each channel, and '
                          f'crop_pct.')
-
-
-def read_tensors(path: Path) -> Dict[str, Any]:
-    """Read a safetensors file, or a pickle of tensors and plain values.
-
-    Raises:
-        ValueError: The file is damaged, would run code when it is opened, or holds something else than a dictionary.
-    """
-    try:
-        content = load_state_dict(str(path)) if path.suffix == '.safetensors' else torch_load(str(path))
-    except SafetensorError as e:
-        raise ValueError(f'{path} is not a complete safetensors file: {e}.') from e
-    except (RuntimeError, ValueError) as e:
+    if checkpoint.activation_size > _LARGEST_ACTIVATION:
         raise ValueError(
-            f'{path} cannot be opened without running code from it, or is damaged. Expected a checkpoint of tensors '
-            f'and plain values; save the state_dict alone. {_first_line(e)}') from e
-    except (EOFError, OSError, LookupError, AttributeError, TypeError) as e:
-        raise ValueError(f'{path} is not a checkpoint, or is damaged: {_first_line(e)}.') from e
-    if not isinstance(content, dict):
-        raise ValueError(
-            f'{path} holds a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
-    return content
-
-
-def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> Dict[str, Tensor]:
-    """Return the state dict of a checkpoint: itself, or under `state_dict`, `model` or `state_dict_ema`.
-
-    Raises:
-        ValueError: There is none, or it holds something else than tensors.
-    """
-    keys = ('state_dict_ema',) if ema else ('state_dict', 'model')
-    found = next((content[key] for key in keys if key in content), None if ema else content)
-    if ema and found is None:
-        raise ValueError(
-            f'{path} holds no averaged weights, which train.py stores with --model-ema. Omit --ema.')
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f'{path} holds no state dict: expected tensors by name, got {type(found).__name__}.')
-    for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f'{path} is not a state dict: {name!r} is a {type(value).__name__}, expected tensors by name.')
-    return found
-
-
-def check_finite(path: object, tensors: Dict[str, Tensor]) -> None:
-    """Raise a ValueError if a weight is NaN or infinite."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            count = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f'{path} holds weights that are not finite: {count} of {value.numel()} values of {name} are NaN or '
-                f'infinite. Use an earlier checkpoint.')
+            f'{path} is for images of {height} x {width} pixels and {checkpoint.encoder.time_steps} time steps, which '
+            f'need {checkpoint.activation_size:,} values after one stage of the stem, more than '
+            f'{_LARGEST_ACTIVATION:,}. Choose a smaller img_size or fewer time_steps.')
 
 
 def create_matching(
@@ -184,7 +188,7 @@ def create_matching(
         state_dict: Dict[str, Any],
         path: Optional[Path] = None,
         ema: bool = False,
-        **kwargs: Any,
+        model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Spikformer:
     """Create the model `name` with the classes and input channels of `state_dict`, and load all of it.
 
@@ -193,26 +197,26 @@ def create_matching(
         state_dict: Weights of this package, of the authors' V1 code or of spikingjelly.
         path: File of timm that holds them, to be loaded by timm's `load_checkpoint`; by default `state_dict` is.
         ema: As of `read_checkpoint`, for `path`.
-        kwargs: Arguments of the model.
+        model_kwargs: See `create`.
 
     Raises:
         ValueError: The model has other tensors, or does not take the arguments.
     """
     check_model_name(name)
-    kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
-    empty = create(name, device='meta', num_classes=0, **kwargs)
+    model_kwargs = model_kwargs or {}
+    check_size(path or 'The checkpoint', state_dict, model_kwargs)
+    empty = create(name, model_kwargs, device='meta', num_classes=0)
     try:
         converted = convert_state_dict(state_dict, empty).state_dict
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f'The checkpoint is not one of {name}: {_first_line(e)}.') from e
+        raise ValueError(f'The checkpoint is not one of {name}: {first_line(e)}.') from e
     head = converted.get('head.fc.weight')
     first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
     if first is None or first.ndim != 4 or (head is not None and head.ndim != 2):
         raise ValueError(
             f'The checkpoint is not one of a Spikformer: it has no first convolution or another classifier. It holds '
             f'{len(converted)} tensors, {next(iter(converted), "none")!r} first.')
-    model = create(
-        name, **{**kwargs, 'num_classes': 0 if head is None else len(head), 'in_chans': first.shape[1]})
+    model = create(name, model_kwargs, num_classes=0 if head is None else len(head), in_chans=first.shape[1])
     try:
         if path is None:
             model.load_state_dict(converted)
@@ -224,25 +228,37 @@ def create_matching(
     return model.eval()
 
 
-def create(name: str, **kwargs: Any) -> Spikformer:
-    """Create a registered model; arguments that it does not take are the user's mistake.
+def create(name: str, model_kwargs: Mapping[str, Any], **given: Any) -> Spikformer:
+    """Create a registered model with arguments from a user or a file.
+
+    Args:
+        name: Registered name.
+        model_kwargs: Arguments of the network other than the number of classes and channels, which are the weights'.
+        given: Other arguments of `timm.create_model`.
 
     Raises:
-        ValueError: An argument is unknown, or has a value that does not fit.
+        ValueError: An argument is not one of the network, or has a value that does not fit.
     """
+    for key, value in model_kwargs.items():
+        if key in _FROM_WEIGHTS:
+            raise ValueError(f'{key}={value!r} cannot be given: it is read from the weights.')
+        if key not in _MODEL_KWARGS or value is None:
+            raise ValueError(
+                f'{name} cannot be created with {key}={value!r}. Expected values of {", ".join(_MODEL_KWARGS)}.')
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, **model_kwargs, **given)
     except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as e:
-        given = {k: v for k, v in kwargs.items() if k != 'device'}
-        raise ValueError(f'{name} cannot be created with {given}: {_first_line(e)}.') from e
+        raise ValueError(f'{name} cannot be created with {dict(model_kwargs)}: {first_line(e)}.') from e
 
 
 def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
-    """Name the classes.
+    """Name the classes. `LABEL_0`, `LABEL_1`, ... are transformers' names of classes without any: they name none.
 
     Raises:
         ValueError: The number of names is not that of the classes, or a name is empty or there twice.
     """
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise ValueError(f'The labels are {labels!r}, expected a list with a name for each class.')
     labels, num_classes = list(labels), checkpoint.encoder.num_classes
     if len(labels) != num_classes:
         raise ValueError(f'The model has {num_classes} classes, but {len(labels)} labels were given.')
@@ -255,7 +271,11 @@ def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
                 f'The label {name!r} is there twice, as number {seen[name] + 1} and {i + 1}; each class needs a name '
                 f'of its own.')
         seen[name] = i
-    checkpoint.labels = labels
+    checkpoint.labels = None if _are_defaults(labels) else labels
+
+
+def _are_defaults(labels: Sequence[str]) -> bool:
+    return labels == [f'LABEL_{i}' for i in range(len(labels))]
 
 
 def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
@@ -285,22 +305,21 @@ def from_model(model: nn.Module) -> Checkpoint:
     Raises:
         ValueError: It is another model, or has no weights.
     """
+    timm_part(model)
+    check_tensors('The model', model.state_dict())
     checkpoint = _of_module(_copy(model))
-    check_finite('The model', checkpoint.model.state_dict())
+    cfg = getattr(checkpoint.encoder, 'pretrained_cfg', {})
+    checkpoint.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
     return checkpoint
 
 
 def _copy(model: nn.Module) -> nn.Module:
     """Copy a model without its forward and backward hooks, which belong to others and may have effects."""
-    timm_part(model)
     memo: Dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith(('_forward', '_backward')) and isinstance(value, dict):
                 memo[id(value)] = type(value)()  # deepcopy takes this for a copy that it has made already
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError(f'The model has no weights: {name} is on the meta device. Load them first.')
     return copy.deepcopy(model, memo)
 
 
@@ -316,7 +335,7 @@ def _of_module(model: nn.Module, config: Optional['SpikformerConfig'] = None) ->
         from .hf.configuration_spikformer import ordered_labels
         shown = config.to_dict()['pretrained_cfg']
         names = ordered_labels(config.id2label)
-        if len(names) == encoder.num_classes and names != [f'LABEL_{i}' for i in range(len(names))]:
+        if len(names) == encoder.num_classes and not _are_defaults(names):
             labels = names
     model = model.eval().to('cpu', torch.float32)
     return Checkpoint(model, {k: shown[k] for k in DATA_KEYS}, labels)
@@ -327,24 +346,24 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     state_dict = find_state_dict(path, content, ema)
-    check_finite(path, state_dict)
+    check_tensors(path, state_dict)
     name = name or args.get('model')
     if not isinstance(name, str):
         raise ValueError(f'{path} does not contain the name of its model. Name it with --model.')
     trained_with = args.get('model_kwargs') or {}
     if not isinstance(trained_with, dict):
         raise ValueError(f'{path} was trained with model_kwargs={trained_with!r}, expected a dictionary.')
-    if args.get('gp') is not None:
-        trained_with = {'global_pool': args['gp'], **trained_with}
-    model = create_matching(name.split('.')[0], state_dict, path, ema, **{**trained_with, **(model_kwargs or {})})
-    checkpoint = Checkpoint(model, {}, source=path)
+    trained_with = {'global_pool': args.get('gp'), **trained_with}
+    trained_with = {k: v for k, v in trained_with.items() if k not in _FROM_WEIGHTS and v is not None}
+    model = create_matching(name.split('.')[0], state_dict, path, ema, {**trained_with, **(model_kwargs or {})})
+    checkpoint = Checkpoint(model, {}, source=path, name=name)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
         checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
     except _PARSING_ERRORS as e:
-        raise ValueError(f'{path} describes its images by {sizes}, which does not fit {name}: {_first_line(e)}.') from e
+        raise ValueError(f'{path} describes its images by {sizes}, which does not fit {name}: {first_line(e)}.') from e
     if args:
         shown = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
         command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
@@ -360,15 +379,18 @@ def _read_folder(path: Path) -> Checkpoint:
     if not (path / 'config.json').is_file():
         raise ValueError(f'{path} holds no config.json. Expected a folder that timm or transformers has saved.')
     config = _read_json(path / 'config.json')
-    if not (path / 'model.safetensors').is_file() and not (path / 'model.safetensors.index.json').is_file():
-        raise ValueError(f'{path} holds no model.safetensors. Save with safe_serialization=True; pickles are not read.')
     architecture = config.get('architecture', '')
     if config.get('model_type') != 'spikformer' and architecture not in timm.list_models(module='spikformer'):
         what = config.get('model_type') or architecture or 'model'
         raise ValueError(f'{path} is of a {what}, expected a Spikformer.')
-    checkpoint = _read_timm_folder(path, config) if 'hidden_size' not in config else _read_hf_folder(path, config)
-    check_finite(path, checkpoint.model.state_dict())
-    checkpoint.source = path
+    tensors = _read_weights(path)
+    check_tensors(path, tensors)
+    if 'hidden_size' in config:
+        checkpoint = _read_hf_folder(path, config, tensors)
+    else:
+        checkpoint = _read_timm_folder(path, config, tensors)
+    checkpoint.source, checkpoint.name = path, checkpoint.encoder.pretrained_cfg['architecture']
+    check_model_name(checkpoint.name)
     if (path / 'preprocessor_config.json').is_file():
         from .hf.image_processing import read_data_config
         checkpoint.processor = _read_json(path / 'preprocessor_config.json')
@@ -377,18 +399,39 @@ def _read_folder(path: Path) -> Checkpoint:
         except _PARSING_ERRORS as e:
             raise ValueError(
                 f'{path / "preprocessor_config.json"} is not one of an image processor with size, image_mean, '
-                f'image_std and resample: {type(e).__name__} {_first_line(e)}.') from e
+                f'image_std and resample: {type(e).__name__} {first_line(e)}.') from e
     checkpoint.training = _read_training(path)
     return checkpoint
 
 
-def _read_timm_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
+def _read_weights(path: Path) -> Dict[str, Tensor]:
+    """Read the tensors of a folder, in one file or in the parts that an index names."""
+    if (path / WEIGHTS_FILE).is_file():
+        return read_tensors(path / WEIGHTS_FILE)
+    index = path / f'{WEIGHTS_FILE}.index.json'
+    if not index.is_file():
+        raise ValueError(f'{path} holds no {WEIGHTS_FILE}. Save with safe_serialization=True; pickles are not read.')
+    parts = _read_json(index).get('weight_map')
+    names = sorted(set(parts.values())) if isinstance(parts, dict) else [None]
+    if not all(isinstance(name, str) and (path / name).suffix == '.safetensors' for name in names):
+        raise ValueError(f'{index} does not name the files of the weights by weight_map, in safetensors.')
+    return {key: value for name in names for key, value in read_tensors(path / name).items()}
+
+
+def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tensor]) -> Checkpoint:
     """Read a folder of timm by timm."""
+    model_args = config.get('model_args') or {}
+    if not isinstance(model_args, dict) or not isinstance(config.get('pretrained_cfg', {}), dict):
+        raise ValueError(f'{path / "config.json"} holds model_args or a pretrained_cfg that are not objects.')
+    unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_FROM_WEIGHTS})
+    if unknown:  # among them are those that make timm load another file
+        raise ValueError(f'{path / "config.json"} holds model_args that are not of the network: {unknown[0]}.')
+    check_size(path, tensors, {**model_args, **{key: config[key] for key in _FROM_WEIGHTS if key in config}})
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
         checkpoint = _of_module(model)
     except _PARSING_ERRORS as e:
-        raise ValueError(_DOES_NOT_LOAD.format(path, _first_line(e))) from e
+        raise ValueError(_DOES_NOT_LOAD.format(path, first_line(e))) from e
     labels = config.get('label_names')
     if labels:
         from .hf.configuration_spikformer import ordered_labels
@@ -396,10 +439,17 @@ def _read_timm_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def _read_hf_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
+def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tensor]) -> Checkpoint:
     """Read a folder of transformers by transformers."""
     from .hf import modeling_spikformer as m
-    if 'SpikformerForMaskedImageModeling' in (config.get('architectures') or []):
+    check_size(path, tensors, dict(
+        embed_dim=config['hidden_size'], depth=config.get('num_hidden_layers'), mlp_ratio=config.get('mlp_ratio'),
+        in_chans=config.get('num_channels')))
+    architectures = config.get('architectures')
+    if isinstance(architectures, list) and 'SpikformerForMaskedImageModeling' in architectures:
+        check_size(path, tensors, dict(
+            embed_dim=config.get('decoder_hidden_size'), depth=config.get('decoder_num_hidden_layers'),
+            mlp_ratio=config.get('decoder_mlp_ratio')), decoder=True)
         cls = m.SpikformerForMaskedImageModeling
     elif config.get('num_classes') == 0:
         cls = m.SpikformerModel
@@ -408,7 +458,7 @@ def _read_hf_folder(path: Path, config: Dict[str, Any]) -> Checkpoint:
     try:
         model, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except Exception as e:  # of a config.json or weights of others, from anywhere in transformers
-        raise ValueError(_DOES_NOT_LOAD.format(path, _first_line(e))) from e
+        raise ValueError(_DOES_NOT_LOAD.format(path, first_line(e))) from e
     lacking = sorted({*info['missing_keys'], *info['unexpected_keys']})
     if lacking:
         raise ValueError(
@@ -426,7 +476,7 @@ def _read_training(path: Path) -> Optional[Training]:
             return Training(str(args.pop('command')), args)
         except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
             raise ValueError(f'{file} does not say how the model was trained, with `command: ...` and the arguments: '
-                             f'{type(e).__name__} {_first_line(e)}. Remove it.') from e
+                             f'{type(e).__name__} {first_line(e)}. Remove it.') from e
     # of the folder itself or of one of the Trainer's checkpoints in it
     files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
     if not files:
@@ -439,7 +489,7 @@ def _read_training(path: Path) -> Optional[Training]:
             peak_learning_rate_logged=max((entry['learning_rate'] for entry in log), default=None))
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(
-            f'{files[0]} is not a state of the Trainer: {type(e).__name__} {_first_line(e)}. Remove it.') from e
+            f'{files[0]} is not a state of the Trainer: {type(e).__name__} {first_line(e)}. Remove it.') from e
     return Training('transformers Trainer', {k: v for k, v in args.items() if v is not None})
 
 
@@ -451,8 +501,3 @@ def _read_json(path: Path) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {type(content).__name__}, expected an object with names.')
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().removesuffix('.') if lines else type(error).__name__

@@ -1,10 +1,10 @@
 """Input layout (images and sequences to time-major) and averaging over time."""
-import numbers
 from typing import Tuple
 
 import torch
 from torch import Tensor
 
+from .arguments import check_integer
 from .kernels.rules import back_end, in_transform
 from .neurons import carried_membranes
 
@@ -59,7 +59,4 @@ def check_time_steps(time_steps: int) -> int:
     Raises:
         ValueError: It is not an integer of at least 1. NumPy integers are accepted, bool is not.
     """
-    is_integer = isinstance(time_steps, numbers.Integral) and not isinstance(time_steps, bool)
-    if not is_integer or time_steps < 1:
-        raise ValueError(f'time_steps must be an integer of at least 1, got {time_steps!r}.')
-    return int(time_steps)
+    return check_integer('time_steps', time_steps, 1)

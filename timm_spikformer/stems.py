@@ -4,7 +4,7 @@ Both turn images `[T or 1, B, in_chans, H, W]` into feature maps `[T, B, embed_d
 four stages of widths D/8, D/4, D/2 and D. `stem_strides` sets which stages halve the resolution.
 """
 import math
-from typing import List, Optional, Sequence
+from typing import Iterable, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
         if 2 ** num_reductions != patch_size or num_reductions > _NUM_STAGES:
             raise ValueError(f'patch_size must be 1, 2, 4, 8 or 16, got {patch_size}.')
         return [1] * (_NUM_STAGES - num_reductions) + [2] * num_reductions
-    strides = list(stem_strides)
+    strides = list(stem_strides) if isinstance(stem_strides, Iterable) else []
     if len(strides) != _NUM_STAGES or any(s not in (1, 2) for s in strides) or math.prod(strides) != patch_size:
         raise ValueError(
             f'stem_strides must be {_NUM_STAGES} values of 1 or 2 whose product is patch_size={patch_size}, '

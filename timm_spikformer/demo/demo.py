@@ -16,7 +16,8 @@ from timm.utils import random_seed
 from torch import nn
 
 from ..arguments import check_count, check_number
-from ..checkpoints import TRAINING_FILE
+from ..checkpoints import DIGEST_ARG, TRAINING_FILE
+from ..devices import choose_device
 from ..folders import (
     check_file,
     check_output,
@@ -57,7 +58,6 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     if args.resume:
         _restore(args, output / SETTINGS)
         print(f'Continuing in {output} with the arguments of that run.')
-    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     data = [args.data] if args.data else []
@@ -126,10 +126,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         check_number(f'--{name.replace("_", "-")}', getattr(args, name), above=0)
     if not 0 <= args.seed < 2 ** 31:
         raise ValueError(f'--seed must be from 0 to 2147483647, got {args.seed}.')
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from e
+    args.device = str(choose_device(args.device))
 
 
 @torch.no_grad()
@@ -158,7 +155,7 @@ class _Run(NamedTuple):
 
 
 def _identity(images: Images) -> str:
-    return f'{len(images)} images, SHA-256 {images.digest()}'
+    return f'{len(images)} images, SHA-256 {images.fingerprint()}'
 
 
 class _Demo:
@@ -173,6 +170,7 @@ class _Demo:
         self.stages = stages
         self.device = torch.device(args.device)
         self.images, self.test_images = train_test(read_splits(args.data), args.seed)
+        self.all_images = self.images
         self.config = training_config(args.model if args.data else None)
         self.trained_with.update(
             {'classes': self.images.classes, 'training images': _identity(self.images),
@@ -278,6 +276,8 @@ class _Demo:
         training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
         command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
+        if self.test_images.split.startswith('held-out'):  # so that publish can tell which images these are
+            training[DIGEST_ARG] = self.all_images.digest()
         with write_folder(self.output / _MODEL, KIND) as folder:
             save_for_hf(
                 model, str(folder), model_config=dict(label_names=self.images.classes), safe_serialization=True,

@@ -171,7 +171,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         if self.time_steps < 1:
             raise ValueError(f'time_steps must be at least 1, got {self.time_steps}.')
-        if self.hidden_size % self.num_attention_heads != 0:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f'hidden_size must be divisible by num_attention_heads, got hidden_size={self.hidden_size} and '
                 f'num_attention_heads={self.num_attention_heads}.')

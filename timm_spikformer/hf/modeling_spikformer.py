@@ -66,7 +66,8 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     model_tags = ['timm', 'snn', 'spikformer']
     _no_split_modules = ['SpikingConvStage', 'SpikingPatchStage', 'SpikingBlock', 'Block']
-    _keep_in_fp32_modules_strict = ['bn']  # half precision is not enough for running statistics
+    # half precision is not enough for running statistics; num_batches_tracked is an integer and stays one
+    _keep_in_fp32_modules_strict = ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var']
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)(head|decoder)\.']
     _conversions = _CONVERSIONS
 

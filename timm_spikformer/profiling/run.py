@@ -12,9 +12,10 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ..arguments import check_count
+from ..devices import choose_device
 from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
 from ..masked_autoencoder import SpikformerMAE
-from ..pretrained import check_source
+from ..reading import Checkpoint, read_checkpoint, read_source
 from ..spikformer import Spikformer, check_model_name, find_spikformer
 from .activity import check_layers, record_activity
 from .conventions import Conventions, CostModel, cost_model
@@ -81,12 +82,7 @@ def _check_arguments(args: argparse.Namespace) -> torch.device:
         check_count(f'--{name.replace("_", "-")}', getattr(args, name))
     for steps in args.time_steps or ():
         check_count('--time-steps', steps)
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {device} cannot be used: {str(e).splitlines()[0]}') from e
-    return torch.device(device)
+    return choose_device(args.device)
 
 
 def _parse_cost(text: str) -> CostModel:
@@ -102,27 +98,35 @@ def _parse_cost(text: str) -> CostModel:
 def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
     """Load the model; add to `notes` what a reader of the results must know."""
     name = args.model
-    if args.checkpoint is not None:
-        from ..reading import read_checkpoint
-        checkpoint = read_checkpoint(args.checkpoint, name)
-        found = checkpoint.encoder.pretrained_cfg['architecture']
-        if found != name.split('.')[0]:
-            raise ValueError(f'{args.checkpoint} holds a {found}, and {name} was named.')
-        return _Loaded(checkpoint.model.eval(), checkpoint.data_config, checkpoint.labels)
     is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
     if is_registered:
         check_model_name(name.split('.')[0])
-    if args.calibrate and is_registered and not timm.get_pretrained_cfg(name).has_weights:
-        random_seed(0)
-        model = timm.create_model(name)
-        notes.append('The weights are random: these are the operations of a network that was not trained.')
-        return _Loaded(model.eval(), data_config(model), None)
-    check_source(name)
+    if args.checkpoint is not None:
+        return _loaded(_read_checkpoint(args.checkpoint, name))
     try:
+        if not is_registered:
+            return _loaded(read_source(name))
+        if args.calibrate and not timm.get_pretrained_cfg(name).has_weights:
+            random_seed(0)
+            model = timm.create_model(name)
+            notes.append('The weights are random: these are the operations of a network that was not trained.')
+            return _Loaded(model.eval(), data_config(model), None)
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as e:
         raise ValueError(f'{e} Give weights with --checkpoint, or take random ones with --calibrate.') from e
-    return _Loaded(model.eval(), data_config(model), getattr(model, 'pretrained_cfg', {}).get('label_names'))
+    return _Loaded(model.eval(), data_config(model), model.pretrained_cfg.get('label_names'))
+
+
+def _read_checkpoint(path: str, name: str) -> Checkpoint:
+    checkpoint = read_checkpoint(path, name)
+    found = checkpoint.encoder.pretrained_cfg['architecture']
+    if found != name.split('.')[0]:
+        raise ValueError(f'{path} holds a {found}, and {name} was named.')
+    return checkpoint
+
+
+def _loaded(checkpoint: Checkpoint) -> _Loaded:
+    return _Loaded(checkpoint.model, checkpoint.data_config, checkpoint.labels)
 
 
 def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:

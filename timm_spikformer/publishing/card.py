@@ -1,7 +1,6 @@
 """The model card and the files of results, which state what is known of a checkpoint."""
 import csv
 import json
-import math
 import re
 from importlib import resources
 from pathlib import Path
@@ -83,39 +82,51 @@ def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoin
     if not rows or not all(isinstance(row, dict) and row.get('model') for row in rows):
         raise ValueError(f'{path} has no rows, or one that does not say of which model it is. {expected}.')
     mine = [row for row in rows if _is_row_of(row, checkpoint)]
-    architecture = checkpoint.encoder.pretrained_cfg['architecture']
     if len(mine) != 1:
         what = 'more than one row' if mine else 'no row'
-        models = ', '.join(sorted({str(row['model']) for row in rows})[:5])
-        raise ValueError(f'{path} has {what} of this checkpoint, a {architecture}; its rows are of {models}. '
-                         f'Leave the one row of this checkpoint in the file.')
+        models = ', '.join(sorted({str(row.get('checkpoint') or row['model'])[:100] for row in rows})[:5])
+        source = '' if checkpoint.source is None else f', read from {checkpoint.source}'
+        raise ValueError(
+            f'{path} has {what} of this checkpoint, a {checkpoint.name}{source}; its rows are of {models}. Expected '
+            f'one row that names this file or folder, or, without one, exactly this model.')
     row = mine[0]
-    if row.get('top1') in (None, ''):
+    if row.get('error') not in (None, ''):
+        raise ValueError(f'{path} says that this checkpoint could not be measured: {row["error"]}.')
+    values = {
+        key: _read_accuracy(path, key, row[key]) for key in ('top1', 'top5') if row.get(key) not in (None, '')}
+    if 'top1' not in values:
         raise ValueError(f'{path} has no top1 for {row["model"]}. {expected}.')
-    values = {}
-    for key in ('top1', 'top5'):
-        if row.get(key) in (None, ''):
-            continue
-        try:
-            values[key] = float(row[key])
-        except (TypeError, ValueError) as e:
-            raise ValueError(f'{path} has {key}={row[key]!r}, expected an accuracy in percent.') from e
-        if not math.isfinite(values[key]) or not 0. <= values[key] <= 100.:
-            raise ValueError(f'{path} has {key}={row[key]!r}, expected an accuracy from 0 to 100 percent.')
     if values.get('top5', 100.) < values['top1']:
         raise ValueError(f'{path} has top5={values["top5"]} below top1={values["top1"]}, which cannot be.')
     names = dict(top1='Top-1 accuracy', top5='Top-5 accuracy')
     return [Result(names[key], value, dataset, "timm's validate.py") for key, value in values.items()]
 
 
+def _read_accuracy(path: Path, key: str, value: Any) -> float:
+    """Return a number of a JSON file, or the text of a CSV file, as percent."""
+    is_text = isinstance(value, str) and path.suffix != '.json'
+    try:
+        percent = float(value) if is_text or type(value) in (int, float) else None
+    except (ValueError, OverflowError):
+        percent = None
+    if percent is None or not 0. <= percent <= 100.:
+        raise ValueError(f'{path} has {key}={str(value)[:100]}, expected an accuracy from 0 to 100 percent.')
+    return percent
+
+
 def _is_row_of(row: Dict[str, Any], checkpoint: Checkpoint) -> bool:
-    """Whether a row is of a checkpoint: by the file or folder that it names, or else by its model."""
+    """Whether a row is of a checkpoint: by the file or folder that it names, or else by exactly its model.
+
+    A row of a model with a tag is of the weights that have this tag.
+    """
     name, source = str(row['model']), checkpoint.source
     file = row.get('checkpoint') or (name.removeprefix('local-dir:') if name.startswith('local-dir:') else None)
     if file:
-        return source is not None and Path(str(file)).resolve() == source.resolve()
-    architecture = name.rsplit('/', 1)[-1].split('@')[0].split('.')[0]
-    return architecture == checkpoint.encoder.pretrained_cfg['architecture']
+        try:
+            return source is not None and Path(str(file)).resolve() == source.resolve()
+        except (OSError, ValueError):  # no path at all
+            return False
+    return name in (checkpoint.name, checkpoint.encoder.pretrained_cfg['architecture'])
 
 
 def results_files(results: List[Result], date: str) -> Dict[str, str]:

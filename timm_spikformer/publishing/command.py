@@ -87,7 +87,7 @@ def parse_kwargs(items: Optional[List[str]]) -> Optional[Dict[str, Any]]:
     """Parse KEY=VALUE as train.py's --model-kwargs does: values are Python literals, or else text.
 
     Raises:
-        ValueError: An item has no name or no value.
+        ValueError: An item has no name or no value, or a name is there twice.
     """
     if items is None:
         return None
@@ -96,6 +96,8 @@ def parse_kwargs(items: Optional[List[str]]) -> Optional[Dict[str, Any]]:
         key, separator, text = item.partition('=')
         if not separator or not key.isidentifier():
             raise ValueError(f'--model-kwargs: {item!r} is not KEY=VALUE.')
+        if key in kwargs:
+            raise ValueError(f'--model-kwargs: {key} is there twice.')
         try:
             kwargs[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -6,8 +6,9 @@ import timm
 
 from ..checkpoints import Conversion, convert_state_dict
 from ..images import data_config
-from ..reading import Checkpoint, check_finite, create, create_matching, find_state_dict, read_tensors, set_labels
+from ..reading import Checkpoint, check_data_config, create, create_matching, set_labels
 from ..spikformer import check_model_name
+from ..state_dicts import check_size, check_tensors, find_state_dict, read_tensors
 from .folder import save_folder
 
 __all__ = ['Converted', 'convert']
@@ -30,7 +31,8 @@ def _report(conversion: Conversion) -> List[str]:
 def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> Conversion:
     """Convert for a model; raise a ValueError if a tensor of the checkpoint or of the model is left over."""
     check_model_name(name)
-    empty = create(name, device='meta', **model_kwargs)
+    check_size(path, state_dict, model_kwargs)
+    empty = create(name, model_kwargs, device='meta')
     try:
         conversion = convert_state_dict(state_dict, empty)
         if not any(key.startswith('head.') for key in conversion.state_dict):
@@ -92,11 +94,12 @@ def convert(
     if model_kwargs and model is None:
         raise ValueError('--model-kwargs needs --model, the registered name that they differ from.')
     state_dict = find_state_dict(path, read_tensors(path))
-    check_finite(path, state_dict)
+    check_tensors(path, state_dict)
     model = model or _find_model(path, state_dict)
     conversion = _convert(path, state_dict, model, model_kwargs or {})
-    converted = create_matching(model, state_dict, **(model_kwargs or {}))
+    converted = create_matching(model, state_dict, model_kwargs=model_kwargs)
     checkpoint = Checkpoint(converted, data_config(converted), source=path)
+    check_data_config(path, checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
     save_folder(checkpoint, output, [path], is_live=False, command='convert')

@@ -113,8 +113,8 @@ def save_folder(
 
 
 def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
-    """Return some test images of the package in the model's data configuration, `[count, C, H, W]`."""
-    config = checkpoint.data_config
+    """Return at most `count` test images of the package in the model's data configuration, `[count, C, H, W]`."""
+    config, count = checkpoint.data_config, checkpoint.batch_size(count)
     if checkpoint.encoder.in_chans not in (1, 3):
         return torch.randn(count, *config['input_size'], generator=torch.Generator().manual_seed(0))
     images = read_splits()['test'].select(range(count))

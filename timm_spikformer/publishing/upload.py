@@ -13,11 +13,12 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
+from ..checkpoints import DIGEST_ARG
 from ..folders import write_folder, write_manifest
-from ..images import make_loader, match_classes, read_splits, test_images
+from ..images import Images, make_loader, match_classes, read_splits, train_test
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Profile, profile
-from ..reading import Checkpoint, check_finite, from_model, read_checkpoint, set_labels
+from ..reading import Checkpoint, check_data_config, from_model, read_checkpoint, set_labels
 from . import hub
 from .card import Dataset, Result, read_results, render_card, results_files
 from .folder import example_images, verify_folder, write_checkpoint
@@ -66,7 +67,8 @@ def publish(
         ema: Publish the averaged weights of train.py's `--model-ema`.
         labels: Class names, if the checkpoint does not contain them.
         results: File of timm's validate.py with the accuracy of this checkpoint.
-        eval_data: Folder of images, or parquet files, to measure accuracy and firing rates on.
+        eval_data: Folder of images, or parquet files, with a test or validation split to measure accuracy and firing
+            rates on. Without one, the images that the demo has held out from its training on the same data.
         dataset: What `results` or `eval_data` were measured on.
         train_datasets: Ids of the datasets that it was trained on; by default the one that it was measured on.
         base_model: Id of the repository that training started from.
@@ -163,10 +165,11 @@ def _read(
     elif isinstance(checkpoint, Checkpoint):
         copied = from_model(checkpoint.model)
         checkpoint = dataclasses.replace(
-            checkpoint, model=copied.model, data_config=dict(checkpoint.data_config or copied.data_config))
+            checkpoint, model=copied.model, data_config=dict(checkpoint.data_config or copied.data_config),
+            name=checkpoint.name or copied.name)
     else:
         checkpoint = read_checkpoint(checkpoint, model, ema, model_kwargs)
-    check_finite('The checkpoint', checkpoint.model.state_dict())
+    check_data_config('The checkpoint', checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
     return checkpoint
@@ -177,7 +180,7 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[P
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
         raise ValueError('The model has no classifier, and so no accuracy. Publish without evaluation data.')
-    images = match_classes(test_images(read_splits(folder)), checkpoint.labels, encoder.num_classes)
+    images = match_classes(_test_images(checkpoint, folder), checkpoint.labels, encoder.num_classes)
     if dataset.split not in (None, images.split):
         raise ValueError(
             f'The images to test on in {folder} are of the split {images.split!r}, and --split is {dataset.split!r}. '
@@ -185,10 +188,33 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[P
     dataset = dataset._replace(split=images.split)
     if checkpoint.labels is None and images.classes is not None:
         set_labels(checkpoint, images.classes)
-    profiled = profile(encoder, make_loader(images, checkpoint.data_config, 64), accuracy=True)
+    profiled = profile(encoder, make_loader(images, checkpoint.data_config, checkpoint.batch_size(64)), accuracy=True)
     by = f'timm-spikformer publish, on {profiled.images:,} images'
     result = Result('Top-1 accuracy', round(100 * profiled.accuracy, 2), dataset, by)
     return profiled, f'{profiled.images:,} images of {dataset.name}, {dataset.split}', result
+
+
+def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
+    """Return the test split in a folder, else the validation split, else images that training has held out.
+
+    Raises:
+        ValueError: There is no such split, and the checkpoint does not say that it was trained by the demo on exactly
+            the images that remain.
+    """
+    splits = read_splits(folder)
+    for split in ('test', 'validation'):
+        if split in splits:
+            return splits[split]
+    args = checkpoint.training.args if checkpoint.training is not None else {}
+    seed, digest = args.get('seed'), args.get(DIGEST_ARG)
+    if type(seed) is int and seed >= 0 and digest is not None:
+        train, test = train_test(splits, seed)
+        if train.digest() == digest:
+            return test
+    raise ValueError(
+        f'{folder} has no test split, and nothing proves that the checkpoint was not trained on its images. Give data '
+        f'with a test split: DIR/test/CLASS/*.png or DIR/test.parquet. Without one, a tenth is held out only for a '
+        f'checkpoint of `timm-spikformer demo` and the data that it was trained on.')
 
 
 def _check_texts(folder: Path) -> None:

@@ -1,0 +1,88 @@
+"""Results that a card may state: only those of this checkpoint, and only accuracies."""
+import pytest
+import timm
+import torch
+
+from timm_spikformer.publishing.card import Dataset, read_results
+from timm_spikformer.reading import from_model, read_checkpoint
+
+DATASET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')
+
+
+@pytest.fixture(scope='module')
+def small():
+    torch.manual_seed(0)
+    return timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2)
+
+
+@pytest.mark.parametrize('name, text', [
+    ('a.json', '{"model": "test_spikformer_v2", "top1": 81.25, "top5": 95.5}'),
+    ('a.json', '[{"model": "other", "top1": 1, "top5": 2}, {"model": "test_spikformer_v2", "top1": 81.25, '
+               '"top5": 95.5}]'),
+    ('a.json', '[{"model": "test_spikformer_v2.untrained", "top1": 81.25, "top5": 95.5}]'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 81.25, "top5": 95.5}, '
+               '{"model": "hf-hub:me/test_spikformer_v2", "top1": 1}]'),
+    ('a.json', '[{"model": "local-dir:\\u0000", "top1": 1}, {"model": "local-dir:LONG", "top1": 1}, '
+               '{"model": "test_spikformer_v2", "top1": 81.25, "top5": 95.5}]'),
+    ('a.csv', 'model,top1,top5,error\ntest_spikformer_v2,81.25,95.5,\nresnet18,,,out of memory\n'),
+    ('a.json', '[{"model": "local-dir:SOURCE", "top1": 81.25, "top5": 95.5}, '
+               '{"model": "local-dir:/other", "top1": 1}]'),
+    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "SOURCE", "top1": 81.25, "top5": 95.5}, '
+               '{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 1}]'),
+    ('a.csv', 'model,top1,top5\nvit_base_patch16_224,84.5,97\ntest_spikformer_v2,81.25,95.5\n'),
+])
+def test_results_of_validate_py(name, text, small, tmp_path):
+    """The row of this checkpoint is taken, by its file or its model."""
+    checkpoint = from_model(small)
+    checkpoint.source = tmp_path / 'model_best.pth.tar'
+    (tmp_path / name).write_text(text.replace('SOURCE', str(checkpoint.source)).replace('LONG', 'a' * 5000))
+    assert [(r.name, r.value) for r in read_results(tmp_path / name, DATASET, checkpoint)] == [
+        ('Top-1 accuracy', 81.25), ('Top-5 accuracy', 95.5)]
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('a.json', '{"model": "test_spikformer_v2"}', 'has no top1'),
+    ('a.json', '{', 'cannot be read'),
+    ('a.json', '[]', 'has no rows, or one that does not say of which model'),
+    ('a.json', '3', 'has no rows, or one that does not say of which model'),
+    ('a.json', '[{"top1": 81.25}]', 'does not say of which model it is'),
+    ('a.csv', '', 'has no rows'),
+    ('a.csv', 'a', 'has no rows'),
+    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row of this checkpoint, a test_spikformer'),
+    ('a.json', '[{"model": "test_spikformer_v2_large", "top1": 84.5}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 8}]', 'has no row of this'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 8}, {"model": "test_spikformer_v2", "top1": 9}]',
+     'has more than one row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": NaN}]', 'has top1=nan, expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": Infinity}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": -1}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 100.1}]', 'expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 101}]', 'has top5=101, expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 40}]', 'has top5=40.0 below top1=50.0'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": "high"}]', 'has top1=high, expected an accuracy from 0 to'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": "81"}]', 'has top1=81, expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": true}]', 'has top1=True, expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": [81]}]', r'has top1=\[81\], expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 1' + 400 * '0' + '}]', 'has top1=1000.*0, expected an acc'),
+    ('a.json', '[{"model": "test_spikformer_v2", "error": "no memory", "top1": 0}]', 'not be measured: no memory'),
+    ('a.json', '[{"model": "hf-hub:me/test_spikformer_v2", "top1": 81}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "me/test_spikformer_v2", "top1": 81}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2.other", "top1": 81}]', 'no row .*, a test_spikformer_v2.untrained; its'),
+    ('a.json', '[{"model": "local-dir:\\u0000", "top1": 81}]', 'has no row of this checkpoint'),
+    ('a.csv', 'model,top1\ntest_spikformer_v2,\n', 'has no top1'),
+    ('a.csv', 'model,top1\ntest_spikformer_v2,nan\n', 'expected an accuracy from 0 to 100'),
+])
+def test_results_of_something_else(name, text, message, small, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / name, DATASET, from_model(small))
+
+
+def test_a_tag_is_of_the_weights_that_have_it(small, tmp_path):
+    """The weights of a file are not those that timm has under the tag of the model's default configuration."""
+    torch.save(small.state_dict(), tmp_path / 'a.pth')
+    (tmp_path / 'r.json').write_text('{"model": "test_spikformer_v2.untrained", "top1": 81}')
+    with pytest.raises(ValueError, match='has no row of this checkpoint'):
+        read_results(tmp_path / 'r.json', DATASET, read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2'))
+    named = read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2.untrained')
+    assert [r.value for r in read_results(tmp_path / 'r.json', DATASET, named)] == [81.]

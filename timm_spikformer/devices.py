@@ -1,0 +1,27 @@
+"""The device that a command runs on."""
+from typing import Optional
+
+import torch
+
+__all__ = ['choose_device']
+
+_TYPES = {'cpu', 'cuda', 'mps', 'xpu'}
+
+
+def choose_device(name: Optional[str] = None) -> torch.device:
+    """Return the device of a name, by default CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: It is not there, or is one that cannot run the models, such as PyTorch's `meta`.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        accelerator = torch.accelerator.current_accelerator()
+        types = _TYPES | ({accelerator.type} if accelerator is not None else set())
+        if device.type not in types:
+            raise ValueError(f'--device {name} cannot be used: expected one of {", ".join(sorted(types))}.')
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {name} cannot be used: {str(e).splitlines()[0]}') from e
+    return device

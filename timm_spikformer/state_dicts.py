@@ -1,0 +1,136 @@
+"""Files of tensors: opened without running code from them, and checked before a model is made from them."""
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor
+
+from ._timm import torch_load
+
+__all__ = ['check_size', 'check_tensors', 'find_state_dict', 'first_line', 'read_tensors']
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, two if it ends in a colon, without a period; else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(':'):
+        lines[0] += f' {lines[1]}'
+    return lines[0].removesuffix('.') if lines else type(error).__name__
+
+
+def read_tensors(path: Path) -> Dict[str, Any]:
+    """Read a safetensors file, or a pickle of tensors and plain values.
+
+    Raises:
+        ValueError: The file is damaged, would run code when it is opened, or holds something else than a dictionary.
+    """
+    try:
+        if path.suffix == '.safetensors':
+            content = load_state_dict(str(path))
+        else:
+            _check_crc(path)
+            content = torch_load(str(path))
+    except SafetensorError as e:
+        raise ValueError(f'{path} is not a complete safetensors file: {e}.') from e
+    except (zipfile.BadZipFile, struct.error, zlib.error) as e:
+        raise ValueError(f'{path} is damaged: {first_line(e)}. Copy or download it again.') from e
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f'{path} cannot be opened without running code from it, or is damaged. Expected a checkpoint of tensors '
+            f'and plain values; save the state_dict alone. {first_line(e)}') from e
+    except (EOFError, OSError, LookupError, AttributeError, TypeError) as e:
+        raise ValueError(f'{path} is not a checkpoint, or is damaged: {first_line(e)}.') from e
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'{path} holds a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
+    return content
+
+
+def _check_crc(path: Path) -> None:
+    """Raise a BadZipFile if the content of a zip file is not what was written; torch.load does not look."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.CRC:  # none with `torch.serialization.set_crc32_options(False)`
+                with archive.open(info) as stream:
+                    while stream.read(1 << 20):
+                        pass
+
+
+def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> Dict[str, Tensor]:
+    """Return the state dict of a checkpoint: itself, or under `state_dict`, `model` or `state_dict_ema`.
+
+    Raises:
+        ValueError: There is none, or it holds something else than tensors.
+    """
+    keys = ('state_dict_ema',) if ema else ('state_dict', 'model')
+    found = next((content[key] for key in keys if key in content), None if ema else content)
+    if ema and found is None:
+        raise ValueError(
+            f'{path} holds no averaged weights, which train.py stores with --model-ema. Omit --ema.')
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f'{path} holds no state dict: expected tensors by name, got {type(found).__name__}.')
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f'{path} is not a state dict: {name!r} is a {type(value).__name__}, expected tensors by name.')
+    return found
+
+
+def check_tensors(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Check that weights are dense tensors of finite floating-point numbers; BN's counters may be integers.
+
+    Raises:
+        ValueError: The first tensor that is not.
+    """
+    for name, value in tensors.items():
+        if value.is_meta:
+            raise ValueError(f'{path} holds no weights: {name} is on the meta device. Load them before saving.')
+        if value.layout is not torch.strided or value.is_quantized:
+            what = 'quantized' if value.is_quantized else str(value.layout)
+            raise ValueError(f'{path} holds {name} as a {what} tensor, expected a dense one of floating-point numbers.')
+        if value.dtype not in _DTYPES and not (name.endswith('num_batches_tracked') and not value.is_complex()):
+            raise ValueError(
+                f'{path} holds {name} in {value.dtype}; weights are floating-point numbers, one of '
+                f'{", ".join(map(str, _DTYPES))}.')
+        is_finite = torch.isfinite(value.float())
+        if not is_finite.all():
+            raise ValueError(
+                f'{path} holds weights that are not finite: {int((~is_finite).sum())} of {value.numel()} values of '
+                f'{name} are NaN or infinite in float32. Use an earlier checkpoint.')
+
+
+def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, Any], decoder: bool = False) -> None:
+    """Check, before a model is created, that it has no more weights than there are.
+
+    Args:
+        path: Where the arguments are from.
+        tensors: The weights.
+        args: Arguments of the network, by their names; missing ones and those of other types are left out.
+        decoder: Whether they are of the decoder of a masked autoencoder, which has no stem.
+
+    Raises:
+        ValueError: The arguments ask for more.
+    """
+    def of(name: str, least: float) -> float:
+        value = args.get(name)
+        return float(min(value, 1e18)) if isinstance(value, (int, float)) and value > least else least
+
+    width, in_chans = of('embed_dim', 8.), of('in_chans', 1.)
+    hidden = max(width * of('mlp_ratio', 0.) - 1., 0.)
+    needed = of('depth', 0.) * width * (4. * width + 2. * hidden) + of('num_classes', 0.) * width
+    if not decoder:
+        needed += 9. * width * width + in_chans * width / 2.  # the last and the first convolution
+    held = sum(value.numel() for value in tensors.values())
+    given = {key: value for key, value in args.items() if value is not None}
+    if given and needed > held:
+        raise ValueError(
+            f'{path} describes a model of at least {needed:,.0f} weights by {given}, and there are {held:,} values.')
