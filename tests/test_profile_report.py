@@ -31,6 +31,7 @@ from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.profiling import (
     COST_MODELS,
     log_profile,
+    measure_times,
     print_profile,
     print_steps,
     profile,
@@ -41,7 +42,7 @@ from timm_spikformer.profiling import (
 )
 from timm_spikformer.profiling.activity import default_layers
 from timm_spikformer.profiling.choices import COST_NAMES
-from timm_spikformer.profiling.report import to_html
+from timm_spikformer.profiling.report import to_csv, to_html
 from timm_spikformer.publishing import publish
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
@@ -447,3 +448,17 @@ def test_in_a_browser(width, scheme, tmp_path):
         }""")
         assert min(contrast) >= 4.5  # as WCAG 2 asks for
         browser.close()
+
+
+@v2_alone
+def test_times_of_the_layers(model, images):
+    """Every product but the classifier's has a measured time, with and without event-driven products."""
+    result = measure_times(profile(model, images), model, images)
+    for layer in result.layers:
+        is_measured = layer.name not in ('head.fc', *(f'blocks.{i}.attn' for i in range(len(model.blocks))))
+        assert (layer.milliseconds is not None) == (layer.dense_milliseconds is not None) == is_measured, layer.name
+        assert not is_measured or min(layer.milliseconds, layer.dense_milliseconds) > 0
+    row = to_csv([result]).splitlines()
+    assert 'milliseconds' in row[0] and f'{result.layers[0].milliseconds}' in row[1]
+    assert result.to_dict()['layers'][0]['milliseconds'] == result.layers[0].milliseconds
+    assert 'ms, dense' in to_html([result]) and 'ms, dense' not in to_html([profile(model, images)])

@@ -11,7 +11,7 @@
 
 This package imports nothing else of timm_spikformer. Each kernel has a plain counterpart, the modules themselves.
 """
-from .explain import explain_kernels
+from .explain import explain_kernels, time_layers
 from .switch import get_kernels, set_kernels, use_kernels
 
-__all__ = ['explain_kernels', 'get_kernels', 'set_kernels', 'use_kernels']
+__all__ = ['explain_kernels', 'get_kernels', 'set_kernels', 'time_layers', 'use_kernels']

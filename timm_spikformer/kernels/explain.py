@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .events import EventRecord, observe_events
 
-__all__ = ['KernelGroup', 'KernelReport', 'explain_kernels']
+__all__ = ['KernelGroup', 'KernelReport', 'explain_kernels', 'time_layers']
 
 _REPEATS = 3  # of timed calls
 
@@ -54,8 +54,18 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _time_calls(model: nn.Module, x: Tensor) -> Dict[nn.Module, float]:
-    """Return the median time of a call of each module with kernel groups, in milliseconds."""
+def time_layers(model: nn.Module, x: Tensor) -> Dict[str, float]:
+    """Return the time of each layer in milliseconds, by its name: the median of three calls of the model.
+
+    Args:
+        model: Any module that holds layers of this package. It is called in eval mode, without gradients.
+        x: Input of the model.
+
+    >>> import timm
+    >>> times = time_layers(timm.create_model('test_spikformer_v2'), torch.rand(1, 3, 64, 64))
+    >>> times['stem.stages.0.down'] > 0
+    True
+    """
     started: Dict[nn.Module, float] = {}
     times: Dict[nn.Module, List[float]] = {}
 
@@ -66,13 +76,15 @@ def _time_calls(model: nn.Module, x: Tensor) -> Dict[nn.Module, float]:
         times.setdefault(m, []).append(1e3 * (time.perf_counter() - started[m]))
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_in_eval_mode(model))
         for m in model.modules():
-            if hasattr(m, 'kernel_groups'):
+            is_unit = hasattr(m, 'kernel_groups')
+            if is_unit and not any(hasattr(child, 'kernel_groups') for child in m.children()):
                 stack.callback(m.register_forward_pre_hook(start).remove)
                 stack.callback(m.register_forward_hook(stop).remove)
         for _ in range(_REPEATS):
             model(x)
-    return {m: statistics.median(values) for m, values in times.items()}
+    return {name: statistics.median(times[m]) for name, m in model.named_modules() if m in times}
 
 
 def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelReport:
@@ -96,7 +108,7 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     ('modules', '3 to 8 channels: too few, or not a multiple of 8')
     """
     records: Dict[nn.Module, EventRecord] = {}
-    times: Dict[nn.Module, float] = {}
+    times: Dict[str, float] = {}
     if x is not None:
         with _in_eval_mode(model):
             before = observe_events(lambda record: records.__setitem__(record.layer, record))
@@ -104,7 +116,7 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
                 model(x)
             finally:
                 observe_events(before)
-            times = _time_calls(model, x)
+        times = time_layers(model, x)
     report = KernelReport()
     for name, module in model.named_modules():
         for group, reason in getattr(module, 'kernel_groups', list)():
@@ -114,5 +126,5 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
             if record is not None:
                 density, reason = record.density, record.reason
             report.append(KernelGroup(
-                name, group, 'modules' if reason else 'kernel', reason or '', density, times.get(module)))
+                name, group, 'modules' if reason else 'kernel', reason or '', density, times.get(name)))
     return report

@@ -12,6 +12,7 @@ _MODULES = {
     'StepProfile': '.counting',
     'Totals': '.counting',
     'log_profile': '.tensorboard',
+    'measure_times': '.run',
     'print_profile': '.report',
     'print_steps': '.report',
     'profile': '.counting',

@@ -69,6 +69,8 @@ class LayerProfile:
         memory_bytes: Weights, biases and membranes read and written for one image at each time step; see `Totals`.
         energy_mj: Energy of one image, millijoules.
         ann_energy_mj: Energy of its dense multiply-accumulates, done once.
+        milliseconds: Measured time of one image, see `measure_times`; None if it was not measured.
+        dense_milliseconds: The same without event-driven products.
     """
     name: str
     group: str
@@ -86,6 +88,8 @@ class LayerProfile:
     memory_bytes: List[float]
     energy_mj: float
     ann_energy_mj: float
+    milliseconds: Optional[float] = None
+    dense_milliseconds: Optional[float] = None
 
     @property
     def mean_firing_rate(self) -> Optional[float]:
@@ -138,6 +142,7 @@ class Profile:
             are of different sizes. Else they are shares of neurons.
         conventions: What counts as an operation.
         cost: What an operation costs.
+        times: Measured milliseconds by layer, with all kernels ('auto') and without event-driven products ('dense').
     """
     model: str
     time_steps: int
@@ -148,6 +153,7 @@ class Profile:
     cost: CostModel
     _tallies: List[Tally] = dataclasses.field(repr=False)
     _predictions: Optional[_Predictions] = dataclasses.field(repr=False)
+    times: Dict[str, Dict[str, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     def under(
             self,
@@ -163,7 +169,11 @@ class Profile:
 
     @cached_property
     def layers(self) -> List[LayerProfile]:
-        return [self._layer(tally) for tally in self._tallies]
+        auto, dense = (self.times.get(mode, {}) for mode in ('auto', 'dense'))
+        return [
+            dataclasses.replace(
+                self._layer(tally), milliseconds=auto.get(tally.name), dense_milliseconds=dense.get(tally.name))
+            for tally in self._tallies]
 
     def layer(self, name: str) -> LayerProfile:
         """The layer of a name.

@@ -56,6 +56,10 @@ def _rate(rate: Optional[float]) -> str:
     return '' if rate is None else f'{rate:.3f}'
 
 
+def _time(milliseconds: Optional[float]) -> str:
+    return '' if milliseconds is None else f'{milliseconds:.2f}'
+
+
 def create_console() -> Console:
     """Create a console of the terminal; without a terminal it is wide enough for every column.
 
@@ -78,7 +82,8 @@ def _encodable(console: Console, text: str) -> str:
 def _columns(width: int) -> List[str]:
     """Return the columns beside the layer's name that fit into a terminal of `width` characters."""
     if width >= 120:
-        return ['input', 'rate', 'saturated', 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
+        return [
+            'input', 'rate', 'saturated', 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy', 'ms', 'dense ms']
     if width >= 80:
         return ['firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
     return ['firing', 'ACs', 'energy'] if width >= 50 else ['energy']
@@ -93,6 +98,8 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
     """
     console = console or create_console()
     columns = _columns(console.width)
+    if all(x.milliseconds is None for x in profile.layers):
+        columns = [name for name in columns if not name.endswith('ms')]
     title = (f'{profile.model}, T = {profile.time_steps}, mean of {profile.images:,} '
              f'{"sequences" if profile.is_sequence else "images"}')
     table = Table(
@@ -114,7 +121,8 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
             rate_in = sum(x.input_rate) / len(x.input_rate) if x.input_rate else None
             add(x.name, x, {
                 'input': x.input, 'rate': _rate(rate_in), 'saturated': _percent(x.saturated),
-                'firing': _rate(x.mean_firing_rate), 'silent': _percent(x.silent)})
+                'firing': _rate(x.mean_firing_rate), 'silent': _percent(x.silent),
+                'ms': _time(x.milliseconds), 'dense ms': _time(x.dense_milliseconds)})
         add(group, totals, {}, style='bold', end_section=True)
     t = profile.totals
     add('all', t, {'firing': _rate(profile.firing_rate)}, style='bold')
@@ -163,7 +171,8 @@ def to_csv(profiles: Sequence[Profile]) -> str:
     There is a column for each time step of the longest profile; shorter profiles leave the last ones empty.
     """
     longest = max(p.time_steps for p in profiles)
-    plain = ('name', 'group', 'input', 'parameters', 'dense_macs', 'silent', 'saturated', 'energy_mj', 'ann_energy_mj')
+    plain = ('name', 'group', 'input', 'parameters', 'dense_macs', 'silent', 'saturated', 'energy_mj', 'ann_energy_mj',
+             'milliseconds', 'dense_milliseconds')
     by_step = ('input_rate', 'firing_rate', 'macs', 'acs')
     columns = ['model', 'time_steps', *plain, *(f'{key}_{t + 1}' for key in by_step for t in range(longest)), 'values']
     text = io.StringIO()
@@ -207,11 +216,12 @@ def to_html(
     profile = profiles[-1]
     light, dark = (render(profile, activity, 'svg', is_dark) for is_dark in (False, True))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate)
+    environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate, time=_time)
     template = environment.from_string(
         resources.files(__package__).joinpath('page.html.jinja').read_text(encoding='utf-8'))
     return template.render(
         profile=profile, profiles=profiles, data=data, notes=notes, how=_how(profile), bars=_bars(profile.layers),
+        has_times=any(x.milliseconds is not None for x in profile.layers),
         pictures={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light})
 
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from ..arguments import check_count
 from ..devices import choose_device
 from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
+from ..kernels import time_layers, use_kernels
 from ..masked_autoencoder import SpikformerMAE
 from ..reading import Checkpoint, read_checkpoint, read_source
 from ..spikformer import Spikformer, check_model_name, find_spikformer
@@ -69,12 +70,37 @@ def run_profile(args: argparse.Namespace) -> Path:
     x = (first if isinstance(first, torch.Tensor) else first[0])[:_NUM_PICTURES]
     activity = record_activity(
         loaded.model, x, args.layers, None, loaded.config['mean'], loaded.config['std'])
+    if device.type == 'cpu':
+        profiles[-1] = measure_times(profiles[-1], loaded.model, x)
+        notes.append(
+            f'Milliseconds: measured for one image of a batch of {len(x)}, with {torch.get_num_threads()} threads.')
+        console.print(notes[-1])
     print_profile(profiles[-1], console)
     if profiles[-1].steps[-1].agreement is not None:
         print_steps(profiles[-1], console)
     page = write_report(args.output, profiles, activity, images.description, notes)
     console.print(f'Page: {page}', soft_wrap=True)
     return page
+
+
+def measure_times(result: Profile, model: nn.Module, x: torch.Tensor) -> Profile:
+    """Return a profile with the measured time of each layer, with and without event-driven products.
+
+    Attention's own products and the classifier are not measured.
+
+    Args:
+        result: Profile of the model.
+        model: The model, on a CPU.
+        x: Images, `[B, C, H, W]`, or sequences. Times are divided by B.
+    """
+    encoder = find_spikformer(model)
+    prefix = next(name for name, m in model.named_modules() if m is encoder)
+    times = {}
+    for mode in ('auto', 'dense'):
+        with use_kernels(mode):
+            times[mode] = {
+                name.removeprefix(f'{prefix}.'): value / len(x) for name, value in time_layers(model, x).items()}
+    return dataclasses.replace(result, times=times)
 
 
 def _check_arguments(args: argparse.Namespace) -> torch.device:
