@@ -23,6 +23,7 @@ from .floor import dense_floor
 from .images import calibrate, photographs
 from .measure import interleave, peak_memory, ratio
 from .model import inference, training_step
+from .peer import PeerSpikformer
 
 MODELS = ('spikformer_v2_8_512', 'spikformer_8_512', 'spikformer_v2_8_384')
 RATES = (0.13, 0.2, 0.3)  # events per input, weighted by operations; 0.13 is what the energy of V2-8-512 implies
@@ -120,6 +121,22 @@ def measure_model(model: nn.Module, x: Tensor, is_training: bool, rounds: int) -
             'events': ratio(times['events'], floors).median, 'dense': ratio(times['dense'], floors).median}
 
 
+def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict[str, float]]:
+    """Time of inference, T = 4, batch 1, against the rate: of this package and spikingjelly, in units of the floor."""
+    curve = []
+    x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
+    for rate in rates:
+        model, found = at_rate(name, 4, rate, x)
+        entry = measure_model(model, x[:1], False, rounds)
+        peer = PeerSpikformer(model).eval()
+        times = interleave(dict(ours=inference(model, x[:1]), peer=inference(peer, x[:1])), rounds)
+        entry['spikingjelly'] = entry['events'] * ratio(times['peer'], times['ours']).median
+        curve.append({'rate': found, **entry})
+        print(f'  {name}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, spikingjelly '
+              f'{entry["spikingjelly"]:.2f}')
+    return curve
+
+
 def _training_of(mode: str, name: str, time_steps: int, batch_size: int, rate: float) -> Callable[[], None]:
     x = photographs(max(2, batch_size), 224)
     model, _ = at_rate(name, time_steps, rate, x[:2])
@@ -196,6 +213,8 @@ def run(quick: bool) -> Dict[str, object]:
             results[f'{title}, rate {rate}'] = {'rate': found, **entry}
             print(
                 f'  {title}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, {entry["dense"]:.2f} without')
+    curve = [0.13] if quick else [0.08, 0.13, 0.2, 0.3, 0.4]
+    results['curve'] = measure_curve('test_spikformer_v2' if quick else MODELS[0], tuple(curve), 1 if quick else 3)
     if not quick:
         memory = {mode: peak_memory(_training_of, mode, MODELS[0], 4, 1, 0.13) for mode in ('events', 'dense')}
         results['memory_mib'] = memory

@@ -1,4 +1,7 @@
-"""Plot the results of `python -m benchmarks scaling --json FILE`: `python -m benchmarks.plot FILE PICTURE.png`."""
+"""Plot results that `python -m benchmarks --json FILE` wrote: `python -m benchmarks.plot FILE PICTURE.png`.
+
+Results of the group `scaling` are drawn against each axis, those of `events` against the firing rate.
+"""
 import json
 import sys
 from pathlib import Path
@@ -37,6 +40,29 @@ def draw(results: Dict[str, Any], path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_events(results: Dict[str, Any], path: str) -> None:
+    """Draw the time of inference against the rate of the inputs, in units of the dense floor."""
+    curve = results['curve']
+    figure = Figure(figsize=(6.5, 4), layout='constrained')
+    ax = figure.subplots()
+    rates = [entry['rate'] for entry in curve]
+    for key, label in (('spikingjelly', 'spikingjelly'), ('dense', 'this package, dense'),
+                       ('events', 'this package, event-driven')):
+        ax.plot(rates, [entry[key] for entry in curve], 'o-', label=label)
+    ax.axhline(1., linestyle='--', linewidth=1, color='gray', label='dense floor: the products alone')
+    ax.set_xlabel('events per input, weighted by operations')
+    ax.set_ylabel('time of inference / dense floor')
+    ax.set_ylim(bottom=0)
+    ax.set_title(f'V2-8-512, T = 4, batch 1, {results["threads"]} thread{"s" if results["threads"] > 1 else ""}')
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize='small')
+    figure.savefig(path, dpi=150)
+
+
 if __name__ == '__main__':
     source, path = sys.argv[1:]
-    draw(json.loads(Path(source).read_text())['scaling'], path)
+    found = json.loads(Path(source).read_text())
+    if 'events' in found:
+        draw_events(found['events'], path)
+    else:
+        draw(found['scaling'], path)

@@ -35,8 +35,10 @@ __all__ = [
     'fire_fallback_reason',
     'is_small',
     'observe_events',
+    'pack_events',
     'read_events',
     'restore_input',
+    'unpack_events',
     'weight_gradient',
 ]
 
@@ -254,6 +256,22 @@ def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
         reason = events.dense_reason
     _observe(layer, events, reason)
     return events if reason is None else None
+
+
+def pack_events(events: Events) -> Tensor:
+    """Return the values of events as bits if they are binary, else as they are."""
+    if events.largest > 1:
+        return events.values
+    return torch.from_numpy(np.packbits(events.values.view(-1).numpy()))
+
+
+def unpack_events(packed: Tensor, events: Events) -> Events:
+    """Return events with the values that `pack_events` packed."""
+    shape = events.shape
+    if events.largest <= 1:
+        size = shape.N * shape.H * shape.W * shape.C
+        packed = torch.from_numpy(np.unpackbits(packed.numpy(), count=size)).view(shape.N, shape.H, shape.W, shape.C)
+    return events._replace(values=packed)
 
 
 def restore_input(events: Events, is_linear: bool) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .events import Events, convolve, count_events, restore_input, weight_gradient
-from .rules import back_end, fallback_reason, runs_in_kernel
+from .events import Events, convolve, count_events, pack_events, restore_input, unpack_events, weight_gradient
+from .rules import back_end, fallback_reason, is_batched, runs_in_kernel
 
 __all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
 
@@ -91,7 +91,7 @@ def product_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Opt
 
 
 class _EventProduct(torch.autograd.Function):
-    """An event-driven product, which saves the bytes of its input; only the gradient of the input is dense."""
+    """An event-driven product, which saves its input as bits or bytes; only the gradient of the input is dense."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class _EventProduct(torch.autograd.Function):
             events: Events,
             out: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(events.values, weight)
+        ctx.save_for_backward(pack_events(events), weight)
         ctx.events = events._replace(values=None)
         ctx.x_shape, ctx.conv_args = x.shape, _conv_args(layer)
         return out
@@ -111,10 +111,12 @@ class _EventProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         _refuse_double_backward()
-        values, weight = ctx.saved_tensors
-        events = ctx.events._replace(values=values)
+        packed, weight = ctx.saved_tensors
+        events = unpack_events(packed, ctx.events)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_weight = weight_gradient(events, grad, weight) if needs_weight else None
+        grad_weight = None
+        if needs_weight and type(grad) is Tensor and not is_batched(grad):
+            grad_weight = weight_gradient(events, grad, weight)
         x = grad.new_empty(1).expand(ctx.x_shape)
         needs_dense = needs_weight and grad_weight is None
         if needs_dense:
