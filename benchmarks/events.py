@@ -1,4 +1,4 @@
-"""Event-driven products beside dense ones: each layer, inference, training, small models, and the time to compile.
+"""Event-driven products compared with dense ones: single layers, inference, training, small models, compilation time.
 
     python -m benchmarks events
 """
@@ -26,7 +26,7 @@ from .model import inference, training_step
 from .peer import PeerSpikformer
 
 MODELS = ('spikformer_v2_8_512', 'spikformer_8_512', 'spikformer_v2_8_384')
-RATES = (0.13, 0.2, 0.3)  # events per input, weighted by operations; 0.13 is what the energy of V2-8-512 implies
+RATES = (0.13, 0.2, 0.3)  # events per input, weighted by operations; V2-8-512's published energy implies 0.13
 LAYER_RATES = (0.05, 0.08, 0.12, 0.2, 0.3, 0.45)
 LAYERS: Tuple[Tuple[str, int, int, int, int], ...] = tuple(  # name, input and output channels, resolution, kernel size
     layer for C, size in ((64, 112), (128, 56), (256, 28), (512, 14))
@@ -49,7 +49,7 @@ def _layer(in_chs: int, out_chs: int, size: int, kernel_size: int, rate: float, 
 
 
 def measure_layer(in_chs: int, out_chs: int, size: int, kernel_size: int, rate: float, rounds: int) -> Dict[str, float]:
-    """How many times as fast as the dense product alone: product, product with BN + LIF, and gradient of the weight."""
+    """Return speedups over dense operations, for product, product with BN and LIF, and weight gradient."""
     layer, x = _layer(in_chs, out_chs, size, kernel_size, rate)
     bn = (nn.BatchNorm1d if kernel_size == 1 else nn.BatchNorm2d)(out_chs).eval()
     nn.init.constant_(bn.bias, 0.7)
@@ -84,7 +84,7 @@ def measure_layer(in_chs: int, out_chs: int, size: int, kernel_size: int, rate: 
 
 
 def at_rate(name: str, time_steps: int, rate: float, x: Tensor, rounds: int = 8) -> Tuple[nn.Module, float]:
-    """Return a model with random weights and the bias of BN at which its inputs have a rate, and the rate reached."""
+    """Return a model with random weights and BN biases tuned to `rate` events per input, and the rate reached."""
     torch.manual_seed(0)
     model = timm.create_model(name, time_steps=time_steps)
     low, high = 0., 2.5
@@ -106,7 +106,7 @@ def _modes(step: Callable[[], object]) -> Dict[str, Callable[[], object]]:
 
 
 def measure_model(model: nn.Module, x: Tensor, is_training: bool, rounds: int) -> Dict[str, float]:
-    """Time of inference or a training step in units of the dense floor, which is measured round by round too."""
+    """Return the time of inference or a training step, as a multiple of the dense floor measured in the same round."""
     model.train(is_training)
     step = training_step(model, x) if is_training else inference(model, x)
     modes = _modes(step)
@@ -122,7 +122,10 @@ def measure_model(model: nn.Module, x: Tensor, is_training: bool, rounds: int) -
 
 
 def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict[str, float]]:
-    """Time of inference, T = 4, batch 1, against the rate: of this package and spikingjelly, in units of the floor."""
+    """Return the inference time at each rate, as a multiple of the dense floor, for this package and spikingjelly.
+
+    T = 4 and batch 1.
+    """
     curve = []
     x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
     for rate in rates:
@@ -132,7 +135,7 @@ def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict
         times = interleave(dict(ours=inference(model, x[:1]), peer=inference(peer, x[:1])), rounds)
         entry['spikingjelly'] = entry['events'] * ratio(times['peer'], times['ours']).median
         curve.append({'rate': found, **entry})
-        print(f'  {name}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, spikingjelly '
+        print(f'  {name}, rate {found:.3f}: {entry["events"]:.2f} times the dense floor, spikingjelly '
               f'{entry["spikingjelly"]:.2f}')
     return curve
 
@@ -144,7 +147,7 @@ def _training_of(mode: str, name: str, time_steps: int, batch_size: int, rate: f
 
 
 def _small_steps(batch_size: int) -> Iterator[Tuple[str, Callable[[], object]]]:
-    """Inference, a training step and a step of masked pre-training of the demo's model on the shipped images."""
+    """Yield inference, a training step and a masked pre-training step of the demo model on the packaged images."""
     name = 'spikformer_v2_2_64_patch4_32'
     images = read_splits()['test']
     model = timm.create_model(name, pretrained=True)
@@ -184,7 +187,7 @@ print(time.perf_counter() - begin - dense)
 
 
 def first_use(name: str, batch_size: int, cache: str) -> float:
-    """Seconds that the first call takes longer than a dense one, in a new process with a cache folder."""
+    """Return how many seconds longer the first call takes than a dense call, in a new process with a cache folder."""
     code = _FIRST_USE.format(name=name, batch_size=batch_size)
     out = subprocess.run(
         [sys.executable, '-c', code], env=dict(os.environ, NUMBA_CACHE_DIR=cache), capture_output=True, text=True,
@@ -196,7 +199,7 @@ def run(quick: bool) -> Dict[str, object]:
     results: Dict[str, object] = {}
     rounds = 1 if quick else 5
     start = time.perf_counter()
-    print('  times as fast as the dense product: product; with BN and LIF; the same on bytes; gradient of the weight')
+    print('  speedup over dense: product; product with BN and LIF; the same with bytes in and out; weight gradient')
     for name, *shape in LAYERS[-3:] if quick else LAYERS:
         for rate in (0.12,) if quick else LAYER_RATES:
             found = results[f'{name}, rate {rate}'] = measure_layer(*shape, rate, rounds)
@@ -212,23 +215,26 @@ def run(quick: bool) -> Dict[str, object]:
             entry = measure_model(model, x[:batch_size], is_training, 1 if quick else 3)
             results[f'{title}, rate {rate}'] = {'rate': found, **entry}
             print(
-                f'  {title}, rate {found:.3f}: {entry["events"]:.2f} of the dense floor, {entry["dense"]:.2f} without')
+                f'  {title}, rate {found:.3f}: {entry["events"]:.2f} times the dense floor, '
+                f'{entry["dense"]:.2f} times without event-driven products')
     curve = [0.13] if quick else [0.08, 0.13, 0.2, 0.3, 0.4]
     results['curve'] = measure_curve('test_spikformer_v2' if quick else MODELS[0], tuple(curve), 1 if quick else 3)
     if not quick:
         memory = {mode: peak_memory(_training_of, mode, MODELS[0], 4, 1, 0.13) for mode in ('events', 'dense')}
         results['memory_mib'] = memory
-        print(f'  peak memory of a training step: {memory["events"]:.0f} MiB, {memory["dense"]:.0f} without')
+        print(
+            f'  peak memory of a training step: {memory["events"]:.0f} MiB, {memory["dense"]:.0f} MiB without '
+            'event-driven products')
     for batch_size in (2,) if quick else (1, 32, 128):
         for title, step in _small_steps(batch_size):
             times = interleave(_modes(step), 1 if quick else 9)
             gain = ratio(times['dense'], times['events'])
             results[f'demo, {title}, batch {batch_size}'] = gain._asdict()
-            print(f"  the demo's model, {title}, batch {batch_size}: {gain} times as fast")
+            print(f'  demo model, {title}, batch {batch_size}: {gain} times as fast with event-driven products')
     for name, batch_size in () if quick else ((MODELS[0], 1), ('spikformer_v2_2_64_patch4_32', 32)):
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (first_use(name, batch_size, cache) for _ in range(2))
         results[f'first use, {name}'] = dict(cold=cold, warm=warm)
-        print(f'  first use, {name}: {cold:.1f} s, {warm:.1f} s from the disk')
+        print(f'  first call, {name}: {cold:.1f} s more than a dense call, {warm:.1f} s with compiled code on disk')
     results['threads'], results['seconds'] = torch.get_num_threads(), time.perf_counter() - start
     return results

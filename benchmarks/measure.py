@@ -1,4 +1,4 @@
-"""Times side by side, as ratios; peak memory, each side in a process of its own."""
+"""Ratios of interleaved timings; peak memory of a function, measured in a separate process."""
 import ctypes
 import multiprocessing
 import statistics
@@ -10,7 +10,7 @@ import torch
 
 
 class Ratio(NamedTuple):
-    """Median of the ratios of the rounds, and between which values half of them lie."""
+    """Median and quartiles of the ratios of all rounds."""
     median: float
     low: float
     high: float
@@ -20,12 +20,15 @@ class Ratio(NamedTuple):
 
 
 def clock() -> float:
-    """Return CPU time with one thread, which depends less on other load on the machine, else wall time; in seconds."""
+    """Return the time in seconds: with one thread, CPU time, which other load affects less; otherwise wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def interleave(functions: Dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Dict[str, List[float]]:
-    """Return the seconds of each function in each round. Interleaved, other load on the machine affects all alike."""
+    """Return the times in seconds of each function, one per round.
+
+    Functions run in turn within a round, so that other load on the machine affects all of them equally.
+    """
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -39,14 +42,14 @@ def interleave(functions: Dict[str, Callable[[], object]], rounds: int, warmup: 
 
 
 def ratio(times: List[float], of: List[float]) -> Ratio:
-    """How many times as long as `of`, round by round."""
+    """Return the median and quartiles of the per-round ratios `times / of`."""
     ratios = sorted(a / b for a, b in zip(times, of, strict=True))
     quarter = len(ratios) // 4
     return Ratio(statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
 
 
 def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    """MiB by which a new process grows, at its peak, while what `make(*arguments)` returns runs twice there."""
+    """Return the peak growth, in MiB, of a new process that calls the function returned by `make(*arguments)` twice."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['benchmarks.model', 'sklearn.datasets'])  # imported once, for all processes
     with ProcessPoolExecutor(1, context) as pool:
@@ -54,12 +57,12 @@ def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -
 
 
 def _growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    # M_MMAP_THRESHOLD: what is freed goes back at once, so the peak is of what is alive, not of holes in glibc's heap
+    # M_MMAP_THRESHOLD: return freed memory to the system at once, so that holes in glibc's heap do not count
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     function = make(*arguments)
     before = _status('VmRSS')
     with open('/proc/self/clear_refs', 'w') as f:
-        f.write('5')  # the peak so far, of building the model, does not count
+        f.write('5')  # reset the peak, so that building the model does not count
     function()
     function()
     return _status('VmHWM') - before

@@ -1,4 +1,4 @@
-"""Event-driven products: equal to the layers, whatever the shape, layout, rate and number of threads."""
+"""Event-driven products equal the layers for all shapes, layouts, firing rates and numbers of threads."""
 import copy
 import os
 import subprocess
@@ -53,7 +53,7 @@ def spikes(shape, rate, largest=1, channels_last=True):
 
 
 def make(kind, in_chs, out_chs, height=6, width=10, batch=3, rate=0.2, largest=1, channels_last=True, integers=False):
-    """A layer and its input."""
+    """Return a layer and its input."""
     layer = LAYERS[kind](in_chs, out_chs)
     if integers:
         for p in layer.parameters():
@@ -65,14 +65,14 @@ def make(kind, in_chs, out_chs, height=6, width=10, batch=3, rate=0.2, largest=1
 
 
 def event_driven(layer, x):
-    """The product, certainly event-driven."""
+    """Return the product, asserting that it is event-driven."""
     counted = events.count_events(layer, x)
     assert counted is not None and counted.are_few
     return products.product(layer, x, counted)
 
 
 def layout(x):
-    """Strides of the dimensions that have more than one element."""
+    """Return the strides of the dimensions that have more than one element."""
     return [stride for n, stride in zip(x.shape, x.stride()) if n > 1]
 
 
@@ -94,7 +94,7 @@ cases = st.fixed_dictionaries(dict(
 @settings(max_examples=60, deadline=None)
 @given(case=cases, threads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_integers_are_exact(case, threads, seed):
-    """With integer weights and gradients all sums are exact, so outputs and gradients are equal to the bit."""
+    """With integer weights and gradients all sums are exact, so outputs and gradients are bit-identical."""
     torch.manual_seed(seed)
     layer, x = make(**case, integers=True)
     grad = torch.randint(-4, 5, layer(x).shape).float()
@@ -112,7 +112,7 @@ def test_integers_are_exact(case, threads, seed):
 @pytest.mark.parametrize('kind', LAYERS)
 @pytest.mark.parametrize('rate', [0.01, 0.1, 0.3, 1.])
 def test_error_is_that_of_the_dense_product(kind, rate):
-    """In float32 the root mean square error against float64 is at or below the dense product's."""
+    """In float32, the root mean square error relative to float64 exceeds the dense product's by at most 5%."""
     torch.manual_seed(0)
     layer, x = make(kind, 128, 64, 14, 14, 4, rate)
     out = layer(x)
@@ -140,7 +140,7 @@ def test_threads_do_not_change_the_result(kind, num_threads):
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf, 1e33])
 @pytest.mark.parametrize('kind', LAYERS)
 def test_weights_that_are_not_finite(kind, bad):
-    """They spread as in the dense product, where 0 * inf is NaN."""
+    """Non-finite weights propagate as in the dense product, where 0 * inf is NaN."""
     layer, x = make(kind, 16, 40)
     layer.weight.data[1, 2] = bad
     assert torch.equal(event_driven(layer, x).isfinite(), layer(x).isfinite())
@@ -167,7 +167,7 @@ def test_other_values_are_dense(value):
 
 
 def unit(kind, in_chs, out_chs, integers=True):
-    """A unit and its BN calibrated, so that a third or so of its neurons fire; with BN of powers of 2 all is exact."""
+    """Return a unit whose BN makes about a third of its neurons fire; BN uses powers of 2, so arithmetic is exact."""
     layer = LinearBNLIF(in_chs, out_chs) if kind == 'linear' else ConvBNLIF(
         in_chs, out_chs, 2 if kind == '2x2' else 3, 2 if kind == '2x2' else 1)
     product = layer.linear if kind == 'linear' else layer.conv
@@ -218,7 +218,7 @@ def test_units_of_other_constants_and_folded_ones(tau):
             with use_kernels('plain'):
                 expected = module(x, 3)
             assert 0.1 < expected.mean() < 0.9
-            assert (module(x, 3) != expected).double().mean() <= 1e-3  # by rounding
+            assert (module(x, 3) != expected).double().mean() <= 1e-3  # rounding differs
 
 
 def test_a_dense_input_is_not_event_driven(monkeypatch):
@@ -226,12 +226,12 @@ def test_a_dense_input_is_not_event_driven(monkeypatch):
     layer, x = make('3x3', 64, 64, rate=0.6)
     with torch.no_grad():
         assert not events.count_events(layer, x).are_few
-        assert torch.equal(products.product(layer, x), layer(x))  # to the bit, as it is the layer's
+        assert torch.equal(products.product(layer, x), layer(x))  # bit-identical, because the layer is called
     assert events.count_events(layer, spikes((2, 64, 8, 8), 0.3)).are_few
 
 
 def test_a_model_in_training():
-    """A step of a whole model in float32 against plain modules in float64; and gradients of every parameter."""
+    """The gradients of every parameter of a model are close to those of plain modules, both in float32."""
     torch.manual_seed(0)
     x = torch.rand(4, 3, 64, 64)
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), x)
@@ -249,7 +249,7 @@ def test_a_model_in_training():
     with use_kernels('plain'):
         model(x).square().sum().backward()
     for name, p in model.named_parameters():
-        # a few spikes flip by rounding
+        # a few spikes flip due to rounding
         assert (grads[name] - p.grad).norm() <= 0.05 * p.grad.norm() + 1e-4, name
 
 
@@ -307,7 +307,7 @@ def test_child_processes(method, tmp_path):
 
 
 def test_without_numba(tmp_path):
-    """The dense path, silently; `explain_kernels` names what is missing."""
+    """Without numba, products are dense, without a warning; `explain_kernels` reports that numba is missing."""
     code = """
         import sys
         sys.modules['numba'] = None

@@ -200,7 +200,8 @@ def test_reasons():
     assert norm_lif_fallback_reason(layer.bn, layer.lif, LIF, x) is None
     for change, reason in (
             (lambda: x.contiguous(), 'the channels are not last in memory'),
-            (lambda: x.bfloat16(), 'the input is torch.bfloat16 on cpu, BatchNorm2d.weight torch.float32 on cpu'),
+            (lambda: x.bfloat16(),
+             'the input is torch.bfloat16 on cpu, but BatchNorm2d.weight is torch.float32 on cpu'),
             (lambda: x[:1, :, :1, :1], 'the input has one value per channel'),
             (lambda: x[:0], 'the input is empty'),
     ):

@@ -1,7 +1,8 @@
-"""Compile the loops of event-driven products with numba, each at its first call, and keep them on disk.
+"""Compile the loops of event-driven products with numba, each at its first call, and cache them on disk.
 
-Compiling depends on nothing but the call, not on how much work has come before: otherwise the same input would give
-other bits once it has happened. Small products do not ask for the loops, so small models do not wait for them.
+Whether a product uses the loops depends only on that product, not on earlier calls; otherwise the same input could give
+different bits before and after compilation. Small products do not use the loops, so small models do not wait for
+compilation.
 """
 import functools
 import hashlib
@@ -21,9 +22,9 @@ _HELPERS = ('_append_row', '_all_within', '_fire', '_copy', '_clear', '_transpos
 
 @functools.cache
 def _cache_folder() -> Optional[Path]:
-    """Return the folder for compiled code, None if none can be written.
+    """Return the cache folder for compiled code, or None if it is not writable.
 
-    It is named by the source code, as numba does not notice all changes of it.
+    The folder name contains a hash of the source code, because numba does not detect all source changes.
     """
     digest = hashlib.sha256()
     for function in (_cache_folder, *_functions()):
@@ -54,10 +55,10 @@ def _jit(function: Callable[..., Any], has_cache: bool) -> Any:
 @functools.cache
 def _announce() -> None:
     folder = _cache_folder()
-    kept = f'kept in {folder}' if folder else 'not kept, as no cache folder can be written: set NUMBA_CACHE_DIR'
+    kept = f'cached in {folder}' if folder else 'not cached: set NUMBA_CACHE_DIR to a writable folder'
     print(
-        f'timm_spikformer: compiling event-driven kernels for this machine, which takes some seconds ({kept}). '
-        'TIMM_SPIKFORMER_KERNELS=dense disables them.', file=sys.stderr)
+        f'timm_spikformer: compiling event-driven kernels for this machine, which takes several seconds ({kept}). '
+        'Set TIMM_SPIKFORMER_KERNELS=dense to disable event-driven kernels.', file=sys.stderr)
 
 
 class _Loop:
@@ -81,7 +82,7 @@ class _Loop:
                 compiled = _jit(self.function, has_cache=True)
                 try:
                     compiled.compile(types)
-                except Exception:  # of the files: a full disk, damaged code
+                except Exception:  # the cache cannot be read or written, e.g. a full disk or a damaged file
                     compiled = _jit(self.function, has_cache=False)
                     compiled.compile(types)
                 self.compiled = compiled
@@ -90,21 +91,21 @@ class _Loop:
 
 def _functions() -> Tuple[Callable[..., Any], ...]:
     from .event_loops import convolve, pack_weights, read_events, unpack_weights, weight_gradient
-    from .simd import add_rows_plain  # for its file
+    from .simd import add_rows_plain  # included so that simd.py is hashed
     return read_events, pack_weights, unpack_weights, convolve, weight_gradient, add_rows_plain
 
 
 @functools.cache
 def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
-    """Return the loops, or why there are none."""
+    """Return (loops, None), or (None, reason) if numba cannot be imported."""
     try:
         *functions, _ = _functions()
         from .event_loops import largest_chunk
         from .simd import BLOCK, BYTE_COUNTS, BYTE_INDICES
-    except ImportError as e:  # numba is absent, or does not support this NumPy
+    except ImportError as e:  # numba is not installed, or does not support the installed NumPy
         return None, f'event-driven products need numba (pip install numba): {e}'
     names = vars(sys.modules[largest_chunk.__module__])
-    for name in _HELPERS:  # the loops call them by these names
+    for name in _HELPERS:  # compile the helpers in place, because the loops look them up by name
         names[name] = _jit(names[name], has_cache=True)
     return SimpleNamespace(
         BLOCK=BLOCK, BYTE_INDICES=BYTE_INDICES, BYTE_COUNTS=BYTE_COUNTS, largest_chunk=largest_chunk,
@@ -112,12 +113,12 @@ def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
 
 
 def unavailable_reason() -> Optional[str]:
-    """Return why the loops cannot be compiled; None if they can."""
+    """Return why the loops cannot be compiled, or None if they can."""
     with _lock:
         return _load()[1]
 
 
 def load_loops() -> SimpleNamespace:
-    """Return the compiled functions and the constants of `event_loops`."""
+    """Return the functions of `event_loops`, compiled at their first call, and the constants of `simd`."""
     with _lock:
         return _load()[0]

@@ -1,17 +1,17 @@
 """Loops of event-driven products, compiled by numba.
 
-A product adds the weight rows of the inputs that are not 0, instead of multiplying all of them. Inputs are bytes,
-`[N, H, W, C]`: spikes or sums of spikes, where a value v is v events. A linear layer is a 1x1 convolution.
+A product adds the weight rows of the nonzero inputs, instead of multiplying all inputs. Inputs are bytes,
+`[N, H, W, C]`: spikes or sums of spikes, where a value v counts as v events. A linear layer is a 1x1 convolution.
 
-Output channels are computed in blocks of 32 and input channels in chunks, so that the weights of a block and a chunk
+Output channels are computed in blocks of 32 and input channels in chunks, so that the weights of one block and chunk
 stay in the cache, and sums in registers. An output tile of a few rows of pixels is computed in two steps:
 
-1. The events of its input rows become lists of indices of weight rows, one for each pixel, time step and chunk.
+1. The events of its input rows are converted to lists of weight-row indices, one list per pixel, time step and chunk.
 2. For each block and chunk, the weight rows of each list are added. All blocks use the same lists.
 
-The order of a sum depends only on shapes and events, not on the number of threads.
+The order of additions depends only on shapes and events, not on the number of threads.
 
-This module imports numba, so it is imported only by `events`.
+This module requires numba, so only `compiled` imports it, at first use.
 """
 import numpy as np
 
@@ -23,7 +23,7 @@ MAX_EVENTS = 15  # largest value of an input
 
 
 def largest_chunk(kernel_size: int) -> int:
-    """Return the number of input channels per chunk: about 72 KB of weights in a block and a chunk."""
+    """Return the number of input channels per chunk; the weights of a block and a chunk then take 64 to 72 KiB."""
     return 64 if kernel_size == 3 else 512
 
 
@@ -33,11 +33,11 @@ def read_events(x, start, stop, out):
     Args:
         x: float32 `[n]`.
         start: First element to convert.
-        stop: End of the elements to convert.
-        out: uint8 `[n]`.
+        stop: End of the elements to convert, exclusive.
+        out: Output, uint8 `[n]`.
 
     Returns:
-        Sum and maximum of the elements; a sum of -1 if any is not an integer in [0, 15].
+        Sum and maximum of the converted elements; (-1, 0) if any of them is not an integer in [0, 15].
     """
     total = 0
     largest = np.int32(0)
@@ -60,18 +60,20 @@ def read_events(x, start, stop, out):
 
 
 def pack_weights(w, OC, C, taps, chunk, block0, block1, limit, packed):
-    """Reorder weights to rows of 32 output channels: `[blocks, chunks, taps * chunk + 1, 32]`, the last row of each 0.
+    """Reorder weights to `[blocks, chunks, taps * chunk + 1, 32]`, rows of 32 output channels.
+
+    The last row of each block and chunk is 0; it pads the lists of row indices.
 
     Args:
         w: float32 `[OC * taps * C]`.
         OC: Output channels.
         C: Input channels.
-        taps: Number of pixels of the kernel.
+        taps: Number of kernel positions, the squared kernel size.
         chunk: Input channels in a chunk.
         block0: First block to write.
-        block1: End of the blocks to write.
-        limit: Largest absolute value.
-        packed: float32 `[n]`.
+        block1: End of the blocks to write, exclusive.
+        limit: Largest allowed absolute value.
+        packed: Output, float32 `[blocks * chunks * (taps * chunk + 1) * 32]`.
 
     Returns:
         Whether all weights are finite and within the limit.
@@ -110,13 +112,13 @@ def unpack_weights(packed, OC, C, taps, block0, block1, w):
     """Reorder rows of 32 output channels, `[blocks, taps, C, 32]`, to `[OC, taps, C]`.
 
     Args:
-        packed: float32 `[n]`.
+        packed: float32 `[blocks * taps * C * 32]`.
         OC: Output channels.
         C: Input channels.
-        taps: Number of pixels of the kernel.
+        taps: Number of kernel positions, the squared kernel size.
         block0: First block to write.
-        block1: End of the blocks to write.
-        w: float32 `[n]`.
+        block1: End of the blocks to write, exclusive.
+        w: Output, float32 `[OC * taps * C]`.
     """
     tile = np.empty(BLOCK * BLOCK, np.float32)
     for block in range(block0, block1):
@@ -144,10 +146,10 @@ def _all_within(values, limit):
     return wrong == 0
 
 
-# Loops over slices of 32, a constant length, are vectorized by numba.
+# The following helpers loop over 32 elements; numba vectorizes such loops of constant length.
 
 def _fire(sums, scale, shift, membrane, tau, v_threshold, spikes):
-    """Write the spikes of 32 neurons for one time step, as bytes, and update their membranes."""
+    """Write the spikes of 32 neurons for one time step, as bytes, and update their membrane potentials."""
     for j in range(BLOCK):
         v = membrane[j]
         v += (sums[j] * scale[j] + shift[j] - v) / tau
@@ -157,7 +159,7 @@ def _fire(sums, scale, shift, membrane, tau, v_threshold, spikes):
 
 
 def _copy(source, target):
-    """Copy 32 values, which numba converts."""
+    """Copy 32 values, converted to the dtype of `target`."""
     for j in range(BLOCK):
         target[j] = source[j]
 
@@ -176,13 +178,13 @@ def _transpose(source, target):
 
 
 def _add(source, values, target):
-    """Add two arrays of 32."""
+    """Add two arrays of 32 values."""
     for j in range(BLOCK):
         target[j] = source[j] + values[j]
 
 
 def _copy_and_check(source, target, check):
-    """Copy 32 floats; `check` stays 0 if all are finite."""
+    """Copy 32 floats. `check`, 32 floats initialized to 0, stays 0 if all are finite and otherwise becomes NaN."""
     for j in range(BLOCK):
         value = source[j]
         target[j] = value
@@ -190,9 +192,9 @@ def _copy_and_check(source, target, check):
 
 
 def _append_row(x, i, W, C, c0, c1, chunk, max_events, byte_indices, byte_counts, out, n0, offsets, o):
-    """Append the events of one row of an image, channels c0 to c1, as `column * chunk + channel - c0`.
+    """Append the events of one image row, channels c0 to c1, to `out[n0:]` as `column * chunk + channel - c0`.
 
-    `offsets[o + column]` becomes the number of events before that column.
+    Set `offsets[o + column]` to the number of events before that column; return the number of events in the row.
     """
     n = n0
     for column in range(W):
@@ -222,8 +224,8 @@ def convolve(
     """Convolve events, `[T * B, H, W, C] -> [T * B, H', W', OC]`, with stride 1; optionally followed by BN and LIF.
 
     Args:
-        x: uint8 `[n]`.
-        w: Weights from `pack_weights`.
+        x: Input, uint8 `[T * B * H * W * C]`.
+        w: Weights from `pack_weights`, float32, flat.
         T: Time steps.
         B: Batch size.
         H: Height of the input.
@@ -234,29 +236,32 @@ def convolve(
         pad: Padding.
         chunk: Input channels in a chunk.
         tile_rows: Rows of the output in a tile.
-        tile0: First tile to compute, of all images.
-        tile1: End of the tiles to compute.
+        tile0: First tile to compute; tiles are numbered across images.
+        tile1: End of the tiles to compute, exclusive.
         block0: First block of output channels to compute.
-        block1: End of the blocks to compute.
+        block1: End of the blocks to compute, exclusive.
         max_events: Largest value of x.
-        out: float32 `[n]`, or empty if spikes are written as bytes.
-        out_bytes: uint8 `[n]`, or empty. sn, sy, sx and so are the strides of the output: of images, rows, columns
-            and channels.
-        is_fused: Whether to write the spikes of a LIF neuron with the currents `product * scale + shift`; otherwise
+        out: Output, float32, flat; empty if spikes are written as bytes.
+        out_bytes: Output, uint8, flat; empty if the output is float32.
+        sn: Stride of the output between images, in elements.
+        sy: Stride of the output between rows.
+        sx: Stride of the output between columns.
+        so: Stride of the output between channels.
+        is_fused: Whether to write the spikes of LIF neurons with the input current `product * scale + shift`; otherwise
             `product + shift` is written.
-        scale: float32, OC rounded up to a multiple of 32.
-        shift: As `scale`.
+        scale: float32; its length is OC rounded up to a multiple of 32.
+        shift: float32, of the same length as `scale`.
         tau: Membrane time constant.
         v_threshold: Firing threshold.
         byte_indices: `simd.BYTE_INDICES`.
         byte_counts: `simd.BYTE_COUNTS`.
     """
     num_chunks = (C + chunk - 1) // chunk
-    num_rows = k * k * chunk + 1  # of weights in a block and a chunk; the last is 0
+    num_rows = k * k * chunk + 1  # weight rows in a block and a chunk; the last is 0
     OH, OW = H + 2 * pad - k + 1, W + 2 * pad - k + 1
     tiles_per_image = (OH + tile_rows - 1) // tile_rows
     max_rows = tile_rows + k - 1
-    # events of the rows of the input that the tile needs, in a ring buffer: consecutive tiles share k - 1 rows
+    # ring buffer with the events of the input rows of a tile; consecutive tiles share k - 1 rows
     capacity = W * chunk * max_events + 32
     events = np.empty(max_rows * T * num_chunks * capacity + 32, np.uint16)
     offsets = np.empty(max_rows * T * num_chunks * (W + 1), np.int32)
@@ -355,13 +360,17 @@ def convolve(
 def weight_gradient(
         x, grad, sn, sy, sx, so, N, H, W, C, OC, k, pad, tile_images, tile_rows, c0, c1, max_events, out,
         byte_indices, byte_counts):
-    """Add up the gradient of the weights of a convolution of events, for input channels c0 to c1.
+    """Accumulate the weight gradient of a convolution of events, for input channels c0 to c1.
 
-    For each event, a row of the output's gradient is added.
+    For each event, the matching rows of the output gradient are added.
 
     Args:
-        x: uint8 `[N * H * W * C]`.
-        grad: Gradient of the output, float32; sn, sy, sx and so are its strides of images, rows, columns and channels.
+        x: Input, uint8 `[N * H * W * C]`.
+        grad: Output gradient, float32, flat.
+        sn: Stride of `grad` between images, in elements.
+        sy: Stride of `grad` between rows.
+        sx: Stride of `grad` between columns.
+        so: Stride of `grad` between channels.
         N: Number of images.
         H: Height of the input.
         W: Width of the input.
@@ -372,25 +381,26 @@ def weight_gradient(
         tile_images: Images in a tile.
         tile_rows: Rows of the input in a tile.
         c0: First input channel, a multiple of 8.
-        c1: End of the input channels.
+        c1: End of the input channels, exclusive.
         max_events: Largest value of x.
-        out: float32 `[blocks * k * k * C * 32]`, zeros: a row of 32 output channels for each weight.
+        out: Output, float32 `[blocks * k * k * C * 32]`, initialized to 0: rows of 32 output channels.
         byte_indices: `simd.BYTE_INDICES`.
         byte_counts: `simd.BYTE_COUNTS`.
 
     Returns:
-        Whether the gradient of the output is finite; if not, that of the weights is wrong, as 0 times infinity is NaN.
+        Whether the output gradient is finite. If not, the result is invalid, because the products of zero inputs with
+        NaN or infinity, which are NaN, are missing.
     """
     check = np.zeros(BLOCK, np.float32)
     border = k - 1
     OH, OW = H + 2 * pad - border, W + 2 * pad - border
     num_blocks = (OC + BLOCK - 1) // BLOCK
     padded = W + border
-    image = (tile_rows + border) * padded  # rows of 32 values of an image in a tile of the gradient
-    zero_row = image * tile_images  # the rows from here on are 0, for every tap
+    image = (tile_rows + border) * padded  # number of rows of 32 values per image in a gradient tile
+    zero_row = image * tile_images  # from here on, rows are 0 for every kernel position
     tile = np.zeros((zero_row + border * padded + border + 1) * BLOCK, np.float32)
     capacity = tile_images * tile_rows * W * max_events + 8
-    pixels = np.empty((c1 - c0) * capacity, np.uint16)  # for each channel, the pixels of its events
+    pixels = np.empty((c1 - c0) * capacity, np.uint16)  # pixel indices of the events of each channel
     counts = np.empty(c1 - c0, np.int64)
     channels = np.empty((c1 - c0) * max_events + 8, np.uint16)
     offsets = np.empty(2, np.int32)

@@ -1,13 +1,13 @@
-"""Event-driven products: convolutions and linear layers that add the weights of the inputs that are not 0.
+"""Event-driven products: convolutions and linear layers that add the weights of the nonzero inputs.
 
-Inputs are spikes and sums of spikes. Their events are counted in every call; if they are too many, the layer itself is
-called. The compiled loops are in `event_loops.py`; the reference is the layer.
+Inputs are spikes and sums of spikes; an input of value v counts as v events. Events are counted in every call; if there
+are too many, the layer itself is called. The compiled loops are in `event_loops.py`; the reference is the layer.
 
-A product runs event-driven only in float32 on a CPU, for the convolutions of this package (3x3 with stride 1, 2x2 with
-stride 2, 1x1) and linear layers, if it is large enough to gain (`MIN_MACS`) and sparse enough (`MAX_DENSITY`). Weights
-must be finite, as a dense product multiplies NaN and infinity by zeros, too.
+A product is event-driven only in float32 on a CPU, for the convolutions of this package (3x3 with stride 1, 2x2 with
+stride 2, 1x1) and linear layers, if it is large enough (`MIN_MACS`) and sparse enough (`MAX_DENSITY`). Weights must be
+finite: a dense product also multiplies them by zero inputs, and zero times NaN or infinity is NaN.
 
-Products are exact up to the order of float32 additions, and the same for any number of threads.
+Results equal those of the layer up to the order of float32 additions, and do not depend on the number of threads.
 """
 import math
 import sys
@@ -42,24 +42,24 @@ __all__ = [
     'weight_gradient',
 ]
 
-# Density, in events per input, up to which a product is event-driven, by the kernel size. The measured break-even is
-# higher, 0.4 to 0.6 by shape: `python -m benchmarks events` prints it.
+# Maximum density, in events per input value, of an event-driven product, by kernel size. The measured break-even is 0.4
+# to 0.6, depending on the shape: see `python -m benchmarks events`.
 MAX_DENSITY = {3: 0.45, 2: 0.45, 1: 0.45}
-# Multiply-accumulates of the dense product from which it may be event-driven. In smaller ones, calls cost too much.
+# Minimum multiply-accumulates of an event-driven product, counted densely. In smaller ones, call overhead dominates.
 MIN_MACS = 20_000_000
-MIN_CHANNELS = 8  # of input and output, for inference
+MIN_CHANNELS = 8  # minimum number of input and of output channels, in inference
 MIN_CHANNELS_IN_TRAINING = 16
-CHANNEL_MULTIPLE = 8  # of the input: the loops read 8 bytes at a time
+CHANNEL_MULTIPLE = 8  # divides the number of input channels: the loops read 8 bytes at a time
 DTYPE = torch.float32
 
 _CLASSES = ((nn.Conv2d, nn.Linear),)
-_PAIRS = 600  # of output pixels and time steps in a tile
+_PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
 _NO_BYTES = torch.empty(0, dtype=torch.uint8).numpy()
-_LIMIT = 1e30  # of sums of absolute weights: no intermediate result overflows
+_LIMIT = 1e30  # upper bound for sums of absolute weights, so that no intermediate result overflows
 
 
 class Shape(NamedTuple):
-    """A product as a convolution with stride 1 of `[N, H, W, C]`; see `event_loops`."""
+    """A product expressed as a stride-1 convolution, `[N, H, W, C] -> [N, H', W', OC]`; see `event_loops`."""
     N: int
     H: int
     W: int
@@ -93,12 +93,12 @@ class Events(NamedTuple):
 
     @property
     def are_few(self) -> bool:
-        """Whether the product is to be event-driven."""
+        """Whether the input is sparse enough for an event-driven product."""
         return self.dense_reason is None
 
     @property
     def dense_reason(self) -> Optional[str]:
-        """Why the product is to be dense; None if it is to be event-driven."""
+        """Why the product should be dense, or None if it should be event-driven."""
         limit = MAX_DENSITY[2 if self.shape.block == 2 else self.shape.kernel_size]
         if self.density > limit:
             return f'{self.density:.2f} events per input, more than {limit}'
@@ -106,9 +106,9 @@ class Events(NamedTuple):
 
 
 class EventRecord(NamedTuple):
-    """What `observe_events` reports about a call of a layer."""
+    """Record of one call of a layer, as passed to the observer set by `observe_events`."""
     layer: nn.Module
-    density: Optional[float]  # events per input; None if they were not counted
+    density: Optional[float]  # events per input value; None if they were not counted
     reason: Optional[str]  # why the product is not event-driven; None if it is
 
 
@@ -116,7 +116,10 @@ _observer: ContextVar[Optional[Callable[[EventRecord], None]]] = ContextVar('obs
 
 
 def observe_events(observer: Optional[Callable[[EventRecord], None]]) -> Optional[Callable[[EventRecord], None]]:
-    """Set the function that gets a record of every product in this thread, or None; return the one before."""
+    """Set or, with None, remove the function that receives a record of every product; return the previous one.
+
+    The setting applies to the current thread or asyncio task.
+    """
     old = _observer.get()
     _observer.set(observer)
     return old
@@ -140,18 +143,19 @@ def _shape(layer: nn.Module, x: Tensor) -> Optional[Shape]:
 
 def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
     if shape is None:
-        return 'no event-driven kernel for its kernel size, stride, padding, dilation or groups'
+        return 'no event-driven kernel for this kernel size, stride, padding, dilation or groups'
     channels = shape.C // shape.block ** 2
     min_channels = MIN_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else MIN_CHANNELS
     if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < min_channels:
-        return f'{channels} to {shape.OC} channels: too few, or not a multiple of {CHANNEL_MULTIPLE}'
+        return (f'{channels} input and {shape.OC} output channels: too few, or input channels not a multiple of '
+                f'{CHANNEL_MULTIPLE}')
     if shape.macs < MIN_MACS:
-        return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to gain'
+        return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to be faster'
     return None
 
 
 def is_small(layer: nn.Module, x: Tensor) -> bool:
-    """Return whether a product is certainly too small to gain; a quick check that comes before all others."""
+    """Return whether a product is certainly too small to be faster event-driven; a cheap check that runs first."""
     if type(x) is not Tensor or type(layer) not in _CLASSES[0]:
         return False
     weight = layer._parameters.get('weight')
@@ -159,16 +163,16 @@ def is_small(layer: nn.Module, x: Tensor) -> bool:
 
 
 def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
-    """Return why the product of a layer is not event-driven, whatever the values of its input; None if it can be.
+    """Return why a product cannot be event-driven, regardless of the input values, or None if it can be.
 
     Args:
         layer: The layer.
-        x: Its input. If None, it is not checked.
+        x: Input of the layer. If None, the input is not checked.
     """
     is_bytes = type(x) is Tensor and x.dtype == torch.uint8
     reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
     if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
-        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products are {DTYPE} on a CPU'
+        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products require {DTYPE} on a CPU'
     if reason is None and x is not None:
         reason = _shape_fallback_reason(_shape(layer, x))
     if reason is None and get_kernels() == 'dense':
@@ -176,27 +180,28 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optio
     if reason is None and torch._C._len_torch_dispatch_stack() > 0:
         reason = 'a TorchDispatchMode is active'
     if reason is None and sys.byteorder != 'little':
-        reason = 'event-driven products need a little-endian machine'
+        reason = 'event-driven products require a little-endian machine'
     return reason or unavailable_reason()
 
 
 def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
-    """Return the input of a layer as events, if its product may be event-driven and the values are small integers.
+    """Convert the input of a layer to events; None if no event-driven kernel supports the layer or its values.
 
     Args:
         layer: Convolution, linear layer, or a module that replaces one.
-        x: Its input, `[n, C, H, W]` or `[n, C]`.
+        x: Input of the layer, `[n, C, H, W]` or `[n, C]`.
     """
     if torch.compiler.is_compiling():
         return None
     if is_small(layer, x):
-        _observe(layer, None, 'too small to gain')
+        _observe(layer, None, 'too small to be faster')
         return None
     reason = event_fallback_reason(layer, x)
     events = read_events(layer, x) if runs_in_kernel(lambda: reason) else None
     if events is not None:
         reason = events.dense_reason
-    _observe(layer, events, reason if events is not None or reason else 'the input is not of integers from 0 to 15')
+    _observe(
+        layer, events, reason if events is not None or reason else 'input values are not integers from 0 to 15')
     return events
 
 
@@ -211,7 +216,7 @@ def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
 
     Args:
         layer: A layer for which `event_fallback_reason` returns None.
-        x: Its input.
+        x: Input of the layer, float32 `[n, C, H, W]` or `[n, C]`.
     """
     shape = _shape(layer, x)
     is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -233,14 +238,14 @@ def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
 
 
 def _as_shape(values: Tensor, shape: Shape) -> Tensor:
-    """Return bytes `[n, H, W, C]` or `[n, C]` as `[N, H, W, C]` of a shape."""
+    """Rearrange bytes `[n, H, W, C]` or `[n, C]` to `[N, H, W, C]` as given by `shape`."""
     if shape.block == 2:
         values = values.view(shape.N, shape.H, 2, shape.W, 2, -1).permute(0, 1, 3, 2, 4, 5)
     return values.reshape(shape.N, shape.H, shape.W, shape.C).contiguous()
 
 
 def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
-    """Return spikes from `fire_events(..., as_bytes=True)` as the events of the next layer; None if it has to be dense.
+    """Return spikes from `fire_events(..., as_bytes=True)` as events of the next layer; None if it must run densely.
 
     Args:
         layer: Convolution or linear layer.
@@ -259,14 +264,14 @@ def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
 
 
 def pack_events(events: Events) -> Tensor:
-    """Return the values of events as bits if they are binary, else as they are."""
+    """Return the values of events, packed to bits if they are binary, otherwise unchanged."""
     if events.largest > 1:
         return events.values
     return torch.from_numpy(np.packbits(events.values.view(-1).numpy()))
 
 
 def unpack_events(packed: Tensor, events: Events) -> Events:
-    """Return events with the values that `pack_events` packed."""
+    """Return events with their values restored from the result of `pack_events`."""
     shape = events.shape
     if events.largest <= 1:
         size = shape.N * shape.H * shape.W * shape.C
@@ -289,7 +294,7 @@ _buffers = threading.local()
 
 
 def _scratch(n: int) -> Tensor:
-    """Return n floats, valid until the next call in this thread. Reuse avoids page faults."""
+    """Return an uninitialized float32 buffer `[n]`, reused by the next call in this thread to avoid page faults."""
     buffer = getattr(_buffers, 'buffer', None)
     if buffer is None or len(buffer) < n:
         with torch.inference_mode(False):
@@ -298,7 +303,7 @@ def _scratch(n: int) -> Tensor:
 
 
 def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
-    """Return the weights in the order of the loops; None if they are not finite or so large that sums may overflow."""
+    """Return the weights in the layout of the loops; None if they are not finite or so large that sums may overflow."""
     loops = load_loops()
     size = shape.kernel_size
     chunk = min(loops.largest_chunk(size), shape.C)
@@ -314,7 +319,7 @@ def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
 
 
 def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
-    """Divide tiles, and blocks if tiles are few, into items for the threads: `(tile0, tile1, block0, block1)`."""
+    """Divide tiles, and blocks if there are few tiles, into work items `(tile0, tile1, block0, block1)` for threads."""
     num_threads = torch.get_num_threads()
     if num_threads == 1:
         return [(0, num_tiles, 0, num_blocks)]
@@ -324,7 +329,7 @@ def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
 
 
 def _flat(x: Tensor) -> Any:
-    """Return the memory of a tensor from its first to its last element, as a NumPy array."""
+    """Return a flat NumPy view of the memory of a tensor, from its first to its last element."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
     return x.as_strided((span,), (1,)).numpy()
 
@@ -339,11 +344,14 @@ def _run(
         tau: float = 2.,
         v_threshold: float = 1.,
 ) -> None:
-    """Run `event_loops.convolve`; `out` is `[N, H', W', OC]`, with any strides. Without a scale, no neurons follow."""
+    """Run `event_loops.convolve` and write to `out`, `[N, H', W', OC]` with any strides.
+
+    With a scale, `out` receives the spikes of LIF neurons; if it is None, the product plus `shift`.
+    """
     loops = load_loops()
     N, H, W, C, OC, size, padding, _ = events.shape
     T = time_steps
-    if N == 1 and T > 1:  # a linear layer: [T * R, 1, 1, C] as T images of R rows
+    if N == 1 and T > 1:  # a linear layer: [1, T * R, 1, C] as T images of R rows
         N, H = T, H // T
         out = out.view(T, H, 1, OC)
     B = N // T
@@ -371,7 +379,7 @@ def _empty_output(
         shape: Shape,
         as_bytes: bool = False,
 ) -> Tuple[Tensor, Tensor]:
-    """Return an output of the layer, in the memory format that the layer would choose, and a view `[N, H', W', OC]`."""
+    """Return an uninitialized output in the memory format that the layer would use, and a view `[N, H', W', OC]`."""
     dtype = torch.uint8 if as_bytes else torch.float32
     if type(layer) is nn.Linear:
         out = torch.empty(shape.H, shape.OC, dtype=dtype)
@@ -384,12 +392,12 @@ def _empty_output(
 
 
 def convolve(layer: nn.Module, x: Tensor, events: Events) -> Optional[Tensor]:
-    """Return `layer(x)` from its events; None if the weights are not finite or very large. No gradients are recorded.
+    """Return `layer(x)`, computed from events and without gradients; None if weights are not finite or very large.
 
     Args:
         layer: The layer.
-        x: Its input.
-        events: The same as events, from `read_events`.
+        x: Input of the layer, `[n, C, H, W]` or `[n, C]`.
+        events: `x` as events, from `read_events`.
     """
     packed = _pack(layer.weight, events.shape, max(1, events.largest))
     if packed is None:
@@ -409,14 +417,14 @@ def fire_events(
         time_steps: int,
         as_bytes: bool = False,
 ) -> Optional[Tensor]:
-    """Return the spikes of `neuron(bn(layer(x)))` in one pass, for inference; None if the modules have to be called.
+    """Return the spikes of `neuron(bn(layer(x)))` in one pass, for inference; None if the modules must be called.
 
     Args:
         layer: The layer.
         bn: BatchNorm in eval mode, or `nn.Identity`.
-        neuron: A neuron with the attribute `constants`, see `lif.LIFConstants`.
+        neuron: A neuron that has an attribute `constants`, see `lif.LIFConstants`.
         x: Input of the layer, `[T * n, ...]`.
-        events: The same as events.
+        events: `x` as events, from `read_events` or `events_of_bytes`.
         time_steps: T.
         as_bytes: Return uint8, in channels-last format, for `events_of_bytes`.
 
@@ -443,9 +451,9 @@ def fire_events(
 
 
 def fire_fallback_reason(bn: nn.Module, neuron: nn.Module, neuron_class: Type[nn.Module]) -> Optional[str]:
-    """Return why BN and neuron cannot follow an event-driven product in the same pass; None if they can."""
+    """Return why BN and neuron cannot be fused with an event-driven product, or None if they can be."""
     if torch.is_grad_enabled():
-        return 'gradients are recorded'
+        return 'gradients are enabled'
     reason = module_fallback_reason(neuron, (neuron_class,))
     if reason is None and type(bn) is not nn.Identity:
         reason = module_fallback_reason(bn, (nn.BatchNorm1d, nn.BatchNorm2d))
@@ -456,17 +464,17 @@ def fire_fallback_reason(bn: nn.Module, neuron: nn.Module, neuron_class: Type[nn
     elif reason is None:
         reason = module_fallback_reason(bn, (nn.Identity,))
     if reason is None and not (neuron.constants.are_numbers and all(map(math.isfinite, neuron.constants))):
-        reason = 'the constants of the neuron are not finite numbers'
+        reason = 'the constants of the neuron are not all finite numbers'
     return reason
 
 
 def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Tensor]:
-    """Return the gradient of the weight of a layer, in its memory format; None if the output's is not finite.
+    """Return the weight gradient, in the memory format of the weight; None if the output gradient is not finite.
 
     Args:
         events: Input of the layer.
-        grad: Gradient of its output, `[n, OC, H', W']` or `[n, OC]`, float32 with any strides.
-        weight: The weight.
+        grad: Output gradient, `[n, OC, H', W']` or `[n, OC]`, float32 with any strides.
+        weight: Weight of the layer.
     """
     loops = load_loops()
     N, H, W, C, OC, size, padding, block = events.shape

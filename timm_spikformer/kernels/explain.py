@@ -11,21 +11,21 @@ from .events import EventRecord, observe_events
 
 __all__ = ['KernelGroup', 'KernelReport', 'explain_kernels', 'time_layers']
 
-_REPEATS = 3  # of timed calls
+_REPEATS = 3  # number of timed calls
 
 
 class KernelGroup(NamedTuple):
     """A group of modules that a kernel can replace."""
-    module: str  # name of the module that the group is in
+    module: str  # name of the module that contains the group
     group: str  # what the kernel computes
     runs_as: str  # 'kernel' or 'modules'
-    reason: str  # why the modules are called, or ''
-    density: Optional[float] = None  # events per input of an event-driven product
-    milliseconds: Optional[float] = None  # of a call of the module that the group is in
+    reason: str  # why no kernel runs; '' if a kernel runs
+    density: Optional[float] = None  # events per input value of a product; None if they were not counted
+    milliseconds: Optional[float] = None  # median time of a call of `module`
 
 
 class KernelReport(List[KernelGroup]):
-    """The groups of a model; printed as a table."""
+    """A list of the groups of a model, printed as a table."""
 
     def __str__(self) -> str:
         head = ['module', 'group', 'runs as', 'reason']
@@ -55,7 +55,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def time_layers(model: nn.Module, x: Tensor) -> Dict[str, float]:
-    """Return the time of each layer in milliseconds, by its name: the median of three calls of the model.
+    """Return the time of each layer in milliseconds, by layer name, as the median over three calls of the model.
 
     Args:
         model: Any module that holds layers of this package. It is called in eval mode, without gradients.
@@ -88,15 +88,16 @@ def time_layers(model: nn.Module, x: Tensor) -> Dict[str, float]:
 
 
 def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelReport:
-    """Return which groups of modules run in a kernel under the present switch, and why the others do not.
+    """Return which groups of modules run in a kernel under the current mode, and why the others do not.
 
-    Without an input it describes an eager call with one of the model's dtype and device, outside of autocast. With an
-    input, the model is called in eval mode, and the report has the density of the input of each product, whether it
-    was event-driven, and the time of each layer. A kernel that saves memory for backward runs in training only.
+    Without an input, the report assumes an eager call outside autocast, with an input of the model's dtype and device.
+    With an input, the model is called in eval mode, and the report also contains the input density of each product
+    (events per input value), whether the product was event-driven, and the time of each layer in milliseconds. Kernels
+    that only reduce the memory saved for backward run in training only.
 
     Args:
-        model: Any module that holds layers of this package.
-        x: Input of the model.
+        model: Any module that contains layers of this package.
+        x: Input of the model. If None, the model is not called.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2')
@@ -105,7 +106,7 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     ('stem.stages.0.down', 'conv: event-driven')
     >>> report = explain_kernels(model, torch.rand(1, 3, 64, 64))
     >>> report[0].runs_as, report[0].reason
-    ('modules', '3 to 8 channels: too few, or not a multiple of 8')
+    ('modules', '3 input and 8 output channels: too few, or input channels not a multiple of 8')
     """
     records: Dict[nn.Module, EventRecord] = {}
     times: Dict[str, float] = {}

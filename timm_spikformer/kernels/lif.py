@@ -1,10 +1,10 @@
-"""LIF kernels: on CPU, optionally fused with the preceding BatchNorm, in one pass over memory; on CUDA, spikingjelly's.
+"""LIF kernels. CPU: one pass over memory, optionally fused with the preceding BatchNorm. CUDA: spikingjelly's kernels.
 
 On a CPU the input is processed in chunks that fit the cache. The backward recomputes currents and membrane potentials,
-so only the input, the BN parameters and the per-channel statistics are saved. Comparisons write 0 and 1 into
-floating-point buffers, as boolean masks are several times slower on a CPU.
+so only the input, the BN parameters and the per-channel statistics are saved. Comparisons write 0 and 1 to
+floating-point buffers, because boolean masks are several times slower on a CPU.
 
-The plain counterparts are `neurons.lif_plain` and `nn.BatchNorm`.
+The plain counterparts are `neurons.lif_plain`, `nn.BatchNorm1d` and `nn.BatchNorm2d`.
 """
 import math
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
@@ -32,14 +32,14 @@ class LIFConstants(NamedTuple):
 
     @property
     def are_numbers(self) -> bool:
-        """Whether they are Python numbers, which kernels need, and not tensors that may get gradients."""
+        """Whether all constants are Python numbers, as kernels require, not tensors that may require gradients."""
         return all(type(value) in (float, int) for value in self)
 
 
 class Norm(NamedTuple):
     """Normalization by BatchNorm, `(x - mean) * invstd * weight + bias`; mean and invstd are `[C]`.
 
-    `from_batch`: whether they are computed from the input (train mode), so that gradients flow through them.
+    `from_batch`: whether mean and invstd are computed from the input (train mode), so gradients flow through them.
     """
     mean: Tensor
     invstd: Tensor
@@ -50,8 +50,8 @@ class Norm(NamedTuple):
 def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Return mean and biased variance over the rows of `[n, C]`, float64 `[C]`.
 
-    Chunks are merged by the formula of Chan et al., https://doi.org/10.2307/2683386. PyTorch sums the statistics of
-    channels-last maps in float32, which is too imprecise for nearly constant images: spikes change.
+    Chunks are merged with the formula of Chan et al., https://doi.org/10.2307/2683386. PyTorch sums the statistics of
+    channels-last feature maps in float32, which is too imprecise for nearly constant images: spikes would change.
     """
     n, mean, squares = 0, x.new_zeros(x.shape[1], dtype=torch.float64), 0.
     chunks = x.split(max(1, _CHUNK // x.shape[1]))
@@ -69,23 +69,23 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _norm_of(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> Norm:
-    """Return the normalization that BatchNorm applies to `[n, C]`; in train mode update its running statistics."""
+    """Return the normalization that BatchNorm applies to `[n, C]`. In train mode, update its running statistics."""
     n, dtype = len(rows), rows.dtype
     mean, var = bn.running_mean, bn.running_var
     if bn.training:
         mean, var = _mean_and_var(rows)
         bn.num_batches_tracked += 1
         momentum = 1. / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-        # .data: like F.batch_norm, without a new version of tensors that another call may have saved for backward
+        # .data: like F.batch_norm, do not increment the versions of tensors that another call may have saved
         bn.running_mean.data.lerp_(mean.to(dtype), momentum)
         bn.running_var.data.lerp_((var * (n / (n - 1))).to(dtype), momentum)
     invstd = (var.double() + bn.eps).rsqrt()
-    # a copy for backward, as a later forward in train mode updates the running statistics in place
+    # a copy for backward, because a later forward in train mode updates the running statistics in place
     return Norm(mean.to(dtype, copy=has_grad), invstd.to(dtype), bn.eps, bn.training)
 
 
 def _affine(weight: Optional[Tensor], bias: Optional[Tensor], norm: Optional[Norm]) -> Optional[Tuple[Tensor, Tensor]]:
-    """Return the normalization as scale and shift, `[C]` each."""
+    """Return the normalization as scale and shift, `[C]` each; None without normalization."""
     if norm is None:
         return None
     scale = weight * norm.invstd
@@ -93,7 +93,7 @@ def _affine(weight: Optional[Tensor], bias: Optional[Tensor], norm: Optional[Nor
 
 
 def _chunks(x: Tensor, time_steps: int) -> Iterator[Tuple[slice, Tensor]]:
-    """Yield ranges of the rows of `[_, R, C]`, with buffers `[T + 2, rows, C]` of at least single precision."""
+    """Yield row ranges of `[_, R, C]`, each with buffers `[T + 2, rows, C]` of at least float32 precision."""
     _, R, C = x.shape
     size = min(R, max(1, _CHUNK // C))
     buffers = x.new_empty(time_steps + 2, size, C, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -109,10 +109,16 @@ def _charge(
         buffers: Tensor,
         membrane: Optional[Tensor] = None,
 ) -> None:
-    """Write the charged membranes of currents `[T or 1, rows, C]`, negated, into the first T of `T + 2` buffers.
+    """Write the negated membrane potentials before the reset to the first T of `T + 2` buffers `[rows, C]`.
 
     They are negated so that `torch.threshold`, which keeps values above a threshold, can do the reset.
-    `membrane` is the initial one, `[rows, C]`, 0 by default.
+
+    Args:
+        x: Input currents, `[T or 1, rows, C]`.
+        affine: Scale and shift of the currents, `[C]` each.
+        constants: Constants of the neuron.
+        buffers: Output, and two temporary buffers, `[T + 2, rows, C]`.
+        membrane: Initial membrane potentials, `[rows, C]`; 0 by default.
     """
     *membranes, v, current = buffers
     tau = constants.tau
@@ -149,13 +155,14 @@ def fire(
     """Return the spikes `[T, R, C]` of currents `[T or 1, R, C]`.
 
     Args:
-        x: Input currents. A single step is repeated T times.
+        x: Input currents. A single time step is repeated T times.
         constants: Constants of the neuron.
         time_steps: T.
-        affine: Scale and shift of the currents.
+        affine: Scale and shift of the currents, `[C]` each.
         membrane: Initial membrane potentials, `[R, C]`; 0 by default.
-        new_membrane: Output buffer, `[R, C]`, for the membrane potentials after the last step.
-        is_finite: Whether the currents are known to be finite.
+        new_membrane: Output buffer, `[R, C]`, for the membrane potentials after the last time step.
+        is_finite: Whether the currents are known to be finite. If not, they are checked, and the output of a neuron
+            with a non-finite current is NaN at all time steps.
     """
     spikes = x.new_empty(time_steps, *x.shape[1:])
     threshold = -constants.v_threshold
@@ -166,7 +173,7 @@ def fire(
             torch.le(charged[t], threshold, out=spikes[t, rows])
         if new_membrane is not None:
             torch.threshold(charged[-1], threshold, 0., out=new_membrane[rows]).neg_()
-        if not is_finite and not math.isfinite(charged.sum().item()):  # no false negatives
+        if not is_finite and not math.isfinite(charged.sum().item()):  # detects every NaN and infinity
             is_bad = ~charged.isfinite().all(0)
             spikes[:, rows].masked_fill_(is_bad, torch.nan)
             if new_membrane is not None:
@@ -185,7 +192,7 @@ def _fire_normed(
 ) -> Tensor:
     """Normalize the currents, then return their spikes: see `fire`."""
     affine = _affine(weight, bias, norm)
-    # the statistics of a batch are finite only if all of its values are
+    # batch statistics are finite only if all values of the batch are finite
     is_finite = norm is not None and norm.from_batch and math.isfinite(torch.dot(*affine).item())
     return fire(x, constants, time_steps, affine, *membranes, is_finite=is_finite)
 
@@ -210,7 +217,7 @@ class _LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled() or is_batched(grad):  # a double backward, or a batch of gradients
+        if torch.is_grad_enabled() or is_batched(grad):  # double backward or batched gradients
             grads = _replay(ctx, grad)
         else:
             grads = _backward(*ctx.saved_tensors, ctx.norm, ctx.time_steps, ctx.constants, grad)
@@ -226,7 +233,7 @@ def _backward(
         constants: LIFConstants,
         grad: Tensor,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Return the gradients of input, weight and bias, given that of the spikes, `[T, R, C]`."""
+    """Return the gradients of input, weight and bias, given the gradient of the spikes, `[T, R, C]`."""
     tau, v_threshold, alpha = constants
     affine = _affine(weight, bias, norm)
     num_steps = len(x)
@@ -238,14 +245,14 @@ def _backward(
     for rows, buffers in _chunks(x, time_steps):
         _charge(x[:, rows], affine, constants, buffers)
         sig, not_reset = buffers[-2:]
-        for t in range(time_steps - 1, -1, -1):  # gradients of the currents overwrite the membrane potentials
+        for t in range(time_steps - 1, -1, -1):  # current gradients overwrite membrane potentials
             h = buffers[t]
             torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
             is_last = t == time_steps - 1
             if not is_last:
                 torch.gt(h, -v_threshold, out=not_reset)
             torch.addcmul(sig, sig, sig, value=-1, out=h).mul_(grad[t, rows]).mul_(alpha / tau)
-            if not is_last:  # through the membrane, unless a spike has reset it: dv[t+1]/dv[t] = 1 - 1/tau
+            if not is_last:  # gradient through the membrane, unless reset by a spike: dv[t+1]/dv[t] = 1 - 1/tau
                 h.addcmul_(not_reset, buffers[t + 1], value=1. - 1. / tau)
         for t in range(num_steps, time_steps):
             buffers[0].add_(buffers[t])
@@ -259,7 +266,7 @@ def _backward(
         scale, _ = affine
         flat_grad, flat_x = grad_x.flatten(0, 1), x.flatten(0, 1)
         along_x = constant = torch.zeros_like(scale)
-        if norm.from_batch:  # the gradient of x sums to 0 and does not correlate with x
+        if norm.from_batch:  # per channel, the gradient of x sums to 0 and is uncorrelated with x
             along_x = -scale * norm.invstd * grad_weight / len(flat_x)
             constant = -scale * grad_bias / len(flat_x) - along_x * norm.mean
         size = max(1, _CHUNK // len(scale))
@@ -271,7 +278,7 @@ def _backward(
 
 
 def _replay(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    """Return the same gradients by differentiating `plain`, for double backward and vectorized gradients."""
+    """Return the gradients of `_backward` by differentiating `plain`, for double backward and batched gradients."""
     x, weight, bias = ctx.saved_tensors
     norm, needed = ctx.norm, ctx.needs_input_grad[:3]
     create_graph = torch.is_grad_enabled()
@@ -299,16 +306,16 @@ def lif_cpu(
         plain: Callable[..., Tensor],
         membrane: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Return the spikes of currents `[T, ...]`, in their memory format, and the final membrane potentials.
+    """Return the spikes of currents `[T, ...]`, in the same memory format, and the final membrane potentials.
 
     Args:
         x: Currents, on a CPU. They may be expanded over time.
         constants: Constants of the neuron.
         plain: Differentiable counterpart, `(x, tau, v_threshold, alpha) -> spikes`.
-        membrane: Initial membranes, `x.shape[1:]`. If given, nothing is recorded for backward; otherwise no final
-            membranes are returned.
+        membrane: Initial membrane potentials, of shape `x.shape[1:]`. If given, the call is not differentiable; if
+            None, the returned membrane potentials are None.
     """
-    order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # as it lies in memory
+    order = [0] + sorted(range(1, x.ndim), key=lambda d: -x.stride(d))  # in the order of memory
     inverse = [order.index(d) for d in range(x.ndim)]
     rows = x.permute(order)
     flat = rows.reshape(len(x), -1, 1)
@@ -326,22 +333,23 @@ def lif_cpu(
 
 
 def supports_lif_cuda(x: Tensor, constants: LIFConstants) -> bool:
-    """Return whether spikingjelly's kernels are implemented for currents `[T, ...]` and constants of the neuron."""
+    """Return whether spikingjelly's kernels support the currents `[T, ...]` and the constants of the neuron."""
     tau, v_threshold, alpha = constants
     are_valid = 1. < tau < math.inf and math.isfinite(v_threshold) and 0. < alpha < math.inf
     return back_end(x) == 'cuda' and x.dtype in _CUDA_DTYPES and x.ndim > 1 and are_valid
 
 
 def lif_cuda(x: Tensor, constants: LIFConstants, membrane: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
-    """Return the spikes of currents `[T, ...]`, and the membranes after the last step, by spikingjelly's fused kernels.
+    """Compute the spikes of currents `[T, ...]` and the final membrane potentials with spikingjelly's fused kernels.
 
-    The kernels emit 0 where the membrane potential is NaN, and turn an infinite one into NaN at the reset. Adding
-    `v - v`, which is 0 or NaN, makes the output NaN in both cases. The spikes are marked as binary: see `mark_spikes`.
+    The kernels output 0 where the membrane potential is NaN, and the reset turns an infinite membrane potential into
+    NaN. Adding `v - v`, which is 0 or NaN, makes the output NaN in both cases. The spikes are marked as binary: see
+    `mark_spikes`.
 
     Args:
         x: Input currents, `[T, ...]`, for which `supports_lif_cuda` returns True.
         constants: Constants of the neuron.
-        membrane: Initial membranes, `x.shape[1:]`, float32; 0 by default.
+        membrane: Initial membrane potentials, float32, of shape `x.shape[1:]`; 0 by default.
     """
     from spikingjelly.activation_based import functional, surrogate
     if membrane is None:  # same memory format as the currents, so the kernels read contiguous memory
@@ -365,7 +373,7 @@ def norm_lif_fallback_reason(
         neuron_class: type,
         x: Optional[Tensor] = None,
 ) -> Optional[str]:
-    """Return the reason, as a message, why BatchNorm and neuron cannot be fused; None if `norm_lif` can replace both.
+    """Return a message saying why BatchNorm and neuron cannot be fused, or None if `norm_lif` can replace them.
 
     Args:
         bn: BatchNorm.
@@ -380,14 +388,15 @@ def norm_lif_fallback_reason(
         return f'a constant of the {type(neuron).__name__} is a tensor'
     weight = bn._parameters['weight']
     if back_end(weight) != 'cpu':
-        return f'the kernel is for CPUs, the parameters are on {weight.device}'
+        return f'the kernel is for CPUs, but the parameters are on {weight.device}'
     dtype = weight.dtype
     if dtype not in (torch.float32, torch.float64) or bn._buffers['running_mean'].dtype != dtype:
-        return f"the kernel is for float32 or float64, BatchNorm has {dtype} and {bn._buffers['running_mean'].dtype}"
+        return ('the kernel requires BatchNorm weights and statistics in float32 or in float64, got '
+                f"{dtype} and {bn._buffers['running_mean'].dtype}")
     if x is None:
         return None
     if x.ndim != (2 if type(bn) is nn.BatchNorm1d else 4) or x.shape[1] != bn.num_features:
-        return f'the input has the shape {list(x.shape)}'
+        return f'the input shape {list(x.shape)} is not supported'
     if x.numel() // x.shape[1] < 2:
         return 'the input has one value per channel'
     if x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last) or x.ndim == 2 and not x.is_contiguous():
@@ -406,21 +415,21 @@ def norm_lif(
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """Return the spikes of `neuron(bn(x))` in one pass over memory.
 
-    Requires that `norm_lif_fallback_reason` is None.
+    Call this only if `norm_lif_fallback_reason` returns None.
 
     Args:
         bn: BatchNorm, whose running statistics are updated in train mode.
         constants: Constants of the neuron.
         x: `[S * batch_size, C]` or, channels last in memory, `[S * batch_size, C, H, W]`, where S is T or 1. A single
-            step is repeated T times.
+            time step is repeated T times.
         time_steps: T.
         batch_size: Number of rows per time step: samples, or samples times tokens.
         plain: Differentiable counterpart of the neuron.
-        membrane: Initial membranes, `[batch_size, C]` or `[batch_size, C, H, W]`. If given, nothing is recorded for
-            backward; otherwise no final membranes are returned.
+        membrane: Initial membrane potentials, `[batch_size, C]` or `[batch_size, C, H, W]`. If given, the call is not
+            differentiable; if None, the returned membrane potentials are None.
 
     Returns:
-        Spikes `[T, batch_size, ...]`, laid out in memory as `x`, and the membranes after the last step.
+        Spikes `[T, batch_size, ...]`, in the memory format of `x`, and the membrane potentials after the last step.
     """
     rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
     flat = rows.reshape(-1, rows.shape[-1])

@@ -1,6 +1,6 @@
-"""Convolutions and linear layers of spikes: event-driven where that is faster, and with the input saved as bytes.
+"""Convolutions and linear layers with spike inputs: event-driven where faster, with the input saved in compact form.
 
-Spikes and sums of spikes are small integers, which a byte represents exactly. The reference is the layer itself.
+Spikes and sums of spikes are small integers, which int8 represents exactly. The reference is the layer itself.
 """
 from typing import Any, Optional, Tuple
 
@@ -12,12 +12,12 @@ from .rules import back_end, fallback_reason, is_batched, runs_in_kernel
 
 __all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
 
-_CHUNK = 1 << 16  # values that are checked at a time
+_CHUNK = 1 << 16  # number of values checked at a time
 _CLASSES = ((nn.Conv2d, nn.Linear),)
 
 
 def mark_spikes(spikes: Tensor) -> Tensor:
-    """Mark a neuron's output as binary, so that `to_int8_if_exact` need not read its values."""
+    """Mark neuron output as binary, so that `to_int8_if_exact` can convert it on CUDA without checking its values."""
     if not spikes.is_inference():  # inference tensors have no version counter and cannot be saved for backward
         spikes._spikes_version = spikes._version
     return spikes
@@ -33,8 +33,8 @@ def is_marked(x: Tensor) -> bool:
 def to_int8_if_exact(x: Tensor) -> Optional[Tensor]:
     """Return `x` as int8 if every value is an integer in [-128, 127], else None.
 
-    On a CPU the values are checked, which takes about a twentieth of the time of the smallest convolution. On other
-    devices a check would synchronize, so only tensors marked by `mark_spikes` are converted.
+    On a CPU the values are checked, which takes about 5% of the time of the smallest convolution. On other devices a
+    check would synchronize with the host, so only tensors marked by `mark_spikes` are converted.
     """
     if back_end(x) != 'cpu':
         return x.to(torch.int8) if is_marked(x) else None
@@ -44,7 +44,7 @@ def to_int8_if_exact(x: Tensor) -> Optional[Tensor]:
     for chunk, chunk_bytes in zip(x.split(size), x_bytes.split(size)):
         chunk_bytes.copy_(chunk)
         difference = buffer[:len(chunk)].copy_(chunk_bytes).sub_(chunk).abs_()
-        if difference.amax().item() != 0.:  # NaN differs too
+        if difference.amax().item() != 0.:  # also true for NaN
             return None
     return x_bytes
 
@@ -78,7 +78,7 @@ class _ProductOfBytes(torch.autograd.Function):
 
 
 def product_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
-    """Return why a convolution or linear layer must be called as a module; None if `product` can replace it.
+    """Return why a convolution or linear layer must be called as a module, or None if `product` can replace it.
 
     Args:
         layer: The layer.
@@ -86,12 +86,16 @@ def product_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Opt
     """
     reason = fallback_reason((layer,), _CLASSES, x)
     if reason is None and x is not None and x.ndim != (2 if type(layer) is nn.Linear else 4):
-        reason = f'the input has the shape {list(x.shape)}'
+        reason = f'the input shape {list(x.shape)} is not supported'
     return reason
 
 
 class _EventProduct(torch.autograd.Function):
-    """An event-driven product, which saves its input as bits or bytes; only the gradient of the input is dense."""
+    """An event-driven product that saves its input as bits or bytes.
+
+    The weight gradient is event-driven, too, unless the output gradient is batched or not finite. The input gradient is
+    dense.
+    """
 
     @staticmethod
     def forward(
@@ -157,14 +161,14 @@ def _dense_backward(
 
 
 def product(layer: nn.Module, x: Tensor, events: Optional[Events] = None) -> Tensor:
-    """Return `layer(x)`, event-driven if that is faster; for backward save `x` as bytes if that is exact.
+    """Return `layer(x)`, event-driven if faster; save `x` for backward in compact form if that is exact.
 
-    Both only if no hook or tracer observes the layer.
+    The layer is called as a module if the conditions in `rules.py` are not met, for example because it has hooks.
 
     Args:
-        layer: Convolution, linear layer, or a module that replaces one; other modules are simply called.
-        x: Its input: `[n, C, H, W]` or `[n, C]`.
-        events: The result of `count_events`, if that has been called.
+        layer: Convolution or linear layer. Any other module is called as is.
+        x: Input of the layer, `[n, C, H, W]` or `[n, C]`.
+        events: Result of `count_events(layer, x)`, if already computed.
     """
     if events is None:
         events = count_events(layer, x)

@@ -1,8 +1,8 @@
 """Conditions under which a kernel may replace a group of modules.
 
-A kernel bypasses `Module.__call__` and reads parameters itself. It is used only if all of this holds:
-the type of every module is exactly a class that the kernel implements, with supported arguments and no hooks,
-parametrizations or replaced methods; and no tracer, compiler, transform or dispatch mode is active.
+A kernel bypasses `Module.__call__` and reads parameters directly. It is used only if every module is of a class that
+the kernel implements (not a subclass), with supported arguments and without hooks, parametrizations or replaced
+methods, and if no tracer, compiler, transform or dispatch mode is active.
 """
 import contextlib
 from contextvars import ContextVar
@@ -30,8 +30,8 @@ __all__ = [
     'module_fallback_reason',
 ]
 
-# Device type -> kernel back end. Other device types run the modules. spikingjelly's kernels support CUDA but not ROCm,
-# whose device type in PyTorch is also 'cuda'.
+# Device type -> kernel back end. On other device types the modules are called. spikingjelly's kernels support CUDA but
+# not ROCm, whose device type in PyTorch is also 'cuda'.
 BACK_ENDS = {'cpu': 'cpu'} if torch.version.hip else {'cpu': 'cpu', 'cuda': 'cuda'}
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
@@ -65,11 +65,11 @@ def back_end(x: Tensor) -> str:
 
 
 class Decisions:
-    """The decisions of one forward, for gradient checkpointing to repeat when it recomputes it."""
+    """The kernel decisions of one forward pass, which gradient checkpointing repeats when it recomputes the pass."""
 
     def __init__(self) -> None:
         self._decisions: List[bool] = []
-        self._position: Optional[int] = None  # of the next decision to repeat; None while recording
+        self._position: Optional[int] = None  # index of the next decision to repeat; None while recording
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
@@ -102,7 +102,11 @@ _decisions: ContextVar[Optional[Decisions]] = ContextVar('decisions', default=No
 
 
 def runs_in_kernel(reason: Callable[[], Optional[str]]) -> bool:
-    """Return whether a kernel runs, given a function that returns why it does not; recomputations repeat decisions."""
+    """Return whether a kernel runs. A recomputation by gradient checkpointing repeats the recorded decision.
+
+    Args:
+        reason: Function that returns why the kernel may not run, or None if it may.
+    """
     decisions = _decisions.get()
     return reason() is None if decisions is None else decisions.decide(reason)
 
@@ -118,9 +122,9 @@ def is_batched(x: Tensor) -> bool:
 
 
 def context_fallback_reason() -> Optional[str]:
-    """Return why no kernel may run in this call, whatever the modules; None if one may.
+    """Return why no kernel may run in this call, regardless of the modules, or None if kernels may run.
 
-    A TorchDispatchMode whose result does not depend on which operators run can permit kernels by setting the attribute
+    A TorchDispatchMode whose result does not depend on which operators run can allow kernels by setting the attribute
     `allows_kernels = True`.
     """
     if get_kernels() == 'plain':
@@ -136,7 +140,7 @@ def context_fallback_reason() -> Optional[str]:
         if not isinstance(torch._C._get_function_stack_at(i), DeviceContext):
             return 'a TorchFunctionMode is active'
     if any(_GLOBAL_HOOKS):
-        return 'hooks are registered for all modules of the process'
+        return 'global module hooks are registered'
     if nn.Module.__call__ is not _CALL:
         return 'nn.Module.__call__ has been replaced'
     return None
@@ -149,16 +153,16 @@ def _arguments_fallback_reason(m: nn.Module) -> Optional[str]:
     elif isinstance(m, nn.modules.batchnorm._BatchNorm):
         parameters, buffers = m._parameters, m._buffers
         if parameters['weight'] is None or parameters['bias'] is None:
-            return 'it has no weight or no bias'
+            return 'weight or bias is None'
         if not m.track_running_stats or buffers['running_mean'] is None or buffers['running_var'] is None:
-            return 'it has no running statistics'
+            return 'no running statistics'
         if buffers['num_batches_tracked'] is None:
             return 'num_batches_tracked is None'
     return None
 
 
 def module_fallback_reason(m: nn.Module, classes: Tuple[type, ...]) -> Optional[str]:
-    """Return why a module must be called instead of reading its parameters directly; None if reading is safe.
+    """Return why a module must be called rather than its parameters read directly, or None if reading them is safe.
 
     Args:
         m: The module.
@@ -166,7 +170,7 @@ def module_fallback_reason(m: nn.Module, classes: Tuple[type, ...]) -> Optional[
     """
     cls, attributes = type(m), m.__dict__
     if cls not in classes:
-        return f'{cls.__name__} is not exactly {" or ".join(c.__name__ for c in classes)}'
+        return f'the module is a {cls.__name__}, expected exactly {" or ".join(c.__name__ for c in classes)}'
     if (attributes['_forward_hooks'] or attributes['_forward_pre_hooks']
             or attributes['_backward_hooks'] or attributes['_backward_pre_hooks']):
         return f'{cls.__name__} has hooks'
@@ -194,7 +198,7 @@ def _input_fallback_reason(members: Sequence[nn.Module], x: Tensor) -> Optional[
     for m in members:
         weight = m._parameters.get('weight')
         if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
-            return (f'the input is {x.dtype} on {x.device}, {type(m).__name__}.weight {weight.dtype} on '
+            return (f'the input is {x.dtype} on {x.device}, but {type(m).__name__}.weight is {weight.dtype} on '
                     f'{weight.device}')
     return None
 
@@ -204,11 +208,11 @@ def fallback_reason(
         classes: Sequence[Tuple[type, ...]],
         x: Optional[Tensor] = None,
 ) -> Optional[str]:
-    """Return the reason, as a message, why a kernel cannot replace a group of modules; None if it can.
+    """Return a message saying why a kernel cannot replace a group of modules, or None if it can.
 
     Args:
-        members: The modules of the group, in the order in which they are called, with no module in between.
-        classes: For each of them the classes that the kernel implements.
+        members: The modules of the group, in the order in which they are called; no other module is called in between.
+        classes: For each module, the classes that the kernel implements.
         x: Input of the first module. If None, the input and its device are not checked.
     """
     reason = context_fallback_reason()

@@ -1,13 +1,13 @@
 """Vector operations for `event_loops`, written as LLVM intrinsics because numba does not vectorize their loops.
 
-Each has a counterpart in plain Python, which numba compiles too, with the same arguments and the same results. LLVM
-selects the instructions of the machine (AVX2, AVX-512, NEON), so none of these is specific to one.
+Each operation has a plain Python counterpart with the same arguments and results, which numba can also compile. LLVM
+selects the machine's instructions (AVX2, AVX-512, NEON), so the operations are portable.
 
 This module imports numba, so it is imported only by `event_loops`.
 """
 import numpy as np
 
-try:  # transformers takes imports outside of try for requirements of remote code
+try:  # transformers treats imports outside `try` as requirements of remote code
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
@@ -27,10 +27,10 @@ __all__ = [
     'copy_indices_plain',
 ]
 
-BLOCK = 32  # output channels that are accumulated in registers: 4 vectors of AVX2 or 2 of AVX-512, in two chains
+BLOCK = 32  # output channels accumulated in registers, in two chains of 4 AVX2 or 2 AVX-512 vectors each
 
-SEGMENT = 32  # rows that are added up before their sum is added to the result: shorter chains round less
-# For each byte: the positions of its bits that are set, as one row of 8, and their number.
+SEGMENT = 32  # rows in a partial sum, which is then added to the result: shorter chains have less rounding error
+# For each byte value: the positions of its set bits, padded to 8, and their number.
 _BITS = [[i for i in range(8) if byte >> i & 1] for byte in range(256)]
 BYTE_INDICES = np.array([bits + [0] * (8 - len(bits)) for bits in _BITS], np.uint8).ravel()
 BYTE_COUNTS = np.array([len(bits) for bits in _BITS], np.uint8)
@@ -58,14 +58,14 @@ def add_rows(typingctx, rows, base, indices, start, stop, total, offset, is_firs
     """Add rows of 32 floats: `total[offset:offset + 32] (+)= sum of rows[base + 32 * i:][:32] for i in indices`.
 
     Args:
-        rows: float32 `[n]`.
+        rows: float32, flat.
         base: Offset of row 0 in `rows`.
-        indices: uint16 `[n]`.
-        start: First index to use.
-        stop: End of the indices; `stop - start` is a multiple of 4.
-        total: float32 `[n]`.
-        offset: Where in `total`.
-        is_first: Overwrite `total` instead of adding to it.
+        indices: Row indices, uint16, flat.
+        start: Position in `indices` of the first index to use.
+        stop: End of the indices to use, exclusive; `stop - start` is a multiple of 4.
+        total: Output, float32, flat.
+        offset: Offset of the result in `total`.
+        is_first: Whether to overwrite `total` instead of adding to it.
     """
     signature = types.void(
         rows, types.int64, indices, types.int64, types.int64, total, types.int64, types.boolean)
@@ -146,18 +146,18 @@ def add_rows_plain(rows, base, indices, start, stop, total, offset, is_first):
 
 @intrinsic
 def append_indices(typingctx, values, i, byte_indices, byte_counts, out, n, first):
-    """Append `first + j` to `out[n:]` for each of the 8 bytes `values[i + j]`, 0 or 1, that is 1; return the new n.
+    """Append `first + j` to `out` for each j from 0 to 7 where `values[i + j]` is 1; return the new length `n`.
 
-    Up to 8 elements of `out` are written, whatever is appended.
+    Up to 8 elements from `out[n]` on are overwritten, even if fewer are appended.
 
     Args:
-        values: uint8 `[n]`, 0 or 1.
-        i: Offset of the 8 bytes.
+        values: 0 or 1, uint8, flat.
+        i: Offset of the 8 bytes in `values`.
         byte_indices: `BYTE_INDICES`.
         byte_counts: `BYTE_COUNTS`.
-        out: uint16 `[n]`.
-        n: Number of elements in `out`.
-        first: Index of the first byte.
+        out: Output, uint16, flat.
+        n: Number of indices already in `out`.
+        first: Index that stands for `values[i]`.
     """
     signature = types.int64(values, types.int64, byte_indices, byte_counts, out, types.int64, types.int64)
     vector = ir.VectorType(_i16, 8)
@@ -167,7 +167,7 @@ def append_indices(typingctx, values, i, byte_indices, byte_counts, out, n, firs
             _data(context, builder, signature.args[j], args[j]) for j in (0, 2, 3, 4))
         _, i, _, _, _, n, first = args
         word = builder.load(builder.bitcast(builder.gep(values_data, [i]), _i64.as_pointer()), align=1)
-        # the product gathers bit 0 of each byte in the highest byte
+        # the multiplication gathers bit 0 of each byte into the highest byte
         byte = builder.lshr(builder.mul(word, ir.Constant(_i64, 0x0102040810204080)), ir.Constant(_i64, 56))
         positions = builder.load(_vector_at(
             builder, indices_data, builder.mul(byte, ir.Constant(_i64, 8)), ir.VectorType(_i8, 8)), align=1)
@@ -191,9 +191,9 @@ def copy_indices(typingctx, source, i, target, n, offset):
     """Copy 32 elements: `target[n:n + 32] = source[i:i + 32] + offset`, modulo 2^16.
 
     Args:
-        source: uint16 `[n]`.
+        source: uint16, flat.
         i: Offset in `source`.
-        target: uint16 `[n]`.
+        target: Output, uint16, flat.
         n: Offset in `target`.
         offset: Number to add.
     """

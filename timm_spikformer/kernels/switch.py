@@ -1,4 +1,4 @@
-"""The switch between kernels and plain modules."""
+"""Global and local settings that select kernels or plain modules."""
 import contextlib
 import os
 from contextvars import ContextVar
@@ -21,7 +21,7 @@ _override: ContextVar[Optional[str]] = ContextVar('kernels', default=None)
 
 
 def get_kernels() -> str:
-    """Return the mode in force here: `'auto'`, `'dense'` or `'plain'`.
+    """Return the current kernel mode: `'auto'`, `'dense'` or `'plain'`.
 
     >>> get_kernels()
     'auto'
@@ -30,17 +30,17 @@ def get_kernels() -> str:
 
 
 def set_kernels(mode: str) -> None:
-    """Set the mode of the process, for all threads.
+    """Set the default kernel mode of the process, for all threads.
 
-    The environment variable `TIMM_SPIKFORMER_KERNELS` sets it before the first import.
+    If the environment variable `TIMM_SPIKFORMER_KERNELS` is set at import, it determines the initial mode.
 
     Args:
         mode: `'auto'` runs a kernel wherever it can replace modules. `'dense'` does so except for event-driven
-            products, whose float32 sums round differently from PyTorch's. `'plain'` runs the modules alone, and is the
+            products, whose float32 sums round differently from PyTorch's. `'plain'` disables all kernels; it is the
             reference that every kernel is tested against.
 
     Raises:
-        ValueError: The mode is none of these.
+        ValueError: The mode is unknown.
 
     >>> set_kernels('auto')
     """
@@ -50,9 +50,9 @@ def set_kernels(mode: str) -> None:
 
 @contextlib.contextmanager
 def use_kernels(mode: str) -> Iterator[None]:
-    """Use a mode within a `with` block, in the current thread or asyncio task only.
+    """Use a kernel mode within a `with` block, in the current thread or asyncio task only.
 
-    A layer that gradient checkpointing recomputes after the block runs as it did within it.
+    If gradient checkpointing recomputes a layer after the block, the layer runs in the same way as within the block.
 
     Args:
         mode: As in `set_kernels`.

@@ -1,6 +1,6 @@
 """Run compiled functions that release the GIL in as many threads as PyTorch uses.
 
-numba's own thread pools are not used: one is not safe under Python threads, another not after a fork.
+numba's own thread pools are not used: `workqueue` is not thread-safe, and GNU OpenMP is not safe after a fork.
 """
 import os
 import threading
@@ -24,7 +24,7 @@ def _get_pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _reset_after_fork() -> None:
-    """Forget the threads, which exist in the parent process only."""
+    """Discard the pool in a child process, because its threads exist in the parent process only."""
     global _pool, _lock
     _pool, _lock = None, threading.Lock()
 
@@ -34,14 +34,17 @@ if hasattr(os, 'register_at_fork'):
 
 
 def split_range(n: int, multiple: int, parts: Optional[int] = None) -> List[Tuple[int, int]]:
-    """Divide `range(n)` into at most `parts` ranges (default: one per thread) with multiples of a number as bounds."""
+    """Divide `range(n)` into at most `parts` ranges (default: one per thread).
+
+    All bounds except n are multiples of `multiple`.
+    """
     parts = parts or torch.get_num_threads()
     size = max(1, -(-n // (parts * multiple))) * multiple
     return [(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 def run_in_threads(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]]) -> List[Any]:
-    """Return `function(*item)` of each item, computed in `torch.get_num_threads()` threads including the caller's."""
+    """Return `function(*item)` for each item, computed in up to `torch.get_num_threads()` threads (caller included)."""
     num_threads = min(torch.get_num_threads(), len(items))
     if num_threads <= 1:
         return [function(*item) for item in items]
@@ -61,7 +64,7 @@ def run_in_threads(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]
     try:
         work()
     finally:
-        for future in futures:  # the caller never waits for threads that other callers keep busy
+        for future in futures:  # cancel queued tasks, to avoid waiting for threads that run other callers' work
             if not future.cancel():
                 future.result()
     return results
