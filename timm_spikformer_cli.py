@@ -1,9 +1,9 @@
-"""The console script `timm-spikformer`: parses the command line before anything heavy is imported.
+"""The console script `timm-spikformer`, which parses the command line before importing timm and torch.
 
-It stands outside the package because importing `timm_spikformer` registers its models and so imports timm and torch,
-which takes seconds. The arguments of a command are defined in `timm_spikformer/PART/command.py`. That file is loaded
-here under a stand-in name, which leaves the package alone; it therefore imports only the standard library, and modules
-of its own folder that do so too. The package is imported once a command has been chosen.
+This module is outside the package because importing `timm_spikformer` registers its models and therefore imports timm
+and torch, which takes seconds. The arguments of a command are defined in `timm_spikformer/PART/command.py`. This module
+loads that file under a placeholder package name, without importing `timm_spikformer`. The file must therefore import
+only the standard library, and modules in its folder that do the same. The package is imported when a command runs.
 """
 import argparse
 import codecs
@@ -25,14 +25,14 @@ _PACKAGE = 'timm_spikformer'
 
 
 class Command(NamedTuple):
-    """A command: the part of the package that holds its command.py, a line of help, and two functions there.
+    """A command: the subpackage that contains its command.py, its help, and the names of two functions in command.py.
 
     Args:
-        part: Folder of the package.
-        help: One line.
-        add_arguments: Function of command.py that takes a parser.
-        run: Function of command.py that takes the parsed arguments.
-        is_light: Whether it runs without the package, and so without torch and timm.
+        part: Name of the subpackage.
+        help: Help text, one line.
+        add_arguments: Function in command.py that takes a parser and adds the arguments to it.
+        run: Function in command.py that takes the parsed arguments and runs the command.
+        is_light: Whether the command runs without importing the package, and therefore without torch and timm.
     """
     part: str
     help: str
@@ -43,12 +43,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     'demo': Command('demo', 'train a small model on real images'),
-    'profile': Command('profiling', 'measure firing rates, operations and energy; print a table, write a page'),
+    'profile': Command('profiling', 'measure firing rates, operations and energy; print tables, write an HTML page'),
     'publish': Command(
-        'publishing', 'publish a checkpoint on the Hub, for timm and transformers', 'add_publish_arguments',
+        'publishing', 'publish a checkpoint on the Hugging Face Hub for timm and transformers', 'add_publish_arguments',
         'run_publish'),
     'convert': Command(
-        'publishing', "convert a checkpoint of V1's authors or of spikingjelly", 'add_convert_arguments',
+        'publishing', "convert a checkpoint of the V1 authors' code or of spikingjelly", 'add_convert_arguments',
         'run_convert'),
     'recipe': Command(
         'assets', "list, print or write recipes for timm's train.py", 'add_recipe_arguments', 'run_recipe', True),
@@ -64,7 +64,7 @@ def load_light(name: str) -> types.ModuleType:
     Args:
         name: Name within the package, such as `version` or `demo.command`.
     """
-    spec = importlib.util.find_spec(_PACKAGE)  # finds it and does not import it
+    spec = importlib.util.find_spec(_PACKAGE)  # does not import the package
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f'No module named {_PACKAGE!r}', name=_PACKAGE)
     stand_in, folder = f'_{_PACKAGE}_light', Path(spec.origin).parent
@@ -79,7 +79,7 @@ def load_light(name: str) -> types.ModuleType:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that does not ignore errors of the output, as argparse does."""
+    """An argument parser that raises errors of writing to the output, which argparse ignores."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def create_parser(command: Optional[str] = None) -> argparse.ArgumentParser:
-    """Create the parser; with the arguments of all commands, or of one."""
+    """Create the parser, with the arguments of all commands or only of `command`."""
     parser = _Parser(prog='timm-spikformer', description='Spikformer V2 for timm and transformers.')
     parser.add_argument('--version', action='version', version=load_light('version').__version__)
     parsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -101,7 +101,7 @@ def create_parser(command: Optional[str] = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Parse the command line, and run the command; what is wrong with its input ends it with `error: ...`."""
+    """Parse the command line and run the command; on invalid input, exit with a message `error: ...`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors=_STAND_INS)
@@ -113,7 +113,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 sys.stdout.flush()
     except OSError as e:  # the output cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        is_closed = isinstance(e, BrokenPipeError)  # by its reader, such as `head`
+        is_closed = isinstance(e, BrokenPipeError)  # the reader of the pipe, such as `head`, has exited
         sys.exit(1 if is_closed else f'error: The output cannot be written: {load_light("errors").explain(e)}')
 
 
@@ -142,7 +142,7 @@ def _run(argv: List[str]) -> None:
 
 @contextlib.contextmanager
 def _raise_on_termination() -> Iterator[None]:
-    """Let SIGTERM end the command as an exception does, so that temporary files are removed."""
+    """Make SIGTERM raise SystemExit, so that temporary files are removed."""
     def terminate(*args: Any) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)
 
@@ -163,7 +163,7 @@ _SIMILAR = {
 
 
 def _stand_in(error: UnicodeError) -> Tuple[Union[str, bytes], int]:
-    """Encode what a terminal has no character for: by a similar one, or the bytes that a file name has."""
+    """Encoding error handler: replace a character by a similar ASCII one, or restore the byte of a file name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]

@@ -1,4 +1,4 @@
-"""Checks of the arguments of the network and of commands; errors name the argument, its value and what was expected."""
+"""Checks of model arguments and command options; errors name the argument, its value and the expected values."""
 import math
 import numbers
 from typing import Any, Optional
@@ -10,10 +10,10 @@ _POOLINGS = ('', 'avg', 'max', 'avgmax', 'catavgmax')  # of timm's SelectAdaptiv
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Validate an integer and return it as int.
+    """Validate an integer and return it as int. NumPy integers are accepted, bool is not.
 
     Raises:
-        ValueError: It is not an integer of at least `minimum`. NumPy integers are accepted, bool is not.
+        ValueError: The value is not an integer of at least `minimum`.
     """
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < minimum:
@@ -26,27 +26,30 @@ def _is_finite(value: Any) -> bool:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """
+    """Check that a value is a finite number greater than 0.
+
     Raises:
-        ValueError: It is not a finite number greater than 0.
+        ValueError: It is not.
     """
     if not _is_finite(value) or value <= 0:
         raise ValueError(f'{name} must be a finite number greater than 0, got {value!r}.')
 
 
 def check_rate(name: str, value: Any) -> None:
-    """
+    """Check that a value is a number of at least 0 and less than 1.
+
     Raises:
-        ValueError: It is not a number of at least 0 and less than 1.
+        ValueError: It is not.
     """
     if not _is_finite(value) or not 0 <= value < 1:
         raise ValueError(f'{name} must be a number of at least 0 and less than 1, got {value!r}.')
 
 
 def check_pooling(global_pool: Any, num_classes: int) -> None:
-    """
+    """Check the name of a pooling type.
+
     Raises:
-        ValueError: timm has no such pooling, or it is none and there is a classifier.
+        ValueError: timm has no such pooling type, or it is '' (no pooling) and there is a classifier.
     """
     is_fast = isinstance(global_pool, str) and global_pool.startswith('fast')
     if not isinstance(global_pool, str) or (global_pool[4:] if is_fast else global_pool) not in _POOLINGS:
@@ -56,7 +59,7 @@ def check_pooling(global_pool: Any, num_classes: int) -> None:
 
 
 def check_count(option: str, value: int) -> None:
-    """Raise a ValueError if a number of things is not from 1 to 2147483647."""
+    """Raise a ValueError if the value of an option is not from 1 to 2147483647."""
     if value < 1:
         raise ValueError(f'{option} must be at least 1, got {value}.')
     if value > _HIGHEST:
@@ -64,11 +67,11 @@ def check_count(option: str, value: int) -> None:
 
 
 def check_number(option: str, value: float, above: Optional[float] = None, below: float = math.inf) -> None:
-    """Raise a ValueError if a number is not finite, or not in its range.
+    """Raise a ValueError if the value of an option is not finite or not in its range.
 
     Args:
-        above: Bound that the number must be greater than; by default it must be at least 0.
-        below: Bound that the number must be less than.
+        above: Exclusive lower bound; by default the number must be at least 0.
+        below: Exclusive upper bound.
     """
     lower = 'at least 0' if above is None else f'greater than {above:g}'
     upper = ' and finite' if below == math.inf else f' and less than {below:g}'

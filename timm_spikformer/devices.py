@@ -1,4 +1,4 @@
-"""The device that a command runs on."""
+"""Selection of the device that a command runs on."""
 from typing import Optional
 
 import torch
@@ -9,10 +9,10 @@ _TYPES = {'cpu', 'cuda', 'mps', 'xpu'}
 
 
 def choose_device(name: Optional[str] = None) -> torch.device:
-    """Return the device of a name, by default CUDA if there is one, else the CPU.
+    """Return the device with the given name; by default CUDA if available, else the CPU.
 
     Raises:
-        ValueError: It is not there, or is one that cannot run the models, such as PyTorch's `meta`.
+        ValueError: The device is not available, or cannot run the models, such as PyTorch's `meta`.
     """
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:

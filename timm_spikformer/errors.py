@@ -1,7 +1,7 @@
-"""Which errors are for the user of a command, and what they say. Everything else is a bug and keeps its traceback.
+"""Messages for errors that a user of the command line can fix. All other errors are bugs and keep their traceback.
 
-An error is for the user if a library that reads files, data of others or the network raised it, or if this package
-raised it on purpose: a `ValueError` or a `RuntimeError` from a `raise` statement of its own.
+An error is reported to the user if it comes from a library that reads files, external data or the network, or if it is
+a `ValueError` or a `RuntimeError` from a `raise` statement of this package.
 
 This module imports the standard library only.
 """
@@ -15,10 +15,10 @@ from typing import Optional
 __all__ = ['explain', 'requirement']
 
 _PACKAGE = Path(__file__).parent
-# modules whose exceptions are about files, foreign data or the network
+# libraries whose exceptions are about files, external data or the network
 _LIBRARIES = ('huggingface_hub', 'httpx', 'httpcore', 'safetensors', 'json', 'yaml', 'pyarrow', 'datasets', 'PIL',
               'pickle', '_pickle', 'zipfile', 'zlib', 'csv', '_csv')
-# what PyTorch says without an OutOfMemoryError, on a CPU and by MPS
+# messages of PyTorch's plain RuntimeError when memory runs out on the CPU or on MPS
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|backend out of memory")
 _HINTS = {
     errno.ENOSPC: 'Free some space, or write to another disk.',
@@ -34,7 +34,7 @@ _HINTS = {
 
 
 def explain(error: BaseException) -> Optional[str]:
-    """Return what to tell the user of a command about an exception, or None if it is a bug."""
+    """Return the message for the user about an exception, or None if it is a bug."""
     if isinstance(error, ImportError):
         return _explain_import(error)
     if _is_out_of_memory(error):
@@ -53,7 +53,7 @@ def explain(error: BaseException) -> Optional[str]:
 
 
 def requirement(module: str) -> str:
-    """Return what pip is to install for a module, with the versions that this package works with."""
+    """Return the pip requirement for a module, with the version range that this package declares."""
     name = {'PIL': 'pillow', 'yaml': 'pyyaml'}.get(module, module)
     try:
         declared = metadata.requires('timm-spikformer') or []
@@ -73,11 +73,11 @@ def _explain_import(error: ImportError) -> Optional[str]:
         return None
     if isinstance(error, ModuleNotFoundError) and module == error.name:
         return f'{module} is required here and is not installed. Run: pip install "{requirement(module)}"'
-    return f'{_first_line(error)} Its version does not fit. Run: pip install "{requirement(module)}"'
+    return f'{_first_line(error)} The installed version is not supported. Run: pip install "{requirement(module)}"'
 
 
 def _explain_os_error(error: OSError) -> str:
-    if error.strerror is None:  # of a library, with a message of its own
+    if error.strerror is None:  # raised by a library, with its own message
         return str(error)
     names = ' -> '.join(str(name) for name in (error.filename, error.filename2) if name is not None)
     hint = _HINTS.get(error.errno, '')
@@ -85,7 +85,7 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing, on any device; also where another error was raised from it."""
+    """Return whether the error, or one that it was raised from, means that a device ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':
         return True
     if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
@@ -110,7 +110,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Whether a `raise` statement of this package raised the error, and not a function that it called."""
+    """Return whether a `raise` statement of this package raised the error, rather than a library that it called."""
     trace = error.__traceback__
     if trace is None:
         return False

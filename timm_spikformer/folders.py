@@ -1,9 +1,9 @@
-"""Writing of output folders and files without losing anything that is already there.
+"""Write output folders and files without overwriting files that this package did not write.
 
 A folder is written to a temporary sibling, verified there by the caller, and then moved into place. A manifest in the
-folder lists the files that this package wrote and their digests, and their kind: the command that wrote them and, where
-it writes models, the architecture. Only files of the manifest of the same kind and with the same content are ever
-replaced or removed; every other file is left alone.
+folder lists the files that this package wrote, their digests, and their kind: the command that wrote them and, if it
+writes models, the architecture. A file is replaced or removed only if the manifest lists it with the same kind and its
+content is unchanged; all other files are left alone.
 
 This module imports the standard library only.
 """
@@ -24,7 +24,7 @@ __all__ = [
     'write_folder', 'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
-# Path in the folder, with '/', to the sha256 digests that its content may have: two while a file is being replaced
+# Path in the folder, with '/', to the allowed SHA-256 digests of the file: two while the file is being replaced
 Digests = Dict[str, List[str]]
 
 MANIFEST = '.timm-spikformer.json'
@@ -32,7 +32,7 @@ _ADVICE = 'Name another folder, or move the file away.'
 
 
 class _Manifest(NamedTuple):
-    """What this package wrote to a folder; `kind` is None in the manifests of early versions."""
+    """Files that this package wrote to a folder; `kind` is None in manifests of early versions."""
     kind: Optional[str]
     files: Digests
 
@@ -45,23 +45,24 @@ def check_output(
         add: bool = False,
         names: Iterable[str] = (),
 ) -> Path:
-    """Check that writing to a folder loses nothing, without touching the disk.
+    """Check, without writing to disk, that writing to a folder does not overwrite files of others.
 
     Args:
         folder: Folder to be written. It may not exist yet.
         kind: Command that writes it and, if it writes a model, the architecture: 'profile', 'convert spikformer_8_384'.
-        inputs: Files and folders that are read to make it; the folder may not be or contain one of them.
-        data: Folders whose images are read; the folder may not be inside one of them either, where its files would be
-            taken for images.
-        add: Accept a folder with files of others. By default it must be empty, or have been written by this package.
-        names: Files that will be written, as far as they are known; none of them may be somebody else's.
+        inputs: Files and folders that the command reads; the folder may not be or contain one of them.
+        data: Folders that images are read from; the folder may not be inside one of them either, because its files
+            would be read as images later.
+        add: Accept a folder that contains other files. By default it must be empty or written by this package.
+        names: Names of the files that will be written, if known; an existing file of such a name must be listed in the
+            manifest.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        ValueError: The folder is a file, a symbolic link, the current folder or one above it, contains one of the
-            inputs, is inside the data, or holds files of others, of another kind, or changed ones.
+        ValueError: The folder is a file, a symbolic link, the current folder or a parent of it; it contains one of the
+            inputs or is inside the data; or it holds files of others, of another kind, or files that were changed.
     """
     if not os.fspath(folder) or '\0' in os.fspath(folder):
         raise ValueError(f'{os.fspath(folder)!r} is not the name of a folder.')
@@ -97,12 +98,12 @@ def check_output(
 
 
 def manifest_files(folder: PathLike) -> List[str]:
-    """Return the paths, with '/', of the files in a folder that this package wrote, none without a manifest."""
+    """Return the paths, with '/', of the files that the manifest of a folder lists; empty without a manifest."""
     return sorted(_read_manifest(Path(folder)).files)
 
 
 def write_manifest(folder: PathLike, kind: str) -> None:
-    """List all files of a folder in its manifest, for a folder that is uploaded before `write_folder` is done."""
+    """Write a manifest of all files of a folder, for a folder that is uploaded before `write_folder` finishes."""
     folder = Path(folder)
     _write_manifest(folder, _Manifest(kind, {name: [_digest(folder / name)] for name in _files(folder)}))
 
@@ -117,22 +118,22 @@ def write_folder(
 ) -> Iterator[Path]:
     """Write a folder completely or not at all.
 
-    Yields an empty temporary folder beside `folder`. When the block ends without an error, its files are moved into
-    `folder`, in place of the files that an earlier run wrote there. After an error, `folder` is as it was.
+    Yields an empty temporary folder next to `folder`. When the block ends without an error, the files in it replace the
+    files that an earlier run wrote to `folder`. After an error, `folder` is unchanged.
 
     Args:
         folder: Folder to write. It may not exist yet.
         kind: See `check_output`, also for `inputs` and `data`.
-        add: Write into a folder that holds files of others too. No file of theirs is replaced.
+        add: Accept a folder that contains other files. None of them is replaced.
 
     Raises:
-        ValueError: See `check_output`; or a file of the folder was not written by this package, or has been changed
-            since, and would be replaced or removed.
-        OSError: The disk is full, the folder may not be written, and the like.
+        ValueError: See `check_output`; or a file that would be replaced or removed was not written by this package or
+            has been changed since.
+        OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = check_output(folder, kind, inputs, data, add)
     with new_folders(path.parent):
-        # beside the folder, so that moving is renaming; in a mounted folder beside is another disk
+        # next to the folder, so that moving is a rename; inside it for a mount point, whose parent is on another disk
         with create_temporary(path, path if os.path.ismount(path) else path.parent, is_folder=True) as temporary:
             yield temporary
             _commit(temporary, path, kind, add)
@@ -140,13 +141,13 @@ def write_folder(
 
 @contextmanager
 def hold_folder(folder: PathLike) -> Iterator[None]:
-    """Create a folder for a run that writes single files to it, and keep other such runs out until the block ends.
+    """Create a folder for a run that writes individual files to it, and lock out other such runs until the block ends.
 
-    After an error, the folder is removed again if this created it and it is empty.
+    After an error, the folder is removed if this call created it and it is empty.
 
     Raises:
-        ValueError: Another run holds the folder.
-        OSError: The folder may not be written, and the like.
+        ValueError: Another run has locked the folder.
+        OSError: Creating the folder failed, for example because its parent is read-only.
     """
     path = Path(os.path.abspath(folder))
     with new_folders(path), hold(path):
@@ -157,17 +158,17 @@ def hold_folder(folder: PathLike) -> Iterator[None]:
 def write_file(path: PathLike, kind: str) -> Iterator[Path]:
     """Write a file completely or not at all, and list it in the manifest of its folder.
 
-    Yields the path of an empty temporary sibling with the same suffix, to be written in place, which is renamed to
-    `path` when the block ends without an error. The folder must exist.
+    Yields the path of an empty temporary sibling with the same suffix, which the caller overwrites in place. It is
+    renamed to `path` when the block ends without an error. The parent folder must exist.
 
     Args:
         path: File to write.
-        kind: See `check_output`; all files of a folder that this package writes are of one kind.
+        kind: See `check_output`; all files that this package writes to a folder have the same kind.
 
     Raises:
-        ValueError: The file is there already and was not written by this package, or has been changed since; or the
-            folder holds files of another kind.
-        OSError: The disk is full, the folder may not be written, and the like.
+        ValueError: The file exists and was not written by this package, or has been changed since; or the folder holds
+            files of another kind.
+        OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = _check_file(path)
     check_file(path, kind)
@@ -176,7 +177,7 @@ def write_file(path: PathLike, kind: str) -> Iterator[Path]:
         digest = _digest(partial)
         with lock(path.parent):
             files = _check_file_kind(path, kind)
-            # in this order, an interruption leaves a file of which the manifest knows the content
+            # manifest first: after an interruption, it lists the digest of whichever file is there
             before = [_digest(path)] if path.exists() else []
             _write_manifest(path.parent, _Manifest(kind, {**files, path.name: [*before, digest]}))
             os.replace(partial, path)
@@ -184,7 +185,7 @@ def write_file(path: PathLike, kind: str) -> Iterator[Path]:
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Check that a file is not there, or is as this package wrote it.
+    """Check that a file does not exist, or is unchanged since this package wrote it.
 
     Raises:
         ValueError: It was not written by this package, has been changed since, or is of another kind.
@@ -194,7 +195,7 @@ def check_file(path: Path, kind: str) -> None:
 
 
 def _check_file_kind(path: Path, kind: str) -> Digests:
-    """Check a file, see `check_file`; return the digests of its folder's files."""
+    """Check a file as `check_file` does, in a locked folder; return the digests of the files of the folder."""
     manifest = _read_manifest(path.parent)
     _check_kind(path.parent, manifest, kind, manifest.files.keys() <= {path.name})
     _check_own(path.parent, path.name, manifest.files)
@@ -208,8 +209,8 @@ def write_new_file(path: PathLike) -> Iterator[Path]:
     Yields the path of a temporary sibling, as `write_file` does.
 
     Raises:
-        ValueError: The file is there already, or its folder is not.
-        OSError: The disk is full, the folder may not be written, and the like.
+        ValueError: The file exists already, or its folder does not exist.
+        OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = _check_file(path)
     _check_own(path.parent, path.name, {}, f'{path} is there already. Name a new file, or remove it first.')
@@ -233,13 +234,13 @@ def _check_file(path: PathLike) -> Path:
 
 
 def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
-    """Remove those of the files that this package wrote to a folder, and leave all others alone.
+    """Remove the given files from a folder if this package wrote them, and leave all other files alone.
 
-    The manifest is removed with its last file.
+    The manifest is removed together with the last file that it lists.
 
     Args:
         folder: Folder.
-        names: All files that the command writes to it.
+        names: Names of all files that the command may have written to it.
         kind: See `check_output`.
 
     Raises:
@@ -282,16 +283,16 @@ def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
 
 
 def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> None:
-    """Replace the files of the manifest `old` by those of `new`; undo it where it fails."""
+    """Replace the files of the manifest `old` by those of `new`; undo all moves on failure."""
     moves: List[Tuple[Path, Path]] = []
-    folders: List[Path] = []  # new ones
+    folders: List[Path] = []  # folders created here
     backup = temporary_path(folder, temporary.parent)
     backup.mkdir()
     has_manifest = (folder / MANIFEST).exists()
     try:
         if has_manifest:
             shutil.copyfile(folder / MANIFEST, backup / MANIFEST)
-        # from here on, whatever happens, the manifest knows the content of every file, old or new
+        # from here on, even if interrupted, the manifest lists the digests of all files, old and new
         _write_manifest(folder, _Manifest(new.kind, {
             name: [*old.files.get(name, []), *new.files.get(name, [])] for name in {*old.files, *new.files}}))
         for name in old.files:
@@ -303,7 +304,7 @@ def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> N
     except BaseException:
         for source, target in reversed(moves):
             if os.path.lexists(target) and not os.path.lexists(source):
-                with suppress(OSError):  # what cannot be moved back stays in the backup
+                with suppress(OSError):  # files that cannot be moved back stay in the backup
                     os.rename(target, source)
         with suppress(OSError):
             if not has_manifest:
@@ -317,11 +318,11 @@ def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> N
     discard(backup)
     for parent in sorted({folder / p for name in old.files for p in Path(name).parents if p.name}, reverse=True):
         with suppress(OSError):
-            parent.rmdir()  # where it is empty
+            parent.rmdir()  # succeeds only if it is empty
 
 
 def _move(source: Path, target: Path, moves: List[Tuple[Path, Path]], folders: List[Path]) -> None:
-    """Rename a file; the move and the folders that it takes are noted before they are made."""
+    """Rename a file; record the move in `moves` and new folders in `folders` before they are made."""
     for parent in reversed([p for p in target.parents if not p.exists()]):
         folders.append(parent)
         parent.mkdir()
@@ -330,12 +331,12 @@ def _move(source: Path, target: Path, moves: List[Tuple[Path, Path]], folders: L
 
 
 def _read_manifest(folder: Path) -> _Manifest:
-    """Read the manifest of a folder; a folder without one holds no file of this package."""
+    """Read the manifest of a folder; return an empty one if the folder has none."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return _Manifest(None, {})
     try:
-        if stat.S_ISREG(path.lstat().st_mode):  # and not the link of somebody, which would be replaced
+        if stat.S_ISREG(path.lstat().st_mode):  # not a symbolic link, which would be replaced
             content = json.loads(path.read_text(encoding='utf-8'))
             kind, files = content.get('kind'), content['files']
             if isinstance(kind, (str, type(None))) and all(
@@ -351,7 +352,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _write_manifest(folder: Path, manifest: _Manifest) -> None:
-    """Write the manifest of a folder that is locked, or that no other process knows."""
+    """Write the manifest of a folder that is locked, or that no other process uses."""
     content = {'written_by': 'timm-spikformer', 'kind': manifest.kind, 'files': dict(sorted(manifest.files.items()))}
     partial = temporary_path(folder / MANIFEST, folder)
     try:
@@ -364,7 +365,7 @@ def _write_manifest(folder: Path, manifest: _Manifest) -> None:
 
 
 def _check_foreign(folder: Path, add: bool) -> None:
-    """Raise a ValueError if the folder was not written by this package and holds something."""
+    """Raise a ValueError if the folder is not empty and was not written by this package, unless `add` is True."""
     _read_manifest(folder)
     if add or (folder / MANIFEST).exists():
         return
@@ -376,10 +377,10 @@ def _check_foreign(folder: Path, add: bool) -> None:
 
 
 def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> None:
-    """Raise a ValueError if another command wrote the files of a folder, or wrote another model.
+    """Raise a ValueError if another command wrote the files of a folder, or the same command for another architecture.
 
     Args:
-        is_same: Whether the files are those of this kind by their names, for manifests that do not say.
+        is_same: Whether the file names match this kind; used for manifests without a kind.
     """
     if not manifest.files or manifest.kind == kind or (manifest.kind is None and is_same):
         return
@@ -390,7 +391,7 @@ def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> 
 
 
 def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
-    """Raise a ValueError if `name` stands in the folder with another content than this package has given it."""
+    """Raise a ValueError if `name` exists in the folder and is not a file with one of the digests in `files`."""
     path = folder
     for part in Path(name).parts[:-1]:
         path = path / part

@@ -1,7 +1,7 @@
-"""The one reader of images: image folders, parquet files, and the slice of Fashion-MNIST that the package ships.
+"""Image datasets: image folders, parquet files, and the subset of Fashion-MNIST that is shipped with the package.
 
-Classes of an image folder are found and numbered by timm's own reader, because timm's train.py numbers them so.
-Pictures are decoded by Pillow; one that cannot be decoded is an error that names the file.
+timm's folder reader finds and numbers the classes of an image folder, so that class indices match timm's train.py.
+Pillow decodes the images; an image that cannot be decoded raises an error that names the file.
 """
 import copy
 import hashlib
@@ -28,13 +28,13 @@ __all__ = [
 
 PathLike = Union[str, 'os.PathLike[str]']
 
-DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # of timm's data config
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # keys of timm's data config
 SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'  # trained on the shipped images
 FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
 
-_SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # names of folders
+_SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # by folder name
 _PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
-_HELD_OUT = 0.1  # share of each class to test on, for a dataset without a test split
+_HELD_OUT = 0.1  # fraction of each class that is held out for testing if there is no test split
 _EXPECTED = (
     'Expected DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, or parquet files with columns image and label.')
 _EXPECTED_ANY = f'{_EXPECTED[:-1]}, or, without labels, DIR/*.png.'
@@ -45,8 +45,8 @@ def data_config(model: nn.Module, **given: Any) -> Dict[str, Any]:
 
     Args:
         model: A timm model.
-        given: Values that replace the model's own, by the names of train.py's arguments. A mean or standard deviation
-            for another number of channels than the model's is averaged.
+        given: Overrides of the model's values, named like the arguments of timm's train.py. If `mean` or `std` does not
+            have one value per input channel, its average is used for all channels.
     """
     config = resolve_data_config(given, model=model)
     for key in ('mean', 'std'):
@@ -56,13 +56,13 @@ def data_config(model: nn.Module, **given: Any) -> Dict[str, Any]:
 
 
 def training_config(model: Optional[str] = None) -> Dict[str, Any]:
-    """Return timm's data config to train a registered model with; without a name, that of the shipped images."""
+    """Return timm's data config for training a registered model, or that of the shipped images if there is no name."""
     cfg = timm.get_pretrained_cfg(SHIPPED_MODEL) if model is None else cfg_to_train(model)
     return {key: getattr(cfg, key) for key in DATA_KEYS}
 
 
 class _FileSource:
-    """Encoded pictures, each in a file of its own."""
+    """Encoded images, one per file."""
 
     def __init__(self, files: Sequence[str]):
         self.files = files
@@ -80,17 +80,18 @@ class _FileSource:
 class Images(Dataset):
     """Images of one split, and their labels.
 
-    An item is a pair (image, label), or an image alone if there are no labels; the image is a PIL image until a
-    `transform` is set, as `make_loader` does.
+    An item is a pair (image, label), or only the image if there are no labels. The image is a PIL image unless
+    `transform` is set; `make_loader` sets it on a copy.
 
     Args:
-        source: Encoded pictures by index: `open(i)` returns a binary file, `name(i)` says where it is from; `files` are
-            the paths of all files.
-        labels: Class indices `[N]`, or None without labels.
-        classes: Names of the classes in the order of their indices, or None if the dataset does not name them.
-        name: Name of the dataset, for people to read.
+        source: Source of the encoded images: `open(i)` returns a binary file, `name(i)` its location as text, and
+            `files` contains the paths of all files.
+        labels: Class indices `[N]`, or None if there are no labels.
+        classes: Class names in the order of the class indices, or None if the dataset does not name its classes.
+        name: Display name of the dataset.
         split: 'train', 'test', 'validation', 'all' if the dataset has no splits, 'held-out tenth of train' or
             'held-out tenth'.
+        indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
     """
 
     def __init__(
@@ -129,18 +130,18 @@ class Images(Dataset):
 
     @property
     def description(self) -> str:
-        """Number of images, dataset and split in words."""
+        """Display text with the number of images, the dataset and the split."""
         count = f'{len(self):,} image{"" if len(self) == 1 else "s"} of {self.name}'
         if self.split == 'all':
             return count
         return f'{count}, {self.split}' + (' split' if self.split in _SPLITS.values() else '')
 
     def filename(self, i: int) -> str:
-        """Path of an image; of an image in a parquet file, the file and the row."""
+        """Return the path of an image, or the file and the row of an image in a parquet file."""
         return self.source.name(int(self._indices[i]))
 
     def fingerprint(self) -> str:
-        """Return a digest of the names and sizes of the files, of the labels, and of which images these are."""
+        """Return the SHA-256 of the file names, the file sizes, the labels and the indices of the selected images."""
         digest = hashlib.sha256()
         for path in self.source.files:
             digest.update(os.fsencode(f'{os.path.basename(path)} {os.path.getsize(path)}\n'))
@@ -149,7 +150,7 @@ class Images(Dataset):
         return digest.hexdigest()
 
     def select(self, indices: Any, split: Optional[str] = None) -> 'Images':
-        """Return the images of these indices."""
+        """Return the subset of the images at `indices`, with its split renamed to `split` if given."""
         indices = np.asarray(indices, dtype=np.int64)
         return Images(
             self.source, None if self.labels is None else self.labels[indices], self.classes, self.name,
@@ -160,18 +161,20 @@ class Images(Dataset):
         return self if count >= len(self) else self.select(np.linspace(0, len(self) - 1, count).round())
 
     def take(self, count: int, seed: int) -> 'Images':
-        """Return at most `count` images, of each class its share, the same ones for the same seed."""
+        """Return at most `count` images, sampled from each class in proportion to its size; `seed` fixes them."""
         if count >= len(self):
             return self
         order, rank, sizes = self._ranked(seed)
-        share = (rank + 0.5) / sizes[self.labels[order]]  # of its class, up to this image
+        share = (rank + 0.5) / sizes[self.labels[order]]  # fraction of the class up to this image
         return self.select(np.sort(order[np.argsort(share, kind='stable')[:count]]))
 
     def hold_out(self, seed: int) -> Tuple['Images', 'Images']:
-        """Divide into training images and a tenth of each class to test on; a class of one image is only trained on.
+        """Split into training images and a held-out tenth of each class for testing.
+
+        A class with a single image is used for training only.
 
         Raises:
-            ValueError: Every class has one image only.
+            ValueError: Every class has only one image.
         """
         order, rank, sizes = self._ranked(seed)
         held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(_HELD_OUT * sizes + 0.5)))
@@ -190,7 +193,7 @@ class Images(Dataset):
         return total.hexdigest()
 
     def _ranked(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shuffled indices, the rank of each one within its class, and the sizes of the classes."""
+        """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`."""
         order = np.random.default_rng(seed).permutation(len(self))
         sizes = np.bincount(self.labels)
         by_class = np.argsort(self.labels[order], kind='stable')
@@ -200,14 +203,14 @@ class Images(Dataset):
 
 
 def decode(stream: Any, mode: str) -> Image.Image:
-    """Decode a picture to 8 bits a channel, upright.
+    """Decode an image to 8 bits per channel, and apply its EXIF orientation.
 
     Args:
         stream: Binary file.
-        mode: Pillow's mode to convert to, 'RGB' or 'L'. An alpha channel is dropped, as in timm.
+        mode: Pillow mode of the returned image, 'RGB' or 'L'. An alpha channel is dropped, as in timm.
 
     Raises:
-        ValueError: The file is no picture, is damaged, or has pixels of a type without a known range.
+        ValueError: The file is not an image, is damaged, or has 32-bit pixels, whose range of values is unknown.
     """
     try:
         with Image.open(stream) as image:
@@ -226,27 +229,27 @@ def decode(stream: Any, mode: str) -> Image.Image:
 def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[str, Images]:
     """Read a dataset from an image folder or parquet files.
 
-    - `DIR/SPLIT/CLASS/*`, where SPLIT is train, test, validation or val. Such a folder holds class folders and no
-      image itself; otherwise it is a class.
+    - `DIR/SPLIT/CLASS/*`, where SPLIT is train, test, validation or val. A folder with one of these names is a split
+      only if it contains class folders and no images itself; otherwise it is a class folder.
     - `DIR/CLASS/*`.
     - `DIR/*`, without labels, if `labels` is False.
-    - `DIR/SPLIT.parquet`, `DIR/SPLIT-00000-of-00002.parquet`, the same in `DIR/data`, or parquet files of other names,
-      which are all one dataset without splits. Their columns are `image` (encoded bytes, a path, or both in the form of
-      the library datasets) and `label` (integers, or datasets' ClassLabel). Where there are parquet files, image
-      folders beside them are not read: they may hold what the paths lead to.
+    - `DIR/SPLIT.parquet`, `DIR/SPLIT-00000-of-00002.parquet`, the same in `DIR/data`, or parquet files with other
+      names, which together form one dataset without splits. The columns are `image` (encoded bytes, a path, or both in
+      the format of the `datasets` library) and `label` (integers, or a ClassLabel of `datasets`). If there are parquet
+      files, image folders next to them are ignored, because they may hold the images that the paths point to.
 
-    Symbolic links are followed. Images have the extensions that timm reads. Classes of folders are numbered by timm's
-    reader, in natural order; classes of all splits are numbered as in the training split.
+    Symbolic links are followed. Image files are recognized by the extensions that timm reads. timm's reader numbers
+    class folders in natural sort order; all splits use the class indices of the training split.
 
     Args:
         folder: Folder to read; by default the shipped Fashion-MNIST.
         labels: Whether labels are required.
 
     Returns:
-        The images by split, 'train', 'test' and 'validation', or only 'all' for a dataset without splits.
+        The images by split: 'train', 'test' and 'validation', or only 'all' for a dataset without splits.
 
     Raises:
-        ValueError: What was found in the folder, and what was expected.
+        ValueError: The folder has none of these layouts; the message states what was found and what was expected.
     """
     expected = _EXPECTED if labels else _EXPECTED_ANY
     name = 'Fashion-MNIST' if folder is None else os.path.basename(os.path.abspath(folder)) or os.fspath(folder)
@@ -279,7 +282,7 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
 
 
 def _find_parquet(root: Path, expected: str) -> Dict[str, List[Path]]:
-    """Parquet files by split, 'all' if none is named as a split's."""
+    """Return the parquet files by split; the only split is 'all' if no file is named after a split."""
     paths = sorted(p for folder in (root, root / 'data') if folder.is_dir() for p in folder.glob('*.parquet'))
     splits: Dict[str, List[Path]] = {}
     shards: Dict[str, int] = {}
@@ -290,7 +293,7 @@ def _find_parquet(root: Path, expected: str) -> Dict[str, List[Path]]:
         shards[split] = int(match['shards'] or 1) if match else 0
     if 'all' in splits and len(splits) > 1:
         raise ValueError(
-            f'{root} holds files of splits, and {splits["all"][0].name}, which is named as none of train, test, '
+            f'{root} holds files of splits, and {splits["all"][0].name}, whose name is not one of train, test, '
             f'validation. {expected}')
     for split, files in splits.items():
         if shards[split] and len(files) != shards[split]:
@@ -316,7 +319,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def _find_folders(root: Path, expected: str) -> Dict[str, Path]:
-    """Folders of the splits; the folder itself as 'all' if it holds classes or images; none without images."""
+    """Return the folders by split: `root` as 'all' if it holds classes or images, an empty dict without images."""
     subfolders = _subfolders(root)
     splits: Dict[str, Path] = {}
     for path in subfolders:
@@ -349,7 +352,7 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
             raise ValueError(f'{path} is {place}. {expected}')
     classes = list(class_to_idx)
     for a, b in zip(classes, classes[1:]):
-        if natural_key(a) == natural_key(b):  # timm numbers them by chance
+        if natural_key(a) == natural_key(b):  # timm's sort key does not define their order
             a, b = sorted((a, b))
             raise ValueError(
                 f'The class folders {a!r} and {b!r} in {folder} have no order, as timm ignores case and leading zeros. '
@@ -358,15 +361,18 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
 
 
 def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images]:
-    """Return training and test images: of the test split, else the validation split, else a tenth held out.
+    """Return training images and test images.
+
+    The test images come from the test split if there is one, else from the validation split, else from a held-out tenth
+    of each class.
 
     Args:
-        splits: What `read_splits` returned.
-        seed: Chooses the images that are held out.
+        splits: Return value of `read_splits`.
+        seed: Random seed for choosing the held-out images.
 
     Raises:
-        ValueError: There is no training split, there are fewer than two classes, labels are missing in between, or
-            the images to test on are of other classes.
+        ValueError: There is no training split, there are fewer than two classes, labels without class names are not
+            consecutive, or the test images have different classes.
     """
     train = splits.get('train', splits.get('all'))
     if train is None:
@@ -397,7 +403,7 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
 
 
 def sample_images(splits: Dict[str, Images]) -> Images:
-    """Return images to profile a model on: of the test split, else the validation split, else all that there are."""
+    """Return images to profile a model on, from the first available split of: test, validation, train, all."""
     return next(splits[split] for split in ('test', 'validation', 'train', 'all') if split in splits)
 
 
@@ -408,18 +414,18 @@ def _check_range(images: Images, num_classes: int) -> None:
 
 
 def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: int) -> Images:
-    """Number the labels of images as a model numbers its classes, by name.
+    """Map the labels of images to the class indices of a model, by class name.
 
-    If either the model or the dataset does not name its classes, only their number can be compared, and they are taken
+    If the model or the dataset has no class names, only the number of classes is checked, and the classes are assumed
     to be in the same order.
 
     Args:
         images: Images with labels.
-        names: The model's names of its classes in order, or None if it has none.
+        names: Class names of the model in order, or None if it has none.
         num_classes: Number of classes of the model.
 
     Raises:
-        ValueError: The images have no labels, or are of classes that the model does not have.
+        ValueError: The images have no labels, or have classes that the model does not have.
     """
     if images.labels is None:
         raise ValueError(f'{images.description}: there are no labels.')
@@ -463,18 +469,18 @@ def make_loader(
         augment: bool = False,
         hflip: float = 0.5,
 ):
-    """Create timm's loader of images.
+    """Create a timm data loader for images.
 
     Args:
-        images: What to load.
+        images: Images to load.
         config: timm's data config, see `data_config`.
-        batch_size: Images in a batch.
-        device: For which batches are prepared.
-        augment: Load for training: in random order, flipped at random, without an incomplete last batch.
-        hflip: Probability of a horizontal flip in training.
+        batch_size: Number of images per batch.
+        device: Device of the model; for CUDA, timm's prefetcher moves batches with labels there.
+        augment: Load for training: shuffle, flip at random, and drop the last batch if it is incomplete.
+        hflip: Probability of a horizontal flip if `augment` is True.
 
     Returns:
-        A loader of pairs (images, labels), or of images alone if they have no labels.
+        A loader of pairs (images `[B, C, H, W]`, labels `[B]`), or of images only if there are no labels.
     """
     channels = config['input_size'][0]
     modes = {1: 'L', 3: 'RGB'}
@@ -500,6 +506,6 @@ def make_loader(
 
 
 def to_pixels(x: Tensor, config: Dict[str, Any]) -> Tensor:
-    """Undo the normalization of images `[B, C, H, W]`: pixels of 0 to 1."""
+    """Undo the normalization of images `[B, C, H, W]`, and return pixels in the range 0 to 1."""
     mean, std = (torch.tensor(config[key], device=x.device).view(-1, 1, 1) for key in ('mean', 'std'))
     return x * std + mean

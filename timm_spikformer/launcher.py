@@ -1,8 +1,8 @@
-"""Execution of a script as the main module, in this process and in those that multiprocessing starts from it.
+"""Run a script as the main module, in this process and in child processes that multiprocessing starts from it.
 
-Under the start methods `spawn` and `forkserver`, a child process executes the parent's main module again, as
-`__mp_main__`. The script's module says that it was found as this one, so the child executes this file. It is part of
-the package, so the package is imported and the models are registered before the script is executed.
+With the start methods `spawn` and `forkserver`, a child process executes the main module of its parent again, under the
+name `__mp_main__`. The `__spec__` of the script's module names this module, so the child executes this file instead of
+the script. Because this file is part of the package, the models are registered before it executes the script.
 """
 import importlib.machinery
 import io
@@ -18,10 +18,10 @@ _MODULE = 'timm_spikformer.launcher'
 
 
 def run_script(path: str, name: str) -> Dict[str, Any]:
-    """Execute a script as a module of a name, which stays the main module; return its globals.
+    """Execute a script as the module `name`, which remains the main module; return its globals.
 
     Args:
-        path: The script.
+        path: Path of the script.
         name: `__main__`, or `__mp_main__` in a child process.
     """
     with io.open_code(os.path.abspath(path)) as f:
@@ -31,12 +31,12 @@ def run_script(path: str, name: str) -> Dict[str, Any]:
         __file__=path, __builtins__=__builtins__, __spec__=importlib.machinery.ModuleSpec(_MODULE, None))
     os.environ[_VARIABLE] = os.path.abspath(path)
     if name == '__main__':
-        sys.modules['__main__'] = sys.modules['__mp_main__'] = module  # what children send back is of `__mp_main__`
+        sys.modules['__main__'] = sys.modules['__mp_main__'] = module  # children pickle objects of `__mp_main__`
     exec(code, module.__dict__)
     return module.__dict__
 
 
 if __name__ == '__mp_main__':
-    _found_as = __spec__  # noqa: F821  a child of this process needs it as well
+    _found_as = __spec__  # noqa: F821  restored below for child processes of this one
     globals().update(run_script(os.environ[_VARIABLE], '__mp_main__'))
     __spec__ = _found_as

@@ -14,7 +14,9 @@ __all__ = ['FiringRateMonitor']
 class FiringRateMonitor:
     """Record the firing rate (spikes per neuron and time step) of every LIF layer of a model.
 
-    It uses forward hooks and does not change the model. Example:
+    It uses forward hooks and does not modify the model.
+
+    Example:
 
         >>> import timm, torch, timm_spikformer
         >>> from timm_spikformer.monitor import FiringRateMonitor
@@ -34,7 +36,7 @@ class FiringRateMonitor:
         self._totals: Dict[str, Tensor] = {}
         self._numels: Dict[str, int] = {}
         self._handles: List[RemovableHandle] = []
-        # hook the unit, whose output is its spikes; a hook on the LIF itself would disable the BN + LIF kernel
+        # hook the ConvBNLIF or LinearBNLIF, which returns the spikes; a hook on the LIF disables the BN + LIF kernel
         units: Dict[int, List[nn.Module]] = {}
         for m in model.modules():
             if isinstance(m, (ConvBNLIF, LinearBNLIF)):
@@ -56,12 +58,12 @@ class FiringRateMonitor:
 
     @property
     def layers(self) -> List[str]:
-        """Names of the neuron layers, in the order of the model's modules."""
+        """Names of the LIF layers, in the order of `model.named_modules()`."""
         return list(self._numels)
 
     @property
     def rates(self) -> Dict[str, float]:
-        """Firing rate of each layer that has run, over all of the forwards that were recorded."""
+        """Firing rate of each layer that has run, averaged over all recorded forward passes."""
         return {name: self._totals[name].item() / numel for name, numel in self._numels.items() if numel}
 
     @property

@@ -1,4 +1,4 @@
-"""Encoded pictures and labels in parquet files, for `images.py`."""
+"""Reader of encoded images and labels in parquet files, for `images.py`."""
 import io
 import json
 from pathlib import Path
@@ -17,25 +17,25 @@ def read_parquet(
         paths: Sequence[Path],
         expected: str,
 ) -> Tuple['ParquetSource', Optional[np.ndarray], Optional[List[str]]]:
-    """Read parquet files with the same columns, `image` and `label`.
+    """Read parquet files that have the same columns, `image` and `label`.
 
     Args:
         paths: The files.
-        expected: What to say of files with other columns.
+        expected: Sentence appended to errors about the columns, which states what was expected.
 
     Returns:
-        The encoded pictures; class indices `[N]`, or None without a column of labels; the names of the classes, or None
-        if the labels are no ClassLabel.
+        The encoded images; the class indices `[N]`, or None without a column `label`; the class names, or None if the
+        labels are not a ClassLabel of the `datasets` library.
 
     Raises:
-        ValueError: A file is damaged, has other columns, or labels that are not class indices.
+        ValueError: A file is damaged, has other columns, or has labels that are not class indices.
     """
     source = ParquetSource(paths, expected)
     return (source, *_read_labels(source.files, expected))
 
 
 class ParquetSource:
-    """Encoded pictures in parquet files. A row group is read when one of its rows is, and kept in memory."""
+    """Encoded images in parquet files. A row group is read on first access to one of its rows, and kept in memory."""
 
     def __init__(self, paths: Sequence[Path], expected: str):
         self.files: Dict[Path, pq.ParquetFile] = {}
@@ -80,10 +80,10 @@ class ParquetSource:
             return io.BytesIO(value)
         if value is None:
             raise ValueError('the image is null.')
-        return open(path.parent / value, 'rb')  # an absolute path stays what it is
+        return open(path.parent / value, 'rb')  # joining leaves an absolute path unchanged
 
     def _locate(self, i: int) -> Tuple[Path, int]:
-        """File and row of an image."""
+        """Return the file of an image, and its row in that file."""
         group = int(np.searchsorted(self._starts, i, side='right')) - 1
         path = self._groups[group][0]
         first = next(g for g, (p, _) in enumerate(self._groups) if p == path)
@@ -125,7 +125,7 @@ def _read_labels(
             raise ValueError(f'{path} has labels of type {type}, such as {shown}. Expected integers or a ClassLabel.')
         found = _class_names(schema)
         if labels and found != names:
-            raise ValueError(f'{path} names other classes than the files before it.')
+            raise ValueError(f'{path} has different class names than the files before it.')
         names = found
         if column.null_count:
             row = column.is_null().index(True).as_py()
@@ -141,7 +141,7 @@ def _read_labels(
 
 
 def _class_names(schema: pa.Schema) -> Optional[List[str]]:
-    """Names of a ClassLabel of the library datasets, which stores its features in the metadata of the schema."""
+    """Return the names of a ClassLabel, which the `datasets` library stores in the metadata of the schema."""
     try:
         feature = json.loads(schema.metadata[b'huggingface'])['info']['features']['label']
         return [str(name) for name in feature['names']] if feature['_type'] == 'ClassLabel' else None

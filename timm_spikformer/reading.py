@@ -1,8 +1,8 @@
-"""Reading of checkpoints: files of timm's train.py, folders of timm and transformers, and models in memory.
+"""Load checkpoints: files of timm's train.py, folders saved by timm or transformers, and models in memory.
 
-Each source is read by its own loader, so that a `Checkpoint` holds what its author would get from it: a folder of timm
-is read by `timm.create_model`, one of transformers by `from_pretrained`, a file of train.py by timm's
-`load_checkpoint`. Pickles are opened with `weights_only=True` alone.
+Each source is loaded by the library that wrote it, so that a `Checkpoint` contains the same model as that library
+returns: a timm folder by `timm.create_model`, a transformers folder by `from_pretrained`, and a file of train.py by
+timm's `load_checkpoint`. Pickles are opened only with `weights_only=True`.
 """
 import argparse
 import contextlib
@@ -38,42 +38,42 @@ __all__ = [
     'read_source', 'set_labels', 'timm_part',
 ]
 
-# Arguments of train.py that describe the machine, or where the run was stored on it
+# Arguments of train.py that describe the machine or contain local paths; they are not published
 _PRIVATE_ARGS = re.compile(
     r'(data|dataset)_dir$|^(data|output|output_dir|config|experiment|resume|initial_checkpoint|class_map|device|'
     r'device_modules|local_rank|rank|world_size|distributed|prefetcher|log_interval|workers|pin_mem|log_wandb)$|^wandb_')
-# What code that parses the data of others raises where that data is not what it should be
+# Exceptions that parsing code may raise on malformed external data
 _PARSING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
-# Arguments of the network that describe the weights and cannot be chosen, and those that can
+# Arguments of the network that are read from the weights, and arguments that the user may set
 _FROM_WEIGHTS = ('num_classes', 'in_chans')
 _MODEL_KWARGS = [
     name for name in inspect.signature(Spikformer).parameters if name not in (*_FROM_WEIGHTS, 'device', 'dtype')]
-_LARGEST_ACTIVATION = 2 ** 28  # values that a stage of the stem may return for one image: 1 GiB
+_LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a stem stage for one image: 1 GiB in float32
 _DOES_NOT_LOAD = 'The weights in {} do not load into the model of its config.json: {}.'
 
 
 @dataclass
 class Training:
-    """How a model was trained, as far as its checkpoint says: the command, and the arguments by name."""
+    """How a model was trained, as far as its checkpoint records it: the command, and the arguments by name."""
     command: str
     args: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Checkpoint:
-    """A model on the CPU in eval mode and float32, and what is known about it.
+    """A model on the CPU in eval mode and float32, with its metadata.
 
     Args:
         model: A `Spikformer` or a `SpikformerMAE`.
         data_config: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
-        labels: Class names in order; None for a model without a classifier, or if they are unknown.
-        training: How it was trained.
-        processor: The preprocessor_config.json that it came with. By default one is written that matches
-            `data_config`.
-        source: File or folder that it was read from.
-        name: Name that the model was created by, with the tag of its weights if it has one.
+        labels: Class names in order; None if they are unknown or the model has no classifier.
+        training: How the model was trained; None if unknown.
+        processor: Content of the preprocessor_config.json of the checkpoint. If None, one that matches `data_config` is
+            written on saving.
+        source: File or folder that the checkpoint was read from.
+        name: Name passed to `timm.create_model`, with the tag of the weights if there is one.
     """
     model: Union[Spikformer, SpikformerMAE]
     data_config: Dict[str, Any]
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @property
     def activation_size(self) -> int:
-        """Number of values of the largest output of a stage of the stem, for one image."""
+        """Number of values in the largest output of a stem stage for one image, over all time steps."""
         encoder = self.encoder
         size, largest = math.prod(self.data_config['input_size'][1:]), 0
         for width, stride in zip(encoder.stem.widths, encoder.stem.strides):
@@ -98,7 +98,7 @@ class Checkpoint:
         return largest
 
     def batch_size(self, most: int) -> int:
-        """Return a number of images, at most `most`, that a forward pass has the memory for."""
+        """Return a batch size of at most `most` that keeps stem outputs within 1 GiB (at least 1)."""
         return max(1, min(most, _LARGEST_ACTIVATION // max(1, self.activation_size)))
 
 
@@ -108,16 +108,16 @@ def read_checkpoint(
         ema: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Checkpoint:
-    """Read a file of train.py, a bare state dict, or a folder with a config.json.
+    """Read a checkpoint file of train.py, a state dict, or a folder with a config.json.
 
     Args:
         path: File or folder.
-        model: Name of the model, for a file that does not contain it.
+        model: Name of the model, required for a file that does not contain it.
         ema: Read the averaged weights of train.py's `--model-ema`.
-        model_kwargs: Arguments of the model, for a file; they take precedence over those of train.py.
+        model_kwargs: Model arguments for a file; they override those that train.py stored in it.
 
     Raises:
-        ValueError: The file or folder is missing, damaged, or not of a Spikformer; the message says which.
+        ValueError: The file or folder is missing, damaged, or does not contain a Spikformer.
     """
     path = Path(path)
     if path.is_dir():
@@ -134,10 +134,10 @@ def read_checkpoint(
 
 
 def read_source(name: str) -> Checkpoint:
-    """Read `local-dir:DIR` or `hf-hub:ORG/NAME`, a folder or a repository of timm or transformers.
+    """Read a folder `local-dir:DIR` or a Hub repository `hf-hub:ORG/NAME`, in timm's or transformers' format.
 
     Raises:
-        ValueError: The folder is missing, damaged, or not of a Spikformer; the message says which.
+        ValueError: The folder or repository is missing, damaged, or does not contain a Spikformer.
         RuntimeError: The repository cannot be downloaded.
     """
     if name.startswith('local-dir:'):
@@ -145,20 +145,20 @@ def read_source(name: str) -> Checkpoint:
     repo = name.removeprefix('hf-hub:')
     folder = Path(download(repo, 'config.json')).parent
     download(repo, WEIGHTS_FILE)
-    with contextlib.suppress(RuntimeError):  # there need not be one
+    with contextlib.suppress(RuntimeError):  # this file is optional
         download(repo, 'preprocessor_config.json')
     return read_checkpoint(folder)
 
 
 def check_data_config(path: object, checkpoint: Checkpoint) -> None:
-    """Check that images can be presented by the data config of a checkpoint, and are of a size that can be computed.
+    """Check that the data config of a checkpoint is valid, and that its images are not too large for the stem.
 
     Args:
-        path: Where it is from.
+        path: Origin of the checkpoint, for error messages.
         checkpoint: The checkpoint.
 
     Raises:
-        ValueError: They cannot, or are too large.
+        ValueError: The data config is invalid, or the activations for one image would be too large.
     """
     config = checkpoint.data_config
 
@@ -190,17 +190,18 @@ def create_matching(
         ema: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Spikformer:
-    """Create the model `name` with the classes and input channels of `state_dict`, and load all of it.
+    """Create the model `name` with the number of classes and input channels of `state_dict`, and load the weights.
 
     Args:
         name: Registered name.
-        state_dict: Weights of this package, of the authors' V1 code or of spikingjelly.
-        path: File of timm that holds them, to be loaded by timm's `load_checkpoint`; by default `state_dict` is.
-        ema: As of `read_checkpoint`, for `path`.
+        state_dict: Weights of this package, of the V1 authors' code or of spikingjelly.
+        path: Checkpoint file with these weights, to load with timm's `load_checkpoint`; by default, `state_dict` is
+            loaded.
+        ema: Load the averaged weights from `path`.
         model_kwargs: See `create`.
 
     Raises:
-        ValueError: The model has other tensors, or does not take the arguments.
+        ValueError: The tensors do not match those of the model, or the model does not accept the arguments.
     """
     check_model_name(name)
     model_kwargs = model_kwargs or {}
@@ -229,15 +230,15 @@ def create_matching(
 
 
 def create(name: str, model_kwargs: Mapping[str, Any], **given: Any) -> Spikformer:
-    """Create a registered model with arguments from a user or a file.
+    """Create a registered model with arguments from the user or from a file.
 
     Args:
         name: Registered name.
-        model_kwargs: Arguments of the network other than the number of classes and channels, which are the weights'.
+        model_kwargs: Arguments of the network, without `num_classes` and `in_chans`, which are read from the weights.
         given: Other arguments of `timm.create_model`.
 
     Raises:
-        ValueError: An argument is not one of the network, or has a value that does not fit.
+        ValueError: The network does not have such an argument, or does not accept its value.
     """
     for key, value in model_kwargs.items():
         if key in _FROM_WEIGHTS:
@@ -252,10 +253,10 @@ def create(name: str, model_kwargs: Mapping[str, Any], **given: Any) -> Spikform
 
 
 def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
-    """Name the classes. `LABEL_0`, `LABEL_1`, ... are transformers' names of classes without any: they name none.
+    """Set the class names of a checkpoint. The default names of transformers, `LABEL_0`, `LABEL_1`, ..., clear them.
 
     Raises:
-        ValueError: The number of names is not that of the classes, or a name is empty or there twice.
+        ValueError: The number of names differs from the number of classes, or a name is empty or occurs twice.
     """
     if isinstance(labels, str) or not isinstance(labels, Sequence):
         raise ValueError(f'The labels are {labels!r}, expected a list with a name for each class.')
@@ -279,13 +280,13 @@ def _are_defaults(labels: Sequence[str]) -> bool:
 
 
 def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
-    """Return the timm model or masked autoencoder that a module is or wraps.
+    """Return the `Spikformer` or `SpikformerMAE` that a module is or wraps.
 
     Args:
-        model: One of those two, one of the transformers classes, or either in DDP, in timm's EMA or compiled.
+        model: One of these, one of the transformers classes, or any of them wrapped in DDP or timm's EMA or compiled.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The module is or wraps neither.
     """
     found = model
     while not isinstance(found, (Spikformer, SpikformerMAE)):
@@ -297,13 +298,13 @@ def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
 
 
 def from_model(model: nn.Module) -> Checkpoint:
-    """Copy a model in memory; the given one is left as it is.
+    """Create a checkpoint from a copy of a model in memory; the model itself is not changed.
 
     Args:
         model: A `Spikformer`, a `SpikformerMAE`, one of the transformers classes, or a wrapper of one.
 
     Raises:
-        ValueError: It is another model, or has no weights.
+        ValueError: The model is not a Spikformer, or its weights are on the meta device or invalid.
     """
     timm_part(model)
     check_tensors('The model', model.state_dict())
@@ -314,17 +315,17 @@ def from_model(model: nn.Module) -> Checkpoint:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Copy a model without its forward and backward hooks, which belong to others and may have effects."""
+    """Copy a model without its forward and backward hooks, which may have side effects."""
     memo: Dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith(('_forward', '_backward')) and isinstance(value, dict):
-                memo[id(value)] = type(value)()  # deepcopy takes this for a copy that it has made already
+                memo[id(value)] = type(value)()  # deepcopy uses this entry as the copy of `value`
     return copy.deepcopy(model, memo)
 
 
 def _of_module(model: nn.Module, config: Optional['SpikformerConfig'] = None) -> Checkpoint:
-    """Describe a model that may be changed."""
+    """Create a checkpoint from a model, which is moved to the CPU and set to eval mode and float32."""
     config = getattr(model, 'config', config)
     model = timm_part(model)
     encoder = model.encoder if isinstance(model, SpikformerMAE) else model
@@ -405,7 +406,7 @@ def _read_folder(path: Path) -> Checkpoint:
 
 
 def _read_weights(path: Path) -> Dict[str, Tensor]:
-    """Read the tensors of a folder, in one file or in the parts that an index names."""
+    """Read the tensors of a folder, from one file or from the shards that an index file lists."""
     if (path / WEIGHTS_FILE).is_file():
         return read_tensors(path / WEIGHTS_FILE)
     index = path / f'{WEIGHTS_FILE}.index.json'
@@ -419,12 +420,12 @@ def _read_weights(path: Path) -> Dict[str, Tensor]:
 
 
 def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tensor]) -> Checkpoint:
-    """Read a folder of timm by timm."""
+    """Load a timm folder with timm."""
     model_args = config.get('model_args') or {}
     if not isinstance(model_args, dict) or not isinstance(config.get('pretrained_cfg', {}), dict):
         raise ValueError(f'{path / "config.json"} holds model_args or a pretrained_cfg that are not objects.')
     unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_FROM_WEIGHTS})
-    if unknown:  # among them are those that make timm load another file
+    if unknown:  # some of these would make timm load another file
         raise ValueError(f'{path / "config.json"} holds model_args that are not of the network: {unknown[0]}.')
     check_size(path, tensors, {**model_args, **{key: config[key] for key in _FROM_WEIGHTS if key in config}})
     try:
@@ -440,7 +441,7 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
 
 
 def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tensor]) -> Checkpoint:
-    """Read a folder of transformers by transformers."""
+    """Load a transformers folder with transformers."""
     from .hf import modeling_spikformer as m
     check_size(path, tensors, dict(
         embed_dim=config['hidden_size'], depth=config.get('num_hidden_layers'), mlp_ratio=config.get('mlp_ratio'),
@@ -457,18 +458,18 @@ def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tenso
         cls = m.SpikformerForImageClassification
     try:
         model, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
-    except Exception as e:  # of a config.json or weights of others, from anywhere in transformers
+    except Exception as e:  # transformers raises errors of many types for a malformed config.json or weights
         raise ValueError(_DOES_NOT_LOAD.format(path, first_line(e))) from e
     lacking = sorted({*info['missing_keys'], *info['unexpected_keys']})
     if lacking:
         raise ValueError(
             f'The weights in {path} are not those of the model in its config.json: {len(lacking)} tensors are missing '
-            f'or left over, {lacking[0]} for one.')
+            f'or left over, such as {lacking[0]}.')
     return _of_module(model)
 
 
 def _read_training(path: Path) -> Optional[Training]:
-    """Read how the model of a folder was trained; None if nothing there says it."""
+    """Return how the model of a folder was trained, or None if no file records it."""
     file = path / TRAINING_FILE
     if file.is_file():
         try:
@@ -477,7 +478,7 @@ def _read_training(path: Path) -> Optional[Training]:
         except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
             raise ValueError(f'{file} does not say how the model was trained, with `command: ...` and the arguments: '
                              f'{type(e).__name__} {first_line(e)}. Remove it.') from e
-    # of the folder itself or of one of the Trainer's checkpoints in it
+    # in the folder itself or in a checkpoint folder of transformers' Trainer
     files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
     if not files:
         return None

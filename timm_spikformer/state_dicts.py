@@ -1,4 +1,4 @@
-"""Files of tensors: opened without running code from them, and checked before a model is made from them."""
+"""Safe loading of state dicts, and checks of their tensors before a model is created."""
 import struct
 import zipfile
 import zlib
@@ -18,7 +18,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, two if it ends in a colon, without a period; else its type."""
+    """Return the first line of an error message without its period, or the first two if the first ends in a colon.
+
+    If the message is empty, return the type of the error.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(':'):
         lines[0] += f' {lines[1]}'
@@ -29,7 +32,7 @@ def read_tensors(path: Path) -> Dict[str, Any]:
     """Read a safetensors file, or a pickle of tensors and plain values.
 
     Raises:
-        ValueError: The file is damaged, would run code when it is opened, or holds something else than a dictionary.
+        ValueError: The file is damaged, would run code when it is opened, or does not contain a dictionary.
     """
     try:
         if path.suffix == '.safetensors':
@@ -54,22 +57,22 @@ def read_tensors(path: Path) -> Dict[str, Any]:
 
 
 def _check_crc(path: Path) -> None:
-    """Raise a BadZipFile if the content of a zip file is not what was written; torch.load does not look."""
+    """Raise a BadZipFile if a checksum of a zip file does not match; torch.load does not verify them."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if info.CRC:  # none with `torch.serialization.set_crc32_options(False)`
+            if info.CRC:  # 0 if saved with `torch.serialization.set_crc32_options(False)`
                 with archive.open(info) as stream:
                     while stream.read(1 << 20):
                         pass
 
 
 def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> Dict[str, Tensor]:
-    """Return the state dict of a checkpoint: itself, or under `state_dict`, `model` or `state_dict_ema`.
+    """Return the state dict of a checkpoint, which is `content` or its `state_dict`, `model` or `state_dict_ema`.
 
     Raises:
-        ValueError: There is none, or it holds something else than tensors.
+        ValueError: There is no state dict, or a value in it is not a tensor.
     """
     keys = ('state_dict_ema',) if ema else ('state_dict', 'model')
     found = next((content[key] for key in keys if key in content), None if ema else content)
@@ -86,10 +89,14 @@ def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> D
 
 
 def check_tensors(path: object, tensors: Mapping[str, Tensor]) -> None:
-    """Check that weights are dense tensors of finite floating-point numbers; BN's counters may be integers.
+    """Check that weights are dense, finite floating-point tensors; `num_batches_tracked` of BN may be an integer.
+
+    Args:
+        path: Origin of the weights, for error messages.
+        tensors: Weights by name.
 
     Raises:
-        ValueError: The first tensor that is not.
+        ValueError: A tensor is not; the message names the first one.
     """
     for name, value in tensors.items():
         if value.is_meta:
@@ -109,16 +116,16 @@ def check_tensors(path: object, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, Any], decoder: bool = False) -> None:
-    """Check, before a model is created, that it has no more weights than there are.
+    """Check that model arguments do not imply more weights than the checkpoint contains, before creating the model.
 
     Args:
-        path: Where the arguments are from.
-        tensors: The weights.
-        args: Arguments of the network, by their names; missing ones and those of other types are left out.
-        decoder: Whether they are of the decoder of a masked autoencoder, which has no stem.
+        path: Origin of the arguments, for error messages.
+        tensors: Weights by name.
+        args: Arguments of the network by name; arguments that are missing or not numbers are ignored.
+        decoder: Whether the arguments describe the decoder of a masked autoencoder, which has no stem.
 
     Raises:
-        ValueError: The arguments ask for more.
+        ValueError: The arguments imply more weights.
     """
     def of(name: str, least: float) -> float:
         value = args.get(name)

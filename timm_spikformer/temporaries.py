@@ -1,7 +1,7 @@
-"""Temporary files and folders, and locks, for `folders.py`: what several processes write at once, or leave when killed.
+"""Temporary files and folders, and locks, for `folders.py`, safe against concurrent and killed processes.
 
-A temporary file or folder is named after its target and locked by the process that writes it, so that what a killed
-process has left can be told from what a running one is writing.
+A temporary file or folder is named after its target and locked by the process that writes it. A temporary file without
+a lock was therefore left behind by a killed process and can be removed.
 
 This module imports the standard library only.
 """
@@ -18,13 +18,13 @@ from typing import Iterator, List, Optional
 
 try:
     import fcntl
-except ImportError:  # Windows: runs do not exclude each other there, and what a killed one leaves stays
+except ImportError:  # Windows: no locks; files left by killed processes are not removed
     fcntl = None
 
 __all__ = [
     'PREFIX', 'create_temporary', 'discard', 'hold', 'lock', 'naming', 'new_folders', 'remove_stale', 'temporary_path']
 
-PREFIX = '.timm-spikformer-'  # of the names of temporary files and folders
+PREFIX = '.timm-spikformer-'  # prefix of the names of temporary files and folders
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -33,19 +33,19 @@ def temporary_path(target: Path, parent: Path) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    """Start of the names of all temporary files and folders of a target, the same on this machine only."""
-    owner = os.fsencode(f'{platform.node()}/{target.name}')  # a lock may be unknown to other machines
+    """Return the name prefix of the temporary files and folders of a target; it differs between machines."""
+    owner = os.fsencode(f'{platform.node()}/{target.name}')  # other machines may not see the locks of this one
     return f'{PREFIX}{hashlib.sha256(owner).hexdigest()[:8]}-'
 
 
 @contextmanager
 def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Iterator[Path]:
-    """Create a temporary file or folder, locked until the block ends; remove it then if it is still there."""
+    """Create a temporary file or folder, locked until the block ends, and remove it then if it still exists."""
     path, descriptor = temporary_path(target, parent), None
     try:
         with naming(target, path):
-            with lock(parent):  # nobody sees it before it is locked
-                # with the permissions of any other new file or folder, which those of tempfile have not
+            with lock(parent):  # no other process sees it before it is locked
+                # not by tempfile, which sets more restrictive permissions than those of other new files
                 if is_folder:
                     path.mkdir()
                 else:
@@ -59,18 +59,18 @@ def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Ite
 
 
 def remove_stale(target: Path, parent: Path) -> None:
-    """Remove the temporary files and folders of a target that killed processes have left; `parent` is locked."""
+    """Remove temporary files and folders of a target left by killed processes; the caller has locked `parent`."""
     with suppress(OSError), os.scandir(parent) as entries:
         for path in [parent / entry.name for entry in entries if entry.name.startswith(_prefix(target))]:
             descriptor = _try_lock(path)
-            if descriptor is not None:  # its process has ended
+            if descriptor is not None:  # the process that wrote it has ended
                 os.close(descriptor)
                 discard(path)
 
 
 @contextmanager
 def new_folders(path: Path) -> Iterator[None]:
-    """Create a folder and its parents; after an error, remove those of them that were not there and are empty."""
+    """Create a folder and its parents; after an error, remove those that were created here and are empty."""
     created: List[Path] = []
     try:
         with naming(path):
@@ -95,11 +95,13 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
-    """Let an OSError name what the user asked for and not a temporary file; also one that safetensors only describes.
+    """Re-raise an OSError with `path` as its file name, instead of that of a temporary file.
+
+    An error of safetensors that contains the text "(os error N)" is converted to an OSError as well.
 
     Args:
-        path: What the user asked for.
-        temporary: Path that errors are about; by default, all errors are.
+        path: File or folder that the user asked for.
+        temporary: Convert only errors about this path or a path that starts with it; by default, all errors.
     """
     try:
         yield
@@ -108,7 +110,7 @@ def naming(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
         if not isinstance(e, OSError):
             described = re.search(r'\(os error (\d+)\)', str(e))
             number = int(described[1]) if described else None
-        if filename is None:  # of a write to an open file
+        if filename is None:  # writing to an open file failed
             is_ours = number in _DISK_ERRORS
         else:
             is_ours = temporary is None or str(filename).startswith(str(temporary))
@@ -118,7 +120,7 @@ def naming(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
 
 
 def _try_lock(path: Path) -> Optional[int]:
-    """Lock a file or folder; return its descriptor, or None if it is locked or the file system has no locks."""
+    """Lock a file or folder; return its descriptor, or None if it is locked or cannot be locked."""
     if fcntl is None:
         return None
     try:
@@ -135,7 +137,7 @@ def _try_lock(path: Path) -> Optional[int]:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Exclude other runs that write to the folder; file systems without locks go without."""
+    """Lock a folder against other runs that write to it; without effect if the file system does not support locks."""
     descriptor = None
     if fcntl is not None:
         with suppress(OSError):
@@ -150,10 +152,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes from holding the same folder until the block ends.
+    """Lock a folder for the whole run; unlike `lock`, it raises an error instead of waiting.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process has locked the folder in this way.
     """
     if fcntl is None:
         yield
@@ -170,7 +172,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
-    """Create and lock a file; return its descriptor. File systems without locks go without."""
+    """Create and lock a file; return its descriptor. It is not locked if the file system does not support locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -185,4 +187,4 @@ def _acquire(path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # the run that held it has removed it in the meantime
+        os.close(descriptor)  # the run that had locked it has removed it in the meantime

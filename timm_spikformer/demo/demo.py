@@ -1,4 +1,4 @@
-"""The three stages of the demo: classify with shipped weights, train, pre-train and fine-tune."""
+"""The three stages of the demo: classify with the shipped weights; train; pre-train and fine-tune."""
 import argparse
 import contextlib
 import json
@@ -38,19 +38,19 @@ _PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'
 _RESULTS, _MODEL = 'results.json', 'model'
 _CHECKPOINTS = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'finetuning', 'scratch')]
 _FILES = [SETTINGS, *_CHECKPOINTS, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS]
-_OF_THE_CALL = ('resume', 'output', 'device')  # arguments that --resume does not restore
+_OF_THE_CALL = ('resume', 'output', 'device')  # arguments of the current call, which --resume does not restore
 _OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
-_BN_BIAS = 0.7  # at the start of training
-_COST_OF_MASKED = 0.6  # of an image in pre-training, relative to supervised training
+_BN_BIAS = 0.7  # initial bias of all BN layers
+_COST_OF_MASKED = 0.6  # time per image in pre-training, relative to supervised training
 
 
 def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
-    """Run the stages; return the results, which are written to `results.json` in the output folder too.
+    """Run the stages, write the results to `results.json` in the output folder, and return them.
 
-    Nothing is written before all arguments and the data have been checked.
+    All arguments and the data are checked before anything is written.
 
     Raises:
-        ValueError: An argument, the data or the output folder is not as expected.
+        ValueError: An argument, the data or the output folder is invalid.
     """
     start = time.time()
     output = Path(args.output)
@@ -82,7 +82,7 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
 
 @contextlib.contextmanager
 def _tidied(output: Path) -> Iterator[None]:
-    """After an error, remove the arguments of the run if it has left nothing to resume or to look at."""
+    """After an error, remove the arguments file if it is the only file that the run has written."""
     try:
         yield
     except Exception:
@@ -97,7 +97,7 @@ def _write_json(path: Path, values: Dict[str, Any]) -> None:
 
 
 def _restore(args: argparse.Namespace, settings: Path) -> None:
-    """Set the arguments to those of the run that is resumed, which others that are given may not differ from."""
+    """Set the arguments to those of the resumed run; raise a ValueError if one was given a different value."""
     if not settings.is_file():
         raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
     check_file(settings, KIND)
@@ -131,7 +131,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def _classify_shipped(path: Path) -> Dict[str, Any]:
-    """Classify shipped test images with the shipped weights; print and draw ten of them."""
+    """Evaluate the shipped weights on the shipped test images; print and draw the predictions for ten of them."""
     model = timm.create_model(SHIPPED_MODEL, pretrained=True).eval()
     config, test = data_config(model), read_splits()['test']
     few = test.spread(10)
@@ -149,7 +149,7 @@ def _classify_shipped(path: Path) -> Dict[str, Any]:
 
 
 class _Run(NamedTuple):
-    """A training run, and its images."""
+    """The settings of a training run, and its images."""
     stage: Stage
     images: Images
 
@@ -159,7 +159,7 @@ def _identity(images: Images) -> str:
 
 
 class _Demo:
-    """Data, models and training runs of the stages that train; all checks are done when it is created."""
+    """Data, models and training runs of the stages `train` and `pretrain`; the constructor does all checks."""
 
     def __init__(self, args: argparse.Namespace, output: Path, stages: Sequence[str]):
         self.trained_with = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
@@ -182,7 +182,7 @@ class _Demo:
         def stage(name: str, title: str, epochs: int, **kwargs: Any) -> Stage:
             defaults = dict(
                 lr=args.lr, batch_size=args.batch_size, weight_decay=args.weight_decay, seed=args.seed,
-                hflip=0.5 if args.data else 0.)  # Fashion-MNIST's shoes all point to the left
+                hflip=0.5 if args.data else 0.)  # no flips for Fashion-MNIST, in which all shoes point to the left
             return Stage(name, title, epochs, **{**defaults, **kwargs})
 
         self.supervised = [_Run(stage('supervised', 'Training', args.epochs), self.images)]
@@ -197,7 +197,7 @@ class _Demo:
             check_batches(*run)
         model = self._create_model()
         if 'pretrain' in stages:
-            with torch.no_grad():  # whether the model and the mask ratio fit the images
+            with torch.no_grad():  # fails if the model or the mask ratio does not fit the images
                 self._create_mae().eval()(torch.zeros(1, *self.config['input_size'], device=self.device))
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
@@ -211,8 +211,8 @@ class _Demo:
         model = timm.create_model(
             self.args.model, num_classes=len(self.images.classes), in_chans=C, img_size=(H, W),
             time_steps=self.args.time_steps)
-        # BN gives standard normal currents at first, and a neuron fires at once from a current of 2 on: 2 % of them do.
-        # With this bias 10 % do, and the first epochs of training gain more.
+        # At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its
+        # current is at least 2, which is about 2 % of them. This bias makes it 10 %, which speeds up early training.
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 nn.init.constant_(module.bias, _BN_BIAS)
@@ -252,14 +252,14 @@ class _Demo:
             firing_rate=sum(rates.values()) / len(rates), firing_rates=rates, training_seconds=round(seconds, 1))
 
     def pretrain(self, progress: Progress) -> Dict[str, Any]:
-        """Pre-train without labels, fine-tune with a few, and train as many epochs from scratch with these."""
+        """Pre-train without labels, fine-tune with few labels, and compare with training from scratch on them."""
         pretraining, finetuning, scratch = self.self_supervised
         args = self.args
         mae, pretrain_seconds = self._train(pretraining, self._create_mae(), reconstruct, progress)
         mae_loss, mean_loss = reconstruction_loss(mae, self.test_loader, args.seed)
         save_reconstructions(mae, self.test_loader, self.config, self.output / _RECONSTRUCTIONS, args.seed)
         model = self._create_model()
-        model.load_state_dict(mae.state_dict())  # the encoder; the classifier stays as it is
+        model.load_state_dict(mae.state_dict())  # loads the encoder; the classifier keeps its initialization
         tuned, tune_seconds = self._train(finetuning, model, classify, progress)
         untuned, scratch_seconds = self._train(scratch, self._create_model(), classify, progress)
         progress.title('Testing')
@@ -270,13 +270,13 @@ class _Demo:
             finetuned_seconds=round(pretrain_seconds + tune_seconds, 1), scratch_seconds=round(scratch_seconds, 1))
 
     def _save(self, model: nn.Module) -> None:
-        """Save for `timm.create_model('local-dir:...')`, with a note of how it was trained; load it and compare."""
-        model = model.eval().to(memory_format=torch.contiguous_format)  # safetensors takes no other
+        """Save the model and its training arguments for `timm.create_model('local-dir:...')`, and verify the result."""
+        model = model.eval().to(memory_format=torch.contiguous_format)  # required by safetensors
         args = self.args
         training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
         command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
-        if self.test_images.split.startswith('held-out'):  # so that publish can tell which images these are
+        if self.test_images.split.startswith('held-out'):  # lets `publish` identify the held-out images
             training[DIGEST_ARG] = self.all_images.digest()
         with write_folder(self.output / _MODEL, KIND) as folder:
             save_for_hf(
@@ -288,7 +288,7 @@ class _Demo:
             x = torch.randn(8, *self.config['input_size'], device=self.device)
             with torch.no_grad():
                 if not torch.equal(loaded(x), model(x)):
-                    raise RuntimeError(f'The model saved in {folder} gives other logits than the trained one.')
+                    raise RuntimeError(f'The model saved in {folder} returns different logits than the trained model.')
 
 
 def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Path) -> None:
@@ -325,7 +325,7 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
             'load it': ['python', '-c', load],
             'profile it': [*profile, *(['--data', args.data] if args.data else [])],
             'use your own images': ['timm-spikformer', 'demo', '--data', 'DIR'],
-            'train a larger model': ['timm-spikformer', 'recipe', 'cifar10'],  # which says how
+            'train a larger model': ['timm-spikformer', 'recipe', 'cifar10'],  # prints the recipe and its command
         }
         lines += ['', f'The classifier is saved in {folder}. What to do next:']
         lines += [f'  {title:<20}  {shlex.join(command)}' for title, command in commands.items()]

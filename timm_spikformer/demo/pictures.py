@@ -14,7 +14,7 @@ from ..images import to_pixels
 from ..masked_autoencoder import SpikformerMAE
 from .command import KIND
 
-_TILE = 84  # pixels of an image in a picture, at least
+_TILE = 84  # width in pixels that small images are enlarged to, at most; the factor is an integer
 
 
 def _enlarge(images: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _noise(mae: SpikformerMAE, x: Tensor, seed: int) -> Tensor:
 def reconstruction_loss(mae: SpikformerMAE, loader: Any, seed: int) -> Tuple[float, float]:
     """Return the loss over the masked patches of all images, and the loss of predicting the mean of each patch.
 
-    The latter is 1 unless patches are flat: the mean predicts a flat patch without error.
+    With targets normalized per patch, the second loss is 1 if no patch is constant; constant patches contribute 0.
     """
     mae.eval()
     ours, means, count = 0., 0., 0
@@ -66,7 +66,7 @@ def save_reconstructions(
         seed: int,
         count: int = 10,
 ) -> None:
-    """Write a PNG of `count` columns: the image, its visible patches, and the masked ones reconstructed."""
+    """Write a PNG with `count` columns of image, visible patches, and image with reconstructed masked patches."""
     x, _ = next(iter(loader))
     x = x[:: max(1, len(x) // count)][:count]
     rows = mae.eval().reconstruct(x, noise=_noise(mae, x, seed))

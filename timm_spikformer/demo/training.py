@@ -1,4 +1,4 @@
-"""Training for the demo, with timm's optimizer, schedule and EMA: resumable, and deterministic for a seed."""
+"""Training for the demo with timm's optimizer, scheduler and EMA; resumable, and deterministic for a given seed."""
 import io
 import math
 import pickle
@@ -21,15 +21,23 @@ from ..images import Images, make_loader, to_pixels
 from ..monitor import FiringRateMonitor
 from .command import KIND
 
-# (model, images, labels) to the loss, and to the logits if there are any
+# Function of (model, images, labels) that returns the loss and the logits, or None without logits
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
 
 
 class Stage(NamedTuple):
-    """One training run: its name, a title for people, and its settings.
+    """Settings of one training run.
 
     Args:
-        cost: Time that an image takes, in units of the time that it takes in supervised training.
+        name: Name of the run and of its checkpoint file.
+        title: Title for messages.
+        epochs: Number of epochs.
+        lr: Peak learning rate.
+        batch_size: Number of images per batch.
+        weight_decay: Weight decay of AdamW.
+        beta2: Second beta of AdamW.
+        seed: Random seed.
+        cost: Time per image, relative to supervised training.
         hflip: Probability of a horizontal flip.
     """
     name: str
@@ -45,21 +53,21 @@ class Stage(NamedTuple):
 
     @property
     def checkpoint(self) -> str:
-        """Name of the file of its checkpoint."""
+        """File name of the checkpoint."""
         return f'{self.name}.pth.tar'
 
     def work(self, images: Images) -> float:
-        """Time that it takes, in units of the time of an image in supervised training."""
+        """Duration of the run, in units of the time per image of supervised training."""
         return self.epochs * (len(images) // self.batch_size) * self.batch_size * self.cost
 
 
 class Progress:
-    """One progress bar over several training runs, with the time left for all of them; lines only if not a terminal."""
+    """One progress bar for several training runs. If the output is not a terminal, only lines are printed."""
 
     def __init__(self, total: float):
         """
         Args:
-            total: Sum of the `work` of the stages.
+            total: Sum of `Stage.work` over all runs.
         """
         self.bar = tqdm(
             total=total,
@@ -67,18 +75,18 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0,
             mininterval=0.2,
-            disable=None,  # where the output is not a terminal
+            disable=None,  # disables the bar if the output is not a terminal
         )
 
     def skip(self, work: float) -> None:
-        """Count work that an earlier run has done."""
+        """Count work that was done before the run was resumed."""
         if not self.bar.disable:
             self.bar.initial += work
             self.bar.n += work
 
     def update(self, work: float, postfix: str = '') -> None:
         self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(min(work, self.bar.total - self.bar.n))  # rounding could make it a little more
+        self.bar.update(min(work, self.bar.total - self.bar.n))  # rounding errors must not exceed the total
 
     def title(self, text: str) -> None:
         self.bar.set_description_str(text)
@@ -116,10 +124,10 @@ def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
 
 
 def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> Optional[float]:
-    """Return the test accuracy, in percent, of logistic regression on the same pixels.
+    """Return the test accuracy, in percent, of logistic regression on the same pixels, fitted by L-BFGS.
 
-    Pixels are in 0 to 1 and the L2 penalty is 1, as by scikit-learn's default; fitted by L-BFGS. None for data so large
-    that this would take longer than training.
+    Pixels are scaled to 0 to 1, and the regularization is scikit-learn's default (L2, C = 1). Returns None for large
+    datasets, for which fitting would take longer than training.
     """
     features = math.prod(config['input_size'])
     if features * len(train.classes) > 50_000 or features * len(train) > 100_000_000:
@@ -128,7 +136,7 @@ def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torc
     def pixels(images: Images) -> Tuple[Tensor, Tensor]:
         batches = [(to_pixels(x, config), y) for x, y in make_loader(images, config, 500, device)]
         x, y = (torch.cat(parts) for parts in zip(*batches))
-        if torch.equal(x, x[:, :1].expand_as(x)):  # gray: one channel is enough
+        if torch.equal(x, x[:, :1].expand_as(x)):  # grayscale: keep one channel
             x = x[:, :1]
         return x.flatten(1), y
 
@@ -150,7 +158,7 @@ def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torc
 
 
 def check_batches(stage: Stage, images: Images) -> None:
-    """Check that there are enough images for one batch."""
+    """Raise a ValueError if there are fewer images than one batch needs."""
     if len(images) < stage.batch_size:
         raise ValueError(
             f'{stage.title} has {len(images)} images, fewer than its batch size of {stage.batch_size}. '
@@ -158,8 +166,8 @@ def check_batches(stage: Stage, images: Images) -> None:
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
-    """Replace a checkpoint; if it is interrupted, the previous one stays whole."""
-    buffer = io.BytesIO()  # of a full disk torch.save only says that a position is unexpected
+    """Write or replace a checkpoint atomically: after an interruption, the previous file is intact."""
+    buffer = io.BytesIO()  # on a full disk, torch.save would raise an error that does not name the cause
     torch.save(state, buffer)
     with write_file(path, KIND) as partial:
         partial.write_bytes(buffer.getbuffer())
@@ -172,11 +180,11 @@ def load_checkpoint(
         epochs: int,
         trained_with: Dict[str, Any],
 ) -> Tuple[int, float]:
-    """Load the states of `modules` from a checkpoint; return the number of epochs done, and the seconds they took.
+    """Load the states of `modules` from a checkpoint; return the number of epochs done and their time in seconds.
 
     Raises:
-        ValueError: The file is damaged, or is of another run: with more than `epochs`, or trained with something else
-            than `trained_with`.
+        ValueError: The file is damaged or belongs to another run: it has more than `epochs` epochs, or its arguments
+            or data differ from `trained_with`.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -209,21 +217,21 @@ def train(
         trained_with: Dict[str, Any],
         resume: bool = False,
 ) -> Tuple[nn.Module, float]:
-    """Train with AdamW, cosine decay and EMA; a checkpoint is written after every epoch.
+    """Train with AdamW, cosine decay and EMA, and write a checkpoint after every epoch.
 
     Args:
         stage: Settings.
         model: Model to train.
-        objective: Loss.
+        objective: Function that returns the loss and the logits.
         images: Training images with labels.
         config: timm's data config.
-        output: Folder of the checkpoints.
-        progress: Bar to advance.
-        trained_with: Arguments and data of the run, by names for people, which checkpoints record.
-        resume: Continue from the checkpoint of the stage if there is one; a finished stage is only loaded.
+        output: Folder for the checkpoint.
+        progress: Progress bar to update.
+        trained_with: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
+        resume: Continue from the checkpoint of the stage if there is one; a finished stage is loaded without training.
 
     Returns:
-        The averaged model with its BN statistics recomputed, and the duration in seconds.
+        The EMA model with recomputed BN statistics, and the training time in seconds.
     """
     start = time.time()
     device = next(model.parameters()).device
@@ -245,7 +253,7 @@ def train(
     with FiringRateMonitor(model) as monitor:
         monitor.enabled = False
         for epoch in range(start_epoch, stage.epochs):
-            random_seed(stage.seed, rank=epoch)  # so that a resumed run gives the same as an uninterrupted one
+            random_seed(stage.seed, rank=epoch)  # makes a resumed run equal to an uninterrupted one
             losses, top1 = AverageMeter(), AverageMeter()
             model.train()
             progress.title(f'{stage.title}, epoch {epoch + 1}/{stage.epochs}')
@@ -278,7 +286,7 @@ def train(
             progress.write(
                 f'{stage.title}, epoch {epoch + 1}/{stage.epochs}   loss {losses.avg:.3f}   {correct}'
                 f'firing rate {monitor.mean:.3f}')
-    # running statistics lag behind by many updates if weights are averaged, which silences neurons
+    # with the averaged running statistics, which lag behind the weights, many neurons would not fire
     random_seed(stage.seed)
     update_bn(make_loader(images, config, stage.batch_size, device), ema.module, device)
     return ema.module, seconds_before + time.time() - start

@@ -1,7 +1,7 @@
-"""Firing rates, operations and energy of a Spikformer: `profile` measures a `Profile`; the rest presents it."""
+"""Firing rates, operations and energy of a Spikformer: `profile` returns a `Profile`, other functions display it."""
 from ..lazy import import_on_demand
 
-# Imported on demand: measuring needs nothing of what drawing needs
+# Imported on demand, because `profile` does not need the dependencies for drawing
 _MODULES = {
     'Activity': '.activity',
     'COST_MODELS': '.conventions',

@@ -13,7 +13,7 @@ from .counting import unchanged
 
 __all__ = ['Activity', 'check_layers', 'default_layers', 'record_activity']
 
-_NUM_NEURONS = 64  # that the raster of a layer shows
+_NUM_NEURONS = 64  # maximum number of neurons in the raster of a layer
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Activity:
     """Activity of a model on a few images.
 
     Args:
-        images: The images with values of 0 to 1, `[n, C, H, W]`.
-        rasters: For each layer, the binary spikes of evenly spaced neurons, `[n, T, neurons]`.
-        attention: For each block, the attention that each token receives, `[n, H / patch, W / patch]`.
+        images: The images, with pixels in the range 0 to 1, `[n, C, H, W]`.
+        rasters: For each layer, the binary spikes of at most 64 evenly spaced neurons, `[n, T, neurons]`.
+        attention: For each block, the attention that each token receives, `[n, H / patch_size, W / patch_size]`.
         masked: For a masked autoencoder, the images with masked patches gray, `[n, C, H, W]`.
         reconstructed: For a masked autoencoder, the images with masked patches reconstructed, `[n, C, H, W]`.
     """
@@ -35,7 +35,7 @@ class Activity:
 
 
 def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
-    """Return the neurons by the name of their layer, as in a `Profile`."""
+    """Return the LIF modules by layer name, as in a `Profile`."""
     neurons = {}
     for name, m in encoder.named_modules():
         if isinstance(m, LIF):
@@ -44,7 +44,7 @@ def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
 
 
 def default_layers(encoder: Spikformer) -> List[str]:
-    """Return the last layer of each stage of the stem, and of attention and MLP in the first and the last block."""
+    """Return the names of the last layer of each stem stage, and of attention and MLP in the first and last block."""
     names = list(_neurons(encoder))
     parts = [f'stem.stages.{i}' for i in range(len(encoder.stem.stages))]
     for i in sorted({0, len(encoder.blocks) - 1} if len(encoder.blocks) else ()):
@@ -54,7 +54,7 @@ def default_layers(encoder: Spikformer) -> List[str]:
 
 @torch.no_grad()
 def _attention_map(qkv: Tensor, num_heads: int, grid: Tuple[int, int]) -> Tensor:
-    """Average q k^T over queries, heads and time steps: spikes `[T, n, N, 3 * C]` to `[n, H / patch, W / patch]`."""
+    """Average q k^T over queries, heads and time steps: spikes `[T, n, N, 3 * C]` to `[n, *grid]`, on the CPU."""
     T, n, N, _ = qkv.shape
     q, k, _ = qkv.float().view(T, n, N, 3, num_heads, -1).unbind(3)  # [T, n, N, heads, d]
     received = (k * q.mean(2, keepdim=True)).sum(-1)  # [T, n, N, heads]
@@ -62,7 +62,7 @@ def _attention_map(qkv: Tensor, num_heads: int, grid: Tuple[int, int]) -> Tensor
 
 
 def check_layers(encoder: Spikformer, layers: Optional[Sequence[str]]) -> None:
-    """Raise a ValueError if there is no layer with neurons of one of the names."""
+    """Raise a ValueError if a name is not that of a layer with neurons."""
     neurons = _neurons(encoder)
     for name in layers or ():
         if name not in neurons:
@@ -77,21 +77,21 @@ def record_activity(
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
 ) -> Activity:
-    """Run a model on a few images, and record spikes, attention and, for a masked autoencoder, reconstructions.
+    """Run a model on a few images, and record spikes and attention, or reconstructions for a masked autoencoder.
 
-    The model is left as it was. Spiking attention has no softmax, so an attention map is not a distribution: it shows
-    q k^T, averaged over the queries.
+    The model is not changed. Spiking attention has no softmax, so an attention map is not a probability distribution:
+    it is q k^T averaged over queries, heads and time steps.
 
     Args:
-        model: A model as for `profile`.
-        x: Images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, whose mean over time is shown.
-        layers: Names of the layers to record spikes of, as in a `Profile`; by default those of `default_layers`.
-        time_steps: Number of time steps; by default the model's own.
-        mean: Mean that the images were normalized by, for each channel or for all; by default the model's.
-        std: Standard deviation that the images were normalized by, in the same form.
+        model: Model, see `profile`.
+        x: Normalized images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, whose mean over time is shown.
+        layers: Names of the layers whose spikes are recorded, as in a `Profile`; by default, see `default_layers`.
+        time_steps: Number of time steps; by default, that of the model.
+        mean: Mean used to normalize the images, one value or one per channel; by default, that of the model.
+        std: Standard deviation used to normalize the images, in the same form.
 
     Raises:
-        ValueError: There is no layer with neurons of one of the names.
+        ValueError: A name in `layers` is not that of a layer with neurons.
     """
     encoder = find_spikformer(model)
     mae = next((m for m in model.modules() if isinstance(m, SpikformerMAE)), None)
@@ -128,7 +128,7 @@ def record_activity(
     try:
         for name in layers:
             keep_spikes(name)
-        if mae is None:  # a masked autoencoder runs on some of the tokens only
+        if mae is None:  # the encoder of a masked autoencoder sees only some of the tokens
             for i, block in enumerate(encoder.blocks):
                 keep_attention(f'blocks.{i}', block.attn)
         with unchanged(encoder, time_steps):

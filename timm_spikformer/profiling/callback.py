@@ -1,4 +1,4 @@
-"""Profiles during training with transformers' Trainer."""
+"""Callback that profiles a model during training with transformers' Trainer."""
 import itertools
 import os
 from typing import Any, Dict, Optional
@@ -16,15 +16,15 @@ __all__ = ['ProfileCallback']
 class ProfileCallback(TrainerCallback):
     """Profile the model at each evaluation.
 
-    Firing rate and energy are added to Trainer's log; details and pictures are written to TensorBoard. Every process
-    runs the profile because they share the data loader; the first process writes.
+    Firing rate and energy (mJ per image) are added to Trainer's log; details and pictures are written to TensorBoard.
+    All processes run the profile because the data loader is shared; only the main process writes to TensorBoard.
     """
 
     def __init__(self, max_batches: int = 4, tb_writer: Any = None, **options: Any):
         """
         Args:
-            max_batches: Number of evaluation batches to run.
-            tb_writer: A `SummaryWriter`; by default one in Trainer's own log folder.
+            max_batches: Maximum number of evaluation batches to profile.
+            tb_writer: A `SummaryWriter`; by default, one that writes to Trainer's TensorBoard folder.
             options: Options of `timm_spikformer.profiling.profile`: time_steps, conventions, cost.
         """
         if max_batches < 1:

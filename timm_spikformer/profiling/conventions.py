@@ -1,4 +1,4 @@
-"""How operations are counted and what they cost: every assumption is an option, and its default is the papers'."""
+"""Conventions for counting operations, and energy models. Every assumption is an option; defaults follow the papers."""
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Tuple, Union
 
@@ -12,26 +12,32 @@ __all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
 class Conventions:
     """What counts as an operation.
 
-    The default is the formula of Spikformer, https://arxiv.org/abs/2209.15425: a layer with spiking input does its
-    mean input times T times its dense multiply-accumulates as accumulates, and the first convolution and the
-    classifier, whose input is real-valued, do multiply-accumulates. Where its text leaves a choice open, as for sums of
-    spikes and the order of attention's products, the default is this project's reading.
+    The defaults follow the formula of Spikformer, https://arxiv.org/abs/2209.15425. A layer with spiking input does
+    (mean input) * T * (dense multiply-accumulates) accumulates. The first convolution and the classifier have
+    real-valued input and do multiply-accumulates. Where the paper is ambiguous, as for sums of spikes and the order of
+    the products in attention, the default is this project's choice.
 
-    Never counted, whatever the options: biases, which are added once for each output, the additions of the residual
-    stream, pooling, and attention's scale, which a threshold can hold.
+    Never counted: biases (one addition per output), the additions of residual connections, pooling, and the scale of
+    attention, which can be folded into the threshold.
+
+    `CHOICES` in choices.py describes each value.
 
     Args:
-        residual: Inputs that the residual has summed, 0, 1, 2, ...: 'sum', 'nonzero', or 'mac', which is how
-            spikingjelly's counters and syops-counter see them.
-        fan_out: 'dense' as in the formula, or 'exact', which is what spikingjelly's counters count.
-        first_conv: Of images: 'once', as the formula of the papers has no T here, 'each_step', or 'ac'. Sequences are
-            new at each step: their first convolution does accumulates where they hold non-negative integers, as counts
-            of events are, and multiply-accumulates where they do not, whatever is chosen here.
-        attention: 'rate', where the spiking operands are q and v of (q k^T) v, and k and q of q (k^T v);
-            'coincidence', spikingjelly's, for the first product; or 'none'.
-        attention_order: 'qk', or 'cheaper'. There being no softmax, the results are the same.
+        residual: How to count inputs that are sums of spikes (0, 1, 2, ...) of residual connections: 'sum', 'nonzero',
+            or 'mac', as in spikingjelly's counters and syops-counter.
+        fan_out: 'dense', as in the formula, or 'exact', as in spikingjelly's counters.
+        first_conv: How to count the first convolution of images: 'once', because the formula of the papers has no T
+            here, 'each_step', or 'ac'. It does not apply to sequences, which have a new input at each time step: their
+            first convolution does accumulates if the input consists of non-negative integers, such as event counts, and
+            multiply-accumulates otherwise.
+        attention: 'rate', for which the spiking operands are q and v in (q k^T) v, and k and q in q (k^T v);
+            'coincidence', as in spikingjelly, for the first product; or 'none'.
+        attention_order: 'qk', or 'cheaper'. Without a softmax, both orders give the same result.
         bn: 'folded', or 'mac'.
         neuron: 'free', or 'mac'.
+
+    Raises:
+        ValueError: An option does not have such a value.
     """
     residual: str = 'sum'
     fan_out: str = 'dense'
@@ -49,15 +55,25 @@ class Conventions:
                 raise ValueError(f'{field.name} must be one of {expected}, got {value!r}.')
 
     def describe(self) -> Dict[str, str]:
-        """Each option with the meaning of its value."""
+        """Return the meaning of the chosen value of each option."""
         return {field.name: CHOICES[field.name][getattr(self, field.name)] for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Energy of an operation in picojoules, of a byte of memory that is read or written, and where these are from.
+    """Energy per operation, and per byte of memory that is read or written.
 
-    The papers count arithmetic alone, and so does a model whose `memory_pj_per_byte` is 0.
+    The papers count only arithmetic, which corresponds to `memory_pj_per_byte` = 0.
+
+    Args:
+        name: Name of the energy model.
+        mac_pj: Energy of a multiply-accumulate in picojoules.
+        ac_pj: Energy of an accumulate in picojoules.
+        memory_pj_per_byte: Energy of reading or writing a byte of memory in picojoules.
+        source: Source of the values.
+
+    Raises:
+        ValueError: An energy is negative or not finite.
     """
     name: str
     mac_pj: float
@@ -73,7 +89,7 @@ class CostModel:
                 f'and a byte of memory.')
 
     def energy_mj(self, macs: Any, acs: Any, memory_bytes: Any) -> Any:
-        """Energy in millijoules of numbers or tensors of operations."""
+        """Return the energy in millijoules of given numbers (or tensors) of operations and bytes."""
         return (self.mac_pj * macs + self.ac_pj * acs + self.memory_pj_per_byte * memory_bytes) * 1e-9
 
 
@@ -92,7 +108,7 @@ def _of_spikingjelly() -> Dict[str, CostModel]:
     costs = LemaireEnergyCostConfig()
     models['int32'] = CostModel(
         'int32', costs.e_add_pj + costs.e_mul_pj, costs.e_add_pj,
-        source='45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; its arithmetic alone')
+        source='45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; arithmetic only')
     return models
 
 
@@ -100,10 +116,13 @@ COST_MODELS: Dict[str, CostModel] = _of_spikingjelly()
 
 
 def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
-    """A cost model by its name, a pair of picojoules (multiply-accumulate, accumulate), or itself.
+    """Return a `CostModel` from its name or from a pair of energies; a `CostModel` is returned unchanged.
+
+    Args:
+        cost: Key of `COST_MODELS`, picojoules (multiply-accumulate, accumulate), or a `CostModel`.
 
     Raises:
-        ValueError: There is no such name, or a value is negative or not finite.
+        ValueError: There is no such name, there are not two values, or a value is negative or not finite.
     """
     if isinstance(cost, CostModel):
         return cost

@@ -1,4 +1,4 @@
-"""Firing rates, operations and energy of a Spikformer on data: `profile`."""
+"""Measure firing rates, operations and energy of a Spikformer on data, see `profile`."""
 import contextlib
 import dataclasses
 import itertools
@@ -20,24 +20,24 @@ from .recording import Recorder, Tally
 __all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
 
 GROUPS = ('stem', 'attention', 'mlp', 'head')
-_MEMBRANE_BYTES = 4  # of one membrane, float32 whatever the weights are
+_MEMBRANE_BYTES = 4  # bytes per membrane potential, which is float32 for all dtypes of the weights
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Operations of one image, over all of its time steps, and their energy.
+    """Operations per image, summed over all time steps, and their energy.
 
     Args:
-        parameters: Number of them.
-        dense_macs: Multiply-accumulates that an artificial network of the same shape would do: those of one time step.
+        parameters: Number of parameters.
+        dense_macs: Multiply-accumulates of an ANN (non-spiking network) with the same layers, run once per image.
         macs: Multiply-accumulates of the spiking network.
-        acs: Its accumulates, also called SynOps.
-        memory_bytes: Weights and biases that it reads, and membranes that it reads and writes: without any cache, as
-            spikingjelly's simple energy model has it. Most cost models, the default too, leave this out.
-        energy_mj: Its energy, millijoules.
-        ann_energy_mj: Energy of the artificial network, millijoules.
+        acs: Accumulates of the spiking network, also called SynOps.
+        memory_bytes: Bytes of weights and biases read, and of membrane potentials read and written, without a cache, as
+            in spikingjelly's simple energy model. The default cost model and most others ignore it.
+        energy_mj: Energy of the spiking network in millijoules.
+        ann_energy_mj: Energy of the ANN in millijoules.
     """
     parameters: int
     dense_macs: float
@@ -50,27 +50,29 @@ class Totals:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer: a product with weights and the neurons behind it, or the two products of attention and its neurons.
+    """Profile of one layer: a convolution or linear layer with its neurons, or the two attention products with theirs.
+
+    All lists have one entry per time step.
 
     Args:
-        name: Name in the timm model.
-        group: stem, attention, mlp or head.
-        input: What it reads: an image, spikes, sums of spikes, or features, which are means of them.
-        parameters: Number of its parameters, BN's included.
-        dense_macs: Multiply-accumulates of one image and one time step, if no input were 0.
-        input_rate: Mean of the input at each time step, where it is spikes or sums of spikes.
-        operand_rates: Of attention, the firing rates of q, k and v at each time step.
-        values: Of an input of sums, the share of each value.
-        firing_rate: Spikes per neuron at each time step; none of the classifier.
-        silent: Share of the neurons that have never fired.
-        saturated: Share of the neurons that have fired at each step of each image.
-        macs: Multiply-accumulates of one image at each time step, as the conventions count.
-        acs: Accumulates of one image at each time step.
-        memory_bytes: Weights, biases and membranes read and written for one image at each time step; see `Totals`.
-        energy_mj: Energy of one image, millijoules.
-        ann_energy_mj: Energy of its dense multiply-accumulates, done once.
-        milliseconds: Measured time of one image, see `measure_times`; None if it was not measured.
-        dense_milliseconds: The same without event-driven products.
+        name: Module name in the timm model.
+        group: 'stem', 'attention', 'mlp' or 'head'.
+        input: Type of the input: 'image', 'spikes', 'sums' (of spikes), or 'features' (averaged over time steps).
+        parameters: Number of parameters, including those of BN.
+        dense_macs: Multiply-accumulates per image and time step without sparsity.
+        input_rate: Mean of the input; None unless it consists of spikes or sums of spikes.
+        operand_rates: Firing rates of q, k and v; None except for attention.
+        values: Fraction of inputs with each value, if the input is sums of spikes.
+        firing_rate: Spikes per neuron; None for the classifier.
+        silent: Fraction of the neurons that never fired.
+        saturated: Fraction of the neurons that fired at every time step of every image.
+        macs: Multiply-accumulates per image, according to the conventions.
+        acs: Accumulates per image, according to the conventions.
+        memory_bytes: Bytes of weights, biases and membranes read and written per image; see `Totals`.
+        energy_mj: Energy per image in millijoules.
+        ann_energy_mj: Energy of the dense multiply-accumulates of one time step in millijoules.
+        milliseconds: Measured time per image in milliseconds, see `measure_times`; None if it was not measured.
+        dense_milliseconds: The same, without event-driven products.
     """
     name: str
     group: str
@@ -98,14 +100,14 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Predictions after a time step, and the energy spent until then.
+    """Predictions after a time step, and the energy used up to then.
 
     Args:
-        step: 1 for the first one.
-        energy_mj: Energy of one image if it stops here, the classifier included, millijoules.
-        agreement: Share of the images whose prediction is that of the last step.
-        confidence: Mean of the highest probability.
-        accuracy: Share of the images that are classified right; none without labels.
+        step: Number of the time step, starting at 1.
+        energy_mj: Energy per image in millijoules if inference stops after this step, including the classifier.
+        agreement: Fraction of the images with the same prediction as after the last step.
+        confidence: Mean of the highest class probability.
+        accuracy: Fraction of the images that are classified correctly; None without labels.
     """
     step: int
     energy_mj: float
@@ -115,14 +117,14 @@ class StepProfile:
 
 
 class _Predictions:
-    """Sums over the images, `[T]` each."""
+    """Sums over all images of agreement, confidence and correct predictions, each `[T]`."""
 
     def __init__(self) -> None:
         self.agreement = self.confidence = torch.zeros((), dtype=torch.float64)
-        self.correct: Optional[Tensor] = torch.zeros((), dtype=torch.float64)  # None where there are no labels
+        self.correct: Optional[Tensor] = torch.zeros((), dtype=torch.float64)  # None without labels
 
     def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
-        """Of a batch: logits after each time step, `[T, B, K]`, and labels."""
+        """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
         confidence, said = logits.float().softmax(-1).cpu().max(-1)
         self.agreement = self.agreement + (said == said[-1]).sum(1)
         self.confidence = self.confidence + confidence.double().sum(1)
@@ -131,18 +133,18 @@ class _Predictions:
 
 @dataclass(frozen=True)
 class Profile:
-    """Result of `profile`, counted by one convention; `under` counts by another without running the model again.
+    """Result of `profile`. `under` applies other conventions or another cost model without running the model again.
 
     Args:
         model: Name of the architecture.
-        time_steps: Time steps of each image or sequence.
+        time_steps: Number of time steps T per image or sequence.
         images: Number of images or sequences.
-        is_sequence: Whether these were sequences, with an input of its own at each time step.
-        by_channel: Whether silent and saturated are shares of channels: those of a masked autoencoder, and where images
-            are of different sizes. Else they are shares of neurons.
-        conventions: What counts as an operation.
-        cost: What an operation costs.
-        times: Measured milliseconds by layer, with all kernels ('auto') and without event-driven products ('dense').
+        is_sequence: Whether the data are sequences, with a separate input for each time step.
+        by_channel: Whether `silent` and `saturated` are fractions of channels instead of neurons, as for a masked
+            autoencoder or images of different sizes.
+        conventions: Conventions for counting operations.
+        cost: Energy per operation.
+        times: Measured milliseconds per image by kernel mode, 'auto' or 'dense' (no event-driven products), and layer.
     """
     model: str
     time_steps: int
@@ -160,7 +162,7 @@ class Profile:
             cost: Union[str, CostModel, Tuple[float, float], None] = None,
             **conventions: str,
     ) -> 'Profile':
-        """The same, counted by other conventions or at another cost: `profile.under('int8', residual='mac')`."""
+        """Return this profile with other conventions or another cost model: `profile.under('int8', residual='mac')`."""
         return dataclasses.replace(
             self,
             conventions=dataclasses.replace(self.conventions, **conventions),
@@ -176,10 +178,10 @@ class Profile:
             for tally in self._tallies]
 
     def layer(self, name: str) -> LayerProfile:
-        """The layer of a name.
+        """Return the profile of a layer by its name.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no such layer.
         """
         for layer in self.layers:
             if layer.name == name:
@@ -211,13 +213,13 @@ class Profile:
         )
 
     def _operations(self, tally: Tally) -> Tuple[float, Tensor, Tensor, Tensor]:
-        """Of all images: dense multiply-accumulates of a time step; at each step those done, accumulates, and bytes."""
+        """Return sums over all images: dense MACs of one time step, and MACs, accumulates and bytes, each `[T]`."""
         by = self.conventions
         nothing = torch.zeros(self.time_steps, dtype=torch.float64)
         at_each = torch.ones_like(nothing)
         macs = acs = nothing
-        done = at_each  # at which steps the product is
-        weights = None  # that are read, where these are not all of the dense operations'
+        done = at_each  # 1 at the time steps at which the product is computed
+        weights = None  # weight reads per time step; None for one read per dense operation
         if tally.attention is not None:
             dense, acs = self._attention(tally)
             weights = nothing
@@ -280,45 +282,46 @@ class Profile:
 
     @cached_property
     def totals(self) -> Totals:
-        """Of the whole model; of a masked autoencoder, of its encoder."""
+        """Totals of the model, or of the encoder of a masked autoencoder."""
         return self._sum(self.layers)
 
     @cached_property
     def groups(self) -> Dict[str, Totals]:
-        """Of stem, attention, MLP and head."""
+        """Totals of the groups stem, attention, mlp and head, as far as the model has them."""
         groups = {name: [x for x in self.layers if x.group == name] for name in GROUPS}
         return {name: self._sum(layers) for name, layers in groups.items() if layers}
 
     @property
     def firing_rate(self) -> float:
-        """Spikes per neuron and time step, mean over the layers."""
+        """Mean of the firing rates (spikes per neuron and time step) of the layers."""
         rates = [x.mean_firing_rate for x in self.layers if x.firing_rate is not None]
         return sum(rates) / len(rates)
 
     @property
     def acs_per_dense_mac(self) -> float:
-        """Accumulates for each multiply-accumulate and time step that they stand for.
+        """Ratio of accumulates to T times dense multiply-accumulates, over the layers that do accumulates.
 
-        It is the mean firing rate that a published energy implies: each layer weighs as much as it computes.
+        This is the mean input rate weighted by the operations of each layer, as implied by published energy estimates.
         """
         layers = [x for x in self.layers if any(x.acs)]
         return sum(sum(x.acs) for x in layers) / (self.time_steps * sum(x.dense_macs for x in layers) or 1.)
 
     @property
     def accuracy(self) -> Optional[float]:
-        """Share of the images that are classified right after all time steps; none without labels."""
+        """Fraction of the images that are classified correctly after all time steps; None without labels."""
         return self.steps[-1].accuracy
 
     @property
     def silent_layers(self) -> List[str]:
-        """Layers of which no neuron has fired."""
+        """Names of the layers in which no neuron fired."""
         return [x.name for x in self.layers if x.silent == 1.]
 
     @cached_property
     def steps(self) -> List[StepProfile]:
-        """After each time step: energy, agreement with the last one, confidence and accuracy.
+        """Energy, agreement with the last step, confidence and accuracy after each time step.
 
-        In eval mode they are those of so many time steps; in train mode BN mixes the steps.
+        In eval mode, the values after step t are those of a model with t time steps. In train mode they are not,
+        because BN computes its statistics over all time steps.
         """
         head = sum(x.energy_mj for x in self.layers if x.group == 'head')
         body = [x for x in self.layers if x.group != 'head']
@@ -338,7 +341,7 @@ class Profile:
         return steps
 
     def to_dict(self) -> Dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """Return the profile as a dictionary that can be saved as JSON."""
         values = {name: getattr(self, name) for name in (
             'model', 'time_steps', 'images', 'is_sequence', 'by_channel', 'accuracy', 'firing_rate',
             'acs_per_dense_mac')}
@@ -351,7 +354,7 @@ class Profile:
 
 
 def _split_batch(batch: Any) -> Tuple[Tensor, Optional[Tensor]]:
-    """Images and labels of what a data loader gives."""
+    """Return images and labels of a batch from a data loader."""
     x, y = batch, None
     if isinstance(batch, Mapping):
         x = batch.get('pixel_values')
@@ -366,7 +369,7 @@ def _split_batch(batch: Any) -> Tuple[Tensor, Optional[Tensor]]:
 
 
 def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool]) -> Optional[Tensor]:
-    """Class indices `[B]`, or None where nothing can be right or wrong."""
+    """Return class indices `[B]`, or None if accuracy is not computed."""
     if accuracy is False:
         return None
     if y is None or y.ndim != 1 or y.is_floating_point():
@@ -383,18 +386,18 @@ def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool
 
 @contextlib.contextmanager
 def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
-    """Run an encoder without gradients, and leave it, BN's statistics and random numbers as they were.
+    """Disable gradients in the block, and restore time steps, BN statistics and the random state afterwards.
 
     Args:
         encoder: The model.
-        time_steps: Number of time steps for which images are presented within.
+        time_steps: Number of time steps within the block; by default, that of the model.
     """
     before = encoder.time_steps
     if time_steps is not None:
         time_steps = check_time_steps(time_steps)
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
-    eager = torch.compiler.set_stance('force_eager')  # a compiled model would take the hooks for a part of itself
+    eager = torch.compiler.set_stance('force_eager')  # a compiled model would trace the hooks as part of the graph
     with torch.inference_mode(False), torch.no_grad(), eager, fork_rng, preserve_bn_statistics(encoder):
         try:
             encoder.time_steps = before if time_steps is None else time_steps
@@ -412,26 +415,26 @@ def profile(
         accuracy: Optional[bool] = None,
         max_batches: Optional[int] = None,
 ) -> Profile:
-    """Firing rates, operations and energy of a Spikformer, in one pass over data.
+    """Measure firing rates, operations and energy of a Spikformer in one pass over data.
 
-    The memory does not depend on the number of batches. The model is run as it is, in eval or train mode, under
-    autocast or not, and it is left as it was, BN's running statistics included.
+    Memory use does not depend on the number of batches. The model runs in its current mode (eval or train, with or
+    without autocast) and is not changed, including the running statistics of BN.
 
     Args:
-        model: A Spikformer of timm, V1 or V2, what transformers or DDP have made of one, or a masked autoencoder, whose
-            encoder is profiled, under masks that it draws.
-        data: Batches, as of a data loader: tensors, pairs (images, labels), or dicts with `pixel_values` and `labels`.
-            Images are `[B, C, H, W]`, sequences `[B, T, C, H, W]`.
-        time_steps: Time steps to present images for; by default the model's own.
-        conventions: What counts as an operation; by default as in the papers.
-        cost: Energy of operations: 'fp32', 'fp16', 'int8', 'int32', a pair of picojoules (multiply-accumulate,
-            accumulate), or a `CostModel`.
-        accuracy: Whether to compare with the labels; by default where there are some.
-        max_batches: Stop after this many.
+        model: A Spikformer (V1 or V2) of timm, one wrapped by transformers or DDP, or a masked autoencoder, whose
+            encoder is profiled with random masks.
+        data: Batches, for example from a data loader: tensors, pairs (images, labels), or dicts with `pixel_values`
+            and `labels`. Images are `[B, C, H, W]`, sequences `[B, T, C, H, W]`.
+        time_steps: Number of time steps for images; by default, that of the model.
+        conventions: Conventions for counting operations; by default, those of the papers.
+        cost: Energy per operation: a key of `COST_MODELS` such as 'fp32' or 'int8', a pair of picojoules
+            (multiply-accumulate, accumulate), or a `CostModel`.
+        accuracy: Whether to compute accuracy; by default, if the data has labels.
+        max_batches: Maximum number of batches.
 
     Raises:
-        ValueError: The model is no Spikformer; there is no data, or no labels where accuracy is asked for; sequences
-            are of another length than time_steps, or than each other.
+        ValueError: The model is not a Spikformer; there is no data; accuracy is requested but there are no labels or no
+            classifier; or the number of time steps of a sequence differs from `time_steps` or between batches.
     """
     encoder = find_spikformer(model)
     is_mae = any(isinstance(m, SpikformerMAE) for m in model.modules())
@@ -475,7 +478,7 @@ def profile(
         conventions, cost, tallies, predictions)
     if result.silent_layers:
         _logger.warning(
-            'No neuron fires in %d of %d layers, %s for one: the figures say little. In eval mode BN needs the running '
-            'statistics of the data: train for some steps, or load weights.', len(result.silent_layers),
+            'No neuron fires in %d of %d layers, such as %s, so the results are not meaningful. In eval mode, BN needs '
+            'running statistics of the data: train for some steps, or load weights.', len(result.silent_layers),
             len(result.layers), result.silent_layers[0])
     return result

@@ -1,4 +1,4 @@
-"""Pictures of a profile and of recorded activity, drawn by matplotlib for a light or a dark page."""
+"""Matplotlib figures of a profile and of recorded activity, for light and dark backgrounds."""
 import io
 import math
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
@@ -15,11 +15,11 @@ from .counting import Profile
 
 __all__ = ['PICTURES', 'render']
 
-PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # that `render` may draw
+PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # that `render` may return
 
 _COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
 _INK = {False: '#24292f', True: '#d8dee4'}
-_MAX_IMAGES = 4  # a picture is as wide as the screen of a phone
+_MAX_IMAGES = 4  # per row, so that figures fit the screen of a phone
 
 
 def _style(dark: bool) -> Dict[str, object]:
@@ -43,7 +43,7 @@ def _whole_steps(axes: Axes, time_steps: int) -> None:
 
 
 def _unit(highest_mj: float) -> Tuple[str, float]:
-    """Return the unit of an energy axis, and its number per millijoule."""
+    """Return the unit of an energy axis, and the factor that converts millijoules to it."""
     return ('mJ', 1.) if highest_mj >= 1. else ('µJ', 1e3)
 
 
@@ -72,7 +72,7 @@ def _energy(profile: Profile) -> Figure:
         axes.barh(at[mine], [layers[i].energy_mj * factor for i in mine], color=_COLORS[group], label=group)
     axes.plot(
         [x.ann_energy_mj * factor for x in layers], at, linestyle='', marker='|', markersize=7,
-        color=matplotlib.rcParams['text.color'], label='the same, dense')
+        color=matplotlib.rcParams['text.color'], label='dense ANN')
     axes.set_yticks(at, [x.name.replace('stages.', '') for x in layers], fontsize=9)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_xlabel(f'energy per image, {unit}')
@@ -100,7 +100,7 @@ def _anytime(profile: Profile) -> Figure:
         bottom.annotate(
             f'{x.step}', (x.energy_mj * factor, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
             fontsize=9)
-    bottom.set_xlabel(f'energy per image by then, {unit}')
+    bottom.set_xlabel(f'energy per image up to each step, {unit}')
     bottom.set_ylabel(f'{key}, %')
     return fig
 
@@ -124,7 +124,7 @@ def _rasters(activity: Activity) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(name.replace('stages.', ''), fontsize=9)
-    fig.supxlabel('time steps of each of the images', fontsize=9)
+    fig.supxlabel('time steps, image by image', fontsize=9)
     fig.supylabel('neurons', fontsize=9)
     return fig
 
@@ -135,7 +135,7 @@ def _to_numpy(image: torch.Tensor) -> np.ndarray:
 
 
 def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Sequence[np.ndarray]]) -> Figure:
-    """Draw rows of images, each row with a title, and maps over the images of some rows."""
+    """Draw rows of images with a title per row, and optional heat maps overlaid on the images of a row."""
     columns = len(rows[0])
     fig = _figure(4.4 * len(rows) / columns)
     grid = fig.subplots(len(rows), columns, squeeze=False)
@@ -189,16 +189,16 @@ def render(
         format: str = 'png',
         dark: bool = False,
 ) -> Dict[str, bytes]:
-    """Draw pictures; return the encoded files by name.
+    """Draw figures, and return the encoded image files by name.
 
     Args:
         profile: Profile to draw.
-        activity: Activity to draw rasters, attention maps and reconstructions of.
-        format: 'png' on white, or 'svg' without a background.
-        dark: Draw for a dark background.
+        activity: Source of spike rasters, attention maps and reconstructions.
+        format: 'png' on a white background, or 'svg' without a background.
+        dark: Use colors for a dark background.
 
     Returns:
-        Those of `PICTURES` for which there are data.
+        The encoded files, for each name in `PICTURES` for which there is data.
     """
     files = {}
     with matplotlib.rc_context(_style(dark)):

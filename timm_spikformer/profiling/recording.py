@@ -1,8 +1,9 @@
-"""Record what a forward computes, by layer and time step, from outside of the model.
+"""Record the operations and spikes of a forward pass by layer and time step, without changes to the model.
 
-A dispatch mode sees each matrix product and convolution and adds up the inputs that meet a weight, as spikingjelly's
-`SynOpCounter` does. That one takes binary inputs and sums over time; this one also takes the sums of spikes that a
-residual makes, and splits by time step. Spikes are recorded by forward hooks on the layers.
+A dispatch mode intercepts each matrix product and convolution, and counts how many weights each input is multiplied by,
+as spikingjelly's `SynOpCounter` does. `SynOpCounter` supports binary inputs and sums over time; this module also
+supports sums of spikes from residual connections, and counts each time step separately. Forward hooks on the layers
+record the spikes.
 """
 import contextlib
 from collections import Counter
@@ -25,7 +26,7 @@ _aten = torch.ops.aten
 
 
 def _per_step(x: Tensor) -> Tensor:
-    """Sums of `[T, ...]` over all but time, float64 on the CPU: exact, as channels alone are added up in float32."""
+    """Sum `[T, ...]` over all dimensions but time; return float64 on the CPU. Exact: float32 sums only channels."""
     x = x.sum(2 if x.ndim == 5 else -1, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.flatten(1).to('cpu').double().sum(1)
 
@@ -39,7 +40,7 @@ def _add(total: Optional[Tensor], x: Tensor) -> Tensor:
 
 
 class Fired:
-    """How often each neuron has fired, and how often it could have."""
+    """Number of spikes of each neuron, and the number of time steps in which it could have fired."""
 
     def __init__(self) -> None:
         self.counts: Optional[Tensor] = None
@@ -52,55 +53,55 @@ class Fired:
 
     @property
     def silent(self) -> float:
-        """Share of those that have never fired."""
+        """Fraction of the neurons that never fired."""
         return (self.counts == 0).double().mean().item()
 
     @property
     def saturated(self) -> float:
-        """Share of those that have fired at every time step of every image."""
+        """Fraction of the neurons that fired at every time step of every image."""
         return (self.counts == self.possible).double().mean().item()
 
 
 @dataclass
 class Tally:
-    """Sums over all images of what one layer, product and neurons, has seen. Tensors are `[steps]`, float64.
+    """Sums over all images for one layer (a product and its neurons). Tensors are `[steps]`, float64.
 
-    `steps` is 1 for the classifier, and where the input is the same at all time steps.
+    `steps` is 1 for the input of the classifier, and for an input that is the same at all time steps; else it is T.
     """
     name: str
     group: str  # stem, attention, mlp or head
     input: str  # image, spikes, sums or features
     parameters: int
     has_bn: bool
-    has_bias: bool  # in its product
-    weight_bytes: int  # of one weight
-    dense: float = 0.  # multiply-accumulates of one time step
-    numel: float = 0.  # inputs of one time step
+    has_bias: bool  # whether the product has a bias
+    weight_bytes: int  # bytes per weight
+    dense: float = 0.  # dense multiply-accumulates of one time step
+    numel: float = 0.  # number of input values of one time step
     total: Optional[Tensor] = None  # sum of the inputs
     nonzero: Optional[Tensor] = None  # number of inputs that are not 0
-    uses: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it meets
-    nonzero_uses: Optional[Tensor] = None  # number of weights that inputs other than 0 meet
-    values: Counter = field(default_factory=Counter)  # of inputs that are sums
-    is_integer: bool = True  # whether an image held non-negative integers alone
-    outputs: float = 0.  # of one time step
+    uses: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it is multiplied by
+    nonzero_uses: Optional[Tensor] = None  # number of products of a weight and a nonzero input
+    values: Counter = field(default_factory=Counter)  # counts of input values, for sums of spikes
+    is_integer: bool = True  # whether all image inputs were non-negative integers
+    outputs: float = 0.  # number of output values of one time step
     spikes: Optional[Tensor] = None
-    neurons: Optional[Fired] = field(default_factory=Fired)  # None where their positions differ between images
+    neurons: Optional[Fired] = field(default_factory=Fired)  # None if image sizes differ
     channels: Fired = field(default_factory=Fired)
     attention: Optional['AttentionTally'] = None
 
     def add_input(self, x: Tensor) -> None:
-        """Inputs `[steps, ...]`."""
+        """Add the input of the layer, `[steps, ...]`."""
         self.numel += x[0].numel()
         self.total = _add(self.total, _per_step(x))
         self.nonzero = self.total if self.input == 'spikes' else _add(self.nonzero, _per_step(_is_nonzero(x)))
         if self.input == 'sums':
-            counts = torch.bincount(x.flatten().round().long())  # rounded: stochastic depth scales spikes
+            counts = torch.bincount(x.flatten().round().long())  # rounded, because stochastic depth scales spikes
             self.values.update({value: count for value, count in enumerate(counts.tolist()) if count})
         elif self.input == 'image':
             self.is_integer = self.is_integer and bool((x >= 0).all() and (x == x.round()).all())
 
     def add_product(self, func: Any, args: Any, out: Tensor, steps: int) -> None:
-        """A product of this layer's, whose input holds `steps` time steps, one after the other."""
+        """Add a product of the layer, whose input contains `steps` time steps along the batch dimension."""
         self.dense += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
         x, uses = args[1] if func is _aten.addmm.default else args[0], _USES[func]
         self.uses = _add(self.uses, uses(x, args, steps))
@@ -110,7 +111,7 @@ class Tally:
             self.nonzero_uses = _add(self.nonzero_uses, uses(_is_nonzero(x), args, steps))
 
     def add_spikes(self, spikes: Tensor, channel_dim: int) -> None:
-        """Output of the neurons, `[T, B, ...]`."""
+        """Add the output of the neurons, `[T, B, ...]`."""
         T, B = spikes.shape[:2]
         self.outputs += spikes[0].numel()
         fired = spikes.sum(1, dtype=torch.promote_types(spikes.dtype, torch.float32))
@@ -125,19 +126,19 @@ class Tally:
 
 @dataclass
 class AttentionTally:
-    """The two products of spiking attention, in both orders, from the spikes q, k, v. Tensors are `[T]`, float64."""
-    dense_qk: float = 0.  # multiply-accumulates of one time step and of one of the two products of (q k^T) v
+    """Sums for the two products of spiking attention on spikes q, k, v, in both orders. Tensors are `[T]`, float64."""
+    dense_qk: float = 0.  # multiply-accumulates per time step of each of the two products in (q k^T) v
     dense_kv: float = 0.  # the same for q (k^T v)
     kv_is_cheaper: bool = False
     q: Optional[Tensor] = None  # sums of spikes
     k: Optional[Tensor] = None
     v: Optional[Tensor] = None
-    qk: Optional[Tensor] = None  # number of pairs of both firing, over all pairs that are multiplied
+    qk: Optional[Tensor] = None  # number of multiplied pairs in which both q and k fire
     kv: Optional[Tensor] = None
-    numel: float = 0.  # of q, of one time step
+    numel: float = 0.  # number of values of q in one time step
 
     def add(self, qkv: Tensor, num_heads: int) -> None:
-        """Spikes `[T, B, N, 3 * C]`."""
+        """Add the spikes q, k, v of a batch, `[T, B, N, 3 * C]`."""
         T, B, N, C = qkv.shape
         C = C // 3
         d = C // num_heads
@@ -165,7 +166,7 @@ def _mm_uses(x: Tensor, args: Any, steps: int) -> Tensor:
     return _per_step(x.reshape(steps, -1, x.shape[-1])) * args[-1].shape[-1]
 
 
-# by the product: its input, its arguments and its time steps to the sums of `Tally.uses`
+# For each operator, a function of (input, arguments, steps) that returns the sums for `Tally.uses`, [steps]
 _USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
     _aten.convolution.default: _conv_uses,
     _aten.mm.default: _mm_uses,
@@ -174,8 +175,8 @@ _USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
 
 
 class _ProductCounter(TorchDispatchMode):
-    """Hands the products of the running layer to its tally; active between `resume` and `pause`."""
-    allows_kernels = True  # a kernel runs the same products
+    """Dispatch mode that adds the products of the running layer to its tally; active between `resume` and `pause`."""
+    allows_kernels = True  # kernels call the same product operators
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class _ProductCounter(TorchDispatchMode):
 
 
 def _layers(encoder: Spikformer) -> Dict[str, nn.Module]:
-    """The layers that have weights, and each attention, in the order in which they run."""
+    """Return the layers with weights and the attention layers by name, in execution order."""
     kinds = (ConvBNLIF, LinearBNLIF, SpikingSelfAttention)
     layers: Dict[str, nn.Module] = {}
     for name, m in encoder.named_modules():
@@ -221,7 +222,7 @@ def _describe(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
         return dict(group='stem', input='image')
     if name == 'head.fc':
         return dict(group='head', input='features')
-    if name.startswith('stem.'):  # stages of V2 hand on sums; those of V1 hand on spikes
+    if name.startswith('stem.'):  # V2 stages return sums of spikes, V1 stages return spikes
         is_sum = isinstance(encoder.stem, SpikingConvStem) and name.endswith('.down')
         return dict(group='stem', input='sums' if is_sum else 'spikes')
     group = 'attention' if '.attn' in name else 'mlp'
@@ -229,17 +230,18 @@ def _describe(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
 
 
 class Recorder:
-    """Tallies of every layer of a Spikformer: `with recorder.watch(): model(x)`, as often as there are batches."""
+    """Tallies of all layers of a Spikformer; run each batch as `with recorder.watch(): model(x)`."""
 
     def __init__(self, encoder: Spikformer, by_channel: bool = False):
         """
         Args:
-            encoder: The model to watch.
-            by_channel: Let a channel stand for its neurons at all positions, as each image has positions of its own.
+            encoder: The model to record.
+            by_channel: Count silent and saturated channels instead of neurons, for a masked autoencoder, whose token
+                positions differ between images.
         """
         self.encoder = encoder
         self.tallies: Dict[str, Tally] = {}
-        self.output: Optional[Tensor] = None  # of the last batch: of the last block at each time step, [T, B, N, C]
+        self.output: Optional[Tensor] = None  # of the last block for the last batch, [T, B, N, C]
         self._layers = _layers(encoder)
         self._counter = _ProductCounter()
         for i, (name, m) in enumerate(self._layers.items()):
@@ -267,7 +269,7 @@ class Recorder:
                 yield m.register_forward_pre_hook(lambda m, args, tally=tally: self._before(args[0], tally))
                 yield m.register_forward_hook(self._counter.pause)
                 neuron, channel_dim = (m if hasattr(m, 'lif') else None), 2 if isinstance(m, ConvBNLIF) else 3
-            if neuron is not None:  # hooks within a layer would keep its kernels from running
+            if neuron is not None:  # a hook on a module inside a layer would disable its kernel
                 yield neuron.register_forward_hook(
                     lambda m, args, out, tally=tally, dim=channel_dim: tally.add_spikes(out, dim))
         last = self.encoder.blocks[-1] if len(self.encoder.blocks) else self.encoder.stem.stages[-1]
@@ -284,7 +286,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Watch the forwards within; no hook is left behind."""
+        """Record the forward passes in the block; all hooks are removed afterwards."""
         handles: List[RemovableHandle] = []
         try:
             handles.extend(self._hooks())

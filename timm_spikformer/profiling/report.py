@@ -1,4 +1,4 @@
-"""Presentation of profiles: a table in the terminal, JSON, CSV, pictures, and a self-contained page."""
+"""Reports of profiles: tables in the terminal, JSON, CSV, figures, and a self-contained HTML page."""
 import base64
 import csv
 import io
@@ -25,7 +25,7 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 
-_KIND = 'profile'  # of the folder
+_KIND = 'profile'  # kind of the output folder, see folders.py
 _PAGE = 'index.html'
 _FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
 _PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -35,7 +35,7 @@ def _count(n: float) -> str:
     """Format a number of operations, such as 1234567, as 1.23 M."""
     for factor, prefix in _PREFIXES:
         if n >= factor:
-            digits = '.3g' if n < 999.5 * factor else '.0f'  # and not 1e+03
+            digits = '.3g' if n < 999.5 * factor else '.0f'  # avoids 1e+03
             return f'{n / factor:{digits}} {prefix}'
     return f'{n:.3g}'
 
@@ -61,9 +61,9 @@ def _time(milliseconds: Optional[float]) -> str:
 
 
 def create_console() -> Console:
-    """Create a console of the terminal; without a terminal it is wide enough for every column.
+    """Create a rich console for the standard output. If it is not a terminal, the width is 140 so that all columns fit.
 
-    Text is printed as it is: brackets in paths are no markup.
+    Markup is disabled, so that brackets in paths are printed as they are.
     """
     options: Dict[str, Any] = dict(markup=False, highlight=False, emoji=False)
     console = Console(**options)
@@ -71,7 +71,7 @@ def create_console() -> Console:
 
 
 def _encodable(console: Console, text: str) -> str:
-    """Replace the prefix micro if the terminal has no character for it."""
+    """Replace the micro sign by u if the encoding of the console does not have it."""
     try:
         text.encode(console.encoding)
         return text
@@ -80,7 +80,7 @@ def _encodable(console: Console, text: str) -> str:
 
 
 def _columns(width: int) -> List[str]:
-    """Return the columns beside the layer's name that fit into a terminal of `width` characters."""
+    """Return the columns, besides the layer name, that fit into a terminal of `width` characters."""
     if width >= 120:
         return [
             'input', 'rate', 'saturated', 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy', 'ms', 'dense ms']
@@ -90,11 +90,11 @@ def _columns(width: int) -> List[str]:
 
 
 def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
-    """Print the layers, the groups and the totals; a narrow terminal gets fewer columns.
+    """Print a table of layers, groups and totals, with fewer columns on a narrow terminal.
 
     Args:
         profile: Profile to print.
-        console: Console of rich to print to; by default that of the terminal.
+        console: rich console to print to; by default, that of the terminal.
     """
     console = console or create_console()
     columns = _columns(console.width)
@@ -128,11 +128,11 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
     add('all', t, {'firing': _rate(profile.firing_rate)}, style='bold')
     console.print(table)
     if profile.by_channel:
-        console.print('Silent and saturated are shares of channels.')
+        console.print('Silent and saturated are fractions of channels, not of neurons.')
     if t.energy_mj:
         console.print(Text(_encodable(
             console,
-            f'Energy per image {_energy(t.energy_mj)}; the same network, dense and artificial: '
+            f'Energy per image: {_energy(t.energy_mj)}. A dense ANN with the same layers: '
             f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.')))
     for line in _how(profile):
         console.print(Text(_encodable(console, f'  {line}')))
@@ -152,13 +152,13 @@ def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
 
 
 def _how(profile: Profile) -> List[str]:
-    """Describe in words what was counted and at what cost."""
+    """Return sentences that describe the energy model and the counting conventions."""
     cost = profile.cost
     lines = [
         f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
         f'({cost.name}; {cost.source}). '
         + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights that is read and of membranes that is read or '
-           f'written.' if cost.memory_pj_per_byte else 'Arithmetic alone, without memory.'),
+           f'written.' if cost.memory_pj_per_byte else 'Arithmetic only, without memory access.'),
     ]
     lines += [f'{name.replace("_", " ")} = {getattr(profile.conventions, name)}: {meaning}.'
               for name, meaning in profile.conventions.describe().items()]
@@ -168,7 +168,8 @@ def _how(profile: Profile) -> List[str]:
 def to_csv(profiles: Sequence[Profile]) -> str:
     """Return a CSV table with a row for each layer of each profile.
 
-    There is a column for each time step of the longest profile; shorter profiles leave the last ones empty.
+    Values per time step have a column for each time step of the longest profile; in rows of shorter profiles, the last
+    ones are empty.
     """
     longest = max(p.time_steps for p in profiles)
     plain = ('name', 'group', 'input', 'parameters', 'dense_macs', 'silent', 'saturated', 'energy_mj', 'ann_energy_mj',
@@ -194,7 +195,7 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _bars(layers: List[LayerProfile]) -> Dict[str, float]:
-    """Return the energy of each layer as a share of the highest."""
+    """Return the energy of each layer as a fraction of the highest one."""
     highest = max((x.energy_mj for x in layers), default=0.) or 1.
     return {x.name: x.energy_mj / highest for x in layers}
 
@@ -205,13 +206,13 @@ def to_html(
         data: str = '',
         notes: Sequence[str] = (),
 ) -> str:
-    """Return a self-contained page: no script, font or image is loaded from elsewhere.
+    """Return a self-contained HTML page, which loads no external scripts, fonts or images.
 
     Args:
-        profiles: Profiles of one model for different numbers of time steps; layers and pictures are of the last one.
+        profiles: Profiles of one model for different numbers of time steps; layers and figures show the last one.
         activity: Activity to draw.
         data: Description of the images.
-        notes: Sentences for the top of the page.
+        notes: Sentences to show at the top of the page.
     """
     profile = profiles[-1]
     light, dark = (render(profile, activity, 'svg', is_dark) for is_dark in (False, True))
@@ -226,12 +227,12 @@ def to_html(
 
 
 def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data: Iterable[PathLike] = ()) -> None:
-    """Check that a report can be written to a folder, which may hold files of others, without losing anything.
+    """Check that writing a report to a folder does not overwrite other files; the folder may contain other files.
 
     Args:
         folder: Folder of the report.
-        inputs: Files and folders that are read.
-        data: Folders of the images.
+        inputs: Files and folders that the command reads.
+        data: Folders that images are read from.
 
     Raises:
         ValueError: See `timm_spikformer.folders.check_output`.
@@ -246,14 +247,14 @@ def write_report(
         data: str = '',
         notes: Sequence[str] = (),
 ) -> Path:
-    """Write profile.json, layers.csv, the pictures and index.html to a folder, all of them or none.
+    """Write profile.json, layers.csv, the figures and index.html to a folder. After an error, nothing is written.
 
     Args:
-        folder: Folder to write; the files of an earlier report are replaced, those of others stay.
+        folder: Output folder. The files of an earlier report are replaced; other files are left alone.
         profiles: See `to_html`, also for the other arguments.
 
     Returns:
-        The path of the page.
+        The path of index.html.
 
     Raises:
         ValueError: See `check_report_folder`.

@@ -1,4 +1,4 @@
-"""`timm-spikformer profile`: from the name of a model to a table and a page."""
+"""The command `timm-spikformer profile`: load a model, profile it, print tables and write an HTML page."""
 import argparse
 import dataclasses
 from pathlib import Path
@@ -27,17 +27,17 @@ _NUM_PICTURES = 8
 
 
 class _Loaded(NamedTuple):
-    """A model in eval mode, timm's data config, and the names of its classes if it has them."""
+    """A model in eval mode, timm's data config, and the class names, if known."""
     model: nn.Module
     config: Dict[str, Any]
     labels: Optional[Sequence[str]]
 
 
 def run_profile(args: argparse.Namespace) -> Path:
-    """Profile a model on images, print tables and write the page; return its path.
+    """Profile a model on images, print tables and write an HTML page; return the path of the page.
 
     Raises:
-        ValueError: An argument, the model, the data or the output folder is not as expected.
+        ValueError: An argument, the model, the data or the output folder is invalid.
     """
     console = create_console()
     device = _check_arguments(args)
@@ -73,7 +73,7 @@ def run_profile(args: argparse.Namespace) -> Path:
     if device.type == 'cpu':
         profiles[-1] = measure_times(profiles[-1], loaded.model, x)
         notes.append(
-            f'Milliseconds: measured for one image of a batch of {len(x)}, with {torch.get_num_threads()} threads.')
+            f'Milliseconds per image, measured on a batch of {len(x)} with {torch.get_num_threads()} CPU threads.')
         console.print(notes[-1])
     print_profile(profiles[-1], console)
     if profiles[-1].steps[-1].agreement is not None:
@@ -86,12 +86,12 @@ def run_profile(args: argparse.Namespace) -> Path:
 def measure_times(result: Profile, model: nn.Module, x: torch.Tensor) -> Profile:
     """Return a profile with the measured time of each layer, with and without event-driven products.
 
-    Attention's own products and the classifier are not measured.
+    The products of attention and the classifier are not measured.
 
     Args:
         result: Profile of the model.
-        model: The model, on a CPU.
-        x: Images, `[B, C, H, W]`, or sequences. Times are divided by B.
+        model: The model, on the CPU.
+        x: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`. Measured times are divided by B.
     """
     encoder = find_spikformer(model)
     prefix = next(name for name, m in model.named_modules() if m is encoder)
@@ -122,7 +122,7 @@ def _parse_cost(text: str) -> CostModel:
 
 
 def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
-    """Load the model; add to `notes` what a reader of the results must know."""
+    """Load the model; append remarks for the report to `notes`."""
     name = args.model
     is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
     if is_registered:
@@ -135,7 +135,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
         if args.calibrate and not timm.get_pretrained_cfg(name).has_weights:
             random_seed(0)
             model = timm.create_model(name)
-            notes.append('The weights are random: these are the operations of a network that was not trained.')
+            notes.append('The weights are random: the results are those of an untrained network.')
             return _Loaded(model.eval(), data_config(model), None)
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as e:
@@ -147,7 +147,7 @@ def _read_checkpoint(path: str, name: str) -> Checkpoint:
     checkpoint = read_checkpoint(path, name)
     found = checkpoint.encoder.pretrained_cfg['architecture']
     if found != name.split('.')[0]:
-        raise ValueError(f'{path} holds a {found}, and {name} was named.')
+        raise ValueError(f'{path} holds a {found}, but the given model is {name}.')
     return checkpoint
 
 
@@ -156,16 +156,16 @@ def _loaded(checkpoint: Checkpoint) -> _Loaded:
 
 
 def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:
-    """Number the labels as the model does; return whether there is an accuracy, and note why there is none."""
+    """Map the labels to the class indices of the model; return whether accuracy can be computed, and note why not."""
     if not encoder.num_classes or any(isinstance(m, SpikformerMAE) for m in loaded.model.modules()):
         return images, False
     try:
         images = match_classes(images, loaded.labels, encoder.num_classes)
     except ValueError as e:
-        notes.append(f'Without accuracy. {e}')
+        notes.append(f'Accuracy is not computed. {e}')
         return images, False
     if loaded.labels is None or images.classes is None:
         whose = 'The model' if loaded.labels is None else 'The dataset'
         notes.append(
-            f'{whose} does not name its classes: the accuracy takes them to be in the same order in model and dataset.')
+            f'{whose} does not name its classes: accuracy assumes the same class order in the model and the dataset.')
     return images, True

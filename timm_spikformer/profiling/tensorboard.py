@@ -1,4 +1,4 @@
-"""Logging of profiles to TensorBoard, for training loops such as timm's. For Trainer there is `ProfileCallback`."""
+"""Log profiles to TensorBoard from a custom training loop. For transformers' Trainer, use `ProfileCallback`."""
 from typing import Any, Dict, Optional
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ['log_profile', 'scalars']
 
 
 def scalars(profile: Profile) -> Dict[str, float]:
-    """Return the values to plot over training: rates, energy and accuracy, of the model and of each layer."""
+    """Return scalars to log by name: firing rates, operations and energy (mJ) per image, and accuracy."""
     values = {
         'firing_rate': profile.firing_rate,
         'energy_mj': profile.totals.energy_mj,
@@ -30,13 +30,13 @@ def scalars(profile: Profile) -> Dict[str, float]:
 
 
 def log_profile(writer: Any, profile: Profile, step: int, activity: Optional[Activity] = None) -> None:
-    """Write the scalars and pictures of a profile.
+    """Log the scalars and figures of a profile to TensorBoard.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
         profile: Profile to log.
-        step: Step or epoch of the training.
-        activity: Activity to log pictures of.
+        step: Training step or epoch.
+        activity: Activity to log figures of, see `render`.
     """
     from torchvision.io import ImageReadMode, decode_png
     for name, value in scalars(profile).items():

@@ -1,7 +1,7 @@
-"""From a checkpoint to a folder, and a Hub repository, that timm and transformers both load."""
+"""Save and publish checkpoints as folders and Hub repositories that timm and transformers both load."""
 from ..lazy import import_on_demand
 
-# Imported on demand: converting needs nothing of what a model card needs
+# Imported on demand, because conversion does not need the dependencies of the model card
 _MODULES = {
     'Checkpoint': '..reading',
     'convert': '.convert',

@@ -1,4 +1,4 @@
-"""The model card and the files of results, which state what is known of a checkpoint."""
+"""The model card and the evaluation result files of a checkpoint."""
 import csv
 import json
 import re
@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
-import jinja2  # noqa: F401  ModelCard needs it, and would say so only after the measurements
+import jinja2  # noqa: F401  needed by ModelCard, which would fail only after the measurements
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
@@ -38,14 +38,14 @@ _CITATIONS = {
 
 
 class Dataset(NamedTuple):
-    """What a result was measured on: id on the Hub, name, split; without a split, that of the images."""
+    """Dataset of a result: its id on the Hub, its name, and the split; None for the split of the evaluated images."""
     id: str
     name: str
     split: Optional[str] = None
 
 
 class Result(NamedTuple):
-    """An accuracy in percent, and who measured it."""
+    """An accuracy in percent, the dataset, and the tool that measured it."""
     name: str
     value: float
     dataset: Dataset
@@ -53,21 +53,22 @@ class Result(NamedTuple):
 
 
 def escape(value: object) -> str:
-    """Return a value as Markdown text within a line: without markup, HTML, links, or the end of a table cell."""
+    """Return a value as single-line Markdown text, with markup, HTML, links and table separators escaped."""
     text = ' '.join(str(value).split())
     return re.sub(r'([\\`*_\[\]<>|~&$@]|:(?=//)|(?<=www)\.)', r'\\\1', text)
 
 
 def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoint) -> List[Result]:
-    """Read top-1 and top-5 accuracy of a checkpoint from a file that timm's validate.py wrote, JSON or CSV.
+    """Read the top-1 and top-5 accuracy of a checkpoint from a JSON or CSV file that timm's validate.py wrote.
 
     Args:
-        path: The file.
-        dataset: What the results were measured on.
-        checkpoint: Whose row to take.
+        path: Path of the file.
+        dataset: Dataset that the results were measured on.
+        checkpoint: Checkpoint whose row is read.
 
     Raises:
-        ValueError: The file is another, it has no row of this model or more than one, or a value is not an accuracy.
+        ValueError: The file was not written by validate.py, it does not have exactly one row for the checkpoint, or a
+            value is not an accuracy.
     """
     path = Path(path)
     expected = 'Expected a file that validate.py --results-file wrote'
@@ -97,13 +98,13 @@ def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoin
     if 'top1' not in values:
         raise ValueError(f'{path} has no top1 for {row["model"]}. {expected}.')
     if values.get('top5', 100.) < values['top1']:
-        raise ValueError(f'{path} has top5={values["top5"]} below top1={values["top1"]}, which cannot be.')
+        raise ValueError(f'{path} has top5={values["top5"]} below top1={values["top1"]}, which is impossible.')
     names = dict(top1='Top-1 accuracy', top5='Top-5 accuracy')
     return [Result(names[key], value, dataset, "timm's validate.py") for key, value in values.items()]
 
 
 def _read_accuracy(path: Path, key: str, value: Any) -> float:
-    """Return a number of a JSON file, or the text of a CSV file, as percent."""
+    """Return an accuracy in percent from a number (JSON) or a text (CSV)."""
     is_text = isinstance(value, str) and path.suffix != '.json'
     try:
         percent = float(value) if is_text or type(value) in (int, float) else None
@@ -115,22 +116,23 @@ def _read_accuracy(path: Path, key: str, value: Any) -> float:
 
 
 def _is_row_of(row: Dict[str, Any], checkpoint: Checkpoint) -> bool:
-    """Whether a row is of a checkpoint: by the file or folder that it names, or else by exactly its model.
+    """Return whether a row belongs to a checkpoint.
 
-    A row of a model with a tag is of the weights that have this tag.
+    A row that names a file or folder must name the source of the checkpoint. Otherwise its model name must be the name
+    of the checkpoint, including the tag of the weights, or the architecture.
     """
     name, source = str(row['model']), checkpoint.source
     file = row.get('checkpoint') or (name.removeprefix('local-dir:') if name.startswith('local-dir:') else None)
     if file:
         try:
             return source is not None and Path(str(file)).resolve() == source.resolve()
-        except (OSError, ValueError):  # no path at all
+        except (OSError, ValueError):  # not a valid path
             return False
     return name in (checkpoint.name, checkpoint.encoder.pretrained_cfg['architecture'])
 
 
 def results_files(results: List[Result], date: str) -> Dict[str, str]:
-    """Return the results as `.eval_results/*.yaml`, texts by path."""
+    """Return the contents of the Hub's `.eval_results/*.yaml` files by path; empty without results."""
     entries = [
         EvalResultEntry(
             dataset_id=r.dataset.id, task_id='image-classification', value=r.value, date=date,
@@ -152,17 +154,18 @@ def render_card(
         datasets: Optional[List[str]] = None,
         base_model: Optional[str] = None,
 ) -> ModelCard:
-    """Render the card, metadata and text.
+    """Render the model card with its metadata.
 
     Args:
         checkpoint: The checkpoint.
         repo_id: `ORG/NAME`.
-        license: Identifier of the license of the weights, as the Hub has them.
-        profile: Operations of the model, counted as the papers do.
-        results: What was measured of this checkpoint.
-        profiled_on: What the images of the profile were, if its rates and energy hold for data like the training's.
-        datasets: Ids of the datasets that it was trained on.
-        base_model: Id of the repository that training started from.
+        license: License identifier of the Hub for the weights.
+        profile: Operations and energy of the model, counted with the conventions of the papers.
+        results: Accuracies of this checkpoint.
+        profiled_on: Description of the profiled images. None if they are only example images, so that firing rates and
+            energy do not represent the dataset.
+        datasets: Hub ids of the training datasets; by default, the datasets of the results.
+        base_model: Hub id of the model that training started from.
     """
     encoder, is_mae = checkpoint.encoder, isinstance(checkpoint.model, SpikformerMAE)
     version = 'Spikformer' if isinstance(encoder.stem, SpikingPatchSplitting) else 'Spikformer V2'
@@ -205,7 +208,7 @@ def render_card(
         labels=[escape(label) for label in checkpoint.labels or ()], profile=profile,
         profiled_on=profiled_on and escape(profiled_on),
         training=training and dict(
-            # as a block of code, if it is a command
+            # `command` is for a code block, `text` for running text
             command=' '.join(training.command.split()), text=escape(training.command),
             args={escape(key): escape(value) for key, value in training.args.items()}),
         rates=[x.mean_firing_rate for x in profile.layers if x.firing_rate is not None],

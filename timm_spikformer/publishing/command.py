@@ -1,39 +1,40 @@
-"""`timm-spikformer publish` and `timm-spikformer convert`. Imports the standard library only, until a command runs."""
+"""Arguments of `timm-spikformer publish` and `convert`. Imports only the standard library until a command runs."""
 import argparse
 import ast
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-_LABELS = 'file with the class names, one on each line, in the order of the classifier'
-_MODEL_KWARGS = 'arguments of the model that differ from its registered name, such as depth=6 stem_strides=(1,1,2,2)'
+_LABELS = 'text file with the class names, one per line, in the order of the class indices'
+_MODEL_KWARGS = 'model arguments that differ from the registered model, such as depth=6 stem_strides=(1,1,2,2)'
 
 
 def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-spikformer publish`."""
     add = parser.add_argument
-    add('checkpoint', help='file of train.py, a state dict, or a folder that timm or transformers has saved')
-    add('--repo', required=True, metavar='ORG/NAME', help='repository; models of this package are named MODEL.TAG')
-    add('--license', required=True, metavar='ID', help='of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0')
-    add('--model', metavar='NAME', help='name of the model, for a file that does not contain it')
+    add('checkpoint', help='checkpoint file of train.py, a state dict, or a folder saved by timm or transformers')
+    add('--repo', required=True, metavar='ORG/NAME', help='Hub repository; by convention, NAME is MODEL.TAG')
+    add('--license', required=True, metavar='ID', help='license of the weights as a Hub identifier, such as mit')
+    add('--model', metavar='NAME', help='model name, required if the file does not contain it')
     add('--model-kwargs', nargs='+', metavar='KEY=VALUE', help=_MODEL_KWARGS)
-    add('--ema', action='store_true', help='publish the averaged weights of --model-ema')
+    add('--ema', action='store_true', help='publish the averaged (EMA) weights of train.py --model-ema')
     add('--labels', metavar='FILE', help=_LABELS)
-    add('--results', metavar='FILE', help='accuracy of this checkpoint: a file that validate.py --results-file wrote')
-    add('--eval-data', metavar='DIR', help='measure accuracy and firing rates on these images: a folder, or parquet')
-    add('--dataset', metavar='ID', help='id on the Hub of the dataset of --results or --eval-data')
-    add('--dataset-name', metavar='NAME', help='name of the dataset (default: the id)')
+    add('--results', metavar='FILE', help='accuracy of this checkpoint, as written by validate.py --results-file')
+    add('--eval-data', metavar='DIR', help='measure accuracy and firing rates on this image folder or parquet dataset')
+    add('--dataset', metavar='ID', help='Hub id of the dataset of --results or --eval-data')
+    add('--dataset-name', metavar='NAME', help='display name of the dataset (default: its id)')
     add('--split', help='split of the dataset (default: the one of --eval-data, or test for --results)')
-    add('--train-dataset', action='append', metavar='ID', help='dataset of the training (default: --dataset)')
-    add('--base-model', metavar='ORG/NAME', help='repository of the model that training started from')
-    add('--output', metavar='DIR', help='write the folder here')
-    add('--dry-run', action='store_true', help='write the folder only')
-    add('--private', action='store_true', default=None, help='create the repository as a private one')
+    add('--train-dataset', action='append', metavar='ID',
+        help='Hub id of a training dataset; repeatable (default: --dataset)')
+    add('--base-model', metavar='ORG/NAME', help='Hub id of the model that training started from')
+    add('--output', metavar='DIR', help='save the published folder here; required by --dry-run')
+    add('--dry-run', action='store_true', help='write the folder to --output without uploading it')
+    add('--private', action='store_true', default=None, help='create a private repository')
     add('--revision', metavar='BRANCH', help='branch to upload to')
-    add('--tag', help='tag for the commit')
+    add('--tag', help='git tag for the uploaded commit')
 
 
 def run_publish(args: argparse.Namespace) -> None:
-    """Publish, and print where to."""
+    """Publish, and print the URL or the output folder."""
     from .card import Dataset
     from .upload import publish
     dataset = args.dataset and Dataset(args.dataset, args.dataset_name or args.dataset, args.split)
@@ -48,15 +49,15 @@ def run_publish(args: argparse.Namespace) -> None:
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-spikformer convert`."""
     add = parser.add_argument
-    add('checkpoint', help="the authors' .pth.tar, or a state dict of spikingjelly's Spikformer")
+    add('checkpoint', help="the V1 authors' .pth.tar, or a state dict of spikingjelly's Spikformer")
     add('--output', required=True, metavar='DIR', help='folder to write')
-    add('--model', metavar='NAME', help='name of the model (default: the one that has these tensors)')
+    add('--model', metavar='NAME', help='model name (default: the registered model with the same tensors)')
     add('--model-kwargs', nargs='+', metavar='KEY=VALUE', help=_MODEL_KWARGS)
     add('--labels', metavar='FILE', help=_LABELS)
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Convert, and print an account of every tensor."""
+    """Convert, and print how each tensor was mapped."""
     from .convert import convert
     converted = convert(
         args.checkpoint, args.output, args.model, read_labels(args.labels), parse_kwargs(args.model_kwargs))
@@ -65,10 +66,10 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def read_labels(path: Optional[str]) -> Optional[List[str]]:
-    """Read class names, one on each line.
+    """Read class names from a text file, one per line.
 
     Raises:
-        ValueError: The file is missing, is not text in UTF-8, or has an empty line.
+        ValueError: The file is missing, is not UTF-8 text, or has an empty line.
     """
     if path is None:
         return None
@@ -76,7 +77,7 @@ def read_labels(path: Optional[str]) -> Optional[List[str]]:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, ValueError) as e:
         raise ValueError(f'The labels cannot be read: {e}. Expected UTF-8 text, one name on each line.') from e
-    labels = text.rstrip('\n').split('\n')  # and not at the other characters that splitlines() takes for line breaks
+    labels = text.rstrip('\n').split('\n')  # not splitlines(), which also splits at other characters
     empty = next((i for i, label in enumerate(labels) if not label.strip()), None)
     if empty is not None:
         raise ValueError(f'Line {empty + 1} of {path} is empty. Expected one name on each line.')
@@ -84,10 +85,10 @@ def read_labels(path: Optional[str]) -> Optional[List[str]]:
 
 
 def parse_kwargs(items: Optional[List[str]]) -> Optional[Dict[str, Any]]:
-    """Parse KEY=VALUE as train.py's --model-kwargs does: values are Python literals, or else text.
+    """Parse KEY=VALUE like train.py's --model-kwargs: a value that is not a Python literal is a string.
 
     Raises:
-        ValueError: An item has no name or no value, or a name is there twice.
+        ValueError: An item is not KEY=VALUE, or a key occurs twice.
     """
     if items is None:
         return None

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints of the authors' V1 code and of spikingjelly, with an account of every tensor."""
+"""Convert checkpoints of the V1 authors' code and of spikingjelly, with a report of how each tensor is mapped."""
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -15,7 +15,7 @@ __all__ = ['Converted', 'convert']
 
 
 class Converted(NamedTuple):
-    """Name of the model, and one line for every tensor of the checkpoint and of the model."""
+    """Result of `convert`: the model name, and a report with one line per tensor."""
     model: str
     report: List[str]
 
@@ -29,7 +29,7 @@ def _report(conversion: Conversion) -> List[str]:
 
 
 def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> Conversion:
-    """Convert for a model; raise a ValueError if a tensor of the checkpoint or of the model is left over."""
+    """Convert a state dict to the tensors of a model; raise a ValueError if their names do not match exactly."""
     check_model_name(name)
     check_size(path, state_dict, model_kwargs)
     empty = create(name, model_kwargs, device='meta')
@@ -52,7 +52,7 @@ def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Di
 
 
 def _find_model(path: Path, state_dict: Dict[str, Any]) -> str:
-    """Return the registered model that has all tensors of a checkpoint and no other."""
+    """Return the only registered model whose tensors match those of a checkpoint exactly."""
     fitting = []
     for name in timm.list_models(module='spikformer'):
         try:
@@ -74,19 +74,19 @@ def convert(
         labels: Optional[List[str]] = None,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Converted:
-    """Convert a file to a folder that timm and transformers load.
+    """Convert a checkpoint file to a folder that timm and transformers load.
 
     Args:
-        path: The authors' `.pth.tar`, or a state dict of spikingjelly or of this package.
+        path: `.pth.tar` file of the V1 authors' code, or a state dict of spikingjelly or of this package.
         output: Folder to write; see `folders.write_folder`.
-        model: Name of the model. By default the one that has these tensors.
+        model: Name of the model; by default, the only registered model with the same tensors.
         labels: Class names in order.
         model_kwargs: Arguments of the model for a variant without a registered name; `model` is required then.
 
     Raises:
-        ValueError: The file would run code when opened, or a tensor of it or of the model is left over, or `output`
-            may not be written.
-        RuntimeError: What was written gives other outputs.
+        ValueError: The file would run code when opened, its tensors do not match those of the model, or `output` may
+            not be overwritten.
+        RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The folder that both ecosystems load, and the proof that they do."""
+"""Write the folder that timm and transformers load, and verify that both load it correctly."""
 import json
 from pathlib import Path
 from typing import Dict, Iterable, Optional, Union
@@ -58,13 +58,13 @@ def write_checkpoint(
         card: Optional[str] = None,
         texts: Optional[Dict[str, str]] = None,
 ) -> None:
-    """Write model.safetensors, config.json, preprocessor_config.json, the code, and given texts to an empty folder.
+    """Write weights, configs, remote code, model card and other text files to an empty folder.
 
     Args:
-        checkpoint: What to write.
+        checkpoint: Checkpoint to write.
         folder: An empty folder.
-        card: The README.md.
-        texts: Other files by their paths in the folder.
+        card: Content of README.md.
+        texts: Contents of other text files by their path in the folder.
     """
     hf_model = _to_transformers(checkpoint)
     hf_model.save_pretrained(folder)
@@ -92,19 +92,19 @@ def save_folder(
         is_live: bool = True,
         command: str = 'save_folder',
 ) -> None:
-    """Write a folder that timm and transformers load, verified, completely or not at all.
+    """Write and verify a folder that timm and transformers load. After an error, nothing is written.
 
     Args:
-        checkpoint: What to save.
-        folder: Where to. Only files that the same command wrote there before, for a model of the same architecture,
-            are replaced; see `folders.write_folder`.
+        checkpoint: Checkpoint to save.
+        folder: Output folder. Only files that the same command wrote there for the same architecture are replaced; see
+            `folders.write_folder`.
         inputs: Files that the checkpoint was read from; the folder may not contain them.
-        is_live: Require that neurons fire on images, as `verify_folder` does.
-        command: Command that saves it, for the manifest of the folder.
+        is_live: Whether at least one neuron of the encoder must fire, see `verify_folder`.
+        command: Name of the command, for the manifest of the folder.
 
     Raises:
-        ValueError: The folder may not be written.
-        RuntimeError: What was written gives other outputs.
+        ValueError: The folder may not be overwritten.
+        RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
     kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
     with write_folder(folder, kind, inputs) as temporary:
@@ -113,7 +113,7 @@ def save_folder(
 
 
 def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
-    """Return at most `count` test images of the package in the model's data configuration, `[count, C, H, W]`."""
+    """Return at most `count` of the shipped test images, preprocessed for the model, `[count, C, H, W]`."""
     config, count = checkpoint.data_config, checkpoint.batch_size(count)
     if checkpoint.encoder.in_chans not in (1, 3):
         return torch.randn(count, *config['input_size'], generator=torch.Generator().manual_seed(0))
@@ -123,30 +123,31 @@ def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
 
 @torch.no_grad()
 def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: bool = True) -> Dict[str, float]:
-    """Load a folder with timm and with transformers, and compare with its source: tensors and outputs, bit for bit.
+    """Load a folder with timm and with transformers, and check that tensors and outputs equal the source bit for bit.
 
     Args:
         folder: The folder.
-        checkpoint: The source, as its own loader has read it.
-        is_live: Require that neurons of the encoder fire, without which outputs say little about weights.
+        checkpoint: The source, see `reading.read_checkpoint`.
+        is_live: Whether at least one neuron of the encoder blocks must fire on the shipped images. If none fires,
+            equal outputs do not prove that the weights are equal.
 
     Returns:
-        The firing rate of every neuron layer on images of the package.
+        The firing rate (spikes per neuron and time step) of every neuron layer on the shipped images.
 
     Raises:
-        RuntimeError: An output, a tensor, a label or the data configuration differs, or no neuron fires.
+        RuntimeError: An output, a tensor, a label or the data config differs, or no neuron fires.
     """
     x = example_images(checkpoint)
     model, encoder = checkpoint.model, checkpoint.encoder
     is_mae = isinstance(model, SpikformerMAE)  # the encoder's classifier, if it has one, is not saved
     expected = encoder.forward_features(x) if is_mae else encoder(x)
-    with FiringRateMonitor(encoder) as monitor:  # whose hooks turn off kernels that round in another way
+    with FiringRateMonitor(encoder) as monitor:  # its hooks disable kernels that round differently
         encoder.forward_features(x)
         rates = dict(monitor.rates)
     if is_live and not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
         raise RuntimeError(
-            'No neuron of the encoder fires on images of the package. The BN layers of a model that was not trained '
-            'have seen no data: train it, or forward some batches in train mode, before it is published.')
+            'No neuron of the encoder fires on the shipped images. An untrained model has initial BN statistics: train '
+            'it, or run some batches in train mode, before saving it.')
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     if not torch.equal(loaded.forward_features(x) if is_mae else loaded(x), expected):
@@ -193,5 +194,5 @@ def _plain(value: object) -> object:
 
 
 def _differs(what: str, library: str, detail: str = '') -> str:
-    return (f'The folder that was written has other {what} in {library} than the model that it was made from, and is '
-            f'not kept. {detail}').rstrip()
+    return (f'The written folder has other {what} in {library} than the original model, so it is discarded. '
+            f'{detail}').rstrip()

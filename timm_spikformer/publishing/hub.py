@@ -1,4 +1,4 @@
-"""The Hub as publishing sees it: what may be uploaded to, and the upload in one commit."""
+"""Access to the Hugging Face Hub for publishing: checks of the repository, and the upload in one commit."""
 import glob
 import json
 import re
@@ -25,7 +25,7 @@ from ..pretrained import check_hub
 
 __all__ = ['Target', 'check_dataset_id', 'check_license', 'check_repo', 'check_token', 'inspect', 'upload']
 
-# The identifiers that the Hub accepts, https://huggingface.co/docs/hub/repositories-licenses
+# License identifiers that the Hub accepts, https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset("""
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
     afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -40,11 +40,12 @@ LICENSES = frozenset("""
 
 
 class Target(NamedTuple):
-    """What is in the branch that is to be uploaded to.
+    """State of the repository before the upload.
 
     Args:
-        head: Its commit, None if the repository or the branch does not exist.
-        files: The files there that this package wrote, by the manifest there.
+        head: Commit that the upload is based on: the head of the branch, or of the main branch if the branch does not
+            exist yet. None if the repository does not exist.
+        files: Files in that commit that this package wrote, according to the manifest in it.
     """
     head: Optional[str]
     files: List[str]
@@ -61,7 +62,7 @@ def check_repo(repo: str, what: str = 'a repository') -> None:
 
 
 def check_dataset_id(dataset: str) -> None:
-    """Raise a ValueError if a dataset has no id of the Hub: `ORG/NAME`, or `NAME` for some old ones."""
+    """Raise a ValueError if a dataset id is not `ORG/NAME`, or `NAME` as some old datasets of the Hub have it."""
     try:
         validate_repo_id(dataset)
     except HFValidationError as e:
@@ -69,7 +70,7 @@ def check_dataset_id(dataset: str) -> None:
 
 
 def check_license(license: str) -> None:
-    """Raise a ValueError if the Hub does not know a license."""
+    """Raise a ValueError if the Hub does not accept a license identifier."""
     if license not in LICENSES:
         raise ValueError(
             f"A license of the weights is required, by an identifier of the Hub such as 'apache-2.0', 'cc-by-nc-4.0' "
@@ -104,11 +105,19 @@ def inspect(
         revision: Optional[str] = None,
         tag: Optional[str] = None,
 ) -> Target:
-    """Check that a repository may be uploaded to. Whatever is not known for certain counts against it.
+    """Check that uploading to a repository does not overwrite another model. If this cannot be checked, raise an error.
+
+    Args:
+        api: Client of the Hub.
+        repo: `ORG/NAME`.
+        architecture: Name of the architecture to upload.
+        private: Whether the repository must be private.
+        revision: Branch to upload to; by default, the main branch.
+        tag: Tag to create, which must not exist yet.
 
     Raises:
-        ValueError: It holds another model, is public and asked to be private, or has the tag.
-        RuntimeError: The Hub does not say.
+        ValueError: The repository holds another model, is public although `private` is True, or has the tag already.
+        RuntimeError: The Hub cannot be reached or returns an error.
     """
     with _explained():
         try:
@@ -124,7 +133,7 @@ def inspect(
             raise ValueError(f'The repository {repo} has a tag {tag!r} already. Choose another.')
         try:
             head = info.sha if revision is None else api.model_info(repo, revision=revision).sha
-        except RevisionNotFoundError:  # the branch will start at the main one
+        except RevisionNotFoundError:  # the branch will be created from the main branch
             revision, head = None, info.sha
         at = head if revision is None else revision
         config = _read_json(api, repo, 'config.json', at)
@@ -144,18 +153,18 @@ def upload(
         revision: Optional[str] = None,
         tag: Optional[str] = None,
 ) -> str:
-    """Upload the files that the manifest of a folder lists, in one commit; return its id.
+    """Upload the files that the manifest of a folder lists in one commit, and return the commit hash.
 
-    Files of the repository that its own manifest lists, and the new one does not, are deleted in it.
+    The commit also deletes files that the manifest in the repository lists and the new manifest does not.
 
     Raises:
-        ValueError: The token may not write there, or see `inspect`.
-        RuntimeError: The upload failed; the repository is as it was, or empty.
+        ValueError: The token may not write to the repository; or see `inspect`.
+        RuntimeError: The upload failed; the repository is unchanged, or newly created and empty.
     """
     new = [*manifest_files(folder), MANIFEST]
     with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        # between this look and the commit nobody can change the branch: the commit names its parent
+        # the commit names its parent, so it fails if the branch changes after this check
         target = inspect(api, repo, architecture, private, revision, tag)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -167,7 +176,7 @@ def upload(
                 commit_message='Publish with timm-spikformer')
         except HfHubHTTPError as e:
             if e.response.status_code == 412:
-                raise RuntimeError('Somebody else has changed the repository; it is as they left it.') from e
+                raise RuntimeError('The repository was changed during the upload. Nothing was overwritten.') from e
             raise
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=info.oid)
@@ -175,7 +184,7 @@ def upload(
 
 
 def _read_json(api: HfApi, repo: str, name: str, revision: Optional[str]) -> Optional[dict]:
-    """Return the content of a file of a repository, None if there is no such file."""
+    """Return the content of a JSON file of a repository, or None if there is no such file."""
     try:
         with tempfile.TemporaryDirectory() as cache:
             path = hf_hub_download(
@@ -184,7 +193,7 @@ def _read_json(api: HfApi, repo: str, name: str, revision: Optional[str]) -> Opt
     except RemoteEntryNotFoundError:
         return None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{name} of the repository {repo} is not JSON, so it is not known what it holds. Choose '
+        raise ValueError(f'{name} of the repository {repo} is not JSON, so its model cannot be identified. Choose '
                          f'another name.') from e
     if not isinstance(content, dict):
         raise ValueError(f'{name} of the repository {repo} is not that of a model. Choose another name.')
@@ -205,7 +214,7 @@ def _explained(repo: Optional[str] = None) -> Iterator[None]:
     """Turn errors of the Hub and of the network into a ValueError or a RuntimeError that says what to do.
 
     Args:
-        repo: Repository that is uploaded to; by default, the Hub is only asked.
+        repo: Repository of the upload; by default, nothing is uploaded.
     """
     advice = 'Nothing was uploaded; try again.' if repo is None else 'Run the same command again to finish it.'
     start = '' if repo is None else f'The upload to {repo} failed: '
@@ -215,11 +224,11 @@ def _explained(repo: Optional[str] = None) -> Iterator[None]:
         if repo is not None and e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
         raise RuntimeError(f'{start or "The Hub does not answer as it should: "}{_first_line(e)} {advice}') from e
-    except (HTTPError, OSError, RuntimeError) as e:  # huggingface_hub's uploads raise the last
+    except (HTTPError, OSError, RuntimeError) as e:  # uploads of huggingface_hub raise RuntimeError
         raise RuntimeError(f'{start or "The Hub cannot be reached: "}{_first_line(e)} {advice}') from e
     except ValueError as e:
-        if re.match('Invalid metadata in README.md', str(e)):  # the Hub's own words, by huggingface_hub
-            raise RuntimeError(f'The Hub refuses the model card: {e}') from e
+        if re.match('Invalid metadata in README.md', str(e)):  # huggingface_hub includes the reason that the Hub gives
+            raise RuntimeError(f'The Hub rejects the model card: {e}') from e
         raise
 
 

@@ -1,4 +1,4 @@
-"""Publishing of a checkpoint: the folder is written, verified, uploaded in one commit, and then put in place."""
+"""Publish a checkpoint: write a folder, verify it, upload it in one commit, and then move it to the output path."""
 import contextlib
 import dataclasses
 import datetime
@@ -27,7 +27,7 @@ __all__ = ['Published', 'publish']
 
 
 class Published(NamedTuple):
-    """The folder, if one was asked for, and the address and commit of the upload, if there was one."""
+    """Result of `publish`: the output folder, if any, and the URL and commit hash of the upload, if any."""
     folder: Optional[Path]
     url: Optional[str] = None
     commit: Optional[str] = None
@@ -55,34 +55,36 @@ def publish(
 ) -> Published:
     """Publish a checkpoint as a Hub repository that timm and transformers both load.
 
-    Everything is checked before anything is uploaded, and the upload is one commit: after an interruption the
-    repository is as it was, or empty. `output` is replaced at the very end. A model in memory is copied, and it and
-    the random state are left as they are.
+    All checks run before the upload, and the upload is a single commit: after an interruption, the repository is
+    unchanged, or newly created and empty. `output` is replaced last. A model in memory is copied and not modified, and
+    the random state is restored.
 
     Args:
-        checkpoint: A file, a folder, a model of any of the classes, or a `Checkpoint`.
+        checkpoint: A file, a folder, a timm or transformers model of this package, or a `Checkpoint`.
         repo: `ORG/NAME`.
         license: Identifier of the license of the weights, such as 'apache-2.0' or 'cc-by-nc-4.0'.
-        model: Name of the model, for a file that does not contain it.
+        model: Name of the model, required for a file that does not contain it.
         ema: Publish the averaged weights of train.py's `--model-ema`.
-        labels: Class names, if the checkpoint does not contain them.
+        labels: Class names in order; by default, those of the checkpoint.
         results: File of timm's validate.py with the accuracy of this checkpoint.
-        eval_data: Folder of images, or parquet files, with a test or validation split to measure accuracy and firing
-            rates on. Without one, the images that the demo has held out from its training on the same data.
-        dataset: What `results` or `eval_data` were measured on.
-        train_datasets: Ids of the datasets that it was trained on; by default the one that it was measured on.
-        base_model: Id of the repository that training started from.
+        eval_data: Image folder or parquet dataset to measure accuracy and firing rates on, with a test or validation
+            split. Without such a split, it must be the data that `timm-spikformer demo` trained the checkpoint on; the
+            images that the demo held out are used.
+        dataset: Dataset that `results` or `eval_data` belong to.
+        train_datasets: Hub ids of the training datasets; by default, that of `dataset` if there are results.
+        base_model: Hub id of the model that training started from.
         output: Folder to write, by default a temporary one; see `folders.write_folder`.
-        dry_run: Write the folder, without the Hub.
-        private: Create the repository as a private one.
-        revision: Branch to upload to, created if need be.
-        tag: Tag to give the commit.
-        token: Of the Hub, by default the one that `hf auth login` or HF_TOKEN has set.
-        model_kwargs: Arguments of the model for a variant without a registered name, for a file.
+        dry_run: Write the folder without accessing the Hub.
+        private: Whether to create a private repository.
+        revision: Branch to upload to; created if it does not exist.
+        tag: Git tag for the uploaded commit.
+        token: Token of the Hub; by default, the one set by `hf auth login` or HF_TOKEN.
+        model_kwargs: Model arguments for a checkpoint file of a variant without a registered name.
 
     Raises:
-        ValueError: An argument does not fit, or the token may not write to the repository.
-        RuntimeError: What was written gives other outputs than the checkpoint, or the Hub cannot be reached.
+        ValueError: An argument is invalid, or the token may not write to the repository.
+        RuntimeError: The written folder gives outputs that differ from those of the checkpoint, or the Hub cannot be
+            reached.
     """
     _check_arguments(repo, license, results, eval_data, dataset, train_datasets, base_model, output, dry_run)
     inputs = [path for path in (checkpoint, results) if isinstance(path, (str, Path))]
@@ -142,7 +144,7 @@ def _check_arguments(
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Restore the random state of PyTorch, Python and NumPy, which creating models changes."""
+    """Restore the random states of PyTorch, Python and NumPy on exit, because creating a model changes them."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -159,7 +161,7 @@ def _read(
         labels: Optional[List[str]],
         model_kwargs: Optional[Dict[str, Any]],
 ) -> Checkpoint:
-    """Return a checkpoint that may be changed."""
+    """Read or copy a checkpoint, so that the caller may modify it."""
     if isinstance(checkpoint, nn.Module):
         checkpoint = from_model(checkpoint)
     elif isinstance(checkpoint, Checkpoint):
@@ -176,14 +178,14 @@ def _read(
 
 
 def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Profile, str, Result]:
-    """Measure accuracy, firing rates and operations on the test images in a folder; also say what these are."""
+    """Return profile, description of the images, and accuracy of a checkpoint on the test images in a folder."""
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
-        raise ValueError('The model has no classifier, and so no accuracy. Publish without evaluation data.')
+        raise ValueError('The model has no classifier, so accuracy cannot be measured. Publish without --eval-data.')
     images = match_classes(_test_images(checkpoint, folder), checkpoint.labels, encoder.num_classes)
     if dataset.split not in (None, images.split):
         raise ValueError(
-            f'The images to test on in {folder} are of the split {images.split!r}, and --split is {dataset.split!r}. '
+            f'The test images in {folder} are of the split {images.split!r}, and --split is {dataset.split!r}. '
             f'Omit --split, or name a folder with that split.')
     dataset = dataset._replace(split=images.split)
     if checkpoint.labels is None and images.classes is not None:
@@ -195,11 +197,11 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[P
 
 
 def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
-    """Return the test split in a folder, else the validation split, else images that training has held out.
+    """Return the test split in a folder, else the validation split, else the images that the demo held out.
 
     Raises:
-        ValueError: There is no such split, and the checkpoint does not say that it was trained by the demo on exactly
-            the images that remain.
+        ValueError: There is no such split, and the checkpoint does not record that the demo trained it on exactly the
+            other images.
     """
     splits = read_splits(folder)
     for split in ('test', 'validation'):
@@ -218,10 +220,10 @@ def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
 
 
 def _check_texts(folder: Path) -> None:
-    """Raise a RuntimeError if a text that is to be published names a path of this machine."""
+    """Raise a RuntimeError if a text file to be published contains a path of this machine."""
     for path in folder.rglob('*'):
         if path.suffix in ('.md', '.json', '.yaml'):
             text = path.read_text(encoding='utf-8')
             found = re.search(r'(?<![\w:/.])/(home|root|tmp|Users|mnt|data|work|scratch)/[^\s"\']+', text)
             if found:
-                raise RuntimeError(f'{path.name} names a path of this machine, {found.group()}. Remove it first.')
+                raise RuntimeError(f'{path.name} contains a path of this machine, {found.group()}. Remove it first.')
