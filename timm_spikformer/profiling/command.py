@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              'Fashion-MNIST)')
     add('--images', type=int, default=1000, metavar='N', help='maximum number of images (default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='images per batch (default: %(default)s)')
-    add('--time-steps', type=int, nargs='+', metavar='T', help="numbers of time steps (default: that of the model)")
+    add('--time-steps', type=int, nargs='+', metavar='T', help='numbers of time steps (default: that of the model)')
     add('--layers', nargs='+', metavar='NAME', help='layers for the spike rasters (default: the last one of each part)')
     add('--cost', default='fp32', metavar='MODEL',
         help=f'energy model: {", ".join(COST_NAMES)}, or pJ per multiply-accumulate and per accumulate, such as '
