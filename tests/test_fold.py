@@ -153,6 +153,7 @@ def test_transformers(images):
 
 # -- compiled and exported
 
+@pytest.mark.slow
 def test_compile_is_one_graph(small, images):
     folded = reparameterize_model(small)
     torch._dynamo.reset()
@@ -184,6 +185,7 @@ def test_export(double):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 def test_onnx(small, images):
     """Without the exporter's optimisations, one of which folds BN."""
     small.float()

@@ -284,7 +284,8 @@ def test_a_mask_is_not_ignored(cls, images):
 # -- Auto classes
 
 @pytest.mark.parametrize('order', [
-    'import timm_spikformer, transformers', 'import transformers, timm_spikformer',
+    'import timm_spikformer, transformers',
+    pytest.param('import transformers, timm_spikformer', marks=pytest.mark.slow),
     'from transformers import AutoConfig, AutoModel, AutoImageProcessor; import timm_spikformer',
 ])
 def test_registered_whatever_is_imported_first(order, tmp_path):
@@ -395,6 +396,7 @@ def test_pretraining_evaluates_without_label_names(images, tmp_path):
     assert trainer.evaluate()['eval_loss'] > 0
 
 
+@pytest.mark.slow
 def test_trainer_compiles(images, tmp_path):
     args = training_args(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend='aot_eager')
     compiled = Trainer(make_model(SpikformerForImageClassification, images), args, train_dataset=Images(images))

@@ -553,7 +553,7 @@ TRAIN = """
 """
 
 
-@pytest.mark.parametrize('is_mim', [False, True])
+@pytest.mark.parametrize('is_mim', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
     out = client.run(TRAIN + f"""
     import timm

@@ -32,7 +32,7 @@ def lines(result):
 
 @pytest.mark.parametrize('launcher, num_processes', [
     ([], 1),
-    (TORCHRUN, 2),
+    pytest.param(TORCHRUN, 2, marks=pytest.mark.slow),
     (['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', '--num_machines', '1',
       '--mixed_precision', 'no', '--dynamo_backend', 'no'], 1),
 ], ids=['python', 'torchrun', 'accelerate launch'])
@@ -48,7 +48,7 @@ def test_a_script_fails_without():
     assert result.returncode != 0 and 'Unknown model' in result.stderr
 
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.parametrize('method', ['spawn', pytest.param('forkserver', marks=pytest.mark.slow)])
 def test_child_processes_know_the_models(method):
     """Workers of a DataLoader, children and their children; what they return is of the script's own classes."""
     script = str(SCRIPTS / 'spawn.py')

@@ -297,7 +297,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+@pytest.mark.parametrize('method', ['fork', 'spawn', pytest.param('forkserver', marks=pytest.mark.slow)])
 def test_child_processes(method, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(textwrap.dedent(SCRIPT))
