@@ -304,7 +304,7 @@ class _Unit(nn.Module):
         if events is None:
             events = count_events(layer, x)
         if events is not None and events.are_few and input_steps == time_steps and carried_membranes() is None:
-            if runs_in_kernel(lambda: fire_fallback_reason(self.bn, self.lif, LIF)):
+            if runs_in_kernel(lambda: fire_fallback_reason(layer, self.bn, self.lif, LIF)):
                 spikes = fire_events(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
                 if spikes is not None:
                     return spikes, None

@@ -467,3 +467,192 @@ def test_predictions_of_the_shipped_model():
     assert sum(record.reason is None for record in records) > 20
     for reference in (expected, dense):
         assert (results.argmax(1) != reference.argmax(1)).sum() <= 1
+
+
+def assert_same_gradients(layer, x):
+    grad = torch.randint(-4, 5, layer(x).shape).float()
+    expected, results = (gradients(f, layer, x, grad) for f in (lambda layer, x: layer(x), products.product))
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_a_transposed_weight():
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(torch.randint(-4, 5, (64, 64)).float().t())
+    assert_same_gradients(layer, spikes((50, 64), 0.2))
+
+
+@pytest.mark.parametrize('default', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default):
+    layer, x = make('3x3', 64, 40, integers=True)
+    torch.set_default_dtype(default)
+    try:
+        with torch.no_grad():
+            result = event_driven(layer, x)
+        assert_same_gradients(layer, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(result, layer(x)) and torch.equal(event_driven(layer, x), layer(x))
+
+
+def test_the_default_device_does_not_matter():
+    layer = unit('3x3', 64, 48)
+    x = spikes((2, 1, 64, 8, 8), 0.2)
+    with torch.no_grad():
+        expected = layer(x, 2)
+        with torch.device('meta'):
+            assert torch.equal(layer(x, 2), expected)
+
+
+@pytest.mark.parametrize('kind, shape', [('3x3', (2, 32, 8, 8)), ('3x3', (2, 128, 8, 8)), ('linear', (50, 32))])
+def test_inputs_of_other_channels_are_refused_by_pytorch(kind, shape):
+    layer = LAYERS[kind](64, 64)
+    for has_grad in (False, True):
+        with torch.set_grad_enabled(has_grad), pytest.raises(RuntimeError):
+            products.product(layer, spikes(shape, 0.2))
+
+
+@pytest.mark.parametrize('kind', ['3x3', 'linear'])
+@pytest.mark.parametrize('out_chs', [40, 128])
+def test_replaced_weights(kind, out_chs):
+    """Structured pruning replaces parameters and may leave the attributes of the layer as they are."""
+    layer, x = make(kind, 64, 64, channels_last=False)
+    other = LAYERS[kind](64, out_chs)
+    layer.weight, layer.bias = other.weight, other.bias
+    assert torch.equal(products.product(layer, x), other(x))
+
+
+def test_norms_that_do_not_fit():
+    x = spikes((2, 1, 64, 8, 8), 0.2)
+    for bn in (nn.BatchNorm2d(32), nn.BatchNorm1d(48), nn.BatchNorm2d(48).double()):
+        layer = unit('3x3', 64, 48)
+        layer.bn = bn.eval()
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+            layer(x, 2)
+    layer = unit('3x3', 64, 48)
+    layer.bn.running_mean = layer.bn.running_mean.double()
+    with torch.no_grad():
+        for mode in ('auto', 'plain'):
+            with use_kernels(mode):
+                outcome = None
+                try:
+                    outcome = layer(x, 2)
+                except (RuntimeError, ValueError) as e:
+                    outcome = type(e)
+                if mode == 'auto':
+                    first = outcome
+        assert first == outcome if isinstance(first, type) else torch.equal(first, outcome)
+
+
+@pytest.mark.parametrize('kind', ['3x3', 'linear'])
+def test_bytes_of_users_are_refused_as_by_pytorch(kind):
+    layer, x = make(kind, 64, 64)
+    with pytest.raises(RuntimeError):
+        products.product(layer, x.byte())
+
+
+@pytest.mark.parametrize('tau, v_threshold', [(0., 1.), (1e-40, 1.), (2., torch.inf), (torch.inf, 1e300), (2., 1e300)])
+def test_constants_out_of_range(tau, v_threshold):
+    layer = unit('3x3', 64, 48)
+    layer.lif.tau, layer.lif.v_threshold = tau, v_threshold
+    x = spikes((2, 1, 64, 8, 8), 0.2)
+    with torch.no_grad():
+        result = layer(x, 2)
+        with use_kernels('dense'):
+            assert torch.equal(result.isnan(), layer(x, 2).isnan())
+            assert torch.equal(result.nan_to_num(), layer(x, 2).nan_to_num())
+
+
+def test_outputs_can_be_changed_in_place():
+    layer, x = make('3x3', 64, 64)
+    expected = layer(x) * 2
+    out = event_driven(layer, x)
+    out.mul_(2).sum().backward()
+    torch.testing.assert_close(out, expected)
+
+
+def test_rows_too_wide_for_the_loops():
+    layer, x = make('3x3', 16, 16, 1, 22000, 1, integers=True)
+    assert_same_gradients(layer, x)
+
+
+def run_script(code, **env):
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(PREPARE) + textwrap.dedent(code)], capture_output=True,
+        text=True, timeout=120, env=dict(os.environ, **env))
+
+
+PREPARE = """
+    import os, sys, threading, time
+    import numpy as np, torch
+    from torch import nn
+    from timm_spikformer.kernels import events
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 64, 3, padding=1)
+    x = torch.from_numpy((np.random.default_rng(0).random((8, 14, 14, 32)) < 0.2).astype(np.float32))
+    x = x.permute(0, 3, 1, 2)
+    @torch.no_grad()
+    def product():
+        events.MIN_MACS = 0
+        counted = events.count_events(layer, x)
+        return 'dense' if counted is None else f'{events.convolve(layer, x, counted).sum():.3f}'
+"""
+
+
+def test_a_thread_that_outlives_the_main_thread():
+    out = run_script("""
+        def work():
+            torch.set_num_threads(2)
+            threading.main_thread().join()
+            time.sleep(0.5)
+            print(product())
+        print(product(), flush=True)
+        threading.Thread(target=work).start()""")
+    first, second = out.stdout.split()
+    assert first == second, out.stderr
+
+
+def test_a_fork_while_another_thread_compiles(tmp_path):
+    out = run_script("""
+        thread = threading.Thread(target=product)
+        thread.start()
+        time.sleep(0.5)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if product() != 'dense' else 1)
+        for _ in range(600):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(pid, 9)
+            status = 'hangs'
+        thread.join()
+        print(status)""", NUMBA_CACHE_DIR=str(tmp_path))
+    assert out.stdout == '0\n', out.stderr
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'full disk'])
+def test_a_cache_that_is_damaged(damage, tmp_path):
+    env = dict(NUMBA_CACHE_DIR=str(tmp_path))
+    expected = run_script('print(product())').stdout
+    if damage == 'truncated':
+        run_script('product()', **env)
+        for path in tmp_path.rglob('*.nb?'):
+            path.write_bytes(b'')
+    limit = """
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        """ if damage == 'full disk' else ''
+    out = run_script(limit + '\n' + 'print(product())', **env) if not limit else run_script(
+        textwrap.dedent(limit) + 'print(product())', **env)
+    assert out.stdout == expected, out.stderr
+    assert 'Traceback' not in out.stderr
+
+
+def test_numba_without_its_compiler():
+    out = run_script('print(product())', NUMBA_DISABLE_JIT='1')
+    assert out.stdout == 'dense\n', out.stderr

@@ -4,6 +4,7 @@ Whether a product uses the loops depends only on that product, not on earlier ca
 different bits before and after compilation. Small products do not use the loops, so small models do not wait for
 compilation.
 """
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -83,10 +84,20 @@ class _Loop:
                 try:
                     compiled.compile(types)
                 except Exception:  # the cache cannot be read or written, e.g. a full disk or a damaged file
+                    _remove_cached(self.function.__name__)
                     compiled = _jit(self.function, has_cache=False)
                     compiled.compile(types)
+                compiled.disable_compile()  # other types would be a bug: the loops read memory as float32 and uint8
                 self.compiled = compiled
             return self.compiled
+
+
+def _remove_cached(name: str) -> None:
+    """Remove the cached code of a loop, so that the next process compiles and caches it again."""
+    folder = _cache_folder()
+    with contextlib.suppress(OSError):
+        for path in folder.rglob(f'*.{name}-*') if folder else ():
+            path.unlink()
 
 
 def _functions() -> Tuple[Callable[..., Any], ...]:
@@ -100,25 +111,41 @@ def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
     """Return (loops, None), or (None, reason) if numba cannot be imported."""
     try:
         *functions, _ = _functions()
+        from numba.core import config
+        if config.DISABLE_JIT:
+            return None, 'numba is disabled by NUMBA_DISABLE_JIT'
         from .event_loops import largest_chunk
         from .simd import BLOCK, BYTE_COUNTS, BYTE_INDICES
     except ImportError as e:  # numba is not installed, or does not support the installed NumPy
         return None, f'event-driven products need numba (pip install numba): {e}'
     names = vars(sys.modules[largest_chunk.__module__])
     for name in _HELPERS:  # compile the helpers in place, because the loops look them up by name
-        names[name] = _jit(names[name], has_cache=True)
+        names[name] = _jit(names[name], has_cache=False)  # a loop on disk contains them
     return SimpleNamespace(
         BLOCK=BLOCK, BYTE_INDICES=BYTE_INDICES, BYTE_COUNTS=BYTE_COUNTS, largest_chunk=largest_chunk,
         **{f.__name__: _Loop(f) for f in functions}), None
 
 
+_loaded: Optional[Tuple[Optional[SimpleNamespace], Optional[str]]] = None
+
+
+def _load_once() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            _loaded = _load()
+    return _loaded
+
+
 def unavailable_reason() -> Optional[str]:
     """Return why the loops cannot be compiled, or None if they can."""
-    with _lock:
-        return _load()[1]
+    return _load_once()[1]
 
 
 def load_loops() -> SimpleNamespace:
     """Return the functions of `event_loops`, compiled at their first call, and the constants of `simd`."""
-    with _lock:
-        return _load()[0]
+    return _load_once()[0]
+
+
+if hasattr(os, 'register_at_fork'):  # no fork while a loop is being compiled: the child could never finish it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

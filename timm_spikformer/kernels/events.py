@@ -9,7 +9,6 @@ finite: a dense product also multiplies them by zero inputs, and zero times NaN 
 
 Results equal those of the layer up to the order of float32 additions, and do not depend on the number of threads.
 """
-import math
 import sys
 import threading
 from contextvars import ContextVar
@@ -54,7 +53,8 @@ DTYPE = torch.float32
 
 _CLASSES = ((nn.Conv2d, nn.Linear),)
 _PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
-_NO_BYTES = torch.empty(0, dtype=torch.uint8).numpy()
+_NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
+_FLOAT = {'dtype': torch.float32, 'device': 'cpu'}  # whatever PyTorch's defaults are
 _LIMIT = 1e30  # upper bound for sums of absolute weights, so that no intermediate result overflows
 
 
@@ -141,6 +141,17 @@ def _shape(layer: nn.Module, x: Tensor) -> Optional[Shape]:
     return None
 
 
+def _parameters_fallback_reason(layer: nn.Module, in_chs: int, shape: Shape) -> Optional[str]:
+    """Return why the parameters do not fit the input and the attributes of the layer; PyTorch then reports an error."""
+    kernel = () if type(layer) is nn.Linear else layer.kernel_size
+    if layer.weight.shape != (shape.OC, in_chs, *kernel):
+        return f'the weight {list(layer.weight.shape)} does not fit the layer or {in_chs} input channels'
+    bias = layer.bias
+    if bias is not None and (bias.shape != (shape.OC,) or bias.dtype != DTYPE or bias.device != layer.weight.device):
+        return f'the bias is {bias.dtype} {list(bias.shape)} on {bias.device}'
+    return None
+
+
 def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
     if shape is None:
         return 'no event-driven kernel for this kernel size, stride, padding, dilation or groups'
@@ -162,19 +173,20 @@ def is_small(layer: nn.Module, x: Tensor) -> bool:
     return weight is not None and x.ndim > 1 and x.numel() // max(1, x.shape[1]) * weight.numel() < MIN_MACS
 
 
-def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None) -> Optional[str]:
+def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes: bool = False) -> Optional[str]:
     """Return why a product cannot be event-driven, regardless of the input values, or None if it can be.
 
     Args:
         layer: The layer.
         x: Input of the layer. If None, the input is not checked.
+        is_bytes: Whether `x` is spikes that `fire_events` returned as bytes.
     """
-    is_bytes = type(x) is Tensor and x.dtype == torch.uint8
     reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
     if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
         reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products require {DTYPE} on a CPU'
     if reason is None and x is not None:
-        reason = _shape_fallback_reason(_shape(layer, x))
+        shape = _shape(layer, x)
+        reason = _shape_fallback_reason(shape) or _parameters_fallback_reason(layer, x.shape[1], shape)
     if reason is None and get_kernels() == 'dense':
         reason = 'event-driven products are switched off'
     if reason is None and torch._C._len_torch_dispatch_stack() > 0:
@@ -220,8 +232,8 @@ def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     """
     shape = _shape(layer, x)
     is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    x = (x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()).detach()
-    values = torch.empty(x.shape, dtype=torch.uint8)
+    x = (x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()).detach().resolve_neg()
+    values = torch.empty(x.shape, dtype=torch.uint8, device='cpu')
     source, target = x.view(-1).numpy(), values.view(-1).numpy()
     results = run_in_threads(
         load_loops().read_events,
@@ -251,7 +263,7 @@ def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
         layer: Convolution or linear layer.
         x: Spikes, uint8 `[n, C, H, W]` or `[n, C]`.
     """
-    reason = event_fallback_reason(layer, x)
+    reason = event_fallback_reason(layer, x, is_bytes=True)
     events = None
     if runs_in_kernel(lambda: reason):
         shape = _shape(layer, x)
@@ -298,7 +310,7 @@ def _scratch(n: int) -> Tensor:
     buffer = getattr(_buffers, 'buffer', None)
     if buffer is None or len(buffer) < n:
         with torch.inference_mode(False):
-            buffer = _buffers.buffer = torch.empty(n)
+            buffer = _buffers.buffer = torch.empty(n, **_FLOAT)
     return buffer[:n]
 
 
@@ -331,7 +343,7 @@ def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
 def _flat(x: Tensor) -> Any:
     """Return a flat NumPy view of the memory of a tensor, from its first to its last element."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
-    return x.as_strided((span,), (1,)).numpy()
+    return x.resolve_neg().as_strided((span,), (1,)).numpy()
 
 
 def _run(
@@ -364,7 +376,7 @@ def _run(
     is_fused = scale is not None
     scale = nn.functional.pad(scale, missing) if is_fused else shift
     is_bytes = out.dtype == torch.uint8
-    outputs = torch.empty(0).numpy() if is_bytes else _flat(out), _flat(out) if is_bytes else _NO_BYTES
+    outputs = _NO_FLOATS if is_bytes else _flat(out), _flat(out) if is_bytes else _NO_BYTES
     run_in_threads(loops.convolve, [
         (events.values.view(-1).numpy(), packed.numpy(), T, B, H, W, C, OC, size, padding,
          min(loops.largest_chunk(size), C), tile_rows, *item, max(1, events.largest), *outputs, *out.stride(), is_fused,
@@ -380,14 +392,14 @@ def _empty_output(
         as_bytes: bool = False,
 ) -> Tuple[Tensor, Tensor]:
     """Return an uninitialized output in the memory format that the layer would use, and a view `[N, H', W', OC]`."""
-    dtype = torch.uint8 if as_bytes else torch.float32
+    options = {**_FLOAT, 'dtype': torch.uint8} if as_bytes else _FLOAT
     if type(layer) is nn.Linear:
-        out = torch.empty(shape.H, shape.OC, dtype=dtype)
+        out = torch.empty(shape.H, shape.OC, **options)
         return out, out[None, :, None]
     is_channels_last = as_bytes or any(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, layer.weight))
     memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-    out = torch.empty(shape.N, shape.OC, *shape.out_size, dtype=dtype, memory_format=memory_format)
+    out = torch.empty(shape.N, shape.OC, *shape.out_size, memory_format=memory_format, **options)
     return out, out.permute(0, 2, 3, 1)
 
 
@@ -403,7 +415,7 @@ def convolve(layer: nn.Module, x: Tensor, events: Events) -> Optional[Tensor]:
     if packed is None:
         return None
     out, view = _empty_output(layer, x, events.shape)
-    bias = torch.zeros(events.shape.OC) if layer.bias is None else layer.bias.detach()
+    bias = torch.zeros(events.shape.OC, **_FLOAT) if layer.bias is None else layer.bias.detach()
     _run(events, packed, 1, view, None, bias)
     return out
 
@@ -433,7 +445,7 @@ def fire_events(
     """
     shape = events.shape
     tau, v_threshold, _ = neuron.constants
-    scale, shift = torch.ones(shape.OC), torch.zeros(shape.OC)
+    scale, shift = torch.ones(shape.OC, **_FLOAT), torch.zeros(shape.OC, **_FLOAT)
     if type(bn) is not nn.Identity:
         scale = bn.weight * (bn.running_var.double() + bn.eps).rsqrt().float()
         shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
@@ -450,26 +462,39 @@ def fire_events(
     return out
 
 
-def fire_fallback_reason(bn: nn.Module, neuron: nn.Module, neuron_class: Type[nn.Module]) -> Optional[str]:
-    """Return why BN and neuron cannot be fused with an event-driven product, or None if they can be."""
+def fire_fallback_reason(
+        layer: nn.Module,
+        bn: nn.Module,
+        neuron: nn.Module,
+        neuron_class: Type[nn.Module],
+) -> Optional[str]:
+    """Return why BN and neuron cannot be fused with the event-driven product of a layer, or None if they can be."""
     if torch.is_grad_enabled():
         return 'gradients are enabled'
     reason = module_fallback_reason(neuron, (neuron_class,))
-    if reason is None and type(bn) is not nn.Identity:
-        reason = module_fallback_reason(bn, (nn.BatchNorm1d, nn.BatchNorm2d))
+    if reason is None and type(bn) is nn.Identity:
+        reason = module_fallback_reason(bn, (nn.Identity,))
+    elif reason is None:
+        norm = nn.BatchNorm1d if type(layer) is nn.Linear else nn.BatchNorm2d
+        reason = module_fallback_reason(bn, (norm,))
         if reason is None and bn.training:
             reason = 'BatchNorm is in train mode'
-        if reason is None and any(t.dtype != DTYPE for t in (bn.weight, bn.running_var)):
-            reason = f'BatchNorm is not {DTYPE}'
+        if reason is None:
+            expected = layer.weight.shape[:1], DTYPE, layer.weight.device
+            for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+                if (tensor.shape, tensor.dtype, tensor.device) != expected:
+                    reason = f'a tensor of BatchNorm is {tensor.dtype} {list(tensor.shape)} on {tensor.device}'
+    if reason is None and not neuron.constants.are_numbers:
+        reason = 'the constants of the neuron are not numbers'
     elif reason is None:
-        reason = module_fallback_reason(bn, (nn.Identity,))
-    if reason is None and not (neuron.constants.are_numbers and all(map(math.isfinite, neuron.constants))):
-        reason = 'the constants of the neuron are not all finite numbers'
+        tau, v_threshold, _ = neuron.constants
+        if not 1. < tau < _LIMIT or not abs(v_threshold) < _LIMIT:
+            reason = f'the neuron has tau={tau}, v_threshold={v_threshold}'
     return reason
 
 
 def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Tensor]:
-    """Return the weight gradient, in the memory format of the weight; None if the output gradient is not finite.
+    """Return the weight gradient; None if the output gradient is not finite or rows are too wide for the loops.
 
     Args:
         events: Input of the layer.
@@ -483,8 +508,9 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
     tile_rows = min(H, max(1, _PAIRS // W))
     tile_images = min(N, max(1, _PAIRS // (tile_rows * W)))
     num_blocks = -(-OC // loops.BLOCK)
-    out = torch.zeros(num_blocks, size, size, C, loops.BLOCK)
-    assert (tile_rows + border) * (W + border) * tile_images < 1 << 16
+    if (tile_rows + border) * (W + border) * tile_images >= 1 << 16:  # indices of pixels have 16 bits
+        return None
+    out = torch.zeros(num_blocks, size, size, C, loops.BLOCK, **_FLOAT)
     num_threads = torch.get_num_threads()
     are_finite = run_in_threads(loops.weight_gradient, [
         (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images,
@@ -494,7 +520,8 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
     if not all(are_finite):
         return None
     is_direct = weight.ndim == 2 or weight.is_contiguous(memory_format=torch.channels_last)
-    result = torch.empty_like(weight, memory_format=torch.channels_last if weight.ndim == 4 else None)
+    memory_format = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+    result = torch.empty(weight.shape, memory_format=memory_format, **_FLOAT)
     run_in_threads(loops.unpack_weights, [
         (out.view(-1).numpy(), OC, C, size * size, start, stop, _flat(result))
         for start, stop in split_range(num_blocks, 1)])

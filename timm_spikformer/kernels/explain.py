@@ -108,11 +108,11 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     >>> report[0].runs_as, report[0].reason
     ('modules', 'too small to be faster')
     """
-    records: Dict[nn.Module, EventRecord] = {}
+    records: Dict[Tensor, EventRecord] = {}  # by weight, as masked patches run through copies of their layer
     times: Dict[str, float] = {}
     if x is not None:
         with _in_eval_mode(model):
-            before = observe_events(lambda record: records.__setitem__(record.layer, record))
+            before = observe_events(lambda record: records.__setitem__(record.layer.weight, record))
             try:
                 model(x)
             finally:
@@ -123,7 +123,10 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
         for group, reason in getattr(module, 'kernel_groups', list)():
             density = None
             layer_name, _, what = group.partition(': ')
-            record = records.get(getattr(module, layer_name, None)) if what == 'event-driven' else None
+            weight = getattr(getattr(module, layer_name, None), 'weight', None) if what == 'event-driven' else None
+            record = None if weight is None else records.get(weight)
+            if x is not None and what == 'event-driven' and record is None:
+                reason = reason or 'not called, or computed as a matrix product of masked patches'
             if record is not None:
                 density, reason = record.density, record.reason
             report.append(KernelGroup(

@@ -32,8 +32,8 @@ class LIFConstants(NamedTuple):
 
     @property
     def are_numbers(self) -> bool:
-        """Whether all constants are Python numbers, as kernels require, not tensors that may require gradients."""
-        return all(type(value) in (float, int) for value in self)
+        """Whether all are Python numbers in the range of float32, as kernels require; tensors may need gradients."""
+        return all(type(value) in (float, int) and (math.isinf(value) or abs(value) < 3e38) for value in self)
 
 
 class Norm(NamedTuple):

@@ -2,7 +2,7 @@
 
 Spikes and sums of spikes are small integers, which int8 represents exactly. The reference is the layer itself.
 """
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +105,12 @@ class _EventProduct(torch.autograd.Function):
             bias: Optional[Tensor],
             layer: nn.Module,
             events: Events,
-            out: Tensor,
+            outputs: List[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(pack_events(events), weight)
         ctx.events = events._replace(values=None)
         ctx.x_shape, ctx.conv_args = x.shape, _conv_args(layer)
-        return out
+        return outputs.pop()  # in a list, because autograd makes a view of an argument that is returned
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -178,7 +178,7 @@ def product(layer: nn.Module, x: Tensor, events: Optional[Events] = None) -> Ten
         if out is not None:
             has_grad = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             if torch.is_grad_enabled() and has_grad:
-                return _EventProduct.apply(x, layer.weight, layer.bias, layer, events, out)
+                return _EventProduct.apply(x, layer.weight, layer.bias, layer, events, [out])
             return out
     if not torch.is_grad_enabled() or not runs_in_kernel(lambda: product_fallback_reason(layer, x)):
         return layer(x)

@@ -60,7 +60,12 @@ def run_in_threads(function: Callable[..., Any], items: Sequence[Tuple[Any, ...]
                 return
             results[i] = function(*items[i])
 
-    futures = [_get_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    futures = []
+    try:
+        for _ in range(num_threads - 1):
+            futures.append(_get_pool(num_threads - 1).submit(work))
+    except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
+        pass
     try:
         work()
     finally:
