@@ -553,7 +553,8 @@ TRAIN = """
 """
 
 
-@pytest.mark.parametrize('is_mim', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize('is_mim', [False, True])
+@pytest.mark.slow
 def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
     out = client.run(TRAIN + f"""
     import timm
@@ -596,6 +597,7 @@ def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
     assert 'nformation needed' not in card.lower() and 'By transformers Trainer.' in card
 
 
+@pytest.mark.slow
 def test_a_masked_autoencoder_goes_on_to_a_classifier(hub, client, images):
     torch.manual_seed(0)
     encoder = timm.create_model('test_spikformer_v2', num_classes=0, time_steps=1)

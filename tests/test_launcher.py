@@ -94,6 +94,7 @@ def test_two_ranks_of_ddp_end_with_equal_weights():
     assert report['world_size'] == 2 and report['equal'] and report['grads_equal'] and report['grad_norm'] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_of_fsdp_train_as_one_process():
     """Sharded by the classes of `_no_split_modules`: the stem's stages, the encoder's blocks and the decoder's."""
     (report,) = lines(run(*TORCHRUN[:-2], '--nproc-per-node', '2', SCRIPTS / 'train_fsdp.py'))

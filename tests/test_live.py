@@ -95,7 +95,8 @@ def test_training_steps_do_not_depend_on_each_other(model, images):
         assert torch.equal(grad, grads[name]), name
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(stem='sps')], ids=['v2', 'v1'])
+@pytest.mark.parametrize('kwargs', [
+    pytest.param({}, id='v2'), pytest.param(dict(stem='sps'), id='v1', marks=pytest.mark.slow)])
 def test_compile_is_one_graph_of_equal_spikes(images, kwargs):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2', depth=1, time_steps=2, **kwargs), images)

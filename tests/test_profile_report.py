@@ -369,7 +369,8 @@ def test_accuracy_of_a_model_that_does_not_name_its_classes(tmp_path, capsys, no
     assert 'The model does not name its classes' in ' '.join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize('encoding, width', [('ascii', 30), ('latin-1', 200)])
+@pytest.mark.parametrize('encoding, width', [
+    ('ascii', 30), pytest.param('latin-1', 200, marks=pytest.mark.slow)])
 def test_command_in_any_terminal(encoding, width, tmp_path):
     """As a process, in a folder whose name has brackets and characters that the terminal does not have."""
     output = tmp_path / '[red]\u00b5 \u4e2d[/red]'
