@@ -249,7 +249,8 @@ class Spikformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         check_integer('num_classes', num_classes, 0)
-        check_pooling(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        if global_pool is not None:
+            check_pooling(global_pool, num_classes)
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
