@@ -61,8 +61,8 @@ def event_driven_in_double():
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in dict(
-                MIN_MACS=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1, DTYPE=torch.float64,
-                read_events=read_events,
+                MIN_MACS=0, MIN_MACS_IN_TRAINING=0, MIN_CHANNELS=1, MIN_CHANNELS_IN_TRAINING=1, CHANNEL_MULTIPLE=1,
+                DTYPE=torch.float64, read_events=read_events,
         ).items():
             monkeypatch.setattr(events, name, value)
         monkeypatch.setattr(products, 'convolve', lambda layer, x, counted: dense(layer, counted))

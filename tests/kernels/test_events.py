@@ -34,6 +34,7 @@ LAYERS = {
 @pytest.fixture(autouse=True)
 def small_products_are_event_driven(monkeypatch):
     monkeypatch.setattr(events, 'MIN_MACS', 0)
+    monkeypatch.setattr(events, 'MIN_MACS_IN_TRAINING', 0)
     monkeypatch.setattr(events, 'MIN_CHANNELS', 1)
     monkeypatch.setattr(events, 'MIN_CHANNELS_IN_TRAINING', 1)
     monkeypatch.setattr(events, 'MAX_DENSITY', {1: 99., 2: 99., 3: 99.})

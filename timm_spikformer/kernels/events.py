@@ -44,8 +44,11 @@ __all__ = [
 # Maximum density, in events per input value, of an event-driven product, by kernel size. The measured break-even is 0.4
 # to 0.6, depending on the shape: see `python -m benchmarks events`.
 MAX_DENSITY = {3: 0.45, 2: 0.45, 1: 0.45}
-# Minimum multiply-accumulates of an event-driven product, counted densely. In smaller ones, call overhead dominates.
-MIN_MACS = 20_000_000
+# Minimum multiply-accumulates of an event-driven product, counted densely. In smaller ones, the cost of calls and of
+# distributing work to threads dominates: with two threads, training of small models would be slower. The limits do not
+# depend on the number of threads, so results do not either.
+MIN_MACS = 200_000_000
+MIN_MACS_IN_TRAINING = 500_000_000
 MIN_CHANNELS = 8  # minimum number of input and of output channels, in inference
 MIN_CHANNELS_IN_TRAINING = 16
 CHANNEL_MULTIPLE = 8  # divides the number of input channels: the loops read 8 bytes at a time
@@ -160,9 +163,13 @@ def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
     if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < min_channels:
         return (f'{channels} input and {shape.OC} output channels: too few, or input channels not a multiple of '
                 f'{CHANNEL_MULTIPLE}')
-    if shape.macs < MIN_MACS:
+    if shape.macs < _min_macs():
         return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to be faster'
     return None
+
+
+def _min_macs() -> int:
+    return MIN_MACS_IN_TRAINING if torch.is_grad_enabled() else MIN_MACS
 
 
 def is_small(layer: nn.Module, x: Tensor) -> bool:
@@ -170,7 +177,7 @@ def is_small(layer: nn.Module, x: Tensor) -> bool:
     if type(x) is not Tensor or type(layer) not in _CLASSES[0]:
         return False
     weight = layer._parameters.get('weight')
-    return weight is not None and x.ndim > 1 and x.numel() // max(1, x.shape[1]) * weight.numel() < MIN_MACS
+    return weight is not None and x.ndim > 1 and x.numel() // max(1, x.shape[1]) * weight.numel() < _min_macs()
 
 
 def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes: bool = False) -> Optional[str]:
@@ -237,7 +244,7 @@ def read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     source, target = x.view(-1).numpy(), values.view(-1).numpy()
     results = run_in_threads(
         load_loops().read_events,
-        [(source, start, stop, target) for start, stop in split_range(len(source), 1 << 16)])
+        [(source, start, stop, target) for start, stop in split_range(len(source), 1 << 19)])
     total, largest = 0, 0
     for part, part_largest in results:
         if part < 0:
@@ -326,7 +333,7 @@ def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
     limit = _LIMIT / (size * size * shape.C * largest)
     is_fine = run_in_threads(loops.pack_weights, [
         (flat, shape.OC, shape.C, size * size, chunk, start, stop, limit, packed.numpy())
-        for start, stop in split_range(num_blocks, 1)])
+        for start, stop in split_range(num_blocks, 1, None if len(packed) > 1 << 19 else 1)])
     return packed if all(is_fine) else None
 
 
