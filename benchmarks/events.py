@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from timm_spikformer import SpikformerMAE, use_kernels
 from timm_spikformer.images import read_splits
 from timm_spikformer.kernels import events
-from timm_spikformer.profiling import profile
 
+from . import energy
 from .floor import dense_floor
-from .images import calibrate, photographs
+from .images import photographs
 from .measure import interleave, peak_memory, ratio
 from .model import inference, training_step
 from .peer import PeerSpikformer
@@ -87,14 +87,8 @@ def at_rate(name: str, time_steps: int, rate: float, x: Tensor, rounds: int = 8)
     """Return a model with random weights and BN biases tuned to `rate` events per input, and the rate reached."""
     torch.manual_seed(0)
     model = timm.create_model(name, time_steps=time_steps)
-    low, high = 0., 2.5
-    for _ in range(rounds):
-        bias = (low + high) / 2
-        found = profile(calibrate(model, x, bias), x).acs_per_dense_mac
-        if abs(found - rate) < 2e-3:
-            break
-        low, high = (bias, high) if found < rate else (low, bias)
-    return model.to(memory_format=torch.channels_last), found
+    result = energy.at_rate(model, x, lambda found: found.acs_per_dense_mac, rate, rounds)
+    return model.to(memory_format=torch.channels_last), result.acs_per_dense_mac
 
 
 def _modes(step: Callable[[], object]) -> Dict[str, Callable[[], object]]:

@@ -106,7 +106,6 @@ def _functions() -> Tuple[Callable[..., Any], ...]:
     return read_events, pack_weights, unpack_weights, convolve, weight_gradient, add_rows_plain
 
 
-@functools.cache
 def _load() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
     """Return (loops, None), or (None, reason) if numba cannot be imported."""
     try:
@@ -133,7 +132,7 @@ def _load_once() -> Tuple[Optional[SimpleNamespace], Optional[str]]:
     global _loaded
     if _loaded is None:
         with _lock:
-            _loaded = _load()
+            _loaded = _loaded or _load()
     return _loaded
 
 

@@ -368,13 +368,13 @@ def _run(
     With a scale, `out` receives the spikes of LIF neurons; if it is None, the product plus `shift`.
     """
     loops = load_loops()
-    N, H, W, C, OC, size, padding, _ = events.shape
-    T = time_steps
-    if N == 1 and T > 1:  # a linear layer: [1, T * R, 1, C] as T images of R rows
-        N, H = T, H // T
-        out = out.view(T, H, 1, OC)
+    shape, T = events.shape, time_steps
+    if shape.N == 1 and T > 1:  # a linear layer: [1, T * R, 1, C] as T images of R rows
+        shape = shape._replace(N=T, H=shape.H // T)
+        out = out.view(T, shape.H, 1, shape.OC)
+    N, H, W, C, OC, size, padding, _ = shape
     B = N // T
-    out_height, out_width = H + 2 * padding - size + 1, W + 2 * padding - size + 1
+    out_height, out_width = shape.out_size
     tile_rows = min(out_height, max(1, _PAIRS // (out_width * T)))
     num_tiles = B * -(-out_height // tile_rows)
     num_blocks = -(-OC // loops.BLOCK)
