@@ -15,8 +15,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision.transforms import v2
 
-from timm_spikformer.demo.training import classify
 from timm_spikformer.images import make_loader, read_splits, training_config
+from timm_spikformer.training import classify
 
 from .images import open_photographs, photographs
 from .measure import interleave, ratio

@@ -17,10 +17,12 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from timm_spikformer import cli
-from timm_spikformer.demo import training
+from timm_spikformer import cli, training
+from timm_spikformer.demo.linear import fit_linear
+from timm_spikformer.demo.progress import Progress, Stage
 from timm_spikformer.folders import MANIFEST
 from timm_spikformer.images import make_loader, read_splits, train_test, training_config
+from timm_spikformer.training import Recipe
 
 TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labeled', '40',
         '--pretrain-epochs', '1', '--finetune-epochs', '1']
@@ -54,7 +56,7 @@ def saved_weights(output: Path) -> bytes:
 def test_linear_classifier_agrees_with_scikit_learn():
     """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.6 %."""
     train, test = train_test(read_splits())
-    accuracy = training.fit_linear(train, test, training_config(), torch.device('cpu'))
+    accuracy = fit_linear(train, test, training_config(), torch.device('cpu'))
     assert accuracy == pytest.approx(83.6, abs=0.3)
 
 
@@ -82,8 +84,8 @@ def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
     """Interrupted after an epoch and resumed, the run ends as the uninterrupted one."""
     save = training.save_checkpoint
 
-    def save_and_interrupt(path, **state):
-        save(path, **state)
+    def save_and_interrupt(path, kind, **state):
+        save(path, kind, **state)
         if path.stem.startswith(stage) and state['epoch'] == epoch:
             raise KeyboardInterrupt
 
@@ -215,7 +217,7 @@ def test_a_full_disk(size, folder, tmp_path):
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'last.pth.tar'
-    training.save_checkpoint(path, epoch=0)
+    training.save_checkpoint(path, 'demo', epoch=0)
 
     def interrupted(state, f):
         f.write(b'half')
@@ -223,7 +225,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        training.save_checkpoint(path, epoch=1)
+        training.save_checkpoint(path, 'demo', epoch=1)
     assert torch.load(path, weights_only=True) == {'epoch': 0}
 
 
@@ -305,16 +307,18 @@ def test_resuming_from_a_changed_checkpoint(finished, tmp_path):
     ({'epoch': -5}, 'it was saved after epoch -5, expected 0 to 2'),
     ({'epoch': 99}, 'it was saved after epoch 99, expected 0 to 2'),
     ({'epoch': '1'}, 'it was saved after epoch 1'),
+    ({'history': []}, 'it records 0 epochs, expected 1'),
     ({'seconds': math.nan}, 'it says that training took nan seconds'),
     ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, and now it is 0.2'),
     ({'model': 3}, 'Expected state_dict'),
 ], ids=repr)
 def test_checkpoints_of_other_runs(state, message, tmp_path):
     path, model, trained_with = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}
-    good = {'epoch': 0, 'seconds': 0.5, 'trained_with': trained_with, 'model': model.state_dict()}
+    history = [{'loss': 0.1}]
+    good = {'epoch': 0, 'history': history, 'seconds': 0.5, 'trained_with': trained_with, 'model': model.state_dict()}
     arguments = path, torch.device('cpu'), {'model': model}, 3, trained_with
     torch.save(good, path)
-    assert training.load_checkpoint(*arguments) == (1, 0.5)
+    assert training.load_checkpoint(*arguments) == (1, history, 0.5)
     torch.save({**good, **state} if isinstance(state, dict) and 'state_dict' not in state else state, path)
     with pytest.raises(ValueError, match=f'x.pth.tar is damaged or is not a checkpoint of this run: .*{message}'):
         training.load_checkpoint(*arguments)
@@ -357,11 +361,11 @@ def test_resuming_with_other_arguments_or_data(finished, folder, tmp_path):
 
 def test_progress_counts_the_work_of_all_stages(monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    stages = [training.Stage('a', 'A', 2, 0.1, 8), training.Stage('b', 'B', 1, 0.1, 8, cost=0.5)]
+    stages = [Stage('a', 'A', Recipe(2, 0.1, 8)), Stage('b', 'B', Recipe(1, 0.1, 8), cost=0.5)]
     images = read_splits()['test'].spread(20)
     total = sum(stage.work(images) for stage in stages)
     assert total == 2 * 16 + 0.5 * 16
-    with training.Progress(total) as progress:
+    with Progress(total) as progress:
         progress.skip(16)
         progress.update(16)
         progress.update(100)

@@ -12,9 +12,9 @@ from timm.models import save_for_hf
 
 import timm_spikformer
 from timm_spikformer import pretrained
-from timm_spikformer.demo.training import evaluate
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
+from timm_spikformer.training import evaluate
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 

@@ -34,7 +34,6 @@ FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
 
 _SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # by folder name
 _PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
-_HELD_OUT = 0.1  # fraction of each class that is held out for testing if there is no test split
 _EXPECTED = (
     'Expected DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, or parquet files with columns image and label.')
 _EXPECTED_ANY = f'{_EXPECTED[:-1]}, or, without labels, DIR/*.png.'
@@ -89,8 +88,8 @@ class Images(Dataset):
         labels: Class indices `[N]`, or None if there are no labels.
         classes: Class names in the order of the class indices, or None if the dataset does not name its classes.
         name: Display name of the dataset.
-        split: 'train', 'test', 'validation', 'all' if the dataset has no splits, 'held-out tenth of train' or
-            'held-out tenth'.
+        split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or what `hold_out` calls the images
+            that it holds out, such as 'held-out tenth of train'.
         indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
     """
 
@@ -168,20 +167,25 @@ class Images(Dataset):
         share = (rank + 0.5) / sizes[self.labels[order]]  # fraction of the class up to this image
         return self.select(np.sort(order[np.argsort(share, kind='stable')[:count]]))
 
-    def hold_out(self, seed: int) -> Tuple['Images', 'Images']:
-        """Split into training images and a held-out tenth of each class for testing.
+    def hold_out(self, seed: int, fraction: float = 0.1) -> Tuple['Images', 'Images']:
+        """Split into training images and a held-out fraction of each class for testing.
 
         A class with a single image is used for training only.
+
+        Args:
+            seed: Random seed for choosing the images.
+            fraction: Fraction of each class to hold out, but at least one image.
 
         Raises:
             ValueError: Every class has only one image.
         """
         order, rank, sizes = self._ranked(seed)
-        held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(_HELD_OUT * sizes + 0.5)))
+        held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(fraction * sizes + 0.5)))
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
             raise ValueError(f'{self.description}: no class has 2 images, so none can be held out to test on.')
-        split = 'held-out tenth' if self.split == 'all' else f'held-out tenth of {self.split}'
+        split = 'held-out tenth' if fraction == 0.1 else f'held-out {100 * fraction:.3g} %'
+        split = split if self.split == 'all' else f'{split} of {self.split}'
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 
     def digest(self) -> str:
@@ -461,6 +465,9 @@ def _shorten(names: Sequence[str]) -> str:
     return f'{shown} and {len(names) - 5} more' if len(names) > 5 else shown
 
 
+_NO_AUGMENTATION = dict(scale=(1., 1.), ratio=(1., 1.), color_jitter=0.)  # arguments of timm's create_loader
+
+
 def make_loader(
         images: Images,
         config: Dict[str, Any],
@@ -468,6 +475,7 @@ def make_loader(
         device: Union[str, torch.device] = 'cpu',
         augment: bool = False,
         hflip: float = 0.5,
+        **augmentation: Any,
 ):
     """Create a timm data loader for images.
 
@@ -478,6 +486,7 @@ def make_loader(
         device: Device of the model; for CUDA, timm's prefetcher moves batches with labels there.
         augment: Load for training: shuffle, flip at random, and drop the last batch if it is incomplete.
         hflip: Probability of a horizontal flip if `augment` is True.
+        augmentation: Further arguments of timm's `create_loader`; by default images are neither cropped nor jittered.
 
     Returns:
         A loader of pairs (images `[B, C, H, W]`, labels `[B]`), or of images only if there are no labels.
@@ -494,14 +503,12 @@ def make_loader(
         batch_size=batch_size,
         is_training=augment,
         hflip=hflip,
-        scale=(1., 1.),
-        ratio=(1., 1.),
-        color_jitter=0.,
         num_workers=0,
         persistent_workers=False,
         use_prefetcher=device.type == 'cuda' and images.labels is not None,
         device=device,
         **config,
+        **{**_NO_AUGMENTATION, **augmentation},
     )
 
 

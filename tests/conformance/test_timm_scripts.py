@@ -19,10 +19,10 @@ import yaml
 from conftest import write_images
 from huggingface_hub import ModelCard
 
-from timm_spikformer.demo.training import evaluate
 from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_config
 from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
+from timm_spikformer.training import evaluate
 
 pytestmark = pytest.mark.scripts
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import timm
 import torch
@@ -30,9 +30,11 @@ from ..folders import (
 from ..images import SHIPPED_MODEL, Images, data_config, make_loader, read_splits, train_test, training_config
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
+from ..training import Objective, Recipe, classify, evaluate, raise_bn_bias, reconstruct, train
 from .command import KIND, SETTINGS, STAGES, add_arguments
+from .linear import fit_linear
 from .pictures import reconstruction_loss, save_predictions, save_reconstructions
-from .training import Progress, Stage, check_batches, classify, evaluate, fit_linear, reconstruct, train
+from .progress import Progress, Stage, StageProgress
 
 _PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'
 _RESULTS, _MODEL = 'results.json', 'model'
@@ -40,7 +42,6 @@ _CHECKPOINTS = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'fin
 _FILES = [SETTINGS, *_CHECKPOINTS, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS]
 _OF_THE_CALL = ('resume', 'output', 'device')  # arguments of the current call, which --resume does not restore
 _OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
-_BN_BIAS = 0.7  # initial bias of all BN layers
 _COST_OF_MASKED = 0.6  # time per image in pre-training, relative to supervised training
 
 
@@ -153,6 +154,14 @@ class _Run(NamedTuple):
     stage: Stage
     images: Images
 
+    def check(self) -> None:
+        """Raise a ValueError if there are fewer images than one batch needs."""
+        stage, images = self
+        if len(images) < stage.recipe.batch_size:
+            raise ValueError(
+                f'{stage.title} has {len(images)} images, fewer than its batch size of {stage.recipe.batch_size}. '
+                f'Lower --batch-size.')
+
 
 def _identity(images: Images) -> str:
     return f'{len(images)} images, SHA-256 {images.fingerprint()}'
@@ -179,11 +188,11 @@ class _Demo:
             self.images, self.test_images = self.images.take(320, args.seed), self.test_images.take(100, args.seed)
         few = self.images.take(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
 
-        def stage(name: str, title: str, epochs: int, **kwargs: Any) -> Stage:
+        def stage(name: str, title: str, epochs: int, cost: float = 1., **kwargs: Any) -> Stage:
             defaults = dict(
                 lr=args.lr, batch_size=args.batch_size, weight_decay=args.weight_decay, seed=args.seed,
                 hflip=0.5 if args.data else 0.)  # no flips for Fashion-MNIST, in which all shoes point to the left
-            return Stage(name, title, epochs, **{**defaults, **kwargs})
+            return Stage(name, title, Recipe(epochs, **{**defaults, **kwargs}), cost)
 
         self.supervised = [_Run(stage('supervised', 'Training', args.epochs), self.images)]
         self.self_supervised = [
@@ -194,7 +203,7 @@ class _Demo:
             _Run(stage('scratch', 'From scratch', args.finetune_epochs), few),
         ]
         for run in (*self.supervised, *self.self_supervised):
-            check_batches(*run)
+            run.check()
         model = self._create_model()
         if 'pretrain' in stages:
             with torch.no_grad():  # fails if the model or the mask ratio does not fit the images
@@ -211,11 +220,7 @@ class _Demo:
         model = timm.create_model(
             self.args.model, num_classes=len(self.images.classes), in_chans=C, img_size=(H, W),
             time_steps=self.args.time_steps)
-        # At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its
-        # current is at least 2, which is about 2 % of them. This bias makes it 10 %, which speeds up early training.
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                nn.init.constant_(module.bias, _BN_BIAS)
+        raise_bn_bias(model)
         return model.to(device=self.device, memory_format=torch.channels_last)
 
     def _create_mae(self) -> SpikformerMAE:
@@ -224,10 +229,13 @@ class _Demo:
             decoder_num_heads=2)
         return mae.to(device=self.device, memory_format=torch.channels_last)
 
-    def _train(self, run: _Run, model: nn.Module, objective: Callable, progress: Progress):
-        return train(
-            run.stage, model, objective, run.images, self.config, self.output, progress, self.trained_with,
-            resume=self.args.resume)
+    def _train(self, run: _Run, model: nn.Module, objective: Objective, progress: Progress) -> Tuple[nn.Module, float]:
+        """Return the trained model and the training time in seconds."""
+        stage, images = run
+        trained = train(
+            model, objective, images, self.config, stage.recipe, self.output / stage.checkpoint, stage.title, KIND,
+            self.trained_with, self.args.resume, StageProgress(progress, stage, images))
+        return trained.model, trained.seconds
 
     def run(self) -> Dict[str, Any]:
         """Run the stages; return their results."""

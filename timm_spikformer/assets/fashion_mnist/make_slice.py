@@ -1,13 +1,15 @@
-"""Make the slice of Fashion-MNIST that the package ships, from the full set in its original IDX files.
+"""Convert Fashion-MNIST from its original IDX files to parquet: the slice that the package ships, or all images.
 
     python make_slice.py DIR [--output .]
+    python make_slice.py DIR --full --output OUTPUT
 
-DIR holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`. The slice is the first 600 training and the first 100 test
-images of each class, in their original order: the same bytes on every run.
+DIR contains `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`. The slice is the first 600 training and the first 100
+test images of each class, in their original order. Every run writes the same bytes.
 """
 import argparse
 import gzip
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
@@ -18,7 +20,7 @@ CLASSES = [
 ]
 
 
-def read_split(folder: Path, name: str, num_per_class: int) -> Dataset:
+def read_split(folder: Path, name: str, num_per_class: Optional[int]) -> Dataset:
     with gzip.open(folder / f'{name}-images-idx3-ubyte.gz') as f:
         images = np.frombuffer(f.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(folder / f'{name}-labels-idx1-ubyte.gz') as f:
@@ -33,10 +35,12 @@ def read_split(folder: Path, name: str, num_per_class: int) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, help='folder of the IDX files')
+    parser.add_argument('--full', action='store_true', help='all 70,000 images instead of the slice')
     parser.add_argument('--output', type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     for name, source, num_per_class in (('train', 'train', 600), ('test', 't10k', 100)):
-        split = read_split(args.folder, source, num_per_class)
+        split = read_split(args.folder, source, None if args.full else num_per_class)
+        args.output.mkdir(parents=True, exist_ok=True)
         split.to_parquet(args.output / f'{name}.parquet')
         print(f'{name}: {len(split)} images')
 

@@ -1,0 +1,82 @@
+"""Command line of the study: `python -m reproduction {run,report,status}`."""
+import argparse
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m reproduction', description='Run the study, or report its results.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    run = commands.add_parser('run', help='train what is missing')
+    run.add_argument('--only', nargs='+', default=['*'], metavar='CELL', help='cells, or patterns such as pretrained-*')
+    run.add_argument('--jobs', type=int, default=1, metavar='N', help='number of processes, each with one thread')
+    status = commands.add_parser('status', help='list what is missing')
+    one = commands.add_parser('run-one', help='execute one run, such as ssa/seed-0 or ssa/try-1')
+    one.add_argument('name', metavar='RUN')
+    one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the result that is there')
+    report = commands.add_parser('report', help='write README.md and the figures')
+    for command in (run, status, one, report):
+        command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
+        command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder of the results')
+    for command in (run, status, one):
+        command.add_argument(
+            '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR', help='folder of the checkpoints')
+        command.add_argument('--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder of the datasets')
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    from .protocol import read_protocol
+    try:
+        protocol = read_protocol(args.protocol)
+        if args.command == 'report':
+            from .report import write_report
+            write_report(protocol, args.runs)
+            return
+        from .experiment import Study
+        study = Study(protocol, args.runs, args.checkpoints, args.data)
+        if args.command == 'run-one':
+            _run_one(study, args.name, args.weights_only)
+        elif args.command == 'status':
+            _print_status(study)
+        else:
+            _run(study, args)
+    except ValueError as e:
+        sys.exit(f'error: {e}')
+
+
+def _run(study, args: argparse.Namespace) -> None:
+    from .schedule import run_missing
+    if args.jobs < 1:
+        raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
+    options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
+    failed = run_missing(study, args.only, args.jobs, options)
+    if failed:
+        sys.exit(f'error: these runs failed, see above: {", ".join(failed)}')
+
+
+def _run_one(study, name: str, weights_only: bool) -> None:
+    for cell in study.protocol.cells.values():
+        for run in [*study.tries(cell), *study.final_runs(cell)]:
+            if run.name == name:
+                if weights_only:
+                    study.train(run, study.read_data(run))
+                else:
+                    study.execute(run)
+                return
+    raise ValueError(f'There is no run {name}, or the tries of its cell are missing.')
+
+
+def _print_status(study) -> None:
+    for cell in study.protocol.cells.values():
+        tries = study.tries(cell)
+        done = [study.result(run) is not None for run in tries]
+        final = [study.result(run) is not None for run in study.final_runs(cell)]
+        print(f'{cell.name:<22} tries {sum(done)}/{len(tries)}   final runs {sum(final)}/{len(cell.seeds)}')
+
+
+if __name__ == '__main__':
+    main()

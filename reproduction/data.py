@@ -1,0 +1,46 @@
+"""The images of the study."""
+from pathlib import Path
+from typing import Any, Dict, NamedTuple
+
+import timm
+
+from timm_spikformer.images import DATA_KEYS, Images, read_splits
+
+__all__ = ['Data', 'read_data']
+
+# registered pretrained configurations with the pixel statistics of each dataset
+_CONFIGS = {
+    'fashion_mnist': 'spikformer_v2_2_64_patch4_32.fashion_mnist',
+    'cifar10': 'spikformer_v2_2_64_patch4_32.cifar10',
+}
+
+
+class Data(NamedTuple):
+    """Images of a dataset, and timm's data config for them."""
+    train: Images
+    validation: Images
+    test: Images
+    config: Dict[str, Any]
+
+
+def read_data(folder: Path, dataset: str, held_out: float) -> Data:
+    """Read a dataset, and hold out a fraction of each class of the training images for validation.
+
+    Args:
+        folder: Contains `DATASET/train.parquet` and `DATASET/test.parquet`, or one of the other layouts of
+            `timm_spikformer.images.read_splits`.
+        dataset: 'fashion_mnist' or 'cifar10'.
+        held_out: Fraction to hold out; always the same images.
+
+    Raises:
+        ValueError: The dataset is not there or not complete.
+    """
+    root = folder / dataset
+    if not root.is_dir():
+        raise ValueError(f'{root} is missing. See reproduction/README.md for where to get the images.')
+    splits = read_splits(root)
+    if not {'train', 'test'} <= splits.keys():
+        raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')
+    train, validation = splits['train'].hold_out(seed=0, fraction=held_out)
+    cfg = timm.get_pretrained_cfg(_CONFIGS[dataset])
+    return Data(train, validation, splits['test'], {key: getattr(cfg, key) for key in DATA_KEYS})

@@ -1,0 +1,230 @@
+"""Execute one run of the study: train, measure, and write the result to a JSON file."""
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_spikformer.demo.pictures import reconstruction_loss
+from timm_spikformer.folders import hold_folder
+from timm_spikformer.images import make_loader
+from timm_spikformer.profiling import COST_MODELS, profile
+from timm_spikformer.spikformer import Spikformer
+from timm_spikformer.temporaries import create_temporary
+from timm_spikformer.training import Callback, Recipe, Trained, classify, evaluate, reconstruct, train
+
+from .data import Data, read_data
+from .models import SoftmaxAttention, create, create_autoencoder
+from .protocol import Cell, Protocol, Run
+
+__all__ = ['Study', 'write_json']
+
+_KIND = 'reproduction'
+_CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
+_BATCH_SIZE = 250  # for evaluation
+_PROFILED_IMAGES = 500
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with create_temporary(path, path.parent) as partial:
+        partial.write_text(json.dumps(values, indent=1) + '\n', encoding='utf-8')
+        os.replace(partial, path)
+
+
+def _commit() -> str:
+    """Return the commit of the code that runs, with '+' if files have been changed since."""
+    def git(*args: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git('status', '--porcelain', '--', 'timm_spikformer', 'reproduction/*.py', 'reproduction/*.yaml')
+        return git('rev-parse', '--short=12', 'HEAD') + ('+' if changed else '')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def _machine() -> Dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if os.path.isfile('/proc/cpuinfo'):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), cpu)
+    return dict(
+        cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+        timm=timm.__version__)
+
+
+class _CPUSeconds(Callback):
+    """Adds the CPU time of each epoch to its record, and prints a line per epoch."""
+
+    def __init__(self, name: str, epochs: int):
+        self.name = name
+        self.epochs = epochs
+        self.start = time.process_time()
+
+    def on_start(self, epoch: int) -> None:
+        self.start = time.process_time()
+
+    def on_epoch(self, epoch: int, model: nn.Module, record: Dict[str, Any]) -> None:
+        now = time.process_time()
+        record['cpu_seconds'] = now - self.start
+        self.start = now
+        accuracy = '' if record['accuracy'] is None else f', training accuracy {record["accuracy"]:.1f} %'
+        print(f'{self.name}: epoch {epoch + 1}/{self.epochs}, loss {record["loss"]:.4f}{accuracy}', flush=True)
+
+
+class Study(NamedTuple):
+    """A protocol and its folders.
+
+    Args:
+        protocol: What to run.
+        runs: Folder of the results, one JSON file per run.
+        checkpoints: Folder of the checkpoints, one folder per set of trained weights.
+        data: Folder of the datasets.
+    """
+    protocol: Protocol
+    runs: Path
+    checkpoints: Path
+    data: Path
+
+    def path(self, run: Run) -> Path:
+        return self.runs / f'{run.name}.json'
+
+    def result(self, run: Run) -> Optional[Dict[str, Any]]:
+        """Return the result of a run; None if it is missing, or was made with other settings."""
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text(encoding='utf-8'))
+        return result if result['training'] == self.protocol.digest(run) else None
+
+    def tries(self, cell: Cell) -> List[Run]:
+        """Return the runs that choose the settings of a cell: none if there is nothing to choose."""
+        count = len(cell.tries)
+        return [Run(cell, attempt, 0, False) for attempt in range(count)] if count > 1 else []
+
+    def chosen(self, cell: Cell) -> Optional[int]:
+        """Return the index of the best try of a cell; None as long as tries are missing."""
+        results = [self.result(run) for run in self.tries(cell)]
+        if None in results:
+            return None
+        accuracies = [result['validation']['accuracy'] for result in results]
+        return accuracies.index(max(accuracies)) if accuracies else 0
+
+    def final_runs(self, cell: Cell) -> List[Run]:
+        """Return the final runs of a cell; empty as long as tries are missing."""
+        attempt = self.chosen(cell)
+        return [] if attempt is None else [Run(cell, attempt, seed, True) for seed in cell.seeds]
+
+    def initial_run(self, run: Run) -> Optional[Run]:
+        """Return the final run whose weights a run starts from; None if it starts from random weights.
+
+        Raises:
+            ValueError: The settings of that run have not been chosen yet.
+        """
+        if run.cell.init is None:
+            return None
+        for initial in self.final_runs(self.protocol.cells[run.cell.init]):
+            if initial.seed == run.seed:
+                return initial
+        raise ValueError(f'{run.name} starts from the weights of {run.cell.init}, whose tries have not been run yet.')
+
+    def folder(self, run: Run) -> Path:
+        """Return the folder of the checkpoint of a run."""
+        return self.checkpoints / self.protocol.digest(run)
+
+    def has_weights(self, run: Run) -> bool:
+        """Return whether the trained weights of a run are there; the results alone are committed."""
+        return (self.folder(run) / _FINISHED).is_file()
+
+    def read_data(self, run: Run) -> Data:
+        dataset = run.cell.dataset
+        return read_data(self.data, dataset, self.protocol.held_out[dataset])
+
+    def train(self, run: Run, data: Data) -> Trained:
+        """Train the weights of a run, or load them if they have been trained before."""
+        cell, config = run.cell, run.config()
+        model = create(config, len(data.train.classes), data.config['input_size'][-1])
+        initial = self.initial_run(run)
+        if initial is not None:
+            model.load_state_dict(self.train(initial, data).model.state_dict())
+        objective = classify
+        if cell.objective == 'reconstruct':
+            model, objective = create_autoencoder(model), reconstruct
+        images = data.train if cell.labels is None else data.train.take(cell.labels, run.seed)
+        folder = self.folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = Recipe(**config['recipe'])
+        with hold_folder(folder):
+            trained = train(
+                model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
+                dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
+                callback=_CPUSeconds(run.name, recipe.epochs))
+            (folder / _FINISHED).touch()
+        trained.model.eval()
+        return trained
+
+    def execute(self, run: Run) -> Dict[str, Any]:
+        """Train and measure a run; write its result, and return it."""
+        data = self.read_data(run)
+        commit = _commit()
+        trained = self.train(run, data)
+        model, initial = trained.model, self.initial_run(run)
+        result: Dict[str, Any] = dict(
+            cell=run.cell.name, seed=run.seed, attempt=run.attempt, config=run.config(),
+            training=self.protocol.digest(run),
+            initial=None if initial is None else self.protocol.digest(initial),
+            commit=commit, machine=_machine(), cpu_seconds=sum(record['cpu_seconds'] for record in trained.history),
+            history=trained.history)
+        loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}
+        if run.is_final:
+            loaders['test'] = make_loader(data.test, data.config, _BATCH_SIZE)
+        for split, loader in loaders.items():
+            if run.cell.objective == 'reconstruct':
+                loss, of_mean = reconstruction_loss(model, loader, seed=0)
+                result[split] = dict(loss=loss, loss_of_mean=of_mean)
+            else:
+                accuracy, rates = evaluate(model, loader)
+                result[split] = dict(accuracy=round(accuracy, 4))  # sums of float32 have no more digits
+                if split == 'test':
+                    result['firing_rates'] = rates
+        if run.is_final:
+            result['operations'] = _operations(model, data)
+        write_json(self.path(run), result)
+        return result
+
+
+def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
+    """Return parameters, operations and energy per image, for validation images and the papers' conventions."""
+    images = data.validation.spread(_PROFILED_IMAGES)
+    parameters = sum(p.numel() for p in model.parameters())
+    if not any(isinstance(m, Spikformer) for m in model.modules()):
+        x = torch.zeros(1, *data.config['input_size'])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        macs = counter.get_total_flops() / 2
+        return dict(
+            parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
+            energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
+    result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
+    totals = result.totals
+    macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
+    for name, module in model.named_modules():
+        if isinstance(module, SoftmaxAttention):  # the input of `proj` consists of real numbers, not of spikes
+            layer = result.layer(f'{name}.proj')
+            dense = layer.dense_macs * result.time_steps
+            macs, acs = macs + dense, acs - sum(layer.acs)
+            energy += result.cost.energy_mj(dense, 0., 0.) - layer.energy_mj
+    return dict(
+        parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs, macs=macs, acs=acs,
+        energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3, firing_rate=result.firing_rate,
+        silent_layers=result.silent_layers)

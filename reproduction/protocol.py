@@ -1,0 +1,144 @@
+"""The study of `protocol.yaml` as objects: cells, and the training runs that they consist of."""
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import yaml
+
+__all__ = ['PROTOCOL', 'Cell', 'Protocol', 'Run', 'read_protocol']
+
+PROTOCOL = Path(__file__).with_name('protocol.yaml')
+_CELL_KEYS = {
+    'title', 'dataset', 'model', 'model_kwargs', 'attention', 'objective', 'labels', 'init', 'recipe', 'tries', 'seeds',
+    'ships'}
+_ATTENTIONS = ('ssa', 'softmax', 'none')
+_OBJECTIVES = ('classify', 'reconstruct')
+
+
+class Cell(NamedTuple):
+    """One row of the study.
+
+    Args:
+        name: Name of the cell, also of its folder in runs/.
+        title: Display text.
+        dataset: 'fashion_mnist' or 'cifar10'.
+        model: Name of a timm model.
+        model_kwargs: Arguments of `timm.create_model`.
+        attention: 'ssa', 'softmax' or 'none', see `models.py`.
+        objective: 'classify', or 'reconstruct' for masked pre-training.
+        labels: Number of training images; None for all.
+        init: Name of the cell whose weights, of the same seed, training starts from.
+        recipe: Fields of `timm_spikformer.training.Recipe`.
+        tries: Changes to the recipe. The best one with seed 0 is used for all seeds.
+        seeds: Seeds of the final runs.
+        ships: Tag of the weights in the package that the final run with seed 0 gives; None for most cells.
+    """
+    name: str
+    title: str
+    dataset: str
+    model: str
+    model_kwargs: Dict[str, Any]
+    attention: str
+    objective: str
+    labels: Optional[int]
+    init: Optional[str]
+    recipe: Dict[str, Any]
+    tries: List[Dict[str, Any]]
+    seeds: List[int]
+    ships: Optional[str] = None
+
+    def recipe_of(self, attempt: int) -> Dict[str, Any]:
+        """Return the fields of the recipe of a try. `epochs: 2x` doubles the number of epochs, and the warmup."""
+        change = dict(self.tries[attempt])
+        recipe = {**self.recipe, **change}
+        if isinstance(recipe['epochs'], str):
+            factor = int(recipe['epochs'].removesuffix('x'))
+            recipe.update(
+                epochs=factor * self.recipe['epochs'], warmup_epochs=factor * self.recipe['warmup_epochs'])
+        return recipe
+
+
+class Run(NamedTuple):
+    """One training run: a try, which is measured on the validation images, or a final run, measured on the test images.
+
+    Args:
+        cell: Its cell.
+        attempt: Index of the try that it uses.
+        seed: Random seed.
+        is_final: Whether it is tested on the test images.
+    """
+    cell: Cell
+    attempt: int
+    seed: int
+    is_final: bool
+
+    @property
+    def name(self) -> str:
+        return f'{self.cell.name}/' + (f'seed-{self.seed}' if self.is_final else f'try-{self.attempt}')
+
+    def config(self) -> Dict[str, Any]:
+        """Return everything that determines the trained weights, but for the weights that training starts from."""
+        cell = self.cell
+        return dict(
+            dataset=cell.dataset, model=cell.model, model_kwargs=cell.model_kwargs, attention=cell.attention,
+            objective=cell.objective, labels=cell.labels, init=cell.init,
+            recipe={**cell.recipe_of(self.attempt), 'seed': self.seed})
+
+
+class Protocol(NamedTuple):
+    """The study.
+
+    Args:
+        cells: Cells by name, in the order in which they are run.
+        held_out: Fraction of the training images that is held out for validation, by dataset.
+    """
+    cells: Dict[str, Cell]
+    held_out: Dict[str, float]
+
+    def digest(self, run: Run) -> str:
+        """Return a digest of what determines the trained weights. A try and a final run may share it."""
+        config = {**run.config(), 'held_out': self.held_out[run.cell.dataset]}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_protocol(path: Path = PROTOCOL) -> Protocol:
+    """Read and check a protocol.
+
+    Raises:
+        ValueError: The file is not a protocol; the message names the cell and what is wrong with it.
+    """
+    text = yaml.safe_load(path.read_text(encoding='utf-8'))
+    held_out = {name: float(entry['held_out']) for name, entry in text['datasets'].items()}
+    cells: Dict[str, Cell] = {}
+    for name, entry in text['cells'].items():
+        unknown = sorted(entry.keys() - _CELL_KEYS)
+        if unknown:
+            raise ValueError(f'{path}: cell {name} has unknown keys {", ".join(unknown)}.')
+        merged = {**text['defaults'], **entry}
+        recipe = {**text['defaults']['recipe'], **entry.get('recipe', {})}
+        cell = Cell(
+            name, merged['title'], merged['dataset'], merged['model'], merged.get('model_kwargs', {}),
+            merged.get('attention', 'ssa'), merged.get('objective', 'classify'), merged.get('labels'),
+            merged.get('init'), recipe, merged['tries'], merged.get('seeds', text['seeds']), merged.get('ships'))
+        _check(cell, cells, held_out, path)
+        cells[name] = cell
+    return Protocol(cells, held_out)
+
+
+def _check(cell: Cell, before: Dict[str, Cell], held_out: Dict[str, float], path: Path) -> None:
+    problem = None
+    if cell.dataset not in held_out:
+        problem = f'dataset must be one of {", ".join(held_out)}, got {cell.dataset!r}'
+    elif cell.attention not in _ATTENTIONS:
+        problem = f'attention must be one of {", ".join(_ATTENTIONS)}, got {cell.attention!r}'
+    elif cell.objective not in _OBJECTIVES:
+        problem = f'objective must be one of {", ".join(_OBJECTIVES)}, got {cell.objective!r}'
+    elif cell.init is not None and cell.init not in before:
+        problem = f'init must name a cell above it, got {cell.init!r}'
+    elif cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
+        problem = f'{cell.init} is not trained with all of its seeds, {cell.seeds}'
+    elif not cell.tries or 0 not in cell.seeds:
+        problem = 'at least one try, and the seed 0, are needed'
+    if problem is not None:
+        raise ValueError(f'{path}: cell {cell.name}: {problem}.')

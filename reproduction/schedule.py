@@ -1,0 +1,90 @@
+"""Run what is missing of the study, several runs at a time, each in a process with one thread."""
+import fnmatch
+import os
+import subprocess
+import sys
+import time
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from .experiment import Study
+from .protocol import Run
+
+__all__ = ['Job', 'next_jobs', 'run_missing']
+
+# One thread per process: two processes with one thread each train more images than one process with two. The memory
+# allocator of glibc keeps freed memory, which saves about a tenth of the time of a training step.
+_ENVIRONMENT = dict(
+    OMP_NUM_THREADS='1', MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(1 << 34), MALLOC_TOP_PAD_=str(1 << 28))
+
+
+class Job(NamedTuple):
+    """A run to execute; `weights_only` if its result is there but its weights, which another run needs, are not."""
+    run: Run
+    weights_only: bool = False
+
+
+def next_jobs(study: Study, patterns: Sequence[str] = ('*',)) -> List[Job]:
+    """Return the runs that are missing and can start now, in the order of the protocol.
+
+    Args:
+        study: The study.
+        patterns: Patterns of the names of the cells to complete, such as `pretrained-*`. Cells whose weights they start
+            from are run, too.
+    """
+    cells = study.protocol.cells
+    wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    for name in reversed(cells):
+        if name in wanted and cells[name].init is not None:
+            wanted.add(cells[name].init)
+    jobs: Dict[str, Job] = {}
+    for name in (name for name in cells if name in wanted):
+        cell = cells[name]
+        for run in [*study.tries(cell), *study.final_runs(cell)]:
+            if study.result(run) is not None:
+                continue
+            job: Optional[Job] = Job(run)
+            if cell.init is not None and not study.has_weights(run):
+                initial = [r for r in study.final_runs(cells[cell.init]) if r.seed == run.seed]
+                if not initial or study.result(initial[0]) is None:
+                    job = None  # waits for a job above
+                elif not study.has_weights(initial[0]):
+                    job = Job(initial[0], weights_only=True)
+            if job is not None:
+                jobs.setdefault(study.protocol.digest(job.run), job)
+    return list(jobs.values())
+
+
+def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Sequence[str]) -> List[str]:
+    """Execute all missing runs; return the names of those that failed.
+
+    Args:
+        study: The study.
+        patterns: See `next_jobs`.
+        jobs: Number of processes.
+        options: Command-line options of the folders, passed on to the processes.
+    """
+    running: Dict[str, subprocess.Popen] = {}
+    failed: List[str] = []
+    try:
+        while True:
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    if process.returncode != 0:
+                        failed.append(name)
+                    print(f'{name}: {"failed" if process.returncode else "done"}', flush=True)
+            waiting = [job for job in next_jobs(study, patterns) if job.run.name not in (*running, *failed)]
+            if not running and not waiting:
+                return failed
+            for job in waiting[:jobs - len(running)]:
+                print(f'{job.run.name}: started', flush=True)
+                command = [sys.executable, '-m', 'reproduction', 'run-one', job.run.name, *options]
+                if job.weights_only:
+                    command.append('--weights-only')
+                running[job.run.name] = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
+            time.sleep(1)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()

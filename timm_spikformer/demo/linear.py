@@ -1,0 +1,44 @@
+"""Logistic regression, to which the demo compares its model."""
+import math
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..images import Images, make_loader, to_pixels
+
+
+def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> Optional[float]:
+    """Return the test accuracy, in percent, of logistic regression on the same pixels, fitted by L-BFGS.
+
+    Pixels are scaled to 0 to 1, and the regularization is scikit-learn's default (L2, C = 1). Returns None for large
+    datasets, for which fitting would take longer than training.
+    """
+    features = math.prod(config['input_size'])
+    if features * len(train.classes) > 50_000 or features * len(train) > 100_000_000:
+        return None
+
+    def pixels(images: Images) -> Tuple[Tensor, Tensor]:
+        batches = [(to_pixels(x, config), y) for x, y in make_loader(images, config, 500, device)]
+        x, y = (torch.cat(parts) for parts in zip(*batches))
+        if torch.equal(x, x[:, :1].expand_as(x)):  # grayscale: keep one channel
+            x = x[:, :1]
+        return x.flatten(1), y
+
+    x, y = pixels(train)
+    classifier = nn.Linear(x.shape[1], len(train.classes), device=device)
+    nn.init.zeros_(classifier.weight)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn='strong_wolfe')
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(x), y) + classifier.weight.square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    x, y = pixels(test)
+    with torch.no_grad():
+        return accuracy(classifier(x), y)[0].item()

@@ -1,0 +1,262 @@
+"""Training with timm's data loader, optimizer, scheduler and EMA; resumable, and deterministic for a given seed.
+
+The demo and the study in `reproduction/` train with this loop. It exists besides timm's train.py because it needs no
+script, resumes to the bit, and also trains a masked autoencoder. The fields of `Recipe` are named like the options of
+train.py.
+"""
+import io
+import math
+import pickle
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
+
+from .folders import write_file
+from .images import Images, make_loader
+from .monitor import FiringRateMonitor
+
+__all__ = ['Callback', 'Recipe', 'Trained', 'classify', 'evaluate', 'raise_bn_bias', 'reconstruct', 'train']
+
+# Function of (model, images, labels) that returns the loss and the logits, or None without logits
+Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
+
+_BN_BIAS = 0.7
+_BN_IMAGES = 10_000  # images from which BN statistics are recomputed after training
+
+
+class Recipe(NamedTuple):
+    """Settings of one training run with AdamW and a cosine schedule, stepped after every update.
+
+    Args:
+        epochs: Number of epochs.
+        lr: Peak learning rate.
+        batch_size: Number of images per batch.
+        weight_decay: Weight decay of AdamW.
+        beta2: Second beta of AdamW.
+        layer_decay: Factor of the learning rate from each layer to the one below; None for no layer decay.
+        warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak.
+        ema_decay: Decay of the moving average of the weights, which is what training returns.
+        hflip: Probability of a horizontal flip.
+        augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
+        seed: Random seed.
+    """
+    epochs: int
+    lr: float
+    batch_size: int
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    layer_decay: Optional[float] = None
+    warmup_epochs: float = 0.5
+    ema_decay: float = 0.99
+    hflip: float = 0.
+    augmentation: Mapping[str, Any] = {}
+    seed: int = 0
+
+
+class Callback:
+    """Methods that `train` calls; they do nothing by default."""
+
+    def on_start(self, epoch: int) -> None:
+        """Called before the first epoch that runs; `epoch` is greater than 0 for a resumed run."""
+
+    def on_step(self, epoch: int, num_images: int, loss: float) -> None:
+        """Called after each update, with the mean loss of the epoch so far."""
+
+    def on_epoch(self, epoch: int, model: nn.Module, record: Dict[str, Any]) -> None:
+        """Called after each epoch, before its checkpoint is written; may add entries to the record of the epoch."""
+
+
+class Trained(NamedTuple):
+    """Result of `train`.
+
+    Args:
+        model: The moving average of the model, in train mode, with BN statistics computed for it.
+        history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
+            `seconds`, and what the callback has added.
+        seconds: Training time in seconds, including that before an interruption.
+    """
+    model: nn.Module
+    history: List[Dict[str, Any]]
+    seconds: float
+
+
+def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return the cross-entropy with label smoothing of 0.1, and the logits."""
+    logits = model(x)
+    return F.cross_entropy(logits.float(), y, label_smoothing=0.1), logits
+
+
+def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
+    """Return the loss of a masked autoencoder."""
+    return model(x).loss, None
+
+
+def raise_bn_bias(model: nn.Module) -> None:
+    """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
+
+    At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
+    at least 2, which is about 2 % of them. With this bias it is 10 %. This is the project's own choice.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.constant_(module.bias, _BN_BIAS)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
+    """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
+    model.eval()
+    top1 = AverageMeter()
+    with FiringRateMonitor(model) as monitor:
+        for x, y in loader:
+            top1.update(accuracy(model(x), y)[0].item(), len(x))
+    return top1.avg, monitor.rates
+
+
+def save_checkpoint(path: Path, kind: str, **state: Any) -> None:
+    """Write or replace a checkpoint atomically: after an interruption, the previous file is intact."""
+    buffer = io.BytesIO()  # on a full disk, torch.save would raise an error that does not name the cause
+    torch.save(state, buffer)
+    with write_file(path, kind) as partial:
+        partial.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(
+        path: Path,
+        device: torch.device,
+        modules: Dict[str, Any],
+        epochs: int,
+        trained_with: Dict[str, Any],
+) -> Tuple[int, List[Dict[str, Any]], float]:
+    """Load the states of `modules` from a checkpoint.
+
+    Returns:
+        Number of epochs done, their history, and their time in seconds.
+
+    Raises:
+        ValueError: The file is damaged or belongs to another run: it has more than `epochs` epochs, or its arguments
+            or data differ from `trained_with`.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        epoch, history, seconds = state['epoch'], list(state['history']), state['seconds']
+        before = dict(state['trained_with'])
+        for name in sorted({*before, *trained_with}):
+            if before.get(name) != trained_with.get(name):
+                raise ValueError(
+                    f'it was trained with {name} = {before.get(name)}, and now it is {trained_with.get(name)}.')
+        if type(epoch) is not int or not 0 <= epoch < epochs:
+            raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}.')
+        if len(history) != epoch + 1:
+            raise ValueError(f'it records {len(history)} epochs, expected {epoch + 1}.')
+        if type(seconds) is not float or not 0. <= seconds < math.inf:
+            raise ValueError(f'it says that training took {seconds} seconds.')
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+        return epoch + 1, history, seconds
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(
+            f'{path} is damaged or is not a checkpoint of this run: {str(e).splitlines()[0] if str(e) else e!r} '
+            f'Remove it, or start without --resume.') from e
+
+
+def train(
+        model: nn.Module,
+        objective: Objective,
+        images: Images,
+        config: Dict[str, Any],
+        recipe: Recipe,
+        checkpoint: Path,
+        title: str,
+        kind: str,
+        trained_with: Dict[str, Any],
+        resume: bool = False,
+        callback: Optional[Callback] = None,
+) -> Trained:
+    """Train a model, and write a checkpoint after every epoch.
+
+    Args:
+        model: Model to train.
+        objective: Function that returns the loss and the logits.
+        images: Training images with labels.
+        config: timm's data config.
+        recipe: Settings.
+        checkpoint: Path of the checkpoint.
+        title: Title of the run for messages.
+        kind: Kind of the folder of the checkpoint: see `folders.py`.
+        trained_with: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
+        resume: Continue from the checkpoint if there is one; a finished run is loaded without training.
+        callback: Its methods are called during training.
+
+    Raises:
+        ValueError: The loss is not finite, or the checkpoint is not of this run.
+    """
+    start = time.time()
+    callback = callback or Callback()
+    device = next(model.parameters()).device
+    loader = make_loader(
+        images, config, recipe.batch_size, device, augment=True, hflip=recipe.hflip, **recipe.augmentation)
+    optimizer = create_optimizer_v2(
+        model, 'adamw', lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, recipe.beta2),
+        layer_decay=recipe.layer_decay)
+    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.lr / 100,
+        step_on_epochs=False, updates_per_epoch=len(loader))
+    start_epoch, history, seconds_before = 0, [], 0.
+    if resume and checkpoint.is_file():
+        start_epoch, history, seconds_before = load_checkpoint(
+            checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
+            trained_with)
+    callback.on_start(start_epoch)
+
+    with FiringRateMonitor(model) as monitor:
+        monitor.enabled = False
+        for epoch in range(start_epoch, recipe.epochs):
+            epoch_start = time.time()
+            random_seed(recipe.seed, rank=epoch)  # makes a resumed run equal to an uninterrupted one
+            losses, top1 = AverageMeter(), AverageMeter()
+            model.train()
+            for i, (x, y) in enumerate(loader):
+                update = epoch * len(loader) + i
+                scheduler.step_update(update)
+                if i % 20 == 0:
+                    monitor.reset()
+                    monitor.enabled = True
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+                    loss, logits = objective(model, x.contiguous(memory_format=torch.channels_last), y)
+                monitor.enabled = False
+                if not loss.isfinite():
+                    raise ValueError(
+                        f'{title}: the loss is {loss.item()}. Try a lower learning rate than {recipe.lr}, or a lower '
+                        f'weight decay than {recipe.weight_decay}.')
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                ema.update(model, step=update)
+                losses.update(loss.item(), len(x))
+                if logits is not None:
+                    top1.update(accuracy(logits, y)[0].item(), len(x))
+                callback.on_step(epoch, len(x), losses.avg)
+            record = dict(
+                loss=losses.avg, accuracy=top1.avg if top1.count else None, firing_rate=monitor.mean,
+                seconds=time.time() - epoch_start)
+            callback.on_epoch(epoch, model, record)
+            history.append(record)
+            save_checkpoint(
+                checkpoint, kind, epoch=epoch, history=history, seconds=seconds_before + time.time() - start,
+                trained_with=trained_with, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
+                optimizer=optimizer.state_dict())
+    # with the averaged running statistics, which lag behind the weights, many neurons would not fire
+    random_seed(recipe.seed)
+    update_bn(
+        make_loader(images.take(_BN_IMAGES, recipe.seed), config, recipe.batch_size, device), ema.module, device)
+    return Trained(ema.module, history, seconds_before + time.time() - start)
