@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_spikformer import SpikformerMAE
 from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.folders import hold_folder
 from timm_spikformer.images import make_loader
@@ -216,6 +217,11 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
             energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
     result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
+    operations = {}
+    if isinstance(model, SpikformerMAE):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, *data.config['input_size']))
+        operations['total_macs'] = counter.get_total_flops() / 2  # with the decoder
     totals = result.totals
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():
@@ -225,6 +231,6 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             macs, acs = macs + dense, acs - sum(layer.acs)
             energy += result.cost.energy_mj(dense, 0., 0.) - layer.energy_mj
     return dict(
-        parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs, macs=macs, acs=acs,
-        energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3, firing_rate=result.firing_rate,
-        silent_layers=result.silent_layers)
+        **operations, parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs,
+        macs=macs, acs=acs, energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3,
+        firing_rate=result.firing_rate, silent_layers=result.silent_layers)

@@ -67,12 +67,6 @@ def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Seque
     failed: List[str] = []
     try:
         while True:
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    if process.returncode != 0:
-                        failed.append(name)
-                    print(f'{name}: {"failed" if process.returncode else "done"}', flush=True)
             waiting = [job for job in next_jobs(study, patterns) if job.run.name not in (*running, *failed)]
             if not running and not waiting:
                 return failed
@@ -82,7 +76,14 @@ def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Seque
                 if job.weights_only:
                     command.append('--weights-only')
                 running[job.run.name] = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
-            time.sleep(1)
+            ended: List[str] = []
+            while not ended:
+                time.sleep(0.5)
+                ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                is_failed = running.pop(name).returncode != 0
+                failed += [name] if is_failed else []
+                print(f'{name}: {"failed" if is_failed else "done"}', flush=True)
     finally:
         for process in running.values():
             process.terminate()
