@@ -11,6 +11,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', help='train what is missing')
     run.add_argument('--only', nargs='+', default=['*'], metavar='CELL', help='cells, or patterns such as pretrained-*')
+    run.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='final runs with these seeds only')
     run.add_argument('--jobs', type=int, default=1, metavar='N', help='number of processes, each with one thread')
     status = commands.add_parser('status', help='list what is missing')
     one = commands.add_parser('run-one', help='execute one run, such as ssa/seed-0 or ssa/try-1')
@@ -53,7 +54,7 @@ def _run(study, args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
     options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
-    failed = run_missing(study, args.only, args.jobs, options)
+    failed = run_missing(study, args.only, args.seeds, args.jobs, options)
     if failed:
         sys.exit(f'error: these runs failed, see above: {", ".join(failed)}')
 

@@ -132,6 +132,7 @@ def test_jobs_in_their_order(study):
 
     assert names() == ['mae/seed-0', 'mae/seed-1', 'scratch/try-0', 'scratch/try-1']
     assert names('tuned') == ['mae/seed-0', 'mae/seed-1']
+    assert [job.run.name for job in schedule.next_jobs(study, ['mae'], seeds=[1])] == ['mae/seed-1']
     cells = study.protocol.cells
     for run in study.final_runs(cells['mae']):
         pretend(study, run)
