@@ -1,4 +1,4 @@
-"""Command line of the study: `python -m reproduction {run,report,status}`."""
+"""Command line of the study: `python -m reproduction {run,status,report,ship}`."""
 import argparse
 import sys
 from pathlib import Path
@@ -17,11 +17,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser('run-one', help='execute one run, such as ssa/seed-0 or ssa/try-1')
     one.add_argument('name', metavar='RUN')
     one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the result that is there')
+    ship = commands.add_parser('ship', help='write the weights of the package')
     report = commands.add_parser('report', help='write README.md and the figures')
-    for command in (run, status, one, report):
+    for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
         command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder of the results')
-    for command in (run, status, one):
+    for command in (run, status, one, ship):
         command.add_argument(
             '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR', help='folder of the checkpoints')
         command.add_argument('--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder of the datasets')
@@ -41,6 +42,10 @@ def main() -> None:
         study = Study(protocol, args.runs, args.checkpoints, args.data)
         if args.command == 'run-one':
             _run_one(study, args.name, args.weights_only)
+        elif args.command == 'ship':
+            from .shipping import ship
+            for name, digest in ship(study).items():
+                print(f'{name}: sha256 {digest}')
         elif args.command == 'status':
             _print_status(study)
         else:

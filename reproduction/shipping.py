@@ -1,0 +1,67 @@
+"""Write the weights of the package from the runs that train them."""
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Dict
+
+import safetensors.torch
+import yaml
+
+import timm_spikformer
+from timm_spikformer.temporaries import create_temporary
+
+from .experiment import Study
+from .protocol import Run
+
+__all__ = ['ship']
+
+ASSETS = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'
+
+
+def ship(study: Study, folder: Path = ASSETS) -> Dict[str, str]:
+    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`; return the SHA-256 by name.
+
+    The weights are those of the final run with seed 0. They are trained if they are missing. The YAML file says how
+    they were trained; model cards quote it. `timm_spikformer/pretrained.py` holds the digests that are expected.
+
+    Raises:
+        ValueError: The result of such a run is missing.
+    """
+    digests = {}
+    for cell in study.protocol.cells.values():
+        if cell.ships is None:
+            continue
+        finals = [run for run in study.final_runs(cell) if run.seed == 0]
+        if not finals or study.result(finals[0]) is None:
+            raise ValueError(f'The result of {cell.name} is missing: run it first.')
+        data = _weights(study, finals[0])
+        digests[cell.ships] = hashlib.sha256(data).hexdigest()
+        _write(folder / f'{cell.ships}.safetensors', data)
+        _write(folder / f'{cell.ships}.yaml', _note(finals[0]).encode())
+    return digests
+
+
+def _weights(study: Study, run: Run) -> bytes:
+    model = study.train(run, study.read_data(run)).model
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(tensors, dict(format='pt', training=study.protocol.digest(run)))
+
+
+def _note(run: Run) -> str:
+    cell = run.cell
+    command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
+    note = dict(command=command, model=cell.model, **cell.model_kwargs, dataset=cell.dataset)
+    if cell.init is not None:
+        note['initialized_from'] = cell.init
+    # plain values, as the card shows them in a table
+    recipe = run.config()['recipe']
+    note.update({key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in recipe.items()})
+    return yaml.safe_dump(note, sort_keys=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with create_temporary(path, path.parent) as partial:
+        partial.write_bytes(content)
+        os.replace(partial, path)
