@@ -44,8 +44,7 @@ def main() -> None:
             _run_one(study, args.name, args.weights_only)
         elif args.command == 'ship':
             from .shipping import ship
-            for name, digest in ship(study).items():
-                print(f'{name}: sha256 {digest}')
+            ship(study)
         elif args.command == 'status':
             _print_status(study)
         else:

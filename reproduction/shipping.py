@@ -10,9 +10,12 @@ import safetensors.torch
 import yaml
 
 import timm_spikformer
+from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
+from timm_spikformer.pretrained import SHA256_FILE
 from timm_spikformer.temporaries import create_temporary
 
 from .experiment import Study
+from .models import AUTOENCODER
 from .protocol import Run
 
 __all__ = ['ship']
@@ -20,16 +23,16 @@ __all__ = ['ship']
 ASSETS = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'
 
 
-def ship(study: Study, folder: Path = ASSETS) -> Dict[str, str]:
-    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`; return the SHA-256 by name.
+def ship(study: Study, folder: Path = ASSETS) -> None:
+    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
 
     The weights are those of the final run with seed 0. They are trained if they are missing. The YAML file says how
-    they were trained; model cards quote it. `timm_spikformer/pretrained.py` holds the digests that are expected.
+    they were trained; model cards quote it. The package compares the weights with SHA256SUMS when it loads them.
 
     Raises:
         ValueError: The result of such a run is missing.
     """
-    digests = {}
+    digests = _read_digests(folder)
     for cell in study.protocol.cells.values():
         if cell.ships is None:
             continue
@@ -37,16 +40,25 @@ def ship(study: Study, folder: Path = ASSETS) -> Dict[str, str]:
         if not finals or study.result(finals[0]) is None:
             raise ValueError(f'The result of {cell.name} is missing: run it first.')
         data = _weights(study, finals[0])
-        digests[cell.ships] = hashlib.sha256(data).hexdigest()
+        digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
         _write(folder / f'{cell.ships}.safetensors', data)
         _write(folder / f'{cell.ships}.yaml', _note(finals[0]).encode())
-    return digests
+    _write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
+
+
+def _read_digests(folder: Path) -> Dict[str, str]:
+    path = folder / SHA256_FILE
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
 
 
 def _weights(study: Study, run: Run) -> bytes:
     model = study.train(run, study.read_data(run)).model
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(tensors, dict(format='pt', training=study.protocol.digest(run)))
+    metadata = dict(format='pt', training=study.protocol.digest(run))
+    if run.cell.objective == 'reconstruct':
+        metadata[AUTOENCODER_KEY] = json.dumps(AUTOENCODER)
+    return safetensors.torch.save(tensors, metadata)
 
 
 def _note(run: Run) -> str:
