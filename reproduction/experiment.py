@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
+import safetensors
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_spikformer
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.folders import hold_folder
@@ -25,12 +28,13 @@ from .data import Data, read_data
 from .models import SoftmaxAttention, create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 
-__all__ = ['Study', 'write_json']
+__all__ = ['SHIPPED', 'Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
+SHIPPED = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'  # weights of the package
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -144,8 +148,22 @@ class Study(NamedTuple):
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the trained weights of a run are there; the results alone are committed."""
-        return (self.folder(run) / _FINISHED).is_file()
+        """Return whether the trained weights of a run are there: results are committed, most weights are not."""
+        return (self.folder(run) / _FINISHED).is_file() or self._shipped_file(run) is not None
+
+    def _shipped_file(self, run: Run) -> Optional[Path]:
+        """Return the weights of the package that a run has trained; None if there are none."""
+        path = SHIPPED / f'{run.cell.ships}.safetensors'
+        if not (run.is_final and run.seed == 0 and path.is_file()):
+            return None
+        with safetensors.safe_open(path, 'pt') as f:
+            training = (f.metadata() or {}).get('training')
+        return path if training == self.protocol.digest(run) else None
+
+    def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:
+        """Return the trained weights of a run: those that ship, or those of `train`."""
+        file = self._shipped_file(run)
+        return self.train(run, data).model.state_dict() if file is None else load_file(file)
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
@@ -157,7 +175,7 @@ class Study(NamedTuple):
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
         initial = self.initial_run(run)
         if initial is not None:
-            model.load_state_dict(self.train(initial, data).model.state_dict())
+            model.load_state_dict(self._weights(initial, data))
         objective = classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct

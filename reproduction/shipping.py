@@ -9,21 +9,18 @@ from typing import Dict
 import safetensors.torch
 import yaml
 
-import timm_spikformer
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
 from timm_spikformer.pretrained import SHA256_FILE
 from timm_spikformer.temporaries import create_temporary
 
-from .experiment import Study
+from .experiment import SHIPPED, Study
 from .models import AUTOENCODER
 from .protocol import Run
 
 __all__ = ['ship']
 
-ASSETS = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'
 
-
-def ship(study: Study, folder: Path = ASSETS) -> None:
+def ship(study: Study, folder: Path = SHIPPED) -> None:
     """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
 
     The weights are those of the final run with seed 0. They are trained if they are missing. The YAML file says how

@@ -1,4 +1,5 @@
 """The study in reproduction/: its protocol, statistics, scheduling, resuming, and the report."""
+import hashlib
 import json
 import os
 import re
@@ -16,9 +17,10 @@ import timm
 import torch
 import yaml
 from conftest import calibrate
+from safetensors import safe_open
 from scipy import stats
 
-from reproduction import experiment, models, schedule
+from reproduction import experiment, models, schedule, shipping
 from reproduction.experiment import Study
 from reproduction.protocol import PROTOCOL, Run, read_protocol
 from reproduction.report import FOLDER, write_report
@@ -225,6 +227,38 @@ def test_a_killed_study_goes_on(study, tmp_path):
     def text(folder):
         return [line for line in (folder / 'README.md').read_text().splitlines() if 'CPU hours' not in line]
     assert text(whole) == text(killed)
+
+
+def test_weights_that_ship(study, tmp_path, monkeypatch):
+    """A run that starts from them takes them from the package, if the same settings have trained them."""
+    text = {**TINY, 'cells': {**TINY['cells'], 'mae': {**TINY['cells']['mae'], 'ships': 'x.mae_y'}}}
+    (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(text))
+    study = study._replace(protocol=read_protocol(tmp_path / 'protocol.yaml'))
+    cell, folder = study.protocol.cells['mae'], tmp_path / 'weights'
+    folder.mkdir()
+    (folder / 'SHA256SUMS').write_text('0123  other.safetensors\n')
+    with pytest.raises(ValueError, match='The result of mae is missing'):
+        shipping.ship(study, folder)
+    run = study.final_runs(cell)[0]
+    study.execute(run)
+    shipping.ship(study, folder)
+    file = folder / 'x.mae_y.safetensors'
+    assert (folder / 'SHA256SUMS').read_text() == (
+        f'0123  other.safetensors\n{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
+    note = yaml.safe_load(file.with_suffix('.yaml').read_text())
+    assert note['command'] == 'python -m reproduction run --only mae --seeds 0' and note['epochs'] == 3
+    with safe_open(file, 'pt') as f:
+        assert json.loads(f.metadata()['autoencoder'])['decoder_embed_dim'] == 64
+
+    shutil.rmtree(study.checkpoints)
+    assert not study.has_weights(run)
+    monkeypatch.setattr(experiment, 'SHIPPED', folder)
+    assert study.has_weights(run) and not study.has_weights(study.final_runs(cell)[1])
+    tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
+    study.train(tuned, study.read_data(tuned))
+    assert [path.name for path in study.checkpoints.iterdir()] == [study.protocol.digest(tuned)]
+    cell.recipe['lr'] = 0.5
+    assert not study.has_weights(run)
 
 
 def test_report_of_an_unfinished_study(study, tmp_path):
