@@ -157,7 +157,7 @@ def test_a_package_that_is_not_installed(monkeypatch):
 
 def test_rows_before_a_crash_are_printed(tmp_path):
     write_packages(tmp_path, torch='', torchvision='', timm='import os; os._exit(3)')
-    done = run(tmp_path)
+    done = run(tmp_path, PYTHONUNBUFFERED='')
     assert done.returncode == 3
     assert done.stdout.splitlines()[-1].split() == ['torchvision', metadata.version('torchvision')]
 
