@@ -39,7 +39,7 @@ def _figure(height: float, width: float = 4.4) -> Figure:
 
 
 def _whole_steps(axes: Axes, time_steps: int) -> None:
-    axes.set_xticks(range(1, time_steps + 1))
+    axes.set_xticks(range(1, time_steps + 1, 1 + (time_steps - 1) // 10))
     axes.set_xlabel('time step')
 
 
