@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
+from timm.models import get_arch_pretrained_cfgs
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -215,10 +216,10 @@ class SpikformerMAE(nn.Module):
             ValueError: The package has no autoencoder of this name.
             RuntimeError: The file is damaged.
         """
-        cfg = timm.get_pretrained_cfg(name)
-        if cfg is None or not cfg.file:
+        cfg = get_arch_pretrained_cfgs(name.partition('.')[0]).get(name)
+        file = cfg.file if cfg is not None else None
+        if not file:
             raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
-        file = cfg.file
         if file == shipped_weights(name):
             check_shipped(file)
         with safetensors.safe_open(file, 'pt') as f:
