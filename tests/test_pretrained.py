@@ -72,6 +72,7 @@ def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(
         registry._model_pretrained_cfgs, name,
         replace(timm.get_pretrained_cfg('test_spikformer_v2'), file=str(file), tag='mae_test', num_classes=0))
+    monkeypatch.setitem(registry._model_with_tags, 'test_spikformer_v2', [name])
     encoder = timm.create_model(name, pretrained=True, num_classes=5)
     assert torch.equal(encoder.stem.stages[0].down.conv.weight, mae.encoder.stem.stages[0].down.conv.weight)
     loaded = SpikformerMAE.from_pretrained(name, time_steps=2)
