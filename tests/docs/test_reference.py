@@ -1,0 +1,58 @@
+"""Every public class, function and constant is in the reference."""
+import importlib
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+from site_pages import DOCS
+from sphinx.application import Sphinx
+from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+PUBLIC = [
+    '', 'spikformer', 'layers', 'stems', 'neurons', 'masked_autoencoder', 'anytime', 'monitor', 'kernels',
+    'kernels.explain', 'profiling', 'publishing', 'images', 'training', 'hf.configuration_spikformer',
+    'hf.modeling_spikformer', 'hf.trainer', 'hf.image_processing', 'profiling.callback']
+
+
+@pytest.fixture(scope='module')
+def inventory(tmp_path_factory) -> Dict[str, str]:
+    """Kinds of the objects that the pages of the reference describe, by name."""
+    folder: Path = tmp_path_factory.mktemp('reference')
+    with patch_docutils(DOCS), docutils_namespace():
+        app = Sphinx(
+            DOCS / 'reference', DOCS, folder / 'out', folder / 'doctrees', 'dummy', status=None, freshenv=True,
+            confoverrides={'html_static_path': []})
+        app.build()
+        return {name: entry.objtype for name, entry in app.env.domains['py'].objects.items()}
+
+
+def _resolve(name: str) -> Any:
+    """Return the object that a name stands for, None if the name is that of a field."""
+    parts = name.split('.')
+    for i in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module('.'.join(parts[:i]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[i:]:
+            found = getattr(found, part, None)
+        return found
+    raise AssertionError(name)
+
+
+def test_all_names_are_documented(inventory):
+    documented = {id(_resolve(name)) for name in inventory}
+    missing = []
+    for name in PUBLIC:
+        module = importlib.import_module(f'timm_spikformer{"." if name else ""}{name}')
+        for public in module.__all__:
+            if id(getattr(module, public)) not in documented and f'{module.__name__}.{public}' not in inventory:
+                missing.append(f'{module.__name__}.{public}')
+    assert not missing
+
+
+def test_documented_names_exist(inventory):
+    """No page describes what is gone; methods of a class are there too."""
+    missing = [n for n, kind in inventory.items() if kind in ('class', 'function', 'method') and _resolve(n) is None]
+    assert not missing and len(inventory) > 100
+    assert inventory['timm_spikformer.Spikformer.forward_steps'] == 'method'
