@@ -1,4 +1,4 @@
-"""Command line of the study: `python -m reproduction {run,report,status}`."""
+"""Command line of the study: `python -m reproduction {run,status,report,ship}`."""
 import argparse
 import sys
 from pathlib import Path
@@ -11,16 +11,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', help='train what is missing')
     run.add_argument('--only', nargs='+', default=['*'], metavar='CELL', help='cells, or patterns such as pretrained-*')
+    run.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='final runs with these seeds only')
     run.add_argument('--jobs', type=int, default=1, metavar='N', help='number of processes, each with one thread')
     status = commands.add_parser('status', help='list what is missing')
     one = commands.add_parser('run-one', help='execute one run, such as ssa/seed-0 or ssa/try-1')
     one.add_argument('name', metavar='RUN')
     one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the result that is there')
+    ship = commands.add_parser('ship', help='write the weights of the package')
     report = commands.add_parser('report', help='write README.md and the figures')
-    for command in (run, status, one, report):
+    for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
         command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder of the results')
-    for command in (run, status, one):
+    for command in (run, status, one, ship):
         command.add_argument(
             '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR', help='folder of the checkpoints')
         command.add_argument('--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder of the datasets')
@@ -40,6 +42,9 @@ def main() -> None:
         study = Study(protocol, args.runs, args.checkpoints, args.data)
         if args.command == 'run-one':
             _run_one(study, args.name, args.weights_only)
+        elif args.command == 'ship':
+            from .shipping import ship
+            ship(study)
         elif args.command == 'status':
             _print_status(study)
         else:
@@ -53,7 +58,7 @@ def _run(study, args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
     options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
-    failed = run_missing(study, args.only, args.jobs, options)
+    failed = run_missing(study, args.only, args.seeds, args.jobs, options)
     if failed:
         sys.exit(f'error: these runs failed, see above: {", ".join(failed)}')
 

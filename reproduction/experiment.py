@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
+import safetensors
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_spikformer
+from timm_spikformer import SpikformerMAE
 from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.folders import hold_folder
 from timm_spikformer.images import make_loader
@@ -24,12 +28,13 @@ from .data import Data, read_data
 from .models import SoftmaxAttention, create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 
-__all__ = ['Study', 'write_json']
+__all__ = ['SHIPPED', 'Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
+SHIPPED = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'  # weights of the package
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -143,8 +148,22 @@ class Study(NamedTuple):
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the trained weights of a run are there; the results alone are committed."""
-        return (self.folder(run) / _FINISHED).is_file()
+        """Return whether the trained weights of a run are there: results are committed, most weights are not."""
+        return (self.folder(run) / _FINISHED).is_file() or self._shipped_file(run) is not None
+
+    def _shipped_file(self, run: Run) -> Optional[Path]:
+        """Return the weights of the package that a run has trained; None if there are none."""
+        path = SHIPPED / f'{run.cell.ships}.safetensors'
+        if not (run.is_final and run.seed == 0 and path.is_file()):
+            return None
+        with safetensors.safe_open(path, 'pt') as f:
+            training = (f.metadata() or {}).get('training')
+        return path if training == self.protocol.digest(run) else None
+
+    def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:
+        """Return the trained weights of a run: those that ship, or those of `train`."""
+        file = self._shipped_file(run)
+        return self.train(run, data).model.state_dict() if file is None else load_file(file)
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
@@ -156,7 +175,7 @@ class Study(NamedTuple):
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
         initial = self.initial_run(run)
         if initial is not None:
-            model.load_state_dict(self.train(initial, data).model.state_dict())
+            model.load_state_dict(self._weights(initial, data))
         objective = classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct
@@ -216,6 +235,11 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
             energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
     result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
+    operations = {}
+    if isinstance(model, SpikformerMAE):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, *data.config['input_size']))
+        operations['total_macs'] = counter.get_total_flops() / 2  # with the decoder
     totals = result.totals
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():
@@ -225,6 +249,6 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             macs, acs = macs + dense, acs - sum(layer.acs)
             energy += result.cost.energy_mj(dense, 0., 0.) - layer.energy_mj
     return dict(
-        parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs, macs=macs, acs=acs,
-        energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3, firing_rate=result.firing_rate,
-        silent_layers=result.silent_layers)
+        **operations, parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs,
+        macs=macs, acs=acs, energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3,
+        firing_rate=result.firing_rate, silent_layers=result.silent_layers)

@@ -12,7 +12,10 @@ from timm_spikformer.layers import SpikingSelfAttention
 from timm_spikformer.spikformer import Spikformer
 from timm_spikformer.training import raise_bn_bias
 
-__all__ = ['NoAttention', 'SoftmaxAttention', 'create', 'create_autoencoder']
+__all__ = ['AUTOENCODER', 'NoAttention', 'SoftmaxAttention', 'create', 'create_autoencoder']
+
+
+AUTOENCODER = dict(mask_ratio=0.75, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 
 
 class SoftmaxAttention(SpikingSelfAttention):
@@ -66,5 +69,5 @@ def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
 
 def create_autoencoder(encoder: Spikformer) -> SpikformerMAE:
     """Put an encoder into a masked autoencoder with a small decoder; three quarters of the patches are masked."""
-    mae = SpikformerMAE(encoder, mask_ratio=0.75, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
+    mae = SpikformerMAE(encoder, **AUTOENCODER)
     return mae.to(memory_format=torch.channels_last)

@@ -92,9 +92,15 @@ class Protocol(NamedTuple):
     Args:
         cells: Cells by name, in the order in which they are run.
         held_out: Fraction of the training images that is held out for validation, by dataset.
+        seeds: Seeds of the final runs of most cells.
+        questions: For each question its title and text, `rows` (names of cells) and `differences` (pairs of names).
+        label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
     held_out: Dict[str, float]
+    seeds: List[int]
+    questions: Dict[str, Dict[str, Any]]
+    label_curves: Dict[str, Dict[str, Dict[int, str]]]
 
     def digest(self, run: Run) -> str:
         """Return a digest of what determines the trained weights. A try and a final run may share it."""
@@ -123,7 +129,18 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
             merged.get('init'), recipe, merged['tries'], merged.get('seeds', text['seeds']), merged.get('ships'))
         _check(cell, cells, held_out, path)
         cells[name] = cell
-    return Protocol(cells, held_out)
+    questions = text.get('questions', {})
+    for name, question in questions.items():
+        used = {*question['rows'], *(cell for pair in question['differences'] for cell in pair)}
+        if not used <= cells.keys():
+            raise ValueError(f'{path}: {name} uses cells that do not exist: {", ".join(sorted(used - cells.keys()))}.')
+        for first, second in question['differences']:
+            a, b = cells[first], cells[second]
+            if len(a.tries) != len(b.tries) or a.seeds != b.seeds:
+                raise ValueError(
+                    f'{path}: {name} compares {first} and {second}, which must have the same seeds and the same number '
+                    f'of tries.')
+    return Protocol(cells, held_out, text['seeds'], questions, text.get('label_curves', {}))
 
 
 def _check(cell: Cell, before: Dict[str, Cell], held_out: Dict[str, float], path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Container, Dict, List, NamedTuple, Optional, Sequence
 
 from .experiment import Study
 from .protocol import Run
@@ -23,13 +23,18 @@ class Job(NamedTuple):
     weights_only: bool = False
 
 
-def next_jobs(study: Study, patterns: Sequence[str] = ('*',)) -> List[Job]:
+def next_jobs(
+        study: Study,
+        patterns: Sequence[str] = ('*',),
+        seeds: Optional[Container[int]] = None,
+) -> List[Job]:
     """Return the runs that are missing and can start now, in the order of the protocol.
 
     Args:
         study: The study.
         patterns: Patterns of the names of the cells to complete, such as `pretrained-*`. Cells whose weights they start
             from are run, too.
+        seeds: Seeds of the final runs; by default, all of them.
     """
     cells = study.protocol.cells
     wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
@@ -40,7 +45,7 @@ def next_jobs(study: Study, patterns: Sequence[str] = ('*',)) -> List[Job]:
     for name in (name for name in cells if name in wanted):
         cell = cells[name]
         for run in [*study.tries(cell), *study.final_runs(cell)]:
-            if study.result(run) is not None:
+            if study.result(run) is not None or run.is_final and seeds is not None and run.seed not in seeds:
                 continue
             job: Optional[Job] = Job(run)
             if cell.init is not None and not study.has_weights(run):
@@ -54,12 +59,19 @@ def next_jobs(study: Study, patterns: Sequence[str] = ('*',)) -> List[Job]:
     return list(jobs.values())
 
 
-def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Sequence[str]) -> List[str]:
+def run_missing(
+        study: Study,
+        patterns: Sequence[str],
+        seeds: Optional[Container[int]],
+        jobs: int,
+        options: Sequence[str],
+) -> List[str]:
     """Execute all missing runs; return the names of those that failed.
 
     Args:
         study: The study.
         patterns: See `next_jobs`.
+        seeds: See `next_jobs`.
         jobs: Number of processes.
         options: Command-line options of the folders, passed on to the processes.
     """
@@ -67,13 +79,7 @@ def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Seque
     failed: List[str] = []
     try:
         while True:
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    if process.returncode != 0:
-                        failed.append(name)
-                    print(f'{name}: {"failed" if process.returncode else "done"}', flush=True)
-            waiting = [job for job in next_jobs(study, patterns) if job.run.name not in (*running, *failed)]
+            waiting = [job for job in next_jobs(study, patterns, seeds) if job.run.name not in (*running, *failed)]
             if not running and not waiting:
                 return failed
             for job in waiting[:jobs - len(running)]:
@@ -82,7 +88,14 @@ def run_missing(study: Study, patterns: Sequence[str], jobs: int, options: Seque
                 if job.weights_only:
                     command.append('--weights-only')
                 running[job.run.name] = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
-            time.sleep(1)
+            ended: List[str] = []
+            while not ended:
+                time.sleep(0.5)
+                ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                is_failed = running.pop(name).returncode != 0
+                failed += [name] if is_failed else []
+                print(f'{name}: {"failed" if is_failed else "done"}', flush=True)
     finally:
         for process in running.values():
             process.terminate()

@@ -1,5 +1,8 @@
 """`pretrained=True`: what the package ships, what it refuses, and what it says where there is nothing."""
+import hashlib
 import json
+import os
+import shutil
 import socket
 import time
 
@@ -8,13 +11,14 @@ import pytest
 import timm
 import torch
 from conftest import calibrate
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import timm_spikformer
-from timm_spikformer import pretrained
+from timm_spikformer import SpikformerMAE, pretrained
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
-from timm_spikformer.training import evaluate
+from timm_spikformer.training import evaluate, raise_bn_bias
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -37,10 +41,43 @@ def test_the_shipped_weights_classify(monkeypatch):
     assert tuple(test.classes) == tuple(model.pretrained_cfg['label_names'])
 
 
-def test_damaged_weights_are_refused(monkeypatch):
-    monkeypatch.setitem(pretrained._SHA256, SHIPPED, '0' * 64)
-    with pytest.raises(RuntimeError, match='is damaged: its sha256 is not 0000'):
-        timm.create_model(SHIPPED, pretrained=True)
+def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+    for path in pretrained._SHIPPED.iterdir():
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
+    digest = hashlib.sha256((tmp_path / f'{SHIPPED}.safetensors').read_bytes()).hexdigest()
+    cfg = dict(file=pretrained.shipped_weights(SHIPPED))
+    timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=cfg)
+    with (tmp_path / f'{SHIPPED}.safetensors').open('r+b') as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b'x')
+    with pytest.raises(RuntimeError, match=f'is damaged: its sha256 is not {digest}'):
+        timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=cfg)
+
+
+def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
+    """The encoder alone loads with timm, with and without a classifier; other weights are no autoencoder."""
+    name, args = 'test_spikformer_v2.mae_test', dict(
+        mask_ratio=0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=2), **args)
+    raise_bn_bias(mae.encoder)
+    x = torch.rand(8, 3, 64, 64)
+    calibrate(mae, x)
+    file = tmp_path / f'{name}.safetensors'
+    save_file(mae.state_dict(), file, dict(format='pt', autoencoder=json.dumps(args)))
+    (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
+    monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
+    create = timm.create_model  # the tag is not registered
+    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create(name.partition('.')[0], **kwargs))
+    loaded = SpikformerMAE.from_pretrained(name, time_steps=2)
+    noise = torch.rand(8, 16)
+    assert loaded(x, noise=noise).loss == mae(x, noise=noise).loss
+    with pytest.raises(ValueError, match="The package has no weights named 'test_spikformer_v2.other'"):
+        SpikformerMAE.from_pretrained('test_spikformer_v2.other')
+    save_file(mae.encoder.state_dict(), file)
+    (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
+    with pytest.raises(ValueError, match='is not a masked autoencoder'):
+        SpikformerMAE.from_pretrained(name)
 
 
 @pytest.mark.parametrize('name, tag', [

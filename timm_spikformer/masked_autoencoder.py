@@ -6,16 +6,23 @@ it leaves open is filled in as follows: masking, target and loss as in MAE; the 
 https://arxiv.org/abs/2301.03580; the size of the decoder as in later work of overlapping authors. All else is this
 project's choice, and the docstrings say so.
 """
-from typing import List, NamedTuple, Optional, Tuple
+import json
+from typing import Any, List, NamedTuple, Optional, Tuple
 
+import safetensors
+import timm
 import torch
+from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .network import Spikformer
+from .pretrained import check_shipped, shipped_weights
 
-__all__ = ['SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
+__all__ = ['AUTOENCODER_KEY', 'SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
+
+AUTOENCODER_KEY = 'autoencoder'  # key of the arguments of `SpikformerMAE` in the metadata of shipped weights
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -193,6 +200,32 @@ class SpikformerMAE(nn.Module):
             device=device,
             dtype=dtype,
         )
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> 'SpikformerMAE':
+        """Create a pre-trained autoencoder, in eval mode, with the weights that are shipped with the package.
+
+        `timm.create_model(name, pretrained=True)` loads its encoder alone.
+
+        Args:
+            name: Name of a model with the tag of an autoencoder, such as `MODEL.mae_fashion_mnist`.
+            kwargs: Arguments of the encoder, such as `time_steps`.
+
+        Raises:
+            ValueError: The package has no autoencoder of this name.
+            RuntimeError: The file is damaged.
+        """
+        file = shipped_weights(name)
+        if file is None:
+            raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
+        check_shipped(file)
+        with safetensors.safe_open(file, 'pt') as f:
+            args = (f.metadata() or {}).get(AUTOENCODER_KEY)
+        if args is None:
+            raise ValueError(f'{name} is not a masked autoencoder. Load it with timm.create_model.')
+        mae = cls(timm.create_model(name, **kwargs), **json.loads(args))
+        mae.load_state_dict(load_file(file))
+        return mae.eval()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:

@@ -34,14 +34,12 @@ from timm.models import (
 )
 
 __all__ = [
-    'cfg_to_train', 'check_hub', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+    'cfg_to_train', 'check_hub', 'check_shipped', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
-# of the files in assets/weights
-_SHA256 = {
-    'spikformer_v2_2_64_patch4_32.fashion_mnist': '97918b915d5bf2ef8b19146aa6eecc85b2c390673b5b8de6642abfca4f8f805b',
-}
+_SHIPPED = Path(__file__).parent / 'assets' / 'weights'
+SHA256_FILE = 'SHA256SUMS'  # in the same folder, in the format of sha256sum
 _WITHOUT_WEIGHTS = 'untrained'  # tag of models that are never published
 
 _PATIENCE = 4.  # seconds that the Hub has to answer in
@@ -51,8 +49,20 @@ _namespace: Optional[str] = None
 
 def shipped_weights(name: str) -> Optional[str]:
     """Return the path of the shipped weights of `name`, a model.tag; None in copies of the code without them."""
-    path = Path(__file__).parent / 'assets' / 'weights' / f'{name}.safetensors'
+    path = _SHIPPED / f'{name}.safetensors'
     return str(path) if path.is_file() else None
+
+
+def check_shipped(file: str) -> None:
+    """
+    Raises:
+        RuntimeError: The digest of a file of shipped weights is not the expected one.
+    """
+    sums = _SHIPPED / SHA256_FILE
+    lines = sums.read_text(encoding='utf-8').splitlines() if sums.is_file() else []
+    expected = {name: digest for digest, name in (line.split('  ', 1) for line in lines)}.get(os.path.basename(file))
+    if _sha256(file) != expected:
+        raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Install the package anew.')
 
 
 def cfg_to_train(model: str) -> PretrainedCfg:
@@ -172,8 +182,8 @@ def locate_weights(
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
-        if cfg.file and cfg.file == shipped_weights(name) and _sha256(cfg.file) != _SHA256[name]:
-            raise RuntimeError(f'{cfg.file} is damaged: its sha256 is not {_SHA256[name]}. Install the package anew.')
+        if cfg.file and cfg.file == shipped_weights(name):
+            check_shipped(cfg.file)
         return model_args, kwargs
 
     repo = cfg.hf_hub_id or _repository(name)

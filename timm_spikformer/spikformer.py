@@ -57,6 +57,10 @@ _CIFAR10 = dict(
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
 )
 
+_FASHION_MNIST = dict(
+    num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), mean=(0.286,) * 3, std=(0.353,) * 3,
+)
+
 # Frames of the authors' code are counts of events, given to the network as they are.
 _CIFAR10_DVS = dict(num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.))
 
@@ -70,10 +74,12 @@ default_cfgs = generate_default_cfgs({
     'spikformer_v2_2_128_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_64_patch4_32.fashion_mnist': _cfg(
         file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist'),
-        num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), mean=(0.286,) * 3, std=(0.353,) * 3,
         label_names=(
             'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+        **_FASHION_MNIST,
     ),
+    'spikformer_v2_2_64_patch4_32.mae_fashion_mnist': _cfg(
+        file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'), **{**_FASHION_MNIST, 'num_classes': 0}),
     'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),

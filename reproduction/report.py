@@ -1,0 +1,191 @@
+"""Write README.md and the figures of the study from the results in runs/, and from nothing else."""
+import io
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+from timm_spikformer.temporaries import create_temporary
+
+from .experiment import Study
+from .protocol import Cell, Protocol
+from .statistics import Difference, Summary, paired_difference, summarize
+
+__all__ = ['render', 'write_report']
+
+FOLDER = Path(__file__).parent
+TEMPLATE = 'report.md.jinja'
+# fixed ids and no date, so that the same results give the same bytes; text stays text, whatever fonts are installed
+_SVG = {'svg.hashsalt': 'reproduction', 'svg.fonttype': 'none', 'font.size': 9}
+
+
+class Row(NamedTuple):
+    """A cell with the results of its final runs, by seed."""
+    cell: Cell
+    results: List[Dict[str, Any]]
+    num_tries: int
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.results) == len(self.cell.seeds)
+
+    def values(self, *keys: str) -> List[float]:
+        """Return a value of each run: `values('test', 'accuracy')`."""
+        values = []
+        for result in self.results:
+            for key in keys:
+                result = result[key]
+            values.append(result)
+        return values
+
+    def summary(self, *keys: str) -> Optional[Summary]:
+        values = [value for value in self.values(*keys) if value is not None] if self.results else []
+        return summarize(values) if values else None
+
+    @property
+    def recipe(self) -> str:
+        """The settings that the tries have chosen."""
+        attempt = self.results[0]['attempt']
+        if len(self.cell.tries) == 1:
+            return ''
+        recipe = self.cell.recipe_of(attempt)
+        text = f'lr {recipe["lr"]:g}, {recipe["epochs"]} epochs'
+        return text + (f', layer decay {recipe["layer_decay"]:g}' if recipe.get('layer_decay') else '')
+
+
+class Comparison(NamedTuple):
+    """The difference of test accuracy between two cells; None as long as runs are missing."""
+    first: Row
+    second: Row
+    difference: Optional[Difference]
+
+    @property
+    def verdict(self) -> str:
+        d = self.difference
+        if d is None:
+            return 'runs are missing'
+        if not d.is_shown:
+            return 'no difference is shown'
+        return 'higher' if d.mean > 0 else 'lower'
+
+
+def _rows(study: Study) -> Dict[str, Row]:
+    rows = {}
+    for name, cell in study.protocol.cells.items():
+        results = [study.result(run) for run in study.final_runs(cell)]
+        num_tries = sum(study.result(run) is not None for run in study.tries(cell))
+        rows[name] = Row(cell, [result for result in results if result is not None], num_tries)
+    return rows
+
+
+def _compare(first: Row, second: Row) -> Comparison:
+    difference = None
+    if first.is_complete and second.is_complete:
+        difference = paired_difference(first.values('test', 'accuracy'), second.values('test', 'accuracy'))
+    return Comparison(first, second, difference)
+
+
+def _cpu_hours(study: Study) -> float:
+    """Return the CPU time of all trainings; a try and a final run with the same weights count once."""
+    seconds: Dict[str, float] = {}
+    for path in sorted(study.runs.glob('*/*.json')):
+        result = json.loads(path.read_text(encoding='utf-8'))
+        seconds[result['training']] = result['cpu_seconds']
+    return math.fsum(seconds.values()) / 3600
+
+
+def _machines(rows: Dict[str, Row]) -> List[str]:
+    found = defaultdict(int)
+    for row in rows.values():
+        for result in row.results:
+            m = result['machine']
+            found[f'{m["cpu"]}, Python {m["python"]}, PyTorch {m["torch"]}, timm {m["timm"]}'] += 1
+    return [f'{name} ({count} runs)' for name, count in sorted(found.items())]
+
+
+def render(study: Study) -> str:
+    """Return the text of README.md."""
+    rows = _rows(study)
+    questions = []
+    for name, question in study.protocol.questions.items():
+        questions.append(dict(
+            name=name, title=question['title'], text=question['text'].strip(),
+            rows=[rows[cell] for cell in question['rows']],
+            comparisons=[_compare(rows[a], rows[b]) for a, b in question['differences']]))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined)
+    missing = [
+        f'{row.cell.name}: {len(row.results)} of {len(row.cell.seeds)}' for row in rows.values() if not row.is_complete]
+    return environment.get_template(TEMPLATE).render(
+        questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(study), machines=_machines(rows),
+        seeds=len(study.protocol.seeds))
+
+
+def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, str]]]) -> Figure:
+    """Draw the accuracy against the number of labels, one panel next to the other."""
+    figure = Figure(figsize=(7.5, 3.4), layout='constrained')
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, curves) in zip(axes, panels.items()):
+        for label, cells in curves.items():
+            counts = [count for count, name in cells.items() if rows[name].is_complete]
+            accuracies = [rows[cells[count]].summary('test', 'accuracy') for count in counts]
+            ax.errorbar(
+                counts, [a.mean for a in accuracies], yerr=[a.deviation for a in accuracies], marker='o', capsize=3,
+                label=label)
+            ax.set_xscale('log')
+            ax.xaxis.set_major_locator(FixedLocator(list(cells)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel('labeled training images')
+        ax.set_title(title)
+        ax.grid(alpha=0.3)
+        ax.legend(loc='lower right')
+    axes[0].set_ylabel('test accuracy, %')
+    return figure
+
+
+def _energy_figure(rows: Dict[str, Row]) -> Figure:
+    """Draw the accuracy against the energy per image, of the cells with all labels."""
+    figure = Figure(figsize=(7.5, 4), layout='constrained')
+    ax = figure.subplots()
+    for name, row in rows.items():
+        cell = row.cell
+        if row.is_complete and cell.labels is None and cell.objective == 'classify':
+            accuracy, energy = row.summary('test', 'accuracy'), row.summary('operations', 'energy_uj')
+            ax.errorbar(energy.mean, accuracy.mean, yerr=accuracy.deviation, marker='o', capsize=3, color='C0')
+            ax.annotate(name, (energy.mean, accuracy.mean), xytext=(5, 3), textcoords='offset points')
+    ax.set_xscale('log')
+    ax.set_xlabel('energy of arithmetic per image, µJ')
+    ax.set_ylabel('test accuracy, %')
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with create_temporary(path, path.parent) as partial:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+
+
+def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
+    """Write README.md and figures/ in a folder."""
+    study = Study(protocol, runs, runs, runs)
+    rows = _rows(study)
+    _write(output / 'README.md', render(study).encode())
+    with matplotlib.rc_context(_SVG):
+        figures = {'energy': _energy_figure(rows)}
+        if protocol.label_curves:
+            figures['labels'] = _label_figure(rows, protocol.label_curves)
+        for name, figure in figures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format='svg', metadata={'Date': None})
+            _write(output / 'figures' / f'{name}.svg', buffer.getvalue())

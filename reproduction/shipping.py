@@ -1,0 +1,76 @@
+"""Write the weights of the package from the runs that train them."""
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Dict
+
+import safetensors.torch
+import yaml
+
+from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
+from timm_spikformer.pretrained import SHA256_FILE
+from timm_spikformer.temporaries import create_temporary
+
+from .experiment import SHIPPED, Study
+from .models import AUTOENCODER
+from .protocol import Run
+
+__all__ = ['ship']
+
+
+def ship(study: Study, folder: Path = SHIPPED) -> None:
+    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
+
+    The weights are those of the final run with seed 0. They are trained if they are missing. The YAML file says how
+    they were trained; model cards quote it. The package compares the weights with SHA256SUMS when it loads them.
+
+    Raises:
+        ValueError: The result of such a run is missing.
+    """
+    digests = _read_digests(folder)
+    for cell in study.protocol.cells.values():
+        if cell.ships is None:
+            continue
+        finals = [run for run in study.final_runs(cell) if run.seed == 0]
+        if not finals or study.result(finals[0]) is None:
+            raise ValueError(f'The result of {cell.name} is missing: run it first.')
+        data = _weights(study, finals[0])
+        digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
+        _write(folder / f'{cell.ships}.safetensors', data)
+        _write(folder / f'{cell.ships}.yaml', _note(finals[0]).encode())
+    _write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
+
+
+def _read_digests(folder: Path) -> Dict[str, str]:
+    path = folder / SHA256_FILE
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
+
+
+def _weights(study: Study, run: Run) -> bytes:
+    model = study.train(run, study.read_data(run)).model
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    metadata = dict(format='pt', training=study.protocol.digest(run))
+    if run.cell.objective == 'reconstruct':
+        metadata[AUTOENCODER_KEY] = json.dumps(AUTOENCODER)
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _note(run: Run) -> str:
+    cell = run.cell
+    command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
+    note = dict(command=command, model=cell.model, **cell.model_kwargs, dataset=cell.dataset)
+    if cell.init is not None:
+        note['initialized_from'] = cell.init
+    # plain values, as the card shows them in a table
+    recipe = run.config()['recipe']
+    note.update({key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in recipe.items()})
+    return yaml.safe_dump(note, sort_keys=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with create_temporary(path, path.parent) as partial:
+        partial.write_bytes(content)
+        os.replace(partial, path)

@@ -1,0 +1,317 @@
+"""The study in reproduction/: its protocol, statistics, scheduling, resuming, and the report."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import calibrate
+from safetensors import safe_open
+from scipy import stats
+
+from reproduction import experiment, models, schedule, shipping
+from reproduction.experiment import Study
+from reproduction.protocol import PROTOCOL, Run, read_protocol
+from reproduction.report import FOLDER, write_report
+from reproduction.statistics import paired_difference, summarize
+from timm_spikformer import training
+from timm_spikformer.images import FASHION_MNIST
+from timm_spikformer.profiling import profile
+
+TINY = dict(
+    seeds=[0, 1],
+    datasets={'fashion_mnist': {'held_out': 0.05}},
+    defaults=dict(
+        dataset='fashion_mnist', model='spikformer_v2_2_64_patch4_32', model_kwargs={'embed_dim': 16}, labels=96,
+        recipe=dict(epochs=3, lr=1e-2, batch_size=32, weight_decay=0.05, warmup_epochs=0.25),
+        tries=[{}, {'epochs': '2x'}]),
+    cells=dict(
+        mae=dict(title='masked', objective='reconstruct', tries=[{}]),
+        tuned=dict(title='pre-trained', init='mae'),
+        scratch=dict(title='scratch')),
+    questions=dict(Q=dict(
+        title='Does it help?', text='An example.', rows=['tuned', 'scratch'], differences=[['tuned', 'scratch']])),
+)
+
+
+@pytest.fixture
+def study(tmp_path) -> Study:
+    (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(TINY))
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'fashion_mnist').symlink_to(FASHION_MNIST)
+    return Study(
+        read_protocol(tmp_path / 'protocol.yaml'), tmp_path / 'runs', tmp_path / 'checkpoints', tmp_path / 'data')
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(x) for key, x in value.items() if 'seconds' not in key}
+    return [without_times(x) for x in value] if isinstance(value, list) else value
+
+
+def pretend(study: Study, run: Run, **values) -> None:
+    """Write a result without training."""
+    experiment.write_json(study.path(run), dict(training=study.protocol.digest(run), attempt=run.attempt, **values))
+
+
+def test_the_report_is_that_of_the_committed_runs(tmp_path):
+    write_report(read_protocol(), FOLDER / 'runs', tmp_path)
+    assert (tmp_path / 'README.md').read_bytes() == (FOLDER / 'README.md').read_bytes()
+    for path in (tmp_path / 'figures').iterdir():
+        committed = (FOLDER / 'figures' / path.name).read_bytes()
+        version = re.search(rb'Matplotlib v([\d.]+)', committed)[1].decode()
+        if version == matplotlib.__version__:  # another version draws other bytes
+            assert path.read_bytes() == committed, path.name
+
+
+def test_each_comparison_is_fair():
+    """The same seeds and number of tries, and no other data."""
+    protocol = read_protocol()
+    pairs = [pair for question in protocol.questions.values() for pair in question['differences']]
+    assert pairs
+    for a, b in pairs:
+        first, second = protocol.cells[a], protocol.cells[b]
+        assert (len(first.tries), first.seeds, first.dataset) == (len(second.tries), second.seeds, second.dataset)
+        if {a, b} != {'time-steps-1-to-4', 'time-steps-4'}:
+            assert first.labels == second.labels
+
+
+def test_interval_equals_that_of_scipy():
+    a, b = [90.1, 90.9, 89.7], [89.9, 90.2, 89.8]
+    ours = paired_difference(a, b)
+    theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert ours.mean == pytest.approx(np.mean(a) - np.mean(b)) and ours.count == 3 and not ours.is_shown
+    # by hand: differences 1, 2, 3 have mean 2, deviation 1, and t(0.975, 2) = 4.303
+    margin = 4.303 / 3 ** 0.5
+    assert paired_difference([1, 2, 3], [0, 0, 0])[:3] == pytest.approx((2, 2 - margin, 2 + margin), abs=1e-3)
+    assert paired_difference([1, 1.1, 1.2], [0, 0, 0]).is_shown and paired_difference([0, 0, 0], [1, 1.1, 1.2]).is_shown
+    assert summarize([1, 2, 3]).deviation == pytest.approx(np.std([1, 2, 3], ddof=1))
+    with pytest.raises(ValueError, match='got 1 and 1 values'):
+        paired_difference([1], [2])
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a has unknown keys labelled'),
+    ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must name a cell above it, got 'b'"),
+    ({'cells': {'a': {'title': 'x', 'attention': 'linear'}}}, "attention must be one of .*got 'linear'"),
+    ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
+    ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'same seeds and the same number of tries'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_protocols_that_are_refused(change, message, tmp_path):
+    path = tmp_path / 'x.yaml'
+    text = {**TINY, **change}
+    if 'scratch' not in text['cells']:
+        text['questions'] = {}
+    path.write_text(yaml.safe_dump(text))
+    with pytest.raises(ValueError, match=message):
+        read_protocol(path)
+
+
+def test_doubled_epochs_double_the_warmup(study):
+    recipe = study.protocol.cells['scratch'].recipe_of(1)
+    assert recipe['epochs'] == 6 and recipe['warmup_epochs'] == 0.5
+    assert study.protocol.cells['scratch'].recipe_of(0)['epochs'] == 3
+
+
+def test_jobs_in_their_order(study):
+    """Tries before final runs, weights before those that start from them; the best try with seed 0 is chosen."""
+    def names(*patterns):
+        jobs = schedule.next_jobs(study, patterns or ('*',))
+        return [job.run.name + (' weights' if job.weights_only else '') for job in jobs]
+
+    assert names() == ['mae/seed-0', 'mae/seed-1', 'scratch/try-0', 'scratch/try-1']
+    assert names('tuned') == ['mae/seed-0', 'mae/seed-1']
+    assert [job.run.name for job in schedule.next_jobs(study, ['mae'], seeds=[1])] == ['mae/seed-1']
+    cells = study.protocol.cells
+    for run in study.final_runs(cells['mae']):
+        pretend(study, run)
+    assert names('tuned') == ['mae/seed-0 weights']
+    study.folder(Run(cells['mae'], 0, 0, True)).mkdir(parents=True)
+    (study.folder(Run(cells['mae'], 0, 0, True)) / 'finished').touch()
+    assert names('tuned') == ['tuned/try-0', 'tuned/try-1']
+    for run, accuracy in zip(study.tries(cells['tuned']), (70., 71.)):
+        assert study.final_runs(cells['tuned']) == []
+        pretend(study, run, validation=dict(accuracy=accuracy))
+    assert [run.attempt for run in study.final_runs(cells['tuned'])] == [1, 1]
+    assert names('tuned') == ['tuned/seed-0', 'mae/seed-1 weights']
+    for run in study.final_runs(cells['tuned']):
+        pretend(study, run)
+    assert names('tuned') == []
+    other = read_protocol(study.runs.parent / 'protocol.yaml')
+    other.cells['tuned'].recipe['lr'] = 0.5  # a result of other settings is none
+    assert study._replace(protocol=other).result(Run(other.cells['tuned'], 1, 0, True)) is None
+
+
+def test_tries_do_not_see_the_test_images_and_final_runs_share_their_weights(study, monkeypatch):
+    run = study.tries(study.protocol.cells['scratch'])[0]
+    read = Study.read_data
+    monkeypatch.setattr(Study, 'read_data', lambda self, run: read(self, run)._replace(test=None))
+    result = study.execute(run)
+    assert 'test' not in result and 0 < result['validation']['accuracy'] < 100 and len(result['history']) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment.Study, 'tries', lambda self, cell: [run])
+    monkeypatch.setattr(training, 'save_checkpoint', lambda *args, **kwargs: pytest.fail('trained again'))
+    final = study.execute(Run(run.cell, 0, 0, True))
+    assert final['validation'] == result['validation'] and final['training'] == result['training']
+    assert 0 < final['test']['accuracy'] < 100 and min(final['firing_rates'].values()) > 0
+    assert final['operations']['parameters'] == sum(
+        p.numel() for p in timm.create_model(run.cell.model, num_classes=10, embed_dim=16).parameters())
+
+
+@pytest.mark.parametrize('name', ['mae', 'tuned'])
+def test_an_interrupted_run_gives_the_same_result(name, study, tmp_path, monkeypatch):
+    """Interrupted in each epoch but the last, also while the weights that it starts from are trained."""
+    cell = study.protocol.cells[name]
+    run = Run(cell, 0, 0, len(cell.tries) == 1)
+    expected = study.execute(run)
+    shutil.rmtree(study.checkpoints)
+    study.path(run).unlink()
+    save, stops = training.save_checkpoint, [1, 2]
+
+    def save_and_stop(path, kind, **state):
+        save(path, kind, **state)
+        if stops:
+            stops.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, 'save_checkpoint', save_and_stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            study.execute(run)
+        assert not study.path(run).exists()
+    assert without_times(study.execute(run)) == without_times(expected)
+    assert json.loads(study.path(run).read_text())['history'] != []
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(study, tmp_path):
+    """SIGKILL at any moment, twice; the results are those of an uninterrupted study, and so is the report."""
+    def command(folder):
+        return [
+            sys.executable, '-m', 'reproduction', 'run', '--jobs', '2', '--protocol', str(tmp_path / 'protocol.yaml'),
+            '--runs', str(folder / 'runs'), '--checkpoints', str(folder / 'checkpoints'), '--data', str(study.data)]
+
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    subprocess.run(command(whole), env=env, check=True)
+    for seconds in (17, 23):
+        process = subprocess.Popen(command(killed), env=env, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(killed), env=env, check=True)
+
+    def results(folder):
+        return {
+            str(path.relative_to(folder)): without_times(json.loads(path.read_text()))
+            for path in (folder / 'runs').rglob('*.json')}
+
+    assert len(results(whole)) == 2 + 2 * 4 and results(killed) == results(whole)
+    for folder in (whole, killed):
+        write_report(study.protocol, folder / 'runs', folder)
+    assert 'not shown' in (whole / 'README.md').read_text() or 'shown, ' in (whole / 'README.md').read_text()
+
+    def text(folder):
+        return [line for line in (folder / 'README.md').read_text().splitlines() if 'CPU hours' not in line]
+    assert text(whole) == text(killed)
+
+
+def test_weights_that_ship(study, tmp_path, monkeypatch):
+    """A run that starts from them takes them from the package, if the same settings have trained them."""
+    text = {**TINY, 'cells': {**TINY['cells'], 'mae': {**TINY['cells']['mae'], 'ships': 'x.mae_y'}}}
+    (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(text))
+    study = study._replace(protocol=read_protocol(tmp_path / 'protocol.yaml'))
+    cell, folder = study.protocol.cells['mae'], tmp_path / 'weights'
+    folder.mkdir()
+    (folder / 'SHA256SUMS').write_text('0123  other.safetensors\n')
+    with pytest.raises(ValueError, match='The result of mae is missing'):
+        shipping.ship(study, folder)
+    run = study.final_runs(cell)[0]
+    study.execute(run)
+    shipping.ship(study, folder)
+    file = folder / 'x.mae_y.safetensors'
+    assert (folder / 'SHA256SUMS').read_text() == (
+        f'0123  other.safetensors\n{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
+    note = yaml.safe_load(file.with_suffix('.yaml').read_text())
+    assert note['command'] == 'python -m reproduction run --only mae --seeds 0' and note['epochs'] == 3
+    with safe_open(file, 'pt') as f:
+        assert json.loads(f.metadata()['autoencoder'])['decoder_embed_dim'] == 64
+
+    shutil.rmtree(study.checkpoints)
+    assert not study.has_weights(run)
+    monkeypatch.setattr(experiment, 'SHIPPED', folder)
+    assert study.has_weights(run) and not study.has_weights(study.final_runs(cell)[1])
+    tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
+    study.train(tuned, study.read_data(tuned))
+    assert [path.name for path in study.checkpoints.iterdir()] == [study.protocol.digest(tuned)]
+    cell.recipe['lr'] = 0.5
+    assert not study.has_weights(run)
+
+
+def test_report_of_an_unfinished_study(study, tmp_path):
+    cells = study.protocol.cells
+    for name, accuracies in (('tuned', (80., 81.)), ('scratch', (79., 79.5))):
+        for run in study.tries(cells[name]):
+            pretend(study, run, validation=dict(accuracy=50.), cpu_seconds=1800.)
+        for run, accuracy in zip(study.final_runs(cells[name]), accuracies):
+            pretend(
+                study, run, cpu_seconds=1800., test=dict(accuracy=accuracy), machine=dict.fromkeys(
+                    ('cpu', 'python', 'torch', 'timm'), 'x'),
+                operations=dict(parameters=1e6, dense_macs=2e6, energy_uj=3., firing_rate=0.2))
+    write_report(study.protocol, study.runs, tmp_path)
+    text = (tmp_path / 'README.md').read_text()
+    assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
+    # a try and a final run with its seed and settings are one training: 2 cells of 3 trainings of half an hour
+    assert 'took 3.0 CPU hours' in text
+    interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
+    assert f'+1.25 points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f}: not shown' in text
+
+
+def test_softmax_attention_is_softmax_attention():
+    torch.manual_seed(0)
+    layer = models.SoftmaxAttention(16, 2)
+    x = torch.randint(0, 3, (2, 3, 5, 16)).float()
+    for _ in range(3):
+        layer(x)
+    layer.eval()
+    q, k, v = layer.qkv(x).unflatten(3, (3, 2, 8)).permute(3, 0, 1, 4, 2, 5)
+    assert 0 < q.mean() < 1
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(layer(x), layer.proj(expected))
+
+
+@pytest.mark.parametrize('attention, layer', [('softmax', models.SoftmaxAttention), ('none', models.NoAttention)])
+def test_attention_of_a_cell(attention, layer):
+    config = read_protocol().cells['ssa']
+    config = dict(Run(config, 0, 0, True).config(), attention=attention)
+    model = models.create(config, 10, 28)
+    assert all(type(block.attn) is layer for block in model.blocks)
+    assert model(torch.rand(2, 3, 28, 28)).isfinite().all()
+
+
+@pytest.mark.parametrize('name, by', [('sps-parameters', 'parameters'), ('sps-operations', 'dense_macs')])
+def test_stems_are_compared_at_equal_size(name, by):
+    """Within 1 %."""
+    def size(name):
+        model = models.create(Run(read_protocol().cells[name], 0, 0, True).config(), 10, 28)
+        x = torch.rand(8, 3, 28, 28)
+        return getattr(profile(calibrate(model, x), [x]).totals, by)
+
+    assert size(name) == pytest.approx(size('ssa'), rel=0.01)
+
+
+def test_protocol_is_committed_where_the_command_looks():
+    assert PROTOCOL == Path(experiment.__file__).with_name('protocol.yaml') and PROTOCOL.is_file()
