@@ -1,4 +1,4 @@
-"""Configuration of the documentation: `sphinx-build -W -n -b html docs docs/_build/html`. The build needs no network."""
+"""Configuration of the documentation, which builds offline: `sphinx-build -W -n -b html docs docs/_build/html`."""
 import json
 import os
 import re
@@ -67,6 +67,7 @@ copybutton_prompt_is_regexp = True
 #     <!-- include FILE: TEXT -->
 # and gets the content of the file without its title, or TEXT if there is no such file.
 _INCLUDE = re.compile(r'^<!-- include (\S+): (.+) -->$', re.M)
+_TOCTREE = re.compile(r'^```\{toctree\}\n.*?^```$', re.M | re.S)
 _LINK = re.compile(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)')
 _PAGES = {  # pages of the site for links in these files
     'README.md': '/index.md', 'CHANGELOG.md': '/changelog.md', 'CONTRIBUTING.md': '/contributing.md',
@@ -119,6 +120,8 @@ def include(text: str, folder: Path) -> str:
 
 def _read_source(app: Any, docname: str, source: List[str]) -> None:
     source[0] = include(source[0], (DOCS / docname).parent)
+    if docname == 'tutorials/index' and not any(re.match('tutorials/(?!index)', name) for name in app.env.found_docs):
+        source[0] = _TOCTREE.sub('There are none yet.\n', source[0])  # an empty list would be a warning
 
 
 def setup(app: Any) -> None:

@@ -5,8 +5,8 @@ from typing import List, NamedTuple, Optional
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
-PAGES = sorted(
-    p for p in DOCS.rglob('*.md') if '_build' not in p.parts and not (p.parent.name == 'tutorials' and p.stem != 'index'))
+PAGES = sorted(  # the notebooks in tutorials/ are run by the build of the site
+    page for page in DOCS.rglob('*.md') if not {'_build', 'tutorials'} & set(page.relative_to(DOCS).parts))
 
 _FENCE = re.compile(r'(?:^<!-- not run: (?P<reason>.+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$', re.M | re.S)
 
