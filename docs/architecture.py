@@ -41,7 +41,7 @@ class Drawing:
 
     def text(self, x: float, y: float, text: str, size: float = 10., color: str = 'text', **kwargs: Any) -> None:
         kwargs = {'ha': 'center', 'va': 'center', 'linespacing': 1.35, **kwargs}
-        self.axes.text(x, y, text, fontsize=size, color=self.theme[color], **kwargs)
+        self.axes.text(x, y, text, fontsize=1.12 * size, color=self.theme[color], **kwargs)
 
     def box(
             self, x: float, y: float, w: float, h: float, text: str = '', fill: str = 'plain', neuron: bool = False,
