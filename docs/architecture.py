@@ -128,7 +128,7 @@ def _conv(unit: Any, extra: str = '') -> str:
 def _overview(d: Drawing, model: timm_spikformer.Spikformer, size: int, y: float) -> None:
     """Draw the whole network from left to right."""
     side = size
-    d.box(0.72, y, 1.04, 1.95, f'image\n{model.in_chans} × {size} × {size}\n\npresented\nT times', size=8.5)
+    d.box(0.72, y, 1.04, 1.95, f'image\n{model.in_chans} × {size} × {size}\n\npresented\nT times', size=7.8)
     x, gap, w = 1.51, 0.27, 1.06
     stages = list(model.stem.stages)
     left = x
