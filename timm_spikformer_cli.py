@@ -55,6 +55,7 @@ COMMANDS = {
     'config': Command(
         'assets', "list, print or write configurations for transformers' scripts", 'add_config_arguments',
         'run_config', True),
+    'env': Command('environment', 'print versions, devices, kernels and settings, for bug reports', is_light=True),
 }
 
 

@@ -46,11 +46,12 @@ def main() -> None:
     os.environ['HF_HUB_OFFLINE'] = '1'
     version = run(COMMAND, '--version').strip()
     assert version == run(sys.executable, '-c', 'import timm_spikformer; print(timm_spikformer.__version__)').strip()
-    for name in ('demo', 'profile', 'publish', 'convert', 'recipe', 'config'):
+    for name in ('demo', 'profile', 'publish', 'convert', 'recipe', 'config', 'env'):
         assert run(COMMAND, name, '--help').startswith('usage:')
     run(sys.executable, '-c', ALONE)
     accuracy = float(run(sys.executable, '-c', ACCURACY))
     assert accuracy > 0.8, accuracy
+    assert json.loads(run(COMMAND, 'env', '--json'))['Kernels']['event-driven products'].startswith('available')
     assert 'device_modules' in run(COMMAND, 'recipe', 'fashion_mnist')
     assert json.loads(run(COMMAND, 'config', 'spikformer_v2_8_512'))['model_type'] == 'spikformer'
     model = 'spikformer_v2_2_64_patch4_32'

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any, List
 
@@ -12,6 +13,8 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks.tables import update  # noqa: E402
 from timm_spikformer import __version__  # noqa: E402
+
+_URLS = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']
 
 project = 'timm-spikformer'
 author = 'The timm-spikformer authors'
@@ -57,6 +60,9 @@ html_favicon = '_static/favicon.svg'
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {
+    'source_repository': _URLS['Repository'],
+    'source_branch': 'main',
+    'source_directory': 'docs/',
     'light_css_variables': {'color-brand-primary': '#b5440a', 'color-brand-content': '#b5440a'},
     'dark_css_variables': {'color-brand-primary': '#ff9d5c', 'color-brand-content': '#ff9d5c'},
 }
@@ -78,7 +84,7 @@ _PAGES = {  # pages of the site for links in these files
 def adapt_links(text: str, source: Path, folder: Path) -> str:
     """Adapt the relative links of a Markdown file to another folder.
 
-    Links to pictures, and to files that are pages of the site, lead there. Of other relative links the text remains.
+    Links to pictures, and to files that are pages of the site, lead there; other relative links lead to the repository.
 
     Args:
         text: Content of the file.
@@ -97,7 +103,7 @@ def adapt_links(text: str, source: Path, folder: Path) -> str:
         if page is None and path.is_relative_to(DOCS) and path.suffix == '.md':
             page = f'/{path.relative_to(DOCS)}'
         if page is None:
-            return label
+            page = f'{_URLS["Repository"]}/blob/main/{os.path.relpath(path, ROOT)}'
         return f'[{label}]({page}{"#" if anchor else ""}{anchor})'
 
     return _LINK.sub(adapt, text)

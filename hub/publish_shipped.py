@@ -32,6 +32,7 @@ def main() -> None:
         checkpoint = from_model(model)
         set_labels(checkpoint, model.pretrained_cfg['label_names'])
         training = yaml.safe_load(Path(model.pretrained_cfg['file']).with_suffix('.yaml').read_text())
+        training.pop('test_accuracy', None)  # the card has the one that is measured now
         checkpoint.training = Training(training.pop('command'), training)
         published = publish(
             checkpoint, f'{args.organization}/{name}', license, eval_data=data, dataset=dataset,

@@ -6,8 +6,9 @@ import timm
 
 from timm_spikformer.images import DATA_KEYS, Images, read_splits
 
-__all__ = ['Data', 'read_data']
+__all__ = ['DATASETS', 'Data', 'read_data']
 
+DATASETS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}  # display names
 # registered pretrained configurations with the pixel statistics of each dataset
 _CONFIGS = {
     'fashion_mnist': 'spikformer_v2_2_64_patch4_32.fashion_mnist',

@@ -4,15 +4,17 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict
 
 import safetensors.torch
+import timm
 import yaml
 
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
 from timm_spikformer.pretrained import SHA256_FILE
 from timm_spikformer.temporaries import create_temporary
 
+from .data import DATASETS
 from .experiment import SHIPPED, Study
 from .models import AUTOENCODER
 from .protocol import Run
@@ -39,7 +41,7 @@ def ship(study: Study, folder: Path = SHIPPED) -> None:
         data = _weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
         _write(folder / f'{cell.ships}.safetensors', data)
-        _write(folder / f'{cell.ships}.yaml', _note(finals[0]).encode())
+        _write(folder / f'{cell.ships}.yaml', _note(finals[0], study.result(finals[0])).encode())
     _write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
@@ -58,14 +60,16 @@ def _weights(study: Study, run: Run) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def _note(run: Run) -> str:
-    cell = run.cell
+def _note(run: Run, result: Dict[str, Any]) -> str:
+    cell, recipe = run.cell, run.config()['recipe']
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
-    note = dict(command=command, model=cell.model, **cell.model_kwargs, dataset=cell.dataset)
+    time_steps = timm.create_model(cell.model, **cell.model_kwargs).time_steps
+    note = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=time_steps)
+    if 'accuracy' in result['test']:
+        note['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:
         note['initialized_from'] = cell.init
-    # plain values, as the card shows them in a table
-    recipe = run.config()['recipe']
+    # nested values as text, because the model card shows a table
     note.update({key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in recipe.items()})
     return yaml.safe_dump(note, sort_keys=False)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -67,8 +68,12 @@ def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
     save_file(mae.state_dict(), file, dict(format='pt', autoencoder=json.dumps(args)))
     (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
     monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
-    create = timm.create_model  # the tag is not registered
-    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create(name.partition('.')[0], **kwargs))
+    registry = timm.models._registry
+    monkeypatch.setitem(
+        registry._model_pretrained_cfgs, name,
+        replace(timm.get_pretrained_cfg('test_spikformer_v2'), file=str(file), tag='mae_test', num_classes=0))
+    encoder = timm.create_model(name, pretrained=True, num_classes=5)
+    assert torch.equal(encoder.stem.stages[0].down.conv.weight, mae.encoder.stem.stages[0].down.conv.weight)
     loaded = SpikformerMAE.from_pretrained(name, time_steps=2)
     noise = torch.rand(8, 16)
     assert loaded(x, noise=noise).loss == mae(x, noise=noise).loss
@@ -77,6 +82,9 @@ def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
     save_file(mae.encoder.state_dict(), file)
     (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
     with pytest.raises(ValueError, match='is not a masked autoencoder'):
+        SpikformerMAE.from_pretrained(name)
+    (tmp_path / 'SHA256SUMS').unlink()
+    with pytest.raises(RuntimeError, match='is damaged'):
         SpikformerMAE.from_pretrained(name)
 
 

@@ -37,7 +37,9 @@ from timm_spikformer.profiling import (
     profile,
     record_activity,
     render,
+    render_probabilities,
     report,
+    to_dark,
     write_report,
 )
 from timm_spikformer.profiling.activity import default_layers
@@ -111,6 +113,11 @@ def test_a_layer_that_is_not_there(model, images):
 
 # -- tables, pictures and the page
 
+def without_ids(svg):
+    """An SVG file without the names of its markers, which matplotlib derives from their colors, among others."""
+    return re.sub(rb'(?<=["#])[a-zA-Z]+[0-9a-f]{10}(?=["\)])', b'', svg)
+
+
 @v2_alone
 def test_pictures(model, images, labels):
     result, activity = profile(model, [(images, labels)]), record_activity(model, images[:2])
@@ -122,7 +129,38 @@ def test_pictures(model, images, labels):
     light, dark = (render(result, activity, 'svg', dark=dark) for dark in (False, True))
     assert light.keys() == pictures.keys() and light['energy'] != dark['energy']
     assert render(result, activity, 'svg') == light  # the same profile, the same file
+    assert {name: without_ids(to_dark(svg)) for name, svg in light.items()} == {
+        name: without_ids(svg) for name, svg in dark.items()}
     assert 'anytime' not in render(profile(model, images, time_steps=1))
+    assert list(render(result, activity, names=['attention', 'energy'])) == ['energy', 'attention']
+    with pytest.raises(ValueError, match="no figure 'rates', expected names of firing_rates"):
+        render(result, names=['rates'])
+
+
+@v2_alone
+def test_pictures_of_one_image_lie_side_by_side(model, images):
+    def size(png):
+        return Image.open(io.BytesIO(png)).size
+    result = profile(model, images[:1])
+    one, two = (render(result, record_activity(model, images[:n]), names=['attention'])['attention'] for n in (1, 2))
+    assert size(one)[0] > size(one)[1] and size(two)[0] < size(two)[1]
+    svg = render(result, record_activity(model, images[:1]), 'svg', names=['rasters'])['rasters'].decode()
+    assert '>time steps<' in svg and 'image by image' not in svg
+
+
+def test_picture_of_probabilities():
+    probabilities = torch.tensor([[0.2, 0.1, 0.6, 0.1, 0.], [0.2, 0.6, 0.05, 0.15, 0.], [0.5, 0.3, 0.02, 0.1, 0.08]])
+    labels = ['first', 'second', 'third', 'fourth', 'fifth']
+    svg = render_probabilities(probabilities, labels, 'svg').decode()
+    # those that lead at a step, the last step first, and the most probable one of the others
+    assert re.findall('>(first|second|third|fourth|fifth)<', svg) == ['first', 'second', 'third', 'fourth']
+    assert without_ids(render_probabilities(probabilities, labels, 'svg', True)) == without_ids(to_dark(svg.encode()))
+    other = probabilities.clone()
+    other[1, 1] = 0.7
+    assert render_probabilities(other, labels, 'svg').decode() != svg
+    assert Image.open(io.BytesIO(render_probabilities(probabilities[:1], labels))).format == 'PNG'
+    with pytest.raises(ValueError, match=r'\[time steps, 4\], one for each label, got \[3, 5\]'):
+        render_probabilities(probabilities, labels[:4])
 
 
 class Page(HTMLParser):

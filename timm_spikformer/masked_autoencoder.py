@@ -215,10 +215,12 @@ class SpikformerMAE(nn.Module):
             ValueError: The package has no autoencoder of this name.
             RuntimeError: The file is damaged.
         """
-        file = shipped_weights(name)
-        if file is None:
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg is None or not cfg.file:
             raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
-        check_shipped(file)
+        file = cfg.file
+        if file == shipped_weights(name):
+            check_shipped(file)
         with safetensors.safe_open(file, 'pt') as f:
             args = (f.metadata() or {}).get(AUTOENCODER_KEY)
         if args is None:

@@ -1,5 +1,6 @@
 """The code on the pages of the documentation runs, and the commands on them exist."""
 import os
+import re
 import shlex
 import warnings
 from pathlib import Path
@@ -19,6 +20,9 @@ WITH_CODE = [  # the translation has the code of the original, see test_translat
 @pytest.mark.parametrize('page', WITH_CODE, ids=page_id)
 def test_python_runs(page, tmp_path, monkeypatch):
     """The fences of a page run in their order, in one namespace."""
+    for module in ('peft', 'segmentation_models_pytorch'):
+        if re.search(rf'^(import|from) {module}\b', page.read_text(encoding='utf-8'), re.M):
+            pytest.importorskip(module, reason='needs the extra docs')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     namespace = {'__name__': '__main__'}

@@ -40,7 +40,7 @@ def test_tables_are_those_of_the_results(conf):
     ('[a](#below)', '[a](#below)'),
     ('[the changes](CHANGELOG.md)', '[the changes](/changelog.md)'),
     ('[a](docs/faq.md#training)', '[a](/faq.md#training)'),
-    ('[the recipes](recipes/)', 'the recipes'),
+    ('[x](hub/x.py)', '[x](https://github.com/timm-spikformer/timm-spikformer/blob/main/hub/x.py)'),
     ('![p](docs/profile.png)', '![p](../profile.png)'),
 ])
 def test_links_are_adapted(conf, link, adapted):

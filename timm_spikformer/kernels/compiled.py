@@ -13,22 +13,22 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
-__all__ = ['load_loops', 'unavailable_reason']
+__all__ = ['cache_folder', 'cached_loops', 'load_loops', 'unavailable_reason']
 
 _lock = threading.RLock()
 _HELPERS = ('_append_row', '_all_within', '_fire', '_copy', '_clear', '_transpose', '_add', '_copy_and_check')
 
 
 @functools.cache
-def _cache_folder() -> Optional[Path]:
+def cache_folder() -> Optional[Path]:
     """Return the cache folder for compiled code, or None if it is not writable.
 
     The folder name contains a hash of the source code, because numba does not detect all source changes.
     """
     digest = hashlib.sha256()
-    for function in (_cache_folder, *_functions()):
+    for function in (cache_folder, *_functions()):
         digest.update(Path(inspect.getfile(inspect.unwrap(function))).read_bytes())
     base = os.environ.get('NUMBA_CACHE_DIR') or os.path.join(
         os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'timm_spikformer')
@@ -40,10 +40,21 @@ def _cache_folder() -> Optional[Path]:
     return folder if os.access(folder, os.W_OK) else None
 
 
+def _is_cached(name: str) -> bool:
+    folder = cache_folder()
+    return folder is not None and any(folder.rglob(f'*.{name}-*.nbi'))
+
+
+def cached_loops() -> List[str]:
+    """Return the names of the loops whose compiled code is on disk."""
+    *functions, _ = _functions()
+    return [function.__name__ for function in functions if _is_cached(function.__name__)]
+
+
 def _jit(function: Callable[..., Any], has_cache: bool) -> Any:
     import numba
     from numba.core import config
-    folder = _cache_folder() if has_cache else None
+    folder = cache_folder() if has_cache else None
     if folder is None:
         return numba.njit(nogil=True, error_model='numpy')(function)
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
@@ -55,7 +66,7 @@ def _jit(function: Callable[..., Any], has_cache: bool) -> Any:
 
 @functools.cache
 def _announce() -> None:
-    folder = _cache_folder()
+    folder = cache_folder()
     kept = f'cached in {folder}' if folder else 'not cached: set NUMBA_CACHE_DIR to a writable folder'
     print(
         f'timm_spikformer: compiling event-driven kernels for this machine, which takes several seconds ({kept}). '
@@ -76,8 +87,7 @@ class _Loop:
         import numba
         with _lock:
             if self.compiled is None:
-                folder = _cache_folder()
-                if folder is None or not any(folder.rglob(f'*.{self.function.__name__}-*.nbi')):
+                if not _is_cached(self.function.__name__):
                     _announce()
                 types = tuple(numba.typeof(arg) for arg in args)
                 compiled = _jit(self.function, has_cache=True)
@@ -94,7 +104,7 @@ class _Loop:
 
 def _remove_cached(name: str) -> None:
     """Remove the cached code of a loop, so that the next process compiles and caches it again."""
-    folder = _cache_folder()
+    folder = cache_folder()
     with contextlib.suppress(OSError):
         for path in folder.rglob(f'*.{name}-*') if folder else ():
             path.unlink()

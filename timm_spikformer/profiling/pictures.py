@@ -1,6 +1,7 @@
 """Matplotlib figures of a profile and of recorded activity, for light and dark backgrounds."""
 import io
 import math
+import textwrap
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import matplotlib
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from .activity import Activity
 from .counting import Profile
 
-__all__ = ['PICTURES', 'render']
+__all__ = ['PICTURES', 'render', 'render_probabilities', 'to_dark']
 
 PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # that `render` may return
 
@@ -38,7 +39,7 @@ def _figure(height: float, width: float = 4.4) -> Figure:
 
 
 def _whole_steps(axes: Axes, time_steps: int) -> None:
-    axes.set_xticks(range(1, time_steps + 1))
+    axes.set_xticks(range(1, time_steps + 1, 1 + (time_steps - 1) // 10))
     axes.set_xlabel('time step')
 
 
@@ -124,7 +125,8 @@ def _rasters(activity: Activity) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(name.replace('stages.', ''), fontsize=9)
-    fig.supxlabel('time steps, image by image', fontsize=9)
+    is_single = len(activity.images) == 1
+    fig.supxlabel('time steps' if is_single else 'time steps, image by image', fontsize=9)
     fig.supylabel('neurons', fontsize=9)
     return fig
 
@@ -135,10 +137,18 @@ def _to_numpy(image: torch.Tensor) -> np.ndarray:
 
 
 def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Sequence[np.ndarray]]) -> Figure:
-    """Draw rows of images with a title per row, and optional heat maps overlaid on the images of a row."""
+    """Draw rows of images with a title per row, and optional heat maps overlaid on the images of a row.
+
+    If there is only one image per row, the rows are drawn side by side.
+    """
     columns = len(rows[0])
-    fig = _figure(4.4 * len(rows) / columns)
-    grid = fig.subplots(len(rows), columns, squeeze=False)
+    if columns == 1:
+        fig = _figure(4.4 / len(rows) + 0.4)
+        grid = fig.subplots(1, len(rows), squeeze=False).T
+        titles = [textwrap.fill(title, 18) for title in titles]
+    else:
+        fig = _figure(4.4 * len(rows) / columns)
+        grid = fig.subplots(len(rows), columns, squeeze=False)
     for line, images, title, maps in zip(grid, rows, titles, overlays):
         for axes, image, over in zip(line, images, maps or [None] * columns):
             axes.set_axis_off()
@@ -170,17 +180,33 @@ def _reconstructions(activity: Activity) -> Figure:
     return _grid(rows, ['images', 'what the encoder sees', 'masked patches reconstructed'], [[], [], []])
 
 
-def _draw(profile: Profile, activity: Optional[Activity]) -> Iterator[Tuple[str, Figure]]:
-    yield 'firing_rates', _firing_rates(profile)
-    yield 'energy', _energy(profile)
-    if profile.steps[-1].agreement is not None and profile.time_steps > 1:
-        yield 'anytime', _anytime(profile)
-    if activity is not None and activity.rasters:
-        yield 'rasters', _rasters(activity)
-    if activity is not None and activity.attention:
-        yield 'attention', _attention(activity)
-    if activity is not None and activity.reconstructed is not None:
-        yield 'reconstructions', _reconstructions(activity)
+def _draw(
+        profile: Profile,
+        activity: Optional[Activity],
+        names: Optional[Sequence[str]],
+) -> Iterator[Tuple[str, Figure]]:
+    has_steps = profile.steps[-1].agreement is not None and profile.time_steps > 1
+    figures = {
+        'firing_rates': lambda: _firing_rates(profile),
+        'energy': lambda: _energy(profile),
+        'anytime': has_steps and (lambda: _anytime(profile)),
+        'rasters': activity is not None and activity.rasters and (lambda: _rasters(activity)),
+        'attention': activity is not None and activity.attention and (lambda: _attention(activity)),
+        'reconstructions': activity is not None and activity.reconstructed is not None and (
+            lambda: _reconstructions(activity)),
+    }
+    for name, draw in figures.items():
+        if draw and (names is None or name in names):
+            yield name, draw()
+
+
+def _encode(figure: Figure, format: str) -> bytes:
+    buffer = io.BytesIO()
+    if format == 'png':
+        figure.savefig(buffer, format='png', dpi=160, facecolor='white')
+    else:
+        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
+    return buffer.getvalue()
 
 
 def render(
@@ -188,6 +214,7 @@ def render(
         activity: Optional[Activity] = None,
         format: str = 'png',
         dark: bool = False,
+        names: Optional[Sequence[str]] = None,
 ) -> Dict[str, bytes]:
     """Draw figures, and return the encoded image files by name.
 
@@ -196,17 +223,61 @@ def render(
         activity: Source of spike rasters, attention maps and reconstructions.
         format: 'png' on a white background, or 'svg' without a background.
         dark: Use colors for a dark background.
+        names: Names of the figures to draw, of `PICTURES`; by default all.
 
     Returns:
-        The encoded files, for each name in `PICTURES` for which there is data.
+        The encoded files, for each of the names for which there is data.
+
+    Raises:
+        ValueError: A name is not one of `PICTURES`.
     """
-    files = {}
+    for name in names or ():
+        if name not in PICTURES:
+            raise ValueError(f'There is no figure {name!r}, expected names of {", ".join(PICTURES)}.')
     with matplotlib.rc_context(_style(dark)):
-        for name, figure in _draw(profile, activity):
-            buffer = io.BytesIO()
-            if format == 'png':
-                figure.savefig(buffer, format='png', dpi=160, facecolor='white')
-            else:
-                figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
-            files[name] = buffer.getvalue()
-    return files
+        return {name: _encode(figure, format) for name, figure in _draw(profile, activity, names)}
+
+
+def render_probabilities(
+        probabilities: torch.Tensor,
+        labels: Sequence[str],
+        format: str = 'png',
+        dark: bool = False,
+) -> bytes:
+    """Draw the probabilities of the classes of one image after each time step, and return the encoded image file.
+
+    Only the classes that lead at some time step are drawn, and those with the highest probabilities after the last
+    time step, up to four classes in total.
+
+    Args:
+        probabilities: Probabilities after each time step, `[T, num_classes]`, such as the softmax of `forward_steps`.
+        labels: Class names.
+        format: See `render`, also for `dark`.
+
+    Raises:
+        ValueError: There is not one label for each class.
+    """
+    if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
+        raise ValueError(
+            f'Expected probabilities [time steps, {len(labels)}], one for each label, got '
+            f'{list(probabilities.shape)}.')
+    time_steps = len(probabilities)
+    leading = probabilities.argmax(1).flip(0).tolist()  # of the last time step first
+    shown = list(dict.fromkeys([*leading, *probabilities[-1].argsort(descending=True).tolist()]))[:4]
+    with matplotlib.rc_context(_style(dark)):
+        fig = _figure(3.0)
+        axes = fig.subplots()
+        for i in shown:
+            axes.plot(
+                range(1, time_steps + 1), (100 * probabilities[:, i]).tolist(), marker='o', markersize=4,
+                label=labels[i])
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel('probability, %')
+        _whole_steps(axes, time_steps)
+        fig.legend(loc='outside upper center', ncols=2, fontsize=9)
+        return _encode(fig, format)
+
+
+def to_dark(svg: bytes) -> bytes:
+    """Return an SVG file for a light background with the colors for a dark background, as `dark=True` draws it."""
+    return svg.replace(_INK[False].encode(), _INK[True].encode())

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..folders import check_output, write_folder
 from .activity import Activity
 from .counting import LayerProfile, Profile, Totals
-from .pictures import PICTURES, render
+from .pictures import PICTURES, render, to_dark
 
 __all__ = [
     'check_report_folder', 'create_console', 'print_profile', 'print_steps', 'to_csv', 'to_html', 'write_report']
@@ -215,7 +215,7 @@ def to_html(
         notes: Sentences to show at the top of the page.
     """
     profile = profiles[-1]
-    light, dark = (render(profile, activity, 'svg', is_dark) for is_dark in (False, True))
+    pictures = render(profile, activity, 'svg')
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate, time=_time)
     template = environment.from_string(
@@ -223,7 +223,7 @@ def to_html(
     return template.render(
         profile=profile, profiles=profiles, data=data, notes=notes, how=_how(profile), bars=_bars(profile.layers),
         has_times=any(x.milliseconds is not None for x in profile.layers),
-        pictures={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light})
+        pictures={name: (_data_uri(svg), _data_uri(to_dark(svg))) for name, svg in pictures.items()})
 
 
 def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data: Iterable[PathLike] = ()) -> None:
