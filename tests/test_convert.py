@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
 
 from timm_spikformer import cli
-from timm_spikformer.publishing.convert import convert
+from timm_spikformer.publishing import convert
 
 MODEL = 'spikformer_4_384_patch4_32'
 

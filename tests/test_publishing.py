@@ -33,9 +33,8 @@ from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
 from timm_spikformer.hf.image_processing import create_image_processor, read_data_config
 from timm_spikformer.hf.remote_code import remote_sources
 from timm_spikformer.images import FASHION_MNIST
-from timm_spikformer.publishing import publish, read_checkpoint
+from timm_spikformer.publishing import convert, publish, read_checkpoint
 from timm_spikformer.publishing.card import Dataset
-from timm_spikformer.publishing.convert import convert
 from timm_spikformer.publishing.folder import example_images
 from timm_spikformer.reading import from_model, timm_part
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from timm_spikformer import cli
-from timm_spikformer.publishing import publish
-from timm_spikformer.publishing.convert import convert
+from timm_spikformer.publishing import convert, publish
 from timm_spikformer.reading import from_model, read_checkpoint
 
 NAME = 'test_spikformer_v2'

@@ -4,7 +4,7 @@ from ..lazy import import_on_demand
 # Imported on demand, because conversion does not need the dependencies of the model card
 _MODULES = {
     'Checkpoint': '..reading',
-    'convert': '.convert',
+    'convert': '.conversion',
     'publish': '.upload',
     'read_checkpoint': '..reading',
     'save_folder': '.folder',

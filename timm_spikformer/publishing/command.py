@@ -58,7 +58,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Convert, and print how each tensor was mapped."""
-    from .convert import convert
+    from .conversion import convert
     converted = convert(
         args.checkpoint, args.output, args.model, read_labels(args.labels), parse_kwargs(args.model_kwargs))
     print('\n'.join(converted.report))
