@@ -43,12 +43,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     'demo': Command('demo', 'train a small model on real images'),
-    'profile': Command('profiling', 'measure firing rates, operations and energy; print tables, write an HTML page'),
+    'profile': Command('profiling', 'measure firing rates, operations and energy; print tables and write an HTML page'),
     'publish': Command(
         'publishing', 'publish a checkpoint on the Hugging Face Hub for timm and transformers', 'add_publish_arguments',
         'run_publish'),
     'convert': Command(
-        'publishing', "convert a checkpoint of the V1 authors' code or of spikingjelly", 'add_convert_arguments',
+        'publishing', "convert a checkpoint of the authors' V1 code or of spikingjelly", 'add_convert_arguments',
         'run_convert'),
     'recipe': Command(
         'assets', "list, print or write recipes for timm's train.py", 'add_recipe_arguments', 'run_recipe', True),
@@ -60,10 +60,13 @@ COMMANDS = {
 
 
 def load_light(name: str) -> types.ModuleType:
-    """Import a module of the package without importing the package.
+    """Import a module of the package without importing the package itself.
 
     Args:
         name: Name within the package, such as `version` or `demo.command`.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
     """
     spec = importlib.util.find_spec(_PACKAGE)  # does not import the package
     if spec is None or spec.origin is None:
@@ -80,7 +83,7 @@ def load_light(name: str) -> types.ModuleType:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises errors of writing to the output, which argparse ignores."""
+    """An argument parser that raises an error if the output cannot be written; argparse ignores such errors."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
@@ -102,7 +105,7 @@ def create_parser(command: Optional[str] = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Parse the command line and run the command; on invalid input, exit with a message `error: ...`."""
+    """Parse the command line and run the command; on invalid input, exit with the message `error: ...`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors=_STAND_INS)
@@ -164,11 +167,11 @@ _SIMILAR = {
 
 
 def _stand_in(error: UnicodeError) -> Tuple[Union[str, bytes], int]:
-    """Encoding error handler: replace a character by a similar ASCII one, or restore the byte of a file name."""
+    """Encoding error handler: replace a character with a similar ASCII one, or restore a byte of a file name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
-    if '\udc80' <= character <= '\udcff':  # a byte of a file name that is not UTF-8
+    if '\udc80' <= character <= '\udcff':  # a byte of a file name that is not valid UTF-8
         return bytes([ord(character) - 0xdc00]), error.start + 1
     plain = _SIMILAR.get(character) or unicodedata.normalize('NFKD', character).encode('ascii', 'ignore').decode()
     return plain or '?', error.start + 1

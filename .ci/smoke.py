@@ -1,6 +1,6 @@
-"""Try an installed package, outside a checkout: its commands, what it ships, and the models without optional packages.
+"""Smoke test of the installed package: commands, included files, and the models without optional dependencies.
 
-    python smoke.py FOLDER    (an empty one, to write to)
+    python smoke.py FOLDER    # an empty folder for the output, outside a checkout
 """
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 COMMAND = Path(sys.executable).with_name('timm-spikformer')
-# Finders of modules act as if these were not installed
+# Uses the models with optional dependencies hidden from the import system
 ALONE = """
 import sys
 from importlib.machinery import PathFinder
@@ -61,7 +61,7 @@ def main() -> None:
     assert {'model.safetensors', 'config.json', 'README.md', 'modeling_spikformer.py'} <= set(os.listdir('published'))
     Path('script.py').write_text('import timm; print(timm.create_model("test_spikformer_v2").num_classes)')
     assert run(sys.executable, '-m', 'timm_spikformer', 'script.py') == '1000\n'
-    print(f'timm-spikformer {version}: {100 * accuracy:.1f} % on the shipped images; all commands run')
+    print(f'timm-spikformer {version}: accuracy {100 * accuracy:.1f} % on the included images; all commands passed')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""A training step under `torch.compile`: gain, number of graphs, compile time.
+"""Training step with `torch.compile`: speedup, number of graphs and compile time.
 
     python -m benchmarks compile
 """
@@ -17,7 +17,7 @@ from .model import MODELS, create, training_step
 
 
 def run(quick: bool) -> Dict[str, object]:
-    backend = 'aot_eager' if quick else 'inductor'  # the former without its minutes of C++
+    backend = 'aot_eager' if quick else 'inductor'  # aot_eager skips the C++ compilation, which takes minutes
     results: Dict[str, object] = {}
     for name in ('test_spikformer_v2',) if quick else MODELS:
         x = photographs(1, timm.get_pretrained_cfg(name).input_size[-1])

@@ -1,4 +1,4 @@
-"""Images per second of the loaders beside those of the models that they feed: is training bound by decoding?
+"""Throughput of data loaders compared with that of training, to show whether data loading is the bottleneck.
 
     python -m benchmarks data
 """
@@ -26,7 +26,7 @@ RECIPE = Path(__file__).parents[1] / 'recipes' / 'spikformer_v2_imagenet.yaml'
 
 
 class Source(NamedTuple):
-    """What takes `count` images, or gives them, when it is called."""
+    """A function that consumes or produces `count` images per call."""
     call: Callable[[], object]
     count: int
 
@@ -50,7 +50,7 @@ def _compare(title: str, model: Source, loaders: Dict[str, Source], rounds: int)
 
 
 def _demo(quick: bool) -> Dict[str, object]:
-    """The demo's training with all labels."""
+    """Compare the demo's loader with its training on all labels."""
     name = 'spikformer_v2_2_64_patch4_32'
     loader = make_loader(read_splits()['train'].take(320 if quick else 6000, 0), training_config(), 32, augment=True)
     x, y = next(iter(loader))
@@ -68,12 +68,12 @@ def _demo(quick: bool) -> Dict[str, object]:
             ema.update(model)
 
     return _compare(
-        'training of the demo, batch 32', Source(steps, len(loader) * len(x)), {'its loader': _epoch(loader)},
+        'training of the demo, batch 32', Source(steps, len(loader) * len(x)), {'loader of the demo': _epoch(loader)},
         2 if quick else 5)
 
 
 def _write_jpegs(folder: Path, count: int) -> None:
-    """Crops of the photographs, about as large as the images of ImageNet, in a folder for each."""
+    """Write crops of the photographs, about as large as ImageNet images, to one folder per photograph."""
     crop = v2.RandomCrop((375, 500))
     for name, photograph in open_photographs().items():
         (folder / name).mkdir()
@@ -82,7 +82,7 @@ def _write_jpegs(folder: Path, count: int) -> None:
 
 
 def _imagenet(quick: bool) -> Dict[str, object]:
-    """The recipe for ImageNet, as train.py reads it."""
+    """Compare timm's loader, configured as in the ImageNet recipe, with a training step."""
     recipe = yaml.safe_load(RECIPE.read_text())
     name = 'test_spikformer_v2' if quick else recipe['model']
     x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
@@ -104,7 +104,7 @@ def _imagenet(quick: bool) -> Dict[str, object]:
 
     with tempfile.TemporaryDirectory() as folder:
         _write_jpegs(Path(folder), 64 if quick else 384)
-        loaders = {f'JPEGs by {n} worker{"s" * (n > 1)}': _epoch(make(n)) for n in (1, 2)}
+        loaders = {f'JPEGs with {n} worker{"s" * (n > 1)}': _epoch(make(n)) for n in (1, 2)}
         return _compare(
             f'training of {name}, T = {model.time_steps}, batch {len(x)}',
             Source(training_step(model.train(), x), len(x)), loaders, 1 if quick else 5)

@@ -1,4 +1,4 @@
-"""Inference as trained, with BN folded, folded and compiled, and in onnxruntime; how many spikes folding flips.
+"""Inference with and without folded BN, compiled, and in onnxruntime; number of spikes that folding changes.
 
     python -m benchmarks deploy
 """
@@ -39,7 +39,7 @@ def _share(counts: List[Tuple[int, int]]) -> float:
 
 
 def flipped_by_units(model: nn.Module, x: Tensor) -> float:
-    """Share of the outputs of the units that differ where each is folded by itself, on the input it has unfolded."""
+    """Return the share of spikes that change if each layer is folded alone, on its input in the unfolded model."""
     counts = []
 
     def compare(m: nn.Module, args: Tuple, out: Tensor) -> None:
@@ -54,7 +54,10 @@ def flipped_by_units(model: nn.Module, x: Tensor) -> float:
 
 
 def flips(model: nn.Module, folded: nn.Module, x: Tensor) -> Dict[str, float]:
-    """What folding changes. In a network of random weights one flip spreads; in a trained one it dies out."""
+    """Return how folding changes spikes and logits.
+
+    With random weights, one changed spike changes many later spikes; in a trained network, it changes few.
+    """
     (logits, spikes), (folded_logits, folded_spikes) = _spikes(model, x), _spikes(folded, x)
     result = dict(
         of_equal_inputs=flipped_by_units(model, x),
@@ -62,13 +65,13 @@ def flips(model: nn.Module, folded: nn.Module, x: Tensor) -> Dict[str, float]:
         logits=(logits - folded_logits).abs().max().item(),
         logits_std=logits.std().item(),
     )
-    print('  of equal inputs, folding flips {of_equal_inputs:.1e} of the neurons and steps, and {in_all:.1e} with what '
-          'follows from it; logits differ by {logits:.1e}, their deviation is {logits_std:.1e}'.format(**result))
+    print('  folding changes {of_equal_inputs:.1e} of the spikes if layer inputs are equal, and {in_all:.1e} in the '
+          'whole network; logits differ by up to {logits:.1e} (standard deviation {logits_std:.1e})'.format(**result))
     return result
 
 
 def compiled(model: nn.Module, x: Tensor) -> Tuple[Callable[[], Tensor], Dict[str, float]]:
-    """The compiled model, called once; the number of its graphs, and the seconds that compiling took."""
+    """Compile a model and call it once; return its inference step, the compile time and the number of graphs."""
     torch._dynamo.reset()
     counters.clear()
     step = inference(torch.compile(model, fullgraph=True, dynamic=False), x)
@@ -80,7 +83,7 @@ def compiled(model: nn.Module, x: Tensor) -> Tuple[Callable[[], Tensor], Dict[st
 
 
 def onnx_session(model: nn.Module, x: Tensor) -> Tuple[onnxruntime.InferenceSession, Dict[str, float]]:
-    """The model exported for any batch size, on as many threads as PyTorch has."""
+    """Export a model with a dynamic batch size; return an onnxruntime session with as many threads as PyTorch uses."""
     buffer = io.BytesIO()
     start = time.perf_counter()
     with torch.no_grad():
@@ -106,7 +109,7 @@ def _compare(
         plain=inference(model, x), folded=inference(folded, x),
         onnxruntime=lambda: torch.from_numpy(session.run(None, feed)[0]))
     result = {}
-    if len(x) == 1:  # compiling takes minutes
+    if len(x) == 1:  # compiled for one batch size only, as compiling takes minutes
         steps['compiled'], result = compiled(folded, x)
     expected = steps['folded']()
     times = interleave(steps, rounds)

@@ -1,10 +1,10 @@
-"""Energies of the two published models under each counting convention, at the firing rates that the paper's imply.
+"""Energy of the two published models under each counting convention, at the rates that the published energies imply.
 
     python -m benchmarks energy
 
-There are no published weights. Random ones are given the bias of BN at which, on photographs, the rate is the one that
-the published energy implies: once the rate of the inputs, where each layer weighs as much as it computes, which is what
-an energy is made of; and once the mean firing rate of the layers, which tables of firing rates show.
+No weights are published, so the models have random weights. The bias of BN is chosen so that, on photographs, the rate
+is the one that the published energy implies. Two definitions of the rate are compared: the mean input of the layers,
+weighted by their operations, which determines the energy; and the mean firing rate of the layers.
 """
 from typing import Callable, Dict
 
@@ -17,7 +17,7 @@ from timm_spikformer.profiling.conventions import CHOICES
 
 from .images import calibrate, photographs
 
-# published energy in millijoules, and the rate that it implies: energy / (0.9 pJ * T * dense MACs)
+# published energy in millijoules, and the rate implied by it: energy / (0.9 pJ * T * dense MACs)
 PUBLISHED = {'spikformer_v2_8_384': (4.69, 0.11), 'spikformer_v2_8_512': (9.36, 0.13)}
 RATES: Dict[str, Callable[[Profile], float]] = {
     'of inputs, weighted by MACs': lambda result: result.acs_per_dense_mac,
@@ -28,7 +28,7 @@ SPIKINGJELLY = dict(
 
 
 def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], rate: float, rounds: int) -> Profile:
-    """Bisect the bias of BN until the rate is the given one."""
+    """Find the bias of BN that gives the rate, by bisection; return the profile at this bias."""
     low, high = 0., 1.5
     for _ in range(rounds):
         bias = (low + high) / 2
@@ -40,12 +40,12 @@ def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], ra
 
 
 def energies(result: Profile) -> Dict[str, float]:
-    """Millijoules under the papers' conventions, and with one of them changed."""
+    """Return the energy in millijoules under the papers' conventions, and with each convention changed."""
     found = {'as in the papers': result.totals.energy_mj}
     for option, choices in CHOICES.items():
         for value in list(choices)[1:]:
             found[f'{option} = {value}'] = result.under(**{option: value}).totals.energy_mj
-    found["all as spikingjelly's counters"] = result.under(**SPIKINGJELLY).totals.energy_mj
+    found["as in spikingjelly's counters"] = result.under(**SPIKINGJELLY).totals.energy_mj
     for cost in ('fp16', 'int8', 'int32'):
         found[f'cost = {cost}'] = result.under(cost).totals.energy_mj
     found['dense ANN'] = result.totals.ann_energy_mj

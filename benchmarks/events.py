@@ -118,7 +118,7 @@ def measure_model(model: nn.Module, x: Tensor, is_training: bool, rounds: int) -
 def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict[str, float]]:
     """Return the inference time at each rate, as a multiple of the dense floor, for this package and spikingjelly.
 
-    T = 4 and batch 1.
+    Models run with T = 4 and batch size 1.
     """
     curve = []
     x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])

@@ -1,4 +1,4 @@
-"""The dense floor of a step: its convolutions and matrix products alone, on tensors of the same shapes and layouts."""
+"""Dense floor of a step: the time of its convolutions and matrix products alone, on tensors of the same layout."""
 import statistics
 from collections import Counter
 from typing import Any, Callable, Tuple
@@ -23,7 +23,7 @@ def _make(signature: Any) -> Any:
     if isinstance(signature, tuple) and signature and signature[0] == 'tensor':
         _, shape, stride, dtype = signature
         x = torch.empty_strided(shape, stride, dtype=dtype)
-        return x.copy_(torch.rand(shape) < 0.15)  # about as sparse as spikes; it makes no difference to dense kernels
+        return x.copy_(torch.rand(shape) < 0.15)  # about as sparse as spikes; does not affect dense kernels
     return list(signature) if isinstance(signature, tuple) else signature
 
 
@@ -39,9 +39,9 @@ class _Record(TorchDispatchMode):
 
 
 def dense_floor(step: Callable[[], object], repeats: int = 3) -> Tuple[float, int]:
-    """Seconds that the products of a step take by themselves, and how many they are.
+    """Return the time in seconds of the convolutions and matrix products of a step, and their number.
 
-    Not of a step in inference mode, where the layers are not taken apart.
+    The step must not run in inference mode, in which PyTorch does not dispatch these operators separately.
     """
     with _Record() as record:
         step()

@@ -1,4 +1,4 @@
-"""Real photographs, and BN calibrated on them: a network that is silent proves nothing."""
+"""Photographs as inputs, and calibration of BN, so that the neurons of models with random weights fire."""
 from importlib import resources
 from typing import Dict
 
@@ -10,13 +10,13 @@ from torchvision.transforms import v2
 
 
 def open_photographs() -> Dict[str, Image.Image]:
-    """scikit-learn's two sample photographs, 640x427."""
+    """Return scikit-learn's two sample photographs, 640x427, by name."""
     folder = resources.files('sklearn.datasets.images')
     return {name: Image.open(str(folder.joinpath(f'{name}.jpg'))).convert('RGB') for name in ('china', 'flower')}
 
 
 def photographs(count: int, size: int) -> Tensor:
-    """Crops of the photographs, normalised, `[count, 3, size, size]`, the same every time."""
+    """Return normalized random crops of the photographs, `[count, 3, size, size]`; they are the same in every call."""
     sources = list(open_photographs().values())
     transform = v2.Compose([
         v2.ToImage(), v2.RandomResizedCrop(size, (0.3, 1.0)), v2.RandomHorizontalFlip(),
@@ -29,7 +29,10 @@ def photographs(count: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor, bias: float = 0.7) -> nn.Module:
-    """Running statistics of `x`; a bias of BN that, by default, makes neurons fire at rates of about 0.1 to 0.2."""
+    """Set the biases of BN to `bias` and its running statistics to those of `x`; return the model in eval mode.
+
+    The default bias gives firing rates of about 0.1 to 0.2.
+    """
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             nn.init.constant_(m.bias, bias)

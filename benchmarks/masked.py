@@ -1,4 +1,4 @@
-"""Masked pre-training: the stem on visible patches alone, beside the same on whole maps, masked after each layer.
+"""Masked pre-training: stem on visible patches only, compared with a stem on whole maps, masked after each layer.
 
     python -m benchmarks masked
 """
@@ -23,7 +23,7 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 
 def _pixels_of(visible: Visible, n: int, H: int, W: int) -> Tensor:
-    """Which of the `n * B * H * W` pixels of a map are visible, in the order of the map."""
+    """Return the indices of the visible pixels among the `n * B * H * W` pixels of a map, in increasing order."""
     ids, _, width = visible
     B, p = ids.shape[0], W // width
     tokens = torch.zeros(B, (H // p) * width, dtype=torch.bool).scatter(1, ids, True)
@@ -32,7 +32,7 @@ def _pixels_of(visible: Visible, n: int, H: int, W: int) -> Tensor:
 
 
 def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: Visible) -> Tensor:
-    """As SparK does it: all is convolved, the visible is normalised, the rest set to 0."""
+    """Apply a layer as SparK does: convolve whole maps, normalize visible pixels, and set masked pixels to 0."""
     B = x.shape[1]
     x = layer.conv(x.flatten(0, 1))
     n, C, H, W = x.shape
@@ -44,7 +44,7 @@ def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: Visible)
 
 
 def _dense_stage(stage: nn.Module, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
-    if x.shape[2] == 3:  # the image itself
+    if x.shape[2] == 3:  # the image
         _, B, _, H, W = x.shape
         keep = torch.zeros(B * H * W).index_fill(0, _pixels_of(visible, 1, H, W), 1.)
         x = x * keep.view(1, B, 1, H, W)
@@ -53,7 +53,7 @@ def _dense_stage(stage: nn.Module, x: Tensor, time_steps: int, visible: Optional
 
 
 def with_dense_stem(mae: SpikformerMAE) -> SpikformerMAE:
-    """A copy that computes V2's stem on whole maps."""
+    """Return a copy that computes V2's stem on whole maps."""
     mae = copy.deepcopy(mae)
     for stage in mae.encoder.stem.stages:
         stage.forward = types.MethodType(_dense_stage, stage)
@@ -77,7 +77,7 @@ def run(quick: bool) -> Dict[str, object]:
         ours = SpikformerMAE(encoder, mask_ratio=mask_ratio).train().to(memory_format=torch.channels_last)
         dense = with_dense_stem(ours)
         noise = torch.rand(len(x), (size // 16) ** 2)
-        # compared in double precision: in single, rounding flips a spike here and there, and random weights spread it
+        # compare in float64: in float32, rounding changes a few spikes, which random weights amplify
         doubles = [copy.deepcopy(mae).double() for mae in (ours, dense)]
         losses = [_step(mae, x[:2].double(), noise[:2]) for mae in doubles]
         grads = [torch.cat([p.grad.flatten() for p in mae.parameters()]) for mae in doubles]
@@ -87,7 +87,7 @@ def run(quick: bool) -> Dict[str, object]:
         error = (grads[0] - grads[1]).norm() / grads[1].norm()
         seconds = statistics.median(times['ours'])
         print(
-            f'  masked {mask_ratio:.2f}: {gain} times faster than the dense masked stem, {seconds:.2f} s a step; '
+            f'  masked {mask_ratio:.2f}: {gain} times faster than the dense masked stem, {seconds:.2f} s per step; '
             f'loss differs by {abs(losses[0] - losses[1]).item():.1e}, gradients by {error:.1e} of their norm')
         results[str(mask_ratio)] = dict(gain=gain._asdict(), seconds=seconds, gradient_error=error.item())
     return results

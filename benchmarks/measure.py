@@ -49,7 +49,11 @@ def ratio(times: List[float], of: List[float]) -> Ratio:
 
 
 def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    """Return the peak growth, in MiB, of a new process that calls the function returned by `make(*arguments)` twice."""
+    """Return the peak memory in MiB that a function needs, measured in a new process.
+
+    The process calls `make(*arguments)`, then calls the function that it returns twice. Only the memory growth during
+    these two calls counts.
+    """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['benchmarks.model', 'sklearn.datasets'])  # imported once, for all processes
     with ProcessPoolExecutor(1, context) as pool:
@@ -57,7 +61,7 @@ def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -
 
 
 def _growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    # M_MMAP_THRESHOLD: return freed memory to the system at once, so that holes in glibc's heap do not count
+    # M_MMAP_THRESHOLD: return freed memory to the system at once, so that fragmentation of glibc's heap does not count
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     function = make(*arguments)
     before = _status('VmRSS')

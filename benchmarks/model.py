@@ -1,4 +1,4 @@
-"""A training step and inference of the ImageNet models, beside the same on spikingjelly's layers and the dense floor.
+"""Inference and a training step of the ImageNet models, compared with spikingjelly's layers and with the dense floor.
 
     python -m benchmarks model
 """
@@ -22,7 +22,10 @@ MODELS = ('spikformer_v2_8_512', 'spikformer_8_512')
 
 
 def create(name: str, time_steps: int, x: Tensor, **kwargs) -> nn.Module:
-    """Calibrated, in eval mode. The biases before BN, which spikingjelly does not have, are 0 at initialisation."""
+    """Return a calibrated model in eval mode.
+
+    Biases before BN, which spikingjelly's layers do not have, are initialized to 0.
+    """
     torch.manual_seed(0)
     return calibrate(timm.create_model(name, time_steps=time_steps, **kwargs), x).to(memory_format=torch.channels_last)
 
@@ -60,7 +63,7 @@ def _compare(
     seconds = statistics.median(times['ours'])
     gain = ratio(times['peer'], times['ours'])
     of_floor = seconds / floor
-    print(f'  {title}: {seconds:.2f} s, {of_floor:.2f} of the dense floor; spikingjelly takes {gain} times as long')
+    print(f'  {title}: {seconds:.2f} s, {of_floor:.2f} times the dense floor; spikingjelly takes {gain} times as long')
     return dict(seconds=seconds, floor=floor, of_floor=of_floor, peer=gain._asdict())
 
 
@@ -85,7 +88,7 @@ def run(quick: bool) -> Dict[str, object]:
                 with FiringRateMonitor(model) as monitor:
                     model(x[:2])
                 rate = monitor.mean
-                # in double precision: in single, rounding flips a spike here and there, and random weights spread it
+                # in float64: in float32, rounding changes a few spikes, which random weights amplify
                 sides = [copy.deepcopy(side).double()(x[:2].double()) for side in (model, peer)]
                 difference = (sides[0] - sides[1]).abs().max().item()
             print(f' {name}, T = {time_steps}, firing rate {rate:.3f}; logits differ by {difference:.1e}')

@@ -26,7 +26,7 @@ def _peer() -> Callable[[Tensor], Tensor]:
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Return the bytes saved for backward, without the input, which the layer before keeps anyway."""
+    """Return the number of bytes saved for backward, without the input, which the layer before saves in any case."""
     storages = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = function(x)
     storages.pop(x.untyped_storage().data_ptr(), None)
-    storages.pop(out.untyped_storage().data_ptr(), None)  # the next layer keeps the spikes, whoever made them
+    storages.pop(out.untyped_storage().data_ptr(), None)  # the next layer saves the spikes in both cases
     return sum(storages.values())
 
 
@@ -62,7 +62,7 @@ def run(quick: bool) -> Dict[str, object]:
 
     with torch.no_grad():
         spikes = peer(x)
-        assert torch.equal(spikes, lif(x)) and torch.equal(spikes, compiled(x)), 'not the same spikes'
+        assert torch.equal(spikes, lif(x)) and torch.equal(spikes, compiled(x)), 'the spikes differ'
     print(f'  {list(shape)}, firing rate {spikes.mean():.3f}')
     results: Dict[str, object] = {}
     for title, wrap in (('forward', inference), ('forward and backward', training)):
@@ -76,8 +76,8 @@ def run(quick: bool) -> Dict[str, object]:
             print(f'  {title}, {name}: {gain} times faster than spikingjelly')
         per_copy = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
         results[f'{title}, in copies'] = per_copy
-        print('    in copies of the tensor: ' + ', '.join(f'{name} {value:.2f}' for name, value in per_copy.items()))
+        print('    relative to a copy of it: ' + ', '.join(f'{name} {value:.2f}' for name, value in per_copy.items()))
     ours, theirs = (saved_bytes(function, x_grad) / x.numel() for function in (lif, peer))
     results['saved bytes per neuron and step'] = dict(ours=ours, spikingjelly=theirs)
-    print(f'  saved for the backward: {ours:.1f} bytes per neuron and step, spikingjelly {theirs:.1f}')
+    print(f'  saved for backward: {ours:.1f} bytes per neuron and time step, spikingjelly {theirs:.1f}')
     return results

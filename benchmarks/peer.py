@@ -1,4 +1,4 @@
-"""The same architectures on spikingjelly's layers, used as its own model zoo uses them."""
+"""The same architectures built from spikingjelly's layers, as in spikingjelly's model zoo."""
 import torch
 from spikingjelly.activation_based import functional, layer
 from spikingjelly.activation_based.model.spikformer import SpikformerBlock, SpikformerConv2dBNLIF
@@ -24,7 +24,7 @@ class PeerConvStage(nn.Module):
 
 
 class PeerPatchStage(nn.Module):
-    """A stage of V1's stem, which pools spikes as the authors do; the last one has a position embedding."""
+    """A stage of V1's stem. It pools spikes, as the authors' code does; the last stage adds a position embedding."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, is_last: bool):
         super().__init__()
@@ -38,7 +38,7 @@ class PeerPatchStage(nn.Module):
 
 
 class PeerSpikformer(nn.Module):
-    """A Spikformer of the shape, and with the weights, of one of ours. `forward` resets its membranes first."""
+    """A copy of a Spikformer with spikingjelly's layers and the same weights. `forward` resets the membranes first."""
 
     def __init__(self, model: Spikformer):
         super().__init__()
@@ -58,7 +58,7 @@ class PeerSpikformer(nn.Module):
 
     @torch.no_grad()
     def _copy_weights(self, model: Spikformer) -> None:
-        """Layer by layer, in their order. spikingjelly's have no bias before BN, so ours must be 0."""
+        """Copy the weights layer by layer. spikingjelly's layers have no bias before BN, so it must be 0 in `model`."""
         kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
         mine, yours = ([m for m in net.modules() if isinstance(m, kinds)] for net in (self, model))
         for a, b in zip(mine, yours, strict=True):
@@ -69,7 +69,7 @@ class PeerSpikformer(nn.Module):
             if a.bias is not None:
                 a.bias.copy_(b.bias)
             elif b.bias is not None and b.bias.any():
-                raise ValueError('spikingjelly has no bias before BN, and the model has one that is not 0.')
+                raise ValueError("spikingjelly's layers have no bias before BN, but a bias of the model is not 0.")
 
     def forward(self, x: Tensor) -> Tensor:
         functional.reset_net(self)

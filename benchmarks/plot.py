@@ -1,6 +1,6 @@
 """Plot results that `python -m benchmarks --json FILE` wrote: `python -m benchmarks.plot FILE PICTURE.png`.
 
-Results of the group `scaling` are drawn against each axis, those of `events` against the firing rate.
+Results of the group `scaling` are plotted against each axis, and those of `events` against the events per input.
 """
 import json
 import sys
@@ -14,7 +14,7 @@ ROWS = (('s', 'time, s'), ('MiB', 'peak memory, MiB'))
 
 
 def draw(results: Dict[str, Any], path: str) -> None:
-    """Time and memory against each axis, on logarithmic scales, each beside a line of slope 1 from its first point."""
+    """Plot time and memory against each axis, on logarithmic scales, with a line of slope 1 from each first point."""
     kinds, axes = (list(dict.fromkeys(names)) for names in zip(*(key.split(', ') for key in results['lines'])))
     figure = Figure(figsize=(13, 6.5), layout='constrained')
     figure.suptitle(f'{results["base"]}, {results["threads"]} threads; dashed: linear')
@@ -41,7 +41,7 @@ def draw(results: Dict[str, Any], path: str) -> None:
 
 
 def draw_events(results: Dict[str, Any], path: str) -> None:
-    """Draw the time of inference against the rate of the inputs, in units of the dense floor."""
+    """Plot the inference time, in units of the dense floor, against the number of events per input."""
     curve = results['curve']
     figure = Figure(figsize=(6.5, 4), layout='constrained')
     ax = figure.subplots()
@@ -49,9 +49,9 @@ def draw_events(results: Dict[str, Any], path: str) -> None:
     for key, label in (('spikingjelly', 'spikingjelly'), ('dense', 'this package, dense'),
                        ('events', 'this package, event-driven')):
         ax.plot(rates, [entry[key] for entry in curve], 'o-', label=label)
-    ax.axhline(1., linestyle='--', linewidth=1, color='gray', label='dense floor: the products alone')
+    ax.axhline(1., linestyle='--', linewidth=1, color='gray', label='dense floor')
     ax.set_xlabel('events per input, weighted by operations')
-    ax.set_ylabel('time of inference / dense floor')
+    ax.set_ylabel('inference time / dense floor')
     ax.set_ylim(bottom=0)
     ax.set_title(f'V2-8-512, T = 4, batch 1, {results["threads"]} thread{"s" if results["threads"] > 1 else ""}')
     ax.grid(alpha=0.3)

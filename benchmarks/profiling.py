@@ -1,4 +1,4 @@
-"""What a profile costs beside a forward, and what stopping early saves.
+"""Time of a profile compared with forward passes, and time that anytime inference saves.
 
     python -m benchmarks profiling
 """
@@ -36,19 +36,22 @@ def _cost(name: str, time_steps: int, batch_size: int, batches: int, rounds: int
 
     times = interleave(dict(forward=forwards, profile=lambda: profile(model, [x] * batches)), rounds)
     cost = ratio(times['profile'], times['forward'])
-    print(f'  {name}, T = {time_steps}, batch {batch_size}: a profile takes {cost} times as long as the forwards')
+    print(f'  {name}, T = {time_steps}, batch {batch_size}: a profile takes {cost} times as long as the forward passes')
     return dict(seconds=statistics.median(times['forward']), cost=cost._asdict())
 
 
 def _anytime(count: int, rounds: int) -> Dict[str, object]:
-    """The shipped model, trained with one time step: at four its BN gets statistics of four."""
+    """Measure anytime inference of the demo's model at T = 4.
+
+    The model was trained with one time step, so its BN statistics are computed again.
+    """
     model = timm.create_model(DEMO, pretrained=True, time_steps=4)
     x, y = next(iter(make_loader(read_splits()['test'].spread(count), data_config(model), count)))
     update_bn([x], model)
     model.eval()
     results: Dict[str, object] = {}
     accuracy = (_forward(model, x).argmax(1) == y).float().mean().item()
-    print(f'  {DEMO}, T = 4, {len(x)} images, BN of these: accuracy {100 * accuracy:.1f} % with all steps')
+    print(f'  {DEMO}, T = 4, {len(x)} images, BN calibrated on them: accuracy {100 * accuracy:.1f} % with all steps')
     for confidence in (0.5, 0.7, 0.9):
         out = predict_anytime(model, x, confidence)
         times = interleave(
@@ -63,7 +66,7 @@ def _anytime(count: int, rounds: int) -> Dict[str, object]:
 
 def run(quick: bool) -> Dict[str, object]:
     results: Dict[str, object] = {}
-    # a small model is over so quickly that one batch would be the start and the end of the profile
+    # the demo's model is fast: with a single batch, the fixed costs of a profile would dominate
     cases = [('test_spikformer_v2', (2,), 2)] if quick else [
         ('spikformer_v2_8_512', (1, 8), 1), ('spikformer_8_512', (1, 8), 1), (DEMO, (1, 8, 32), 10)]
     for name, batch_sizes, batches in cases:

@@ -1,4 +1,4 @@
-"""Time and peak memory of V2-8-512 against time steps, batch, resolution and depth: is any worse than linear?
+"""Scaling of time and peak memory of V2-8-512 with time steps, batch size, resolution and depth.
 
     python -m benchmarks scaling --plot benchmarks/scaling.png
 """
@@ -20,7 +20,7 @@ QUICK_AXES = dict(time_steps=(1, 2, 4), batch_size=(1, 2, 4), size=(64, 96, 128)
 
 
 class Point(NamedTuple):
-    """What is computed. Along an axis one of these changes, and the others are as here."""
+    """Configuration of a measurement. Along an axis, one field varies and the others have their default values."""
     name: str = 'spikformer_v2_8_512'
     time_steps: int = 1
     batch_size: int = 1
@@ -29,14 +29,14 @@ class Point(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How y grows with x.
+    """Growth of y with x.
 
     Args:
-        slope: Exponent: of log y against log x. Less than 1 where part of y is fixed, as the stem is against depth.
-        fixed: Of the line y = fixed + each * x
-        each: Of the same
-        bend: How steep the upper half is, beside the lower. 1 of a line, whatever is fixed, and of x^2 from 1 to 4, 2.
-            More than 1 too where y is the greater of two lines, as a peak of memory is.
+        slope: Slope of log y against log x. It is less than 1 if a part of y is constant, as the stem is for depth.
+        fixed: Intercept of the fitted line y = fixed + each * x.
+        each: Slope of the same line.
+        bend: Slope of the upper half of the points divided by that of the lower half: 1 for any line, 2 for y = x^2 at
+            x = 1, 2, 4. It is also greater than 1 if y is the maximum of two lines, as peak memory can be.
     """
     slope: float
     fixed: float
@@ -58,13 +58,13 @@ def _step_of(kind: str, point: Point) -> Callable[[], object]:
     return STEPS[kind](model.train(kind == 'training step'), x)
 
 
-_memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_step_of, kind, point))  # axes share a point
+_memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_step_of, kind, point))  # the axes share points
 
 
 def run(quick: bool) -> Dict[str, object]:
     base = Point('test_spikformer_v2', size=64, depth=2) if quick else Point()
     title = f'{base.name}, T = {base.time_steps}, batch {base.batch_size}, {base.size}x{base.size}, depth {base.depth}'
-    print(f'  {title}, but for what varies')
+    print(f'  {title}, except for the varying axis')
     lines: Dict[str, object] = {}
     for kind in STEPS:
         for axis, values in (QUICK_AXES if quick else AXES).items():

@@ -31,31 +31,31 @@ def events_tables(results: Dict[str, Any]) -> str:
             _, step, batch = key.split(', ')
             demo.setdefault(step, []).append(f'{batch}: {entry["median"]:.2f}')
     text = f'{results["events"]["threads"]} thread, {results["machine"]}, torch {results["torch"]}.\n\n'
-    text += 'Times as fast as the dense product alone (gradient: as the dense gradient), by events per input:\n\n'
+    text += 'Speedup over the dense product (for gradients: over the dense gradient), by events per input:\n\n'
     rates = list(next(iter(layers.values())))
     for what in ('product', 'with BN and LIF', 'with BN and LIF, bytes in, bytes out', 'gradient of the weight'):
         text += _table(
             [what, *rates],
             [[name, *(f'{by_rate[rate][what]:.1f}' for rate in rates)] for name, by_rate in layers.items()]) + '\n'
-    text += 'Whole models, in units of the dense floor, at the rate in parentheses:\n\n'
+    text += 'Time of whole models in units of the dense floor, with the events per input in parentheses:\n\n'
     text += _table(
         ['', 'event-driven', 'dense kernels'],
         [[title, *(', '.join(f'{e[key]:.2f} ({e["rate"]:.2f})' for e in entries) for key in ('events', 'dense'))]
          for title, entries in models.items()]) + '\n'
-    text += "The demo's model, times as fast as without event-driven products:\n\n"
+    text += "Speedup of the demo's model by event-driven products:\n\n"
     text += _table(['step', 'by batch size'], [[step, ', '.join(gains)] for step, gains in demo.items()]) + '\n'
     memory = found['memory_mib']
     text += (f'Peak memory of a training step of V2-8-512, T = 4, batch 1: {memory["events"]:.0f} MiB, '
              f'{memory["dense"]:.0f} MiB without event-driven products.\n\n')
     for key, entry in found.items():
         if key.startswith('first use, '):
-            text += (f'First use of {key.removeprefix("first use, ")}: {entry["cold"]:.1f} s more than a dense call, '
-                     f'{entry["warm"]:.1f} s with compiled code on disk.\n')
+            text += (f'First call of {key.removeprefix("first use, ")}: {entry["cold"]:.1f} s longer than a dense '
+                     f'call, {entry["warm"]:.1f} s longer with compiled code on disk.\n')
     return text
 
 
 def update(readme: str, results: Dict[str, Any]) -> str:
-    """Return the text of the README with the tables of the results."""
+    """Return the text of the README with its tables replaced by those of the results."""
     pattern = re.escape(_BEGIN) + '.*?' + re.escape(_END)
     return re.sub(pattern, lambda _: f'{_BEGIN}\n{events_tables(results)}\n{_END}', readme, flags=re.S)
 

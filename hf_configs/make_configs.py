@@ -1,4 +1,4 @@
-"""Generate `config.json` and `preprocessor_config.json` of every registered model.
+"""Generate `config.json` and `preprocessor_config.json` for every registered model.
 
     python hf_configs/make_configs.py [FOLDER]
 """
@@ -15,11 +15,11 @@ from timm_spikformer.pretrained import cfg_to_train
 
 
 def write(name: str, folder: Path, **kwargs) -> None:
-    """Write the two files of a model as it is before training; existing files are replaced once both are complete."""
+    """Write the two files of an untrained model; existing files are replaced after both are complete."""
     cfg = cfg_to_train(name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        # the scripts take the labels from the data
+        # the training scripts read the labels from the dataset
         SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs).save_pretrained(temporary)
         create_image_processor(cfg.to_dict()).save_pretrained(temporary)
         for file in os.listdir(temporary):
@@ -30,7 +30,7 @@ def main() -> None:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in timm.list_models(module='spikformer'):
         write(name, root / name)
-    # the paper fine-tunes the model of one time step to four
+    # the paper fine-tunes a model trained with one time step at four time steps
     write('spikformer_v2_16_768', root / 'spikformer_v2_16_768_4_time_steps', time_steps=4)
 
 

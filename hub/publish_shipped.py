@@ -1,4 +1,4 @@
-"""Publish the weights that the package ships as repositories of an organization.
+"""Publish the weights that are included in the package, one Hub repository per model.
 
     python hub/publish_shipped.py ORG [--dry-run] [--output DIR]
 """
@@ -14,7 +14,7 @@ from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.reading import Training, from_model, set_labels
 
-# What the accuracy of each is measured on, and the license, that of Fashion-MNIST
+# Evaluation data, its description, and the license of the weights (that of Fashion-MNIST)
 MEASURED_ON = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': (
         FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (slice)', 'test'), 'mit'),

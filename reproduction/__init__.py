@@ -1,1 +1,1 @@
-"""The claims of the Spikformer V2 paper at small scale: protocol, runs, and the report that is made from them."""
+"""Small-scale study of the claims of the Spikformer V2 paper: protocol, training runs and report."""

@@ -7,25 +7,29 @@ FOLDER = Path(__file__).parent
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='python -m reproduction', description='Run the study, or report its results.')
+    parser = argparse.ArgumentParser(
+        prog='python -m reproduction', description='Run the study, or report its results.')
     commands = parser.add_subparsers(dest='command', required=True)
-    run = commands.add_parser('run', help='train what is missing')
-    run.add_argument('--only', nargs='+', default=['*'], metavar='CELL', help='cells, or patterns such as pretrained-*')
-    run.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='final runs with these seeds only')
+    run = commands.add_parser('run', help='execute the missing runs')
+    run.add_argument(
+        '--only', nargs='+', default=['*'], metavar='CELL', help='names of cells, or patterns such as pretrained-*')
+    run.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='restrict the final runs to these seeds')
     run.add_argument('--jobs', type=int, default=1, metavar='N', help='number of processes, each with one thread')
-    status = commands.add_parser('status', help='list what is missing')
+    status = commands.add_parser('status', help='print the number of finished runs of each cell')
     one = commands.add_parser('run-one', help='execute one run, such as ssa/seed-0 or ssa/try-1')
     one.add_argument('name', metavar='RUN')
-    one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the result that is there')
-    ship = commands.add_parser('ship', help='write the weights of the package')
+    one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the existing result')
+    ship = commands.add_parser('ship', help='write the weights that are included in the package')
     report = commands.add_parser('report', help='write README.md and the figures')
     for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
-        command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder of the results')
+        command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
     for command in (run, status, one, ship):
         command.add_argument(
-            '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR', help='folder of the checkpoints')
-        command.add_argument('--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder of the datasets')
+            '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR',
+            help='folder with checkpoints')
+        command.add_argument(
+            '--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder with datasets')
     return parser
 
 
@@ -72,7 +76,8 @@ def _run_one(study, name: str, weights_only: bool) -> None:
                 else:
                     study.execute(run)
                 return
-    raise ValueError(f'There is no run {name}, or the tries of its cell are missing.')
+    raise ValueError(
+        f'There is no run {name}, or it is a final run and not all tries of its cell have finished.')
 
 
 def _print_status(study) -> None:

@@ -1,4 +1,4 @@
-"""The images of the study."""
+"""Datasets of the study."""
 from pathlib import Path
 from typing import Any, Dict, NamedTuple
 
@@ -9,7 +9,7 @@ from timm_spikformer.images import DATA_KEYS, Images, read_splits
 __all__ = ['DATASETS', 'Data', 'read_data']
 
 DATASETS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}  # display names
-# registered pretrained configurations with the pixel statistics of each dataset
+# pretrained configurations of timm that contain the pixel statistics of each dataset
 _CONFIGS = {
     'fashion_mnist': 'spikformer_v2_2_64_patch4_32.fashion_mnist',
     'cifar10': 'spikformer_v2_2_64_patch4_32.cifar10',
@@ -17,7 +17,7 @@ _CONFIGS = {
 
 
 class Data(NamedTuple):
-    """Images of a dataset, and timm's data config for them."""
+    """Splits of a dataset, and its timm data config."""
     train: Images
     validation: Images
     test: Images
@@ -25,20 +25,20 @@ class Data(NamedTuple):
 
 
 def read_data(folder: Path, dataset: str, held_out: float) -> Data:
-    """Read a dataset, and hold out a fraction of each class of the training images for validation.
+    """Read a dataset, and hold out a fraction of the training images of each class for validation.
 
     Args:
         folder: Contains `DATASET/train.parquet` and `DATASET/test.parquet`, or one of the other layouts of
             `timm_spikformer.images.read_splits`.
         dataset: 'fashion_mnist' or 'cifar10'.
-        held_out: Fraction to hold out; always the same images.
+        held_out: Fraction of the training images to hold out. The selection is the same in every call.
 
     Raises:
-        ValueError: The dataset is not there or not complete.
+        ValueError: The dataset is missing or incomplete.
     """
     root = folder / dataset
     if not root.is_dir():
-        raise ValueError(f'{root} is missing. See reproduction/README.md for where to get the images.')
+        raise ValueError(f'{root} is missing. See reproduction/README.md for how to get the images.')
     splits = read_splits(root)
     if not {'train', 'test'} <= splits.keys():
         raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')

@@ -1,4 +1,4 @@
-"""Execute one run of the study: train, measure, and write the result to a JSON file."""
+"""Execution of one run of the study: train, evaluate, and write the result to a JSON file."""
 import json
 import os
 import platform
@@ -34,7 +34,7 @@ _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
-SHIPPED = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'  # weights of the package
+SHIPPED = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'  # weights included in the package
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -46,7 +46,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _commit() -> str:
-    """Return the commit of the code that runs, with '+' if files have been changed since."""
+    """Return the current commit, followed by '+' if there are uncommitted changes."""
     def git(*args: str) -> str:
         root = Path(__file__).parents[1]
         return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -69,7 +69,7 @@ def _machine() -> Dict[str, Any]:
 
 
 class _CPUSeconds(Callback):
-    """Adds the CPU time of each epoch to its record, and prints a line per epoch."""
+    """Record the CPU time of each epoch, and print one line per epoch."""
 
     def __init__(self, name: str, epochs: int):
         self.name = name
@@ -88,13 +88,13 @@ class _CPUSeconds(Callback):
 
 
 class Study(NamedTuple):
-    """A protocol and its folders.
+    """A protocol, and the folders that the study reads and writes.
 
     Args:
-        protocol: What to run.
-        runs: Folder of the results, one JSON file per run.
-        checkpoints: Folder of the checkpoints, one folder per set of trained weights.
-        data: Folder of the datasets.
+        protocol: The protocol.
+        runs: Folder with the results, one JSON file per run.
+        checkpoints: Folder with the checkpoints, one folder per set of trained weights.
+        data: Folder with the datasets.
     """
     protocol: Protocol
     runs: Path
@@ -105,7 +105,7 @@ class Study(NamedTuple):
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
-        """Return the result of a run; None if it is missing, or was made with other settings."""
+        """Return the result of a run; None if it is missing or belongs to different settings."""
         path = self.path(run)
         if not path.is_file():
             return None
@@ -113,12 +113,12 @@ class Study(NamedTuple):
         return result if result['training'] == self.protocol.digest(run) else None
 
     def tries(self, cell: Cell) -> List[Run]:
-        """Return the runs that choose the settings of a cell: none if there is nothing to choose."""
+        """Return the runs that select the settings of a cell; empty if the cell has only one try."""
         count = len(cell.tries)
         return [Run(cell, attempt, 0, False) for attempt in range(count)] if count > 1 else []
 
     def chosen(self, cell: Cell) -> Optional[int]:
-        """Return the index of the best try of a cell; None as long as tries are missing."""
+        """Return the index of the best try of a cell; None until all tries have finished."""
         results = [self.result(run) for run in self.tries(cell)]
         if None in results:
             return None
@@ -126,33 +126,33 @@ class Study(NamedTuple):
         return accuracies.index(max(accuracies)) if accuracies else 0
 
     def final_runs(self, cell: Cell) -> List[Run]:
-        """Return the final runs of a cell; empty as long as tries are missing."""
+        """Return the final runs of a cell; empty until all tries have finished."""
         attempt = self.chosen(cell)
         return [] if attempt is None else [Run(cell, attempt, seed, True) for seed in cell.seeds]
 
     def initial_run(self, run: Run) -> Optional[Run]:
-        """Return the final run whose weights a run starts from; None if it starts from random weights.
+        """Return the final run whose weights initialize a run; None if the run starts from random weights.
 
         Raises:
-            ValueError: The settings of that run have not been chosen yet.
+            ValueError: The tries of the initial cell have not finished, so its settings are not selected yet.
         """
         if run.cell.init is None:
             return None
         for initial in self.final_runs(self.protocol.cells[run.cell.init]):
             if initial.seed == run.seed:
                 return initial
-        raise ValueError(f'{run.name} starts from the weights of {run.cell.init}, whose tries have not been run yet.')
+        raise ValueError(f'{run.name} starts from the weights of {run.cell.init}, whose tries have not finished yet.')
 
     def folder(self, run: Run) -> Path:
-        """Return the folder of the checkpoint of a run."""
+        """Return the folder with the checkpoint of a run."""
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the trained weights of a run are there: results are committed, most weights are not."""
+        """Return whether the trained weights of a run exist; results are committed to git, most weights are not."""
         return (self.folder(run) / _FINISHED).is_file() or self._shipped_file(run) is not None
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
-        """Return the weights of the package that a run has trained; None if there are none."""
+        """Return the file in the package with the weights that a run has trained; None if there is none."""
         path = SHIPPED / f'{run.cell.ships}.safetensors'
         if not (run.is_final and run.seed == 0 and path.is_file()):
             return None
@@ -161,7 +161,7 @@ class Study(NamedTuple):
         return path if training == self.protocol.digest(run) else None
 
     def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:
-        """Return the trained weights of a run: those that ship, or those of `train`."""
+        """Return the trained weights of a run, from the package or from `train`."""
         file = self._shipped_file(run)
         return self.train(run, data).model.state_dict() if file is None else load_file(file)
 
@@ -170,7 +170,7 @@ class Study(NamedTuple):
         return read_data(self.data, dataset, self.protocol.held_out[dataset])
 
     def train(self, run: Run, data: Data) -> Trained:
-        """Train the weights of a run, or load them if they have been trained before."""
+        """Train the weights of a run, or load them if they exist already."""
         cell, config = run.cell, run.config()
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
         initial = self.initial_run(run)
@@ -193,7 +193,7 @@ class Study(NamedTuple):
         return trained
 
     def execute(self, run: Run) -> Dict[str, Any]:
-        """Train and measure a run; write its result, and return it."""
+        """Train and evaluate a run, write its result to a JSON file, and return it."""
         data = self.read_data(run)
         commit = _commit()
         trained = self.train(run, data)
@@ -213,7 +213,7 @@ class Study(NamedTuple):
                 result[split] = dict(loss=loss, loss_of_mean=of_mean)
             else:
                 accuracy, rates = evaluate(model, loader)
-                result[split] = dict(accuracy=round(accuracy, 4))  # sums of float32 have no more digits
+                result[split] = dict(accuracy=round(accuracy, 4))  # further digits exceed float32 precision
                 if split == 'test':
                     result['firing_rates'] = rates
         if run.is_final:
@@ -223,7 +223,7 @@ class Study(NamedTuple):
 
 
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
-    """Return parameters, operations and energy per image, for validation images and the papers' conventions."""
+    """Return the number of parameters, and operations and energy per validation image by the papers' conventions."""
     images = data.validation.spread(_PROFILED_IMAGES)
     parameters = sum(p.numel() for p in model.parameters())
     if not any(isinstance(m, Spikformer) for m in model.modules()):
@@ -239,11 +239,11 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
     if isinstance(model, SpikformerMAE):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, *data.config['input_size']))
-        operations['total_macs'] = counter.get_total_flops() / 2  # with the decoder
+        operations['total_macs'] = counter.get_total_flops() / 2  # including the decoder
     totals = result.totals
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():
-        if isinstance(module, SoftmaxAttention):  # the input of `proj` consists of real numbers, not of spikes
+        if isinstance(module, SoftmaxAttention):  # the input of `proj` is real-valued, so it costs MACs
             layer = result.layer(f'{name}.proj')
             dense = layer.dense_macs * result.time_steps
             macs, acs = macs + dense, acs - sum(layer.acs)

@@ -1,4 +1,4 @@
-"""The models of the study: timm's, with other attention where a cell asks for it."""
+"""Models of the study: timm models, some with the attention replaced."""
 import math
 from typing import Any, Dict
 
@@ -19,13 +19,13 @@ AUTOENCODER = dict(mask_ratio=0.75, decoder_embed_dim=64, decoder_depth=2, decod
 
 
 class SoftmaxAttention(SpikingSelfAttention):
-    """Attention with a softmax on spikes q, k and v, `[T, B, N, C] -> [T, B, N, C]`.
+    """Softmax attention over spiking q, k and v, `[T, B, N, C] -> [T, B, N, C]`.
 
     `LIF(BN(proj(softmax(q k^T / sqrt(d)) v)))`: the weights are real numbers that sum to 1, as in the softmax variant
-    that the paper on Spikformer, https://arxiv.org/abs/2209.15425, compares with. Its authors have released no code
-    for it, so one choice is this project's: the real-valued result goes to `proj` without a neuron. A mean of spikes
-    is at most 1, and a neuron with tau = 2 and threshold 0.5 would need exactly 1 to fire in the first time step.
-    The comparison is therefore in favor of softmax: its values are not rounded to spikes.
+    that the Spikformer paper, https://arxiv.org/abs/2209.15425, compares with. The authors have released no code for
+    this variant, so one detail is this project's choice: the real-valued result goes to `proj` without a neuron. The
+    result is a mean of spikes, so it is at most 1, and a neuron with tau = 2 and threshold 0.5 would fire in the first
+    time step only if it were exactly 1. This choice favors softmax, because its output is not quantized to spikes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,23 +37,23 @@ class SoftmaxAttention(SpikingSelfAttention):
 
 
 class NoAttention(nn.Module):
-    """Takes the place of attention in a block, whose residual connection then leaves the input as it is."""
+    """Replacement for attention that returns zeros, so that the residual connection returns its input unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
 def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
-    """Create the model of a run, initialized with its seed.
+    """Create the model of a run, with random weights from the seed of the run.
 
     Args:
         config: See `Run.config`.
         num_classes: Number of classes.
-        size: Side of the images in pixels.
+        size: Height and width of the images in pixels.
     """
     random_seed(config['recipe']['seed'])
     name, kwargs = config['model'], dict(config['model_kwargs'])
-    if not name.startswith('convnext'):  # a convolutional network of timm takes no image size
+    if not name.startswith('convnext'):  # timm's ConvNeXt does not accept img_size
         kwargs['img_size'] = size
     model = timm.create_model(name, num_classes=num_classes, **kwargs)
     if isinstance(model, Spikformer):
@@ -68,6 +68,6 @@ def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
 
 
 def create_autoencoder(encoder: Spikformer) -> SpikformerMAE:
-    """Put an encoder into a masked autoencoder with a small decoder; three quarters of the patches are masked."""
+    """Create a masked autoencoder with the given encoder, a small decoder and a mask ratio of 0.75."""
     mae = SpikformerMAE(encoder, **AUTOENCODER)
     return mae.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The study of `protocol.yaml` as objects: cells, and the training runs that they consist of."""
+"""Reader of `protocol.yaml`: cells, and the training runs of each cell."""
 import hashlib
 import json
 from pathlib import Path
@@ -17,22 +17,23 @@ _OBJECTIVES = ('classify', 'reconstruct')
 
 
 class Cell(NamedTuple):
-    """One row of the study.
+    """One configuration of the study, which is one row of the report.
 
     Args:
-        name: Name of the cell, also of its folder in runs/.
-        title: Display text.
+        name: Name of the cell and of its folder in runs/.
+        title: Name of the cell in the report.
         dataset: 'fashion_mnist' or 'cifar10'.
         model: Name of a timm model.
         model_kwargs: Arguments of `timm.create_model`.
-        attention: 'ssa', 'softmax' or 'none', see `models.py`.
+        attention: 'ssa' (spiking self-attention), 'softmax' or 'none'; see `models.py`.
         objective: 'classify', or 'reconstruct' for masked pre-training.
-        labels: Number of training images; None for all.
-        init: Name of the cell whose weights, of the same seed, training starts from.
+        labels: Number of labeled training images; None for all.
+        init: Name of the cell whose weights, with the same seed, initialize the model; None for random weights.
         recipe: Fields of `timm_spikformer.training.Recipe`.
-        tries: Changes to the recipe. The best one with seed 0 is used for all seeds.
+        tries: Alternative changes to the recipe. The try with the highest validation accuracy with seed 0 is used for
+            all seeds.
         seeds: Seeds of the final runs.
-        ships: Tag of the weights in the package that the final run with seed 0 gives; None for most cells.
+        ships: `MODEL.TAG` of the weights that the package includes from the final run with seed 0; None for most cells.
     """
     name: str
     title: str
@@ -49,7 +50,7 @@ class Cell(NamedTuple):
     ships: Optional[str] = None
 
     def recipe_of(self, attempt: int) -> Dict[str, Any]:
-        """Return the fields of the recipe of a try. `epochs: 2x` doubles the number of epochs, and the warmup."""
+        """Return the fields of the recipe of a try. `epochs: 2x` doubles the number of epochs and of warmup epochs."""
         change = dict(self.tries[attempt])
         recipe = {**self.recipe, **change}
         if isinstance(recipe['epochs'], str):
@@ -60,13 +61,13 @@ class Cell(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training run: a try, which is measured on the validation images, or a final run, measured on the test images.
+    """One training run: a try, evaluated on the validation images, or a final run, also evaluated on the test images.
 
     Args:
-        cell: Its cell.
-        attempt: Index of the try that it uses.
+        cell: Cell of the run.
+        attempt: Index of the try that the run uses.
         seed: Random seed.
-        is_final: Whether it is tested on the test images.
+        is_final: Whether the run is a final run.
     """
     cell: Cell
     attempt: int
@@ -78,7 +79,7 @@ class Run(NamedTuple):
         return f'{self.cell.name}/' + (f'seed-{self.seed}' if self.is_final else f'try-{self.attempt}')
 
     def config(self) -> Dict[str, Any]:
-        """Return everything that determines the trained weights, but for the weights that training starts from."""
+        """Return everything that determines the trained weights, except the initial weights."""
         cell = self.cell
         return dict(
             dataset=cell.dataset, model=cell.model, model_kwargs=cell.model_kwargs, attention=cell.attention,
@@ -87,13 +88,13 @@ class Run(NamedTuple):
 
 
 class Protocol(NamedTuple):
-    """The study.
+    """Contents of `protocol.yaml`.
 
     Args:
         cells: Cells by name, in the order in which they are run.
-        held_out: Fraction of the training images that is held out for validation, by dataset.
-        seeds: Seeds of the final runs of most cells.
-        questions: For each question its title and text, `rows` (names of cells) and `differences` (pairs of names).
+        held_out: For each dataset, the fraction of the training images that is held out for validation.
+        seeds: Default seeds of the final runs.
+        questions: For each question, its title, text, `rows` (names of cells) and `differences` (pairs of names).
         label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
@@ -103,7 +104,7 @@ class Protocol(NamedTuple):
     label_curves: Dict[str, Dict[str, Dict[int, str]]]
 
     def digest(self, run: Run) -> str:
-        """Return a digest of what determines the trained weights. A try and a final run may share it."""
+        """Return a digest of everything that determines the trained weights. A try and a final run may share one."""
         config = {**run.config(), 'held_out': self.held_out[run.cell.dataset]}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -112,7 +113,7 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
     """Read and check a protocol.
 
     Raises:
-        ValueError: The file is not a protocol; the message names the cell and what is wrong with it.
+        ValueError: The file is not a valid protocol. The message names the cell and the problem.
     """
     text = yaml.safe_load(path.read_text(encoding='utf-8'))
     held_out = {name: float(entry['held_out']) for name, entry in text['datasets'].items()}
@@ -138,7 +139,7 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
             a, b = cells[first], cells[second]
             if len(a.tries) != len(b.tries) or a.seeds != b.seeds:
                 raise ValueError(
-                    f'{path}: {name} compares {first} and {second}, which must have the same seeds and the same number '
+                    f'{path}: {name} compares {first} and {second}. They must have the same seeds and the same number '
                     f'of tries.')
     return Protocol(cells, held_out, text['seeds'], questions, text.get('label_curves', {}))
 
@@ -154,8 +155,8 @@ def _check(cell: Cell, before: Dict[str, Cell], held_out: Dict[str, float], path
     elif cell.init is not None and cell.init not in before:
         problem = f'init must name a cell above it, got {cell.init!r}'
     elif cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
-        problem = f'{cell.init} is not trained with all of its seeds, {cell.seeds}'
+        problem = f'its initial cell {cell.init} must have all of its seeds, {cell.seeds}'
     elif not cell.tries or 0 not in cell.seeds:
-        problem = 'at least one try, and the seed 0, are needed'
+        problem = 'at least one try and the seed 0 are required'
     if problem is not None:
         raise ValueError(f'{path}: cell {cell.name}: {problem}.')

@@ -1,4 +1,4 @@
-"""Write README.md and the figures of the study from the results in runs/, and from nothing else."""
+"""Writer of README.md and the figures of the study, from the protocol and the results in runs/."""
 import io
 import json
 import math
@@ -22,12 +22,12 @@ __all__ = ['render', 'write_report']
 
 FOLDER = Path(__file__).parent
 TEMPLATE = 'report.md.jinja'
-# fixed ids and no date, so that the same results give the same bytes; text stays text, whatever fonts are installed
+# Fixed ids, so that the same results give the same bytes; text is not converted to outlines of the installed fonts
 _SVG = {'svg.hashsalt': 'reproduction', 'svg.fonttype': 'none', 'font.size': 9}
 
 
 class Row(NamedTuple):
-    """A cell with the results of its final runs, by seed."""
+    """A cell, and the results of its final runs in the order of the seeds."""
     cell: Cell
     results: List[Dict[str, Any]]
     num_tries: int
@@ -37,7 +37,7 @@ class Row(NamedTuple):
         return len(self.results) == len(self.cell.seeds)
 
     def values(self, *keys: str) -> List[float]:
-        """Return a value of each run: `values('test', 'accuracy')`."""
+        """Return one value per run, such as `values('test', 'accuracy')`."""
         values = []
         for result in self.results:
             for key in keys:
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
     @property
     def recipe(self) -> str:
-        """The settings that the tries have chosen."""
+        """Settings of the best try; empty if the cell has only one try."""
         attempt = self.results[0]['attempt']
         if len(self.cell.tries) == 1:
             return ''
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The difference of test accuracy between two cells; None as long as runs are missing."""
+    """Two cells, and the difference of their test accuracies; None if runs are missing."""
     first: Row
     second: Row
     difference: Optional[Difference]
@@ -93,7 +93,7 @@ def _compare(first: Row, second: Row) -> Comparison:
 
 
 def _cpu_hours(study: Study) -> float:
-    """Return the CPU time of all trainings; a try and a final run with the same weights count once."""
+    """Return the CPU hours of all training runs; a try and a final run with the same weights count once."""
     seconds: Dict[str, float] = {}
     for path in sorted(study.runs.glob('*/*.json')):
         result = json.loads(path.read_text(encoding='utf-8'))
@@ -130,7 +130,7 @@ def render(study: Study) -> str:
 
 
 def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, str]]]) -> Figure:
-    """Draw the accuracy against the number of labels, one panel next to the other."""
+    """Plot the test accuracy against the number of labels, with panels side by side."""
     figure = Figure(figsize=(7.5, 3.4), layout='constrained')
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
@@ -153,7 +153,7 @@ def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, st
 
 
 def _energy_figure(rows: Dict[str, Row]) -> Figure:
-    """Draw the accuracy against the energy per image, of the cells with all labels."""
+    """Plot the test accuracy against the energy per image for the cells trained with all labels."""
     figure = Figure(figsize=(7.5, 4), layout='constrained')
     ax = figure.subplots()
     for name, row in rows.items():
@@ -177,7 +177,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
-    """Write README.md and figures/ in a folder."""
+    """Write README.md and figures/ to a folder."""
     study = Study(protocol, runs, runs, runs)
     rows = _rows(study)
     _write(output / 'README.md', render(study).encode())

@@ -1,4 +1,4 @@
-"""Run what is missing of the study, several runs at a time, each in a process with one thread."""
+"""Parallel execution of the missing runs of the study, each in a process with one thread."""
 import fnmatch
 import os
 import subprocess
@@ -11,14 +11,14 @@ from .protocol import Run
 
 __all__ = ['Job', 'next_jobs', 'run_missing']
 
-# One thread per process: two processes with one thread each train more images than one process with two. The memory
-# allocator of glibc keeps freed memory, which saves about a tenth of the time of a training step.
+# Two processes with one thread each process more images per second than one process with two threads. The MALLOC
+# variables make glibc keep freed memory, which saves about a tenth of the time of a training step.
 _ENVIRONMENT = dict(
     OMP_NUM_THREADS='1', MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(1 << 34), MALLOC_TOP_PAD_=str(1 << 28))
 
 
 class Job(NamedTuple):
-    """A run to execute; `weights_only` if its result is there but its weights, which another run needs, are not."""
+    """A run to execute. `weights_only`: the result exists, but another run needs the weights, which are missing."""
     run: Run
     weights_only: bool = False
 
@@ -28,13 +28,13 @@ def next_jobs(
         patterns: Sequence[str] = ('*',),
         seeds: Optional[Container[int]] = None,
 ) -> List[Job]:
-    """Return the runs that are missing and can start now, in the order of the protocol.
+    """Return the missing runs that can start now, in the order of the protocol.
 
     Args:
         study: The study.
-        patterns: Patterns of the names of the cells to complete, such as `pretrained-*`. Cells whose weights they start
-            from are run, too.
-        seeds: Seeds of the final runs; by default, all of them.
+        patterns: Names of cells, or patterns such as `pretrained-*`. Cells that provide their initial weights are
+            included.
+        seeds: Seeds of the final runs; all seeds by default.
     """
     cells = study.protocol.cells
     wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
@@ -51,7 +51,7 @@ def next_jobs(
             if cell.init is not None and not study.has_weights(run):
                 initial = [r for r in study.final_runs(cells[cell.init]) if r.seed == run.seed]
                 if not initial or study.result(initial[0]) is None:
-                    job = None  # waits for a job above
+                    job = None  # a job above must finish first
                 elif not study.has_weights(initial[0]):
                     job = Job(initial[0], weights_only=True)
             if job is not None:
@@ -66,14 +66,14 @@ def run_missing(
         jobs: int,
         options: Sequence[str],
 ) -> List[str]:
-    """Execute all missing runs; return the names of those that failed.
+    """Execute all missing runs, and return the names of the runs that failed.
 
     Args:
         study: The study.
         patterns: See `next_jobs`.
         seeds: See `next_jobs`.
         jobs: Number of processes.
-        options: Command-line options of the folders, passed on to the processes.
+        options: Command-line options with the folders, which are passed to each process.
     """
     running: Dict[str, subprocess.Popen] = {}
     failed: List[str] = []

@@ -1,4 +1,4 @@
-"""Write the weights of the package from the runs that train them."""
+"""Export of trained weights from the study to the package."""
 import hashlib
 import json
 import os
@@ -25,11 +25,11 @@ __all__ = ['ship']
 def ship(study: Study, folder: Path = SHIPPED) -> None:
     """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
 
-    The weights are those of the final run with seed 0. They are trained if they are missing. The YAML file says how
-    they were trained; model cards quote it. The package compares the weights with SHA256SUMS when it loads them.
+    The weights are from the final run with seed 0. Missing weights are trained. The YAML file contains the training
+    settings, which model cards include. The package verifies the weights against SHA256SUMS when it loads them.
 
     Raises:
-        ValueError: The result of such a run is missing.
+        ValueError: The result of one of these runs is missing.
     """
     digests = _read_digests(folder)
     for cell in study.protocol.cells.values():
@@ -37,7 +37,7 @@ def ship(study: Study, folder: Path = SHIPPED) -> None:
             continue
         finals = [run for run in study.final_runs(cell) if run.seed == 0]
         if not finals or study.result(finals[0]) is None:
-            raise ValueError(f'The result of {cell.name} is missing: run it first.')
+            raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
         data = _weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
         _write(folder / f'{cell.ships}.safetensors', data)

@@ -1,4 +1,4 @@
-"""Mean, standard deviation, and the paired difference of two cells with its confidence interval."""
+"""Mean and standard deviation over seeds, and paired differences with confidence intervals."""
 import math
 from typing import NamedTuple, Sequence
 
@@ -8,14 +8,14 @@ __all__ = ['Difference', 'Summary', 'paired_difference', 'summarize']
 
 
 class Summary(NamedTuple):
-    """Mean and sample standard deviation of the values of several seeds; the deviation of one value is NaN."""
+    """Mean and sample standard deviation over seeds; the deviation is NaN for a single seed."""
     mean: float
     deviation: float
     count: int
 
 
 class Difference(NamedTuple):
-    """Mean of the differences between two cells, and its confidence interval."""
+    """Mean difference between two cells, and its confidence interval."""
     mean: float
     low: float
     high: float
@@ -36,18 +36,18 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Return the mean of `a - b` and its interval by Student's t-distribution with n - 1 degrees of freedom.
+    """Return the mean of `a - b` and its confidence interval from Student's t-distribution (n - 1 degrees of freedom).
 
     Args:
         a: Values of one cell, by seed.
         b: Values of the other cell, for the same seeds in the same order.
-        confidence: Probability that the interval contains the true mean, if the differences are normally distributed.
+        confidence: Confidence level of the interval. Differences are assumed to be normally distributed.
 
     Raises:
-        ValueError: There are different numbers of values, or fewer than two.
+        ValueError: The sequences differ in length, or have fewer than two values.
     """
     if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f'Two sequences of the same length, at least 2, are needed; got {len(a)} and {len(b)} values.')
+        raise ValueError(f'Expected two sequences of equal length, at least 2, got {len(a)} and {len(b)} values.')
     mean, deviation, n = summarize([x - y for x, y in zip(a, b)])
     margin = float(t.ppf(0.5 + confidence / 2, n - 1)) * deviation / math.sqrt(n)
     return Difference(mean, mean - margin, mean + margin, n)

@@ -1,4 +1,4 @@
-"""Checkpoints as other code writes them, and what that code computes from them."""
+"""Checkpoints in the formats of other code, and reference implementations of that code."""
 from typing import Dict, Tuple
 
 import torch
@@ -9,7 +9,10 @@ from torch.optim.swa_utils import update_bn
 
 
 def authors_checkpoint(model, with_qkv_bias: bool):
-    """The state dict of a V1 model under the authors' names; with q/k/v biases and linears as in their CIFAR code."""
+    """Return the state dict of a V1 model in the format of the authors' code for ImageNet.
+
+    `with_qkv_bias` selects the format of their code for CIFAR-10: linear layers, and biases of q, k and v.
+    """
     layer = 'linear' if with_qkv_bias else 'conv'
     out = {}
 
@@ -43,7 +46,7 @@ def authors_checkpoint(model, with_qkv_bias: bool):
 
 
 def spikingjelly_model(x: Tensor, embed_dims: int, num_heads: int, depths: int) -> Tuple[nn.Module, Tensor]:
-    """spikingjelly's Spikformer for 32x32 images, one time step and 10 classes, calibrated; its logits `[B, 10]`."""
+    """Return spikingjelly's Spikformer for 32x32 images, T = 1 and 10 classes, calibrated on `x`, and its logits."""
     model = spikingjelly_spikformer.Spikformer(
         T=1, img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=embed_dims, num_heads=num_heads,
         depths=depths)
@@ -54,13 +57,13 @@ def spikingjelly_model(x: Tensor, embed_dims: int, num_heads: int, depths: int) 
 
 
 class AuthorsSpikformer(nn.Module):
-    """Spikformer (V1) with the tensors and the arithmetic of one of the authors' three folders.
+    """Reimplementation of the authors' Spikformer (V1), as a reference for outputs.
 
-    Written from the facts of that code, for comparison of outputs: the names and shapes of its tensors, unused ones
-    included; its neuron; which stages pool; its attention scale.
+    The authors' code has three variants, in separate folders. They differ in the names and shapes of the tensors, some
+    of which are unused, in the stages that pool, and in the attention scale.
 
     Args:
-        folder: 'imagenet', 'cifar10' or 'cifar10dvs'.
+        folder: Variant: 'imagenet', 'cifar10' or 'cifar10dvs'.
     """
 
     def __init__(self, folder: str, width: int, depth: int, num_heads: int, in_chans: int, num_classes: int):
@@ -73,7 +76,7 @@ class AuthorsSpikformer(nn.Module):
 
         def linear(in_features: int, out_features: int, bias: bool = True, is_2d: bool = False) -> nn.Module:
             if is_linear:
-                return nn.Linear(in_features, out_features)  # q, k and v have a bias there, too
+                return nn.Linear(in_features, out_features)  # in this variant, q, k and v have a bias, too
             return (nn.Conv2d if is_2d else nn.Conv1d)(in_features, out_features, 1, bias=bias)
 
         self.patch_embed = nn.ModuleDict()
@@ -105,7 +108,7 @@ class AuthorsSpikformer(nn.Module):
 
     @staticmethod
     def neuron(x: Tensor, threshold: float = 1.) -> Tensor:
-        """Charge by half the difference from the input, fire at the threshold, reset to 0; over `[T, ...]`."""
+        """LIF neuron with tau = 2 and a hard reset to 0, over `[T, ...]`."""
         v, spikes = torch.zeros_like(x[0]), []
         for current in x:
             v = v + (current - v) / 2.
@@ -114,7 +117,7 @@ class AuthorsSpikformer(nn.Module):
         return torch.stack(spikes)
 
     def unit(self, layers: nn.ModuleDict, name: str, x: Tensor) -> Tensor:
-        """Linear layer, BN and neuron over tokens `[T, B, N, C]`."""
+        """Apply a linear layer, BN and the neuron to tokens `[T, B, N, C]`."""
         layer = layers[f'{name}_linear'] if f'{name}_linear' in layers else layers[f'{name}_conv']
         y = F.linear(x, layer.weight.flatten(1), layer.bias)
         return self.neuron(layers[f'{name}_bn'](y.flatten(0, 2)).view_as(y))
@@ -127,7 +130,7 @@ class AuthorsSpikformer(nn.Module):
         return self.unit(layers, 'proj', self.neuron(x, threshold=0.5))
 
     def forward(self, x: Tensor, time_steps: int = 4) -> Tensor:
-        """Images `[B, C, H, W]` or event frames `[B, T, C, H, W]` to logits `[B, num_classes]`."""
+        """Return the logits `[B, num_classes]` of images `[B, C, H, W]` or event frames `[B, T, C, H, W]`."""
         x = x.transpose(0, 1) if x.ndim == 5 else x.expand(time_steps, *x.shape)
         T = len(x)
         stem: Dict[str, nn.Module] = self.patch_embed

@@ -1,7 +1,7 @@
-"""A Hub on this machine for the tests, as far as huggingface_hub's real client asks for one, with faults on request.
+"""In-memory HTTP server with the parts of the Hub's API that huggingface_hub's client uses, with fault injection.
 
-Repositories of models with commits, branches and tags; regular and LFS uploads; downloads with ranges; users with
-tokens, of which some may only read. All of it is in memory.
+It supports model repositories with commits, branches and tags, regular and LFS uploads, range downloads, and users with
+read or write tokens.
 """
 import base64
 import hashlib
@@ -25,7 +25,7 @@ DATE = '2026-01-01T00:00:00.000Z'
 
 @dataclass
 class User:
-    """Owner of a token: may write to the namespaces named, his own among them."""
+    """Owner of a token, who may write to repositories in `namespaces`; empty for a read-only token."""
     name: str
     namespaces: List[str] = field(default_factory=list)
 
@@ -44,7 +44,7 @@ class File:
 
     @property
     def blob_id(self) -> str:
-        """git's id, of a pointer to what LFS stores."""
+        """Git blob id; for an LFS file, the id of its pointer file."""
         data = self.data
         if self.is_lfs:
             data = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(data)}\n'.encode()
@@ -65,7 +65,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool = False
-    commits: Dict[str, Commit] = field(default_factory=dict)  # in their order
+    commits: Dict[str, Commit] = field(default_factory=dict)  # in chronological order
     branches: Dict[str, str] = field(default_factory=dict)
     tags: Dict[str, str] = field(default_factory=dict)
 
@@ -83,10 +83,9 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong: `kind` is the status of an error, 'cut', 'truncate', 'corrupt' or 'slow'.
+    """Fault to inject: `kind` is an HTTP error status, 'cut', 'truncate', 'corrupt' or 'slow'.
 
-    It does so for the requests whose method and path the pattern matches, such as 'GET .*/model.safetensors', as many
-    times as are left.
+    It affects the next `times` requests whose method and path match `pattern`, such as 'GET .*/model.safetensors'.
     """
     pattern: str
     kind: str
@@ -108,7 +107,7 @@ def answer(data: object, **headers: str) -> Response:
 
 
 class LoopbackHub:
-    """`with LoopbackHub(users).serve() as url`, and then look into `repos`, `requests` and put into `faults`."""
+    """In-memory Hub. Start it by `with hub.serve() as url`; inspect `repos` and `requests`, and set `faults`."""
 
     def __init__(self, users: Dict[str, User]):
         self.users = users
@@ -193,12 +192,12 @@ class LoopbackHub:
         return spoil(response, fault) if fault in ('cut', 'truncate', 'corrupt') else response
 
     def set_faults(self, request: Request) -> Response:
-        """By a client, `[[pattern, kind, times], ...]`; what was uploaded and not committed is forgotten."""
+        """Set the faults, `[[pattern, kind, times], ...]`, and delete uploaded files that were not committed."""
         self.faults = [Fault(*values) for values in request.get_json(force=True)]
         self.lfs.clear()
         return answer({})
 
-    # -- who may do what
+    # -- permissions
 
     def user(self, request: Request) -> Optional[User]:
         token = request.headers.get('Authorization', '').removeprefix('Bearer ')
@@ -410,7 +409,7 @@ class LoopbackHub:
 
 
 def spoil(response: Response, fault: str) -> Response:
-    """The second half of an answer goes wrong."""
+    """Apply a fault to the second half of a response."""
     data = response.get_data()
     half = len(data) // 2
     if fault == 'truncate':

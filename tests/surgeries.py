@@ -1,7 +1,7 @@
 """Typical user modifications of a model: hooks, adapters, pruning, replaced norms and neurons, sharing, wrapping.
 
-Each is a function `(rng, model)` that changes a model in place, at a place drawn by `rng`; it may return a context
-manager to be entered around the calls.
+Each modification is a function `(rng, model)` that changes a model in place, at a random place drawn with `rng`. It may
+return a context manager, which must be active while the model is called.
 """
 import contextlib
 import functools
@@ -22,7 +22,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def places(model: nn.Module, *classes: Type[nn.Module]) -> List[Tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and module of everything of these classes within the encoder."""
+    """Return parent, name and module of all instances of the classes in the encoder."""
     return [
         (parent, name, m) for path, parent in model.named_modules() for name, m in parent.named_children()
         if isinstance(m, classes) and 'decoder' not in path and 'head' not in path
@@ -80,7 +80,7 @@ class ShiftedBN1d(nn.BatchNorm1d):
 
 
 class ScaledTensor(torch.Tensor):
-    """A tensor subclass whose values count 1.5 times."""
+    """A tensor subclass whose values are multiplied by 1.5 in each operation."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -228,7 +228,7 @@ def other_constants(rng, model):
 
 
 def learnable_constants(rng, model):
-    """As in PLIF, whose time constant is learned."""
+    """Make a constant of the neuron a parameter, as in PLIF, which learns its time constant."""
     m = draw(rng, model, LIF)[2]
     name = rng.choice(('tau', 'v_threshold', 'alpha'))
     value = getattr(m, name)
@@ -350,7 +350,7 @@ def function_mode(rng, model):
 
 
 class _Halved(torch.overrides.TorchFunctionMode):
-    """Scales the output of each normalization."""
+    """Function mode that scales the output of each normalization."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Logits after each time step, membranes carried from call to call, and stopping when the prediction is confident."""
+"""Logits after each time step, membranes carried across calls, and anytime inference."""
 import threading
 
 import pytest
@@ -54,7 +54,7 @@ def test_transformers(model, images):
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @torch.no_grad()
-def test_carried_membranes_give_the_spikes_of_the_whole_sequence(model, sequences, memory_format, kernels):
+def test_carried_membranes_give_same_spikes_as_whole_sequence(model, sequences, memory_format, kernels):
     model = model.to(memory_format=memory_format)
     neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
     whole, parts = {}, {name: [] for name in neurons}
@@ -97,7 +97,7 @@ def test_keep_selects_membranes_of_samples(model, sequences):
 
 
 @torch.no_grad()
-def test_anytime(model, images, sequences, kernels):
+def test_predict_anytime(model, images, sequences, kernels):
     for x in (images, sequences):
         steps = model.forward_steps(x)
         confidence = steps.softmax(-1).amax(-1)  # [T, B]
@@ -147,7 +147,7 @@ def test_half_precision(images):
         assert torch.equal(predict_anytime(model, x, 1.).logits, model(x))
 
 
-# -- state belongs to the call
+# -- no state in the model
 
 @torch.no_grad()
 def test_concurrent_use_by_other_threads(model, images):
@@ -172,7 +172,7 @@ def test_concurrent_use_by_other_threads(model, images):
 
 
 @torch.no_grad()
-def test_a_shared_block_has_a_membrane_for_each_call(model, images, kernels):
+def test_shared_block_has_separate_membranes_per_call(model, images, kernels):
     model.blocks.append(model.blocks[0])
     assert torch.equal(predict_anytime(model, images, 1.).logits, model(images))
 
@@ -188,7 +188,7 @@ class Normalize(nn.Module):
     lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)) and m,
     lambda m: m.stem.register_forward_pre_hook(lambda m, args: (args[0] * 0.5, *args[1:])) and m,
     lambda m: m.head.register_forward_hook(lambda m, args, out: out + 1) and m,
-], ids=['normalization', 'head of its own', 'pre-hook', 'hook of the stem', 'hook of the head'])
+], ids=['normalization', 'additional head', 'pre-hook', 'hook of the stem', 'hook of the head'])
 @torch.no_grad()
 def test_layers_and_hooks_around_encoder_are_called(model, images, sequences, wrap):
     bare = [model(x) for x in (images, sequences)]
@@ -226,7 +226,7 @@ def test_unsupported_module_is_named_in_error(model, images, change, message):
         predict_anytime(model, images)
 
 
-def test_data_parallel_is_refused(model, images):
+def test_data_parallel_is_rejected(model, images):
     with pytest.raises(ValueError, match='DataParallel.*other threads'):
         predict_anytime(nn.DataParallel(model).eval(), images)
 
@@ -255,19 +255,19 @@ class LastStep(Encode):
 
 @pytest.mark.parametrize('wrap, message', [
     (Encode, 'changes the number of time steps of its input, from an image to 4'),
-    (LastStep, 'forward_steps cannot be called step by step'),
+    (LastStep, 'forward_steps cannot be called within CarriedMembranes'),
 ])
-def test_wrappers_with_time_steps_of_their_own_are_refused(model, images, wrap, message):
+def test_wrappers_that_change_time_steps_are_rejected(model, images, wrap, message):
     with pytest.raises(ValueError, match=message):
         predict_anytime(wrap(model).eval(), images)
 
 
-def test_statistics_of_the_batch_are_refused(model, images):
+def test_bn_without_running_statistics_is_rejected(model, images):
     model.blocks[0].mlp.fc1.bn = nn.BatchNorm1d(256, track_running_stats=False)
     with pytest.raises(ValueError, match=r'blocks\.0\.mlp\.fc1\.bn.*statistics of the batch'):
         predict_anytime(model.eval(), images)
 
 
-def test_membranes_of_a_part_are_not_recorded(model, images):
+def test_record_membranes_rejects_carried_membranes(model, images):
     with record_membranes(model), pytest.raises(ValueError, match='does not support CarriedMembranes'):
         predict_anytime(model, images)

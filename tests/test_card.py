@@ -1,4 +1,4 @@
-"""Results that a card may state: only those of this checkpoint, and only accuracies."""
+"""Results on model cards: only accuracies of the published checkpoint are accepted."""
 import pytest
 import timm
 import torch
@@ -32,7 +32,7 @@ def small():
     ('a.csv', 'model,top1,top5\nvit_base_patch16_224,84.5,97\ntest_spikformer_v2,81.25,95.5\n'),
 ])
 def test_results_of_validate_py(name, text, small, tmp_path):
-    """The row of this checkpoint is taken, by its file or its model."""
+    """The row of the checkpoint is found by its file or by its model."""
     checkpoint = from_model(small)
     checkpoint.source = tmp_path / 'model_best.pth.tar'
     (tmp_path / name).write_text(text.replace('SOURCE', str(checkpoint.source)).replace('LONG', 'a' * 5000))
@@ -43,16 +43,16 @@ def test_results_of_validate_py(name, text, small, tmp_path):
 @pytest.mark.parametrize('name, text, message', [
     ('a.json', '{"model": "test_spikformer_v2"}', 'has no top1'),
     ('a.json', '{', 'cannot be read'),
-    ('a.json', '[]', 'has no rows, or one that does not say of which model'),
-    ('a.json', '3', 'has no rows, or one that does not say of which model'),
-    ('a.json', '[{"top1": 81.25}]', 'does not say of which model it is'),
+    ('a.json', '[]', 'has no rows, or a row without a model name'),
+    ('a.json', '3', 'has no rows, or a row without a model name'),
+    ('a.json', '[{"top1": 81.25}]', 'a row without a model name'),
     ('a.csv', '', 'has no rows'),
     ('a.csv', 'a', 'has no rows'),
-    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row of this checkpoint, a test_spikformer'),
-    ('a.json', '[{"model": "test_spikformer_v2_large", "top1": 84.5}]', 'has no row of this checkpoint'),
-    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 8}]', 'has no row of this'),
+    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row for this checkpoint, a test_spik'),
+    ('a.json', '[{"model": "test_spikformer_v2_large", "top1": 84.5}]', 'has no row for this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 8}]', 'has no row for this'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": 8}, {"model": "test_spikformer_v2", "top1": 9}]',
-     'has more than one row of this checkpoint'),
+     'has more than one row for this checkpoint'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": NaN}]', 'has top1=nan, expected an accuracy from 0 to 100'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": Infinity}]', 'expected an accuracy from 0 to 100'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": -1}]', 'expected an accuracy from 0 to 100'),
@@ -64,25 +64,25 @@ def test_results_of_validate_py(name, text, small, tmp_path):
     ('a.json', '[{"model": "test_spikformer_v2", "top1": true}]', 'has top1=True, expected an accuracy'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": [81]}]', r'has top1=\[81\], expected an accuracy'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": 1' + 400 * '0' + '}]', 'has top1=1000.*0, expected an acc'),
-    ('a.json', '[{"model": "test_spikformer_v2", "error": "no memory", "top1": 0}]', 'not be measured: no memory'),
-    ('a.json', '[{"model": "hf-hub:me/test_spikformer_v2", "top1": 81}]', 'has no row of this checkpoint'),
-    ('a.json', '[{"model": "me/test_spikformer_v2", "top1": 81}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "test_spikformer_v2", "error": "no memory", "top1": 0}]', 'reports an error .*: no memory'),
+    ('a.json', '[{"model": "hf-hub:me/test_spikformer_v2", "top1": 81}]', 'has no row for this checkpoint'),
+    ('a.json', '[{"model": "me/test_spikformer_v2", "top1": 81}]', 'has no row for this checkpoint'),
     ('a.json', '[{"model": "test_spikformer_v2.other", "top1": 81}]', 'no row .*, a test_spikformer_v2.untrained; its'),
-    ('a.json', '[{"model": "local-dir:\\u0000", "top1": 81}]', 'has no row of this checkpoint'),
+    ('a.json', '[{"model": "local-dir:\\u0000", "top1": 81}]', 'has no row for this checkpoint'),
     ('a.csv', 'model,top1\ntest_spikformer_v2,\n', 'has no top1'),
     ('a.csv', 'model,top1\ntest_spikformer_v2,nan\n', 'expected an accuracy from 0 to 100'),
 ])
-def test_results_of_something_else(name, text, message, small, tmp_path):
+def test_bad_results(name, text, message, small, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_results(tmp_path / name, DATASET, from_model(small))
 
 
-def test_a_tag_is_of_the_weights_that_have_it(small, tmp_path):
-    """The weights of a file are not those that timm has under the tag of the model's default configuration."""
+def test_results_with_tag_require_same_tag(small, tmp_path):
+    """Weights from a file do not have the tag of the model's default configuration, unless it is given."""
     torch.save(small.state_dict(), tmp_path / 'a.pth')
     (tmp_path / 'r.json').write_text('{"model": "test_spikformer_v2.untrained", "top1": 81}')
-    with pytest.raises(ValueError, match='has no row of this checkpoint'):
+    with pytest.raises(ValueError, match='has no row for this checkpoint'):
         read_results(tmp_path / 'r.json', DATASET, read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2'))
     named = read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2.untrained')
     assert [r.value for r in read_results(tmp_path / 'r.json', DATASET, named)] == [81.]

@@ -1,4 +1,4 @@
-"""Checkpoints of other code: equal outputs, or a refusal in one line."""
+"""Checkpoints of other code: equal outputs, or an error of one line."""
 import pytest
 import timm
 import torch
@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.checkpoints import checkpoint_filter_fn
 
-FOLDERS = {  # arguments of ours, and the shape of an input
+FOLDERS = {  # arguments of the package's model, and the shape of an input
     'imagenet': (dict(), (3, 64, 64)),
     'cifar10': (dict(patch_size=4), (3, 16, 16)),
     'cifar10dvs': (dict(attn_scale=0.25, in_chans=2), (4, 2, 64, 64)),
@@ -22,7 +22,7 @@ def seed():
 
 
 def authors_model(folder, x, **kwargs):
-    """A model of the authors' with BN statistics of `x`, in eval mode and float64."""
+    """Return the authors' model with BN statistics of `x`, in eval mode and float64."""
     kwargs = {**dict(width=64, depth=2, num_heads=4, in_chans=x.shape[-3], num_classes=10), **kwargs}
     model = AuthorsSpikformer(folder, **kwargs).double()
     update_bn([x], model)
@@ -30,7 +30,7 @@ def authors_model(folder, x, **kwargs):
 
 
 def inputs(folder, images):
-    """Images, or event frames: by how much real images change from one to the next, up and down in two channels."""
+    """Return images, or event frames: positive and negative differences of consecutive images in two channels."""
     shape = FOLDERS[folder][1]
     x = torch.nn.functional.interpolate(images.double(), shape[-2:])
     if len(shape) == 3:
@@ -45,7 +45,7 @@ def create(folder='imagenet', **kwargs):
 
 
 @pytest.mark.parametrize('folder', FOLDERS)
-def test_equal_outputs_to_the_authors_code(folder, images, tmp_path):
+def test_outputs_match_authors_code(folder, images, tmp_path):
     x = inputs(folder, images)
     theirs = authors_model(folder, x)
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
@@ -57,7 +57,7 @@ def test_equal_outputs_to_the_authors_code(folder, images, tmp_path):
         torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-12)
 
 
-def test_the_registered_model_of_cifar10_dvs(images, tmp_path):
+def test_registered_cifar10_dvs_model(images, tmp_path):
     x = torch.nn.functional.interpolate(inputs('cifar10dvs', images).flatten(0, 1), (128, 128)).unflatten(0, (4, 4))
     theirs = authors_model('cifar10dvs', x, width=256, num_heads=16)
     torch.save({'model': theirs.state_dict(), 'epoch': 95}, tmp_path / 'theirs.pth')
@@ -73,8 +73,8 @@ def test_the_registered_model_of_cifar10_dvs(images, tmp_path):
 
 @pytest.mark.parametrize('folder, scale', [('cifar10dvs', 0.125), ('imagenet', 0.25), ('cifar10', 0.25)])
 @pytest.mark.parametrize('is_stripped', [False, True])
-def test_another_attention_scale_is_refused(folder, scale, is_stripped, images):
-    """Also where the unused tensors, which tell the folders apart at first sight, have been removed."""
+def test_mismatched_attention_scale_raises(folder, scale, is_stripped, images):
+    """The origin is also recognized if the unused tensors have been removed."""
     x = inputs(folder, images)
     state_dict = authors_model(folder, x).state_dict()
     if is_stripped:
@@ -86,17 +86,17 @@ def test_another_attention_scale_is_refused(folder, scale, is_stripped, images):
     assert '\n' not in str(error.value)
     other = create(folder, attn_scale=right)
     other.load_state_dict(state_dict)
-    create(folder, attn_scale=scale).load_state_dict(other.state_dict())  # as the message says
+    create(folder, attn_scale=scale).load_state_dict(other.state_dict())  # as the message suggests
 
 
 @pytest.mark.parametrize('folder, kwargs', [('cifar10', dict(patch_size=16)), ('imagenet', dict(patch_size=4))])
-def test_other_strides_are_warned_of(folder, kwargs, images):
+def test_mismatched_strides_warn(folder, kwargs, images):
     state_dict = authors_model(folder, inputs(folder, images)).state_dict()
     with pytest.warns(UserWarning, match='stem_strides='):
         create(folder, **kwargs).load_state_dict(state_dict)
 
 
-def test_a_checkpoint_of_spikingjelly_has_a_scale_too(images):
+def test_mismatched_attention_scale_of_spikingjelly_raises(images):
     theirs, _ = spikingjelly_model(images[:, :, ::2, ::2], embed_dims=64, num_heads=2, depths=2)
     with pytest.raises(ValueError, match="spikingjelly's Spikformer with attn_scale=0.125; the model has .*0.25"):
         create(patch_size=4, attn_scale=0.25).load_state_dict(theirs.state_dict())
@@ -125,11 +125,11 @@ def test_any_prefix(prefix, kind, images, tmp_path):
     loaded = create(folder, **kwargs, checkpoint_path=tmp_path / 'last.ckpt').state_dict()
     assert len(loaded) >= 30
     for key, value in loaded.items():
-        if kind != 'autoencoder' or not key.startswith('head.'):  # of which it has none
+        if kind != 'autoencoder' or not key.startswith('head.'):  # an autoencoder has no classifier
             torch.testing.assert_close(value, expected[key].to(value.dtype), msg=key)
 
 
-# --- refusals
+# --- errors
 
 
 def drop(state_dict, *names):
@@ -141,7 +141,7 @@ OTHERS = {
         dict(), lambda: {
             f'{p}{n}.{w}': torch.ones(8) for p in ('patch_embed1.proj_', 'stage1.0.tssa.q_', 'stage1.0.mlp.mlp1_')
             for n in ('conv', 'bn') for w in ('weight', 'bias')} | {'head.weight': torch.ones(10, 64)},
-        'The checkpoint has no stem of a Spikformer'),
+        'The checkpoint has no Spikformer stem'),
     'V1 into V2': (
         dict(stem='scs'), lambda: AuthorsSpikformer('imagenet', 64, 2, 2, 3, 10).state_dict(),
         "The checkpoint has stem='sps' and depth=2, the model has stem='scs' and depth=2"),
@@ -151,29 +151,29 @@ OTHERS = {
     'V2 into V1': (
         dict(), lambda: create(stem='scs').state_dict(), "The checkpoint has stem='scs' and depth=2, .*stem='sps'"),
     'deeper': (
-        dict(), lambda: create(depth=3).state_dict(), "27 are left over.*stem='sps' and depth=3, .* depth=2"),
-    'flatter': (
+        dict(), lambda: create(depth=3).state_dict(), "27 are unexpected.*stem='sps' and depth=3, .* depth=2"),
+    'shallower': (
         dict(), lambda: AuthorsSpikformer('imagenet', 64, 1, 2, 3, 10).state_dict(),
-        "27 of its tensors are missing.*stem='sps' and depth=1, .* depth=2"),
+        "27 tensors are missing.*stem='sps' and depth=1, .* depth=2"),
     'wider': (
         dict(), lambda: AuthorsSpikformer('imagenet', 128, 2, 2, 3, 10).state_dict(),
         r'is \(32, 16, 3, 3\) in the checkpoint and \(16, 8, 3, 3\) in the model \(embed_dim=64\)'),
-    'another ratio': (dict(), lambda: create(mlp_ratio=2).state_dict(), 'blocks.0.mlp.fc1.*mlp_ratio'),
-    'one tensor': (
+    'other mlp_ratio': (dict(), lambda: create(mlp_ratio=2).state_dict(), 'blocks.0.mlp.fc1.*mlp_ratio'),
+    'one tensor missing': (
         dict(), lambda: drop(create().state_dict(), 'blocks.1.mlp.fc2.bn.bias'),
-        "1 of its tensors are missing and 0 are left over, such as 'blocks.1.mlp.fc2.bn.bias'. .*incomplete"),
-    'no k': (
+        "1 tensors are missing and 0 are unexpected, such as 'blocks.1.mlp.fc2.bn.bias'. .*incomplete"),
+    'k missing': (
         dict(), lambda: drop(AuthorsSpikformer('imagenet', 64, 2, 2, 3, 10).state_dict(), 'block.0.attn.k_conv.weight'),
-        "1 of its tensors are missing and 2 are left over, such as 'blocks.0.attn.qkv.linear.weight'"),
+        "1 tensors are missing and 2 are unexpected, such as 'blocks.0.attn.qkv.linear.weight'"),
     'ViT': (
         dict(), lambda: timm.create_model('test_vit').state_dict(),
-        'The checkpoint has no stem of a Spikformer'),
-    'nothing': (dict(), dict, 'no stem of a Spikformer \\(0 tensors\\)'),
+        'The checkpoint has no Spikformer stem'),
+    'empty': (dict(), dict, 'no Spikformer stem \\(0 tensors\\)'),
 }
 
 
 @pytest.mark.parametrize('name', OTHERS)
-def test_another_architecture_is_refused_in_one_line(name, tmp_path):
+def test_architecture_mismatch_raises_error_of_one_line(name, tmp_path):
     kwargs, make, message = OTHERS[name]
     torch.save(make(), tmp_path / 'a.pth')
     overlay = dict(file=str(tmp_path / 'a.pth'), num_classes=10, first_conv=None)
@@ -187,7 +187,7 @@ def test_another_architecture_is_refused_in_one_line(name, tmp_path):
         assert '\n' not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_a_refused_checkpoint_changes_nothing():
+def test_rejected_checkpoint_does_not_change_model():
     model = create()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(RuntimeError):
@@ -195,7 +195,7 @@ def test_a_refused_checkpoint_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_a_checkpoint_loads_in_part_if_asked_to():
+def test_non_strict_loading():
     deeper, model = create(depth=3), create()
     result = model.load_state_dict(deeper.state_dict(), strict=False)
     assert len(result.unexpected_keys) == 27 and not result.missing_keys

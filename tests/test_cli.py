@@ -1,4 +1,4 @@
-"""The console script: what it imports, what it says of errors, and terminals of every kind."""
+"""Console script: imports at startup, error messages, terminals, and printing of recipes and configurations."""
 import os
 import resource
 import signal
@@ -18,7 +18,7 @@ from timm_spikformer_cli import COMMANDS, create_parser
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ('torch', 'timm', 'numpy', 'transformers', 'huggingface_hub', 'datasets', 'matplotlib', 'rich', 'yaml')
-# Optional for the models alone; the finders of modules act as if they were not installed
+# Code that hides the packages named in sys.argv[1] from imports
 BLOCK = """
     import sys
     from importlib.machinery import PathFinder
@@ -38,14 +38,14 @@ def run(*args, check=True, code=None, **kwargs):
         **{'text': True, **kwargs})
 
 
-# -- start
+# -- startup
 
 ANSWERED = [
     ['--version'], ['--help'], *([name, '--help'] for name in COMMANDS), ['recipe'], ['config', 'spikformer_8_384']]
 
 
 @pytest.mark.parametrize('args', ANSWERED, ids=' '.join)
-def test_questions_are_answered_without_torch(args):
+def test_help_version_and_config_import_no_heavy_packages(args):
     out = run(*args, code=f"""
         import sys, timm_spikformer_cli
         try:
@@ -57,7 +57,7 @@ def test_questions_are_answered_without_torch(args):
 
 
 @pytest.mark.parametrize('args', [['--version'], ['profile', '--help']], ids=' '.join)
-def test_questions_take_less_than_a_third_of_a_second(args):
+def test_help_and_version_take_less_than_300_ms(args):
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -67,8 +67,8 @@ def test_questions_take_less_than_a_third_of_a_second(args):
     assert sorted(seconds)[2] < 0.3, seconds
 
 
-def test_the_models_alone_need_none_of_the_optional_packages():
-    """Create, train, export, and load what is shipped."""
+def test_models_work_without_optional_packages():
+    """Create, train and export a model, and load the included weights."""
     out = run(OPTIONAL, code=BLOCK + """
     import io, timm, torch, timm_spikformer
     model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
@@ -97,10 +97,10 @@ def test_the_models_alone_need_none_of_the_optional_packages():
     for (name, module), line in zip((
             ('SpikformerConfig', 'transformers'), ('SpikformerTrainer', 'transformers'),
             ('profiling.render', 'matplotlib'), ('profiling.profile', 'spikingjelly')), out[1:], strict=True):
-        assert line.startswith(f'timm_spikformer.{name}: {module} is required here and is not installed. Run: pip')
+        assert line.startswith(f'timm_spikformer.{name}: {module} is required here but is not installed. Run: pip')
 
 
-def test_converting_needs_nothing_of_cards_and_profiles(tmp_path):
+def test_convert_works_without_packages_for_cards_and_profiles(tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
     run('spikingjelly,datasets,matplotlib,rich,jinja2,accelerate', 'convert', tmp_path / 'a.pth', '--model',
@@ -115,19 +115,19 @@ def test_converting_needs_nothing_of_cards_and_profiles(tmp_path):
     ('transformers', ['convert', 'FILE', '--model', 'test_spikformer_v2', '--output', 'out']),
     ('jinja2', ['publish', 'FILE', '--repo', 'a/b', '--license', 'mit', '--dry-run', '--output', 'out']),
 ])
-def test_what_is_not_installed_is_named(blocked, args, tmp_path):
+def test_error_names_missing_package(blocked, args, tmp_path):
     (tmp_path / 'FILE').write_bytes(b'x')
     result = run(blocked, *args, cwd=tmp_path, check=False, env=dict(PYTHONPATH=str(ROOT)), code=BLOCK + """
     import timm_spikformer_cli
     timm_spikformer_cli.main(sys.argv[2:])""")
     assert result.returncode == 1 and 'Traceback' not in result.stderr
-    assert f'error: {blocked} is required here and is not installed. Run: pip install "{blocked}' in result.stderr
+    assert f'error: {blocked} is required here but is not installed. Run: pip install "{blocked}' in result.stderr
     assert os.listdir(tmp_path) == ['FILE']
 
 
 # -- errors
 
-def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
+def test_user_errors_are_explained_and_bugs_are_raised(monkeypatch):
     from timm_spikformer.publishing import command
 
     def explain_raised(error):
@@ -158,25 +158,25 @@ def test_errors_of_users_and_bugs_are_told_apart(monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f'^error: {text}'):
             explain_raised(error)
-    for bug in (ValueError('of somebody else'), TypeError('x'), KeyError('x'), AssertionError(), RuntimeError('x'),
+    for bug in (ValueError('other package'), TypeError('x'), KeyError('x'), AssertionError(), RuntimeError('x'),
                 ZeroDivisionError()):
         with pytest.raises(type(bug)):
             explain_raised(bug)
 
 
 @pytest.mark.parametrize('command', [['profile', 'hf-hub:foo/bar'], ['profile', 'hf-hub:foo/bar@v1', '--images', '1']])
-def test_a_repository_that_is_not_cached_while_offline(command, tmp_path):
+def test_uncached_repository_while_offline(command, tmp_path):
     done = run(*command, cwd=tmp_path, env=dict(HF_HOME=str(tmp_path), PYTHONPATH=str(ROOT)), check=False)
     assert done.returncode == 1 and done.stderr == (
         f'error: config.json of {command[1].removeprefix("hf-hub:")} is not in the cache, and HF_HUB_OFFLINE is set. '
-        f'Unset it, and try again. Give weights with --checkpoint, or take random ones with --calibrate.\n')
+        f'Unset it, and try again. Specify weights with --checkpoint, or use random weights with --calibrate.\n')
 
 
-def test_value_errors_of_the_package_are_told_from_those_it_runs_into():
+def test_only_value_errors_raised_by_package_are_explained():
     from timm_spikformer.publishing.command import parse_kwargs
 
     def check_repository_parts(name):
-        a, b = name.split('/')  # a ValueError of the interpreter, in a function that is taken for the package's
+        a, b = name.split('/')  # the interpreter raises a ValueError, in a function attributed to the package below
 
     check_repository_parts.__code__ = check_repository_parts.__code__.replace(co_filename=errors.__file__)
     with pytest.raises(ValueError) as info:
@@ -190,16 +190,16 @@ def test_value_errors_of_the_package_are_told_from_those_it_runs_into():
     assert errors.explain(info.value) is None
 
 
-def test_requirements_are_declared_ones():
-    # The order of the bounds is the build back end's.
+def test_requirement_returns_declared_bounds():
+    # The order of the bounds depends on the build back end.
     assert sorted(errors.requirement('transformers').removeprefix('transformers').split(',')) == ['<6', '>=5.18']
     assert errors.requirement('yaml') == 'pyyaml' and errors.requirement('nothing') == 'nothing'
-    assert errors.requirement('torch').startswith('torch>=')  # and not torchvision
+    assert errors.requirement('torch').startswith('torch>=')  # not torchvision
 
 
 # -- terminals
 
-def test_ascii_terminals_and_file_names_of_any_bytes(tmp_path):
+def test_ascii_terminals_and_non_utf8_file_names(tmp_path):
     env = dict(PYTHONIOENCODING='ascii', LC_ALL='C')
     name = os.fsdecode(b'caf\xe9-\xc2\xb5.yaml')
     result = run('recipe', 'cifar10', '--output', tmp_path / name, env=env, text=False)
@@ -220,17 +220,17 @@ def test_narrow_and_wide_terminals(columns):
 
 
 @pytest.mark.parametrize('args', [['recipe', 'cifar10'], ['publish', '--help']], ids=' '.join)
-def test_a_closed_pipe(args):
+def test_closed_pipe(args):
     process = subprocess.Popen(
         [sys.executable, '-m', 'timm_spikformer_cli', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert process.stderr.read() == b'' and process.wait(60) in (0, 1)  # argparse itself does not mind
+    assert process.stderr.read() == b'' and process.wait(60) in (0, 1)  # argparse ignores closed pipes
 
 
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='requires /dev/full')
 @pytest.mark.parametrize('buffered', [True, False])
 @pytest.mark.parametrize('args', [['--version'], ['profile', '--help'], ['recipe', 'cifar10']], ids=' '.join)
-def test_output_to_a_full_disk(args, buffered):
+def test_stdout_on_full_disk(args, buffered):
     env = dict(os.environ, PYTHONUNBUFFERED='' if buffered else '1')
     with open('/dev/full', 'w') as full:
         done = subprocess.run(
@@ -242,7 +242,7 @@ def test_output_to_a_full_disk(args, buffered):
 
 @pytest.mark.parametrize('command', ['profile', 'demo'])
 @pytest.mark.parametrize('device', ['meta', 'lazy', 'cuda:99', 'abacus', 'cpu:x'])
-def test_devices_that_run_no_model(command, device, tmp_path):
+def test_unusable_devices(command, device, tmp_path):
     model = {'profile': ['spikformer_v2_2_64_patch4_32'], 'demo': ['--stages', 'train']}[command]
     with pytest.raises(SystemExit, match=f'^error: --device {device} cannot be used: '):
         cli.main([command, *model, '--device', device, '--output', str(tmp_path / 'out')])
@@ -250,8 +250,8 @@ def test_devices_that_run_no_model(command, device, tmp_path):
 
 
 @pytest.mark.parametrize('number, message', [(signal.SIGINT, 'Interrupted. No partial output'), (signal.SIGTERM, '')])
-def test_a_signal_leaves_nothing(number, message, tmp_path):
-    """While the folder is being written. A shell's background ignores SIGINT, so the child sets what it needs."""
+def test_signal_leaves_no_output(number, message, tmp_path):
+    """Send the signal while the folder is written. Background jobs of a shell ignore SIGINT, so the child resets it."""
     torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
     code = """
         import signal, sys, time
@@ -276,8 +276,8 @@ def test_a_signal_leaves_nothing(number, message, tmp_path):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
-def test_a_full_disk(tmp_path):
-    """A limit on the size of files stands for the disk; safetensors raises an error of its own."""
+def test_full_disk(tmp_path):
+    """A limit on the file size simulates a full disk; safetensors raises its own error type."""
     torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
     result = run('convert', tmp_path / 'a.pth', '--model', 'test_spikformer_v2', '--output', tmp_path / 'out', code="""
         import signal, sys
@@ -290,7 +290,7 @@ def test_a_full_disk(tmp_path):
     assert 'Traceback' not in result.stderr and os.listdir(tmp_path) == ['a.pth']
 
 
-def test_ctrl_c_before_the_arguments_are_parsed(monkeypatch):
+def test_ctrl_c_before_arguments_are_parsed(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -299,7 +299,7 @@ def test_ctrl_c_before_the_arguments_are_parsed(monkeypatch):
         cli.main(['demo'])
 
 
-def test_handlers_of_signals_are_put_back(capsys):
+def test_signal_handlers_are_restored(capsys):
     cli.main(['recipe'])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -321,9 +321,9 @@ def test_recipes_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == 'Written to my recipe.yaml\n'
     assert Path('my recipe.yaml').read_text() == (ROOT / 'recipes' / 'cifar10.yaml').read_text()
     for args, message in (
-            (['nothing'], "There is no recipe 'nothing'. Expected one of "), (['--output', 'x'], 'needs the NAME'),
-            (['cifar10', '--output', 'my recipe.yaml'], 'is there already'),
-            (['cifar10', '--output', str(tmp_path)], 'is a folder. Name a file'),
+            (['nothing'], "There is no recipe 'nothing'. Expected one of "), (['--output', 'x'], 'requires the NAME'),
+            (['cifar10', '--output', 'my recipe.yaml'], 'already exists'),
+            (['cifar10', '--output', str(tmp_path)], 'is a folder, expected a file'),
             (['cifar10', '--output', 'a/b'], 'cannot be written: .* is not a folder'),
             (['../README'], 'There is no recipe')):
         with pytest.raises(SystemExit, match=f'error: .*{message}'):
@@ -342,11 +342,11 @@ def test_configurations_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert {p.name: p.read_text() for p in folder.iterdir()} == {
         p.name: p.read_text() for p in Path('out').iterdir() if not p.name.startswith('.')}
     cli.main(['config', 'spikformer_v2_8_512', '--output', 'out'])
-    with pytest.raises(SystemExit, match='which `timm-spikformer config spikformer_v2_8_512` wrote. Name another'):
+    with pytest.raises(SystemExit, match='which `timm-spikformer config spikformer_v2_8_512` wrote. Choose an'):
         cli.main(['config', 'spikformer_8_384', '--output', 'out'])
     cli.main(['config', 'pretrain_imagenet', '--output', 'args.json'])
     assert Path('args.json').read_text() == (ROOT / 'hf_configs' / 'args' / 'pretrain_imagenet.json').read_text()
 
 
-def test_every_command_is_there():
+def test_parser_has_all_commands():
     assert list(create_parser()._subparsers._group_actions[0].choices) == list(COMMANDS)

@@ -1,4 +1,4 @@
-"""The configuration holds every argument of the timm model: nothing is lost on a way between the two libraries."""
+"""Conversion between the arguments of the timm model and the transformers configuration; no argument is lost."""
 import inspect
 import json
 
@@ -19,7 +19,7 @@ from timm_spikformer import (
     SpikformerModel,
 )
 
-# a value of each argument that no registered model has, and what else it needs
+# values of each argument that no registered model has; ALSO: other arguments that such a value requires
 VALUES = {
     'img_size': [(48, 32), 48],
     'patch_size': [8],
@@ -48,7 +48,7 @@ def arguments():
 
 
 def is_equal(a, b):
-    """Equal as arguments: one number stands for both sides of a square, a list for a tuple."""
+    """Return whether two arguments are equal; a number n equals (n, n), and a list equals a tuple."""
     a, b = np.broadcast_arrays(a, b)
     return bool((a == b).all())
 
@@ -64,7 +64,7 @@ def test_every_argument_has_a_case():
 
 
 def make(arg, value, images):
-    """A calibrated timm model with one argument that is not the default, and what to give it."""
+    """Return a calibrated timm model with one non-default argument, and an input for it."""
     torch.manual_seed(0)
     kwargs = {**dict(num_classes=5, time_steps=2, patch_size=4), **ALSO.get(arg, {}), arg: value}
     if value == '':
@@ -72,13 +72,13 @@ def make(arg, value, images):
     model = timm.create_model('test_spikformer_v2', **kwargs)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            nn.init.constant_(m.bias, 1.)  # so that few tokens make attention fire
+            nn.init.constant_(m.bias, 1.)  # so that attention with few tokens fires
     x = images[:4, :kwargs.get('in_chans', 3), ::4, ::4]
     return calibrate(model, x), x
 
 
 def assert_same(model, other, x, arg, value):
-    """Weights, outputs and arguments."""
+    """Check that two models have the same weights, outputs and arguments."""
     assert model.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
     with torch.no_grad():
@@ -96,8 +96,8 @@ def hf_class(model):
 
 
 @pytest.mark.parametrize('arg, value', CASES, ids=lambda v: repr(v) if not isinstance(v, str) else v)
-def test_round_trip_by_from_timm(arg, value, images, tmp_path):
-    """timm, `from_timm`, `save_pretrained`, and both libraries' ways to load that."""
+def test_round_trip_with_from_timm(arg, value, images, tmp_path):
+    """Convert a timm model with `from_timm`, save it with `save_pretrained`, and load it in both libraries."""
     model, x = make(arg, value, images)
     cls = hf_class(model)
     hf = cls(SpikformerConfig.from_timm(model)).eval()
@@ -109,10 +109,10 @@ def test_round_trip_by_from_timm(arg, value, images, tmp_path):
 
 
 @pytest.mark.parametrize('arg, value', CASES, ids=lambda v: repr(v) if not isinstance(v, str) else v)
-def test_round_trip_by_a_folder_of_timm(arg, value, images, tmp_path):
-    """timm, `save_for_hf`, `from_pretrained`, `save_for_hf` again, timm."""
+def test_round_trip_with_folder_of_timm(arg, value, images, tmp_path):
+    """Save with `save_for_hf`, load with `from_pretrained`, save with `save_for_hf` again, and load in timm."""
     if isinstance(value, np.int64):
-        pytest.skip('timm cannot write it')
+        pytest.skip('timm cannot serialize numpy integers')
     model, x = make(arg, value, images)
     model_args = {arg: value} if arg.endswith('drop_rate') or arg.endswith('path_rate') else None
     save_for_hf(model, str(tmp_path / 'a'), safe_serialization=True, model_args=model_args)
@@ -122,7 +122,7 @@ def test_round_trip_by_a_folder_of_timm(arg, value, images, tmp_path):
     assert_same(model, timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True).eval(), x, arg, value)
 
 
-def test_a_model_without_timms_factory(images, tmp_path):
+def test_model_not_created_by_create_model(images, tmp_path):
     model = calibrate(Spikformer(img_size=32, embed_dim=64, depth=1, num_heads=2, num_classes=3), images)
     hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model)).eval()
     hf.timm_model.load_state_dict(model.state_dict())
@@ -140,7 +140,7 @@ def test_a_model_without_timms_factory(images, tmp_path):
     (lambda m: m.reset_classifier(7), 'num_labels', 7),
     (lambda m: m.reset_classifier(7, 'catavgmax'), 'global_pool', 'catavgmax'),
 ])
-def test_changes_by_methods_of_the_timm_model_are_saved(change, field, expected, images, tmp_path):
+def test_changes_by_methods_of_timm_model_are_saved(change, field, expected, images, tmp_path):
     model, x = make('num_classes', 5, images)
     hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model)).eval()
     hf.timm_model.load_state_dict(model.state_dict())
@@ -153,7 +153,7 @@ def test_changes_by_methods_of_the_timm_model_are_saved(change, field, expected,
 
 
 @pytest.mark.parametrize('cls', [SpikformerModel, SpikformerForMaskedImageModeling])
-def test_a_model_without_a_classifier_keeps_the_labels_of_its_configuration(cls, tmp_path):
+def test_model_without_classifier_keeps_labels_of_config(cls, tmp_path):
     config = SpikformerConfig.from_timm(
         'test_spikformer_v2', num_labels=5, global_pool='max', decoder_hidden_size=32, decoder_num_hidden_layers=1)
     model = cls(config)
@@ -165,7 +165,7 @@ def test_a_model_without_a_classifier_keeps_the_labels_of_its_configuration(cls,
 
 
 @pytest.mark.parametrize('save_by', ['timm', 'from_timm'])
-def test_names_of_the_classes(save_by, tmp_path):
+def test_class_names(save_by, tmp_path):
     model = timm.create_model('spikformer_v2_2_64_patch4_32', pretrained=True)
     if save_by == 'timm':
         save_for_hf(model, str(tmp_path), safe_serialization=True)
@@ -180,7 +180,7 @@ def test_names_of_the_classes(save_by, tmp_path):
 
 
 @pytest.mark.parametrize('global_pool, features', [('avg', 64), ('max', 64), ('catavgmax', 128), ('', None)])
-def test_the_pooled_output_is_that_of_timm(global_pool, features, images):
+def test_pooler_output_matches_timm(global_pool, features, images):
     model, x = make('num_classes', 0, images)
     model.reset_classifier(0, global_pool)
     hf = SpikformerModel(SpikformerConfig.from_timm(model)).eval()
@@ -193,16 +193,16 @@ def test_the_pooled_output_is_that_of_timm(global_pool, features, images):
             assert pooled.shape == (4, features) and pooled.any() and torch.equal(pooled, model(x))
 
 
-def test_a_classifier_needs_a_pooling():
+def test_classifier_requires_global_pool():
     config = SpikformerConfig.from_timm(timm.create_model('test_spikformer_v2', num_classes=0, global_pool=''))
     assert config.num_labels == 0 and SpikformerModel(config).timm_model.head.global_pool.pool_type == ''
     config.num_labels = 3
-    with pytest.raises(ValueError, match="global_pool must name a pooling for a classifier of 3 labels, got ''"):
+    with pytest.raises(ValueError, match="A classifier of 3 labels requires a pooling type, got global_pool=''"):
         SpikformerForImageClassification(config)
 
 
-def test_an_encoder_that_was_pretrained_keeps_its_pooling(images, tmp_path):
-    """timm builds a classifier of what it has saved of the encoder of a masked autoencoder."""
+def test_pretrained_encoder_keeps_global_pool(images, tmp_path):
+    """timm saves the encoder of a masked autoencoder, and loads it into a classifier."""
     from timm_spikformer import SpikformerMAE
     encoder = timm.create_model('test_spikformer_v2', global_pool='max')
     SpikformerMAE(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' V1 code and of spikingjelly become folders, every tensor accounted for."""
+"""Conversion of checkpoints of the authors' V1 code and of spikingjelly to folders; every tensor is accounted for."""
 import argparse
 
 import pytest
@@ -28,7 +28,7 @@ def v1(x):
 
 
 @pytest.mark.parametrize('with_qkv_bias', [False, True], ids=['imagenet', 'cifar'])
-def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
+def test_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
     prefix = 'net.' if with_qkv_bias else 'module.'
     state_dict = {f'{prefix}{k}': v for k, v in authors_checkpoint(v1, with_qkv_bias).items()}
     torch.save(
@@ -38,7 +38,7 @@ def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
     assert converted.model == MODEL
     with torch.no_grad():
         loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-        if with_qkv_bias:  # moved into the running mean, in float32
+        if with_qkv_bias:  # the biases are folded into the running mean, which rounds in float32
             torch.testing.assert_close(loaded(x), v1(x), rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(loaded(x), v1(x))
@@ -46,14 +46,14 @@ def test_the_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
         assert torch.equal(by_auto(x).logits, loaded(x))
     assert_live(loaded, x)
     report = '\n'.join(converted.report)
-    for name in state_dict:  # each is named, once
+    for name in state_dict:  # each tensor is named exactly once
         assert sum(name.removeprefix(prefix) in line.replace(':', ',').replace(' ', ',').split(',')
                    for line in converted.report) == 1, name
     assert {line.split(' <- ')[0] for line in converted.report} >= v1.state_dict().keys()
-    assert 'norm1.weight: declared by V1 and never called' in report
+    assert 'norm1.weight: declared by V1 but never used' in report
 
 
-def test_a_checkpoint_of_spikingjelly(x, tmp_path):
+def test_spikingjelly_checkpoint(x, tmp_path):
     torch.manual_seed(0)
     theirs, expected = spikingjelly_model(x, embed_dims=384, num_heads=12, depths=4)
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
@@ -65,8 +65,8 @@ def test_a_checkpoint_of_spikingjelly(x, tmp_path):
     assert_live(loaded, x)
 
 
-def test_the_authors_checkpoint_of_cifar10_dvs(tmp_path):
-    """Told from the others by its tensors; the model that is found has its attention scale."""
+def test_authors_cifar10_dvs_checkpoint(tmp_path):
+    """The variant is recognized by its tensors, and the selected model has its attention scale."""
     torch.manual_seed(0)
     x = torch.rand(4, 3, 2, 64, 64).round() * 4
     theirs = AuthorsSpikformer('cifar10dvs', 256, 2, 16, 2, 10)
@@ -75,7 +75,7 @@ def test_the_authors_checkpoint_of_cifar10_dvs(tmp_path):
     converted = convert(tmp_path / 'theirs.pth', tmp_path / 'out')
     assert converted.model == 'spikformer_2_256_patch16_128'
     for name in ('pos_embed', 'norm.weight', 'norm.bias', 'block.1.norm2.bias'):
-        assert f'(unused) <- {name}: declared by V1 and never called' in converted.report
+        assert f'(unused) <- {name}: declared by V1 but never used' in converted.report
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     by_auto = AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
     with torch.no_grad():
@@ -85,21 +85,21 @@ def test_the_authors_checkpoint_of_cifar10_dvs(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda s: s.update({'block.0.attn.mystery': torch.ones(3)}), '1 of its tensors are left over, 0 of .*mystery'),
-    (lambda s: s.pop('block.3.mlp.fc2_bn.bias'), '0 of its tensors are left over, 1 of the model are missing'),
+    (lambda s: s.update({'block.0.attn.mystery': torch.ones(3)}), '1 tensors are unexpected and 0 are .*mystery'),
+    (lambda s: s.pop('block.3.mlp.fc2_bn.bias'), '0 tensors are unexpected and 1 are missing'),
 ])
-def test_nothing_is_left_over(change, message, v1, tmp_path):
+def test_unmatched_tensors_raise(change, message, v1, tmp_path):
     state_dict = authors_checkpoint(v1, False)
     change(state_dict)
     torch.save(state_dict, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / 'a.pth', tmp_path / 'out', MODEL)
-    with pytest.raises(ValueError, match='is of none of the registered models. Name the model with --model'):
+    with pytest.raises(ValueError, match='matches none of the registered models. Specify the model with --mo'):
         convert(tmp_path / 'a.pth', tmp_path / 'out')
     assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.partial').exists()
 
 
-def test_what_does_not_convert(v1, tmp_path):
+def test_bad_input(v1, tmp_path):
     torch.save(authors_checkpoint(v1, False), tmp_path / 'a.pth')
     with pytest.raises(ValueError, match='There is no file .*nothing.pth'):
         convert(tmp_path / 'nothing.pth', tmp_path / 'out')
@@ -115,12 +115,12 @@ def test_what_does_not_convert(v1, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_the_command(v1, tmp_path, capsys):
+def test_command(v1, tmp_path, capsys):
     save_for_hf(v1, str(tmp_path / 'ours'), safe_serialization=True)
     weights = tmp_path / 'ours' / 'model.safetensors'
     cli.main(['convert', str(weights), '--output', str(tmp_path / 'out'), '--model', MODEL])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(v1.state_dict()) + 1
-    assert lines[-1] == f'{MODEL}, every tensor accounted for, written to {tmp_path / "out"}'
+    assert lines[-1] == f'{MODEL}: all tensors were mapped; written to {tmp_path / "out"}'
     with pytest.raises(SystemExit, match='error: There is no file'):
         cli.main(['convert', str(tmp_path / 'nothing'), '--output', str(tmp_path / 'out')])

@@ -1,6 +1,6 @@
-"""Tests on a GPU: `python -m pytest -m cuda`. Most of them also run on a CPU by default, with small inputs.
+"""GPU tests: `python -m pytest -m cuda`. By default, most of them run on a CPU with small inputs.
 
-The kernels that CUDA takes run without a GPU in tests/kernels/test_cuda_path.py.
+tests/kernels/test_cuda_path.py runs the CUDA kernels without a GPU.
 """
 import copy
 import json
@@ -38,13 +38,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def same_convolutions() -> Iterator[None]:
-    """Compute convolutions by the same algorithm each time, and without TF32, as PyTorch does matrix products."""
+    """Use deterministic convolution algorithms without TF32, which PyTorch does not use for matrix products either."""
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
 
 
 def make(device: torch.device, stem: str = 'scs', **kwargs: Any) -> nn.Module:
-    """Return a model whose neurons all fire: float32 on CUDA; float64 on a CPU, where kernels sum in another order."""
+    """Return a model whose neurons all fire: in float32 on CUDA, in float64 on a CPU, where summation orders differ."""
     torch.manual_seed(0)
     model = timm.create_model('test_spikformer_v2', num_classes=10, stem=stem, time_steps=2, **kwargs)
     for m in model.modules():
@@ -54,7 +54,7 @@ def make(device: torch.device, stem: str = 'scs', **kwargs: Any) -> nn.Module:
 
 
 def take(images: Tensor, model: nn.Module) -> Tensor:
-    """Return images on the device and in the dtype of a model: few on a CPU."""
+    """Return images on the device and in the dtype of a model; fewer on a CPU."""
     weight = next(model.parameters())
     return images[:16 if weight.is_cuda else 4].to(weight)
 
@@ -69,7 +69,7 @@ def step(model: nn.Module, *args: Any, **kwargs: Any) -> Tuple[Any, Dict[str, Te
 
 def assert_grads_close(grads: Dict[str, Tensor], expected: Dict[str, Tensor], tolerance: float = 1e-3) -> None:
     for name, grad in expected.items():
-        if not name.endswith('linear.bias'):  # it is 0, as BN follows
+        if not name.endswith('linear.bias'):  # its gradient is 0, because BN follows
             assert grad.norm() > 0, name
             assert (grads[name] - grad).norm() <= tolerance * grad.norm(), name
 
@@ -101,7 +101,7 @@ def test_neuron(device, time_steps, layout, dtype):
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf])
-def test_neuron_of_a_current_that_is_not_finite(device, bad):
+def test_neuron_with_nonfinite_current(device, bad):
     torch.manual_seed(0)
     x = torch.randn(3, 40).mul(2)
     x[0, 0] = x[1, 7] = x[2, 14] = bad
@@ -168,7 +168,7 @@ def test_amp(device, images, dtype):
 
 
 def test_spikes_are_saved_as_bytes(device, images):
-    """On CUDA the input of a layer that comes straight from a neuron; on a CPU sums of spikes too."""
+    """On CUDA, layer inputs that are outputs of a neuron are saved as bytes; on a CPU, sums of spikes are, too."""
     model, dtypes = make(device), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.append(t.dtype) or t, lambda t: t):
         model(take(images, model))
@@ -181,7 +181,7 @@ def test_predict_anytime(device, model, images):
     steps = model.forward_steps(x)
     out = predict_anytime(model, x, steps.softmax(-1).amax(-1)[:3].median().item())
     assert out.steps.unique().numel() > 1 and out.logits.device.type == device.type
-    whole = predict_anytime(model, x, 1.).logits  # by other convolutions than those of a whole sequence
+    whole = predict_anytime(model, x, 1.).logits  # convolution algorithms can differ from those for a whole sequence
     assert (whole.argmax(1) == steps[-1].argmax(1)).float().mean() >= 0.9
 
 
@@ -208,7 +208,7 @@ def test_half_precision_model(device, images, dtype):
 
 @on_cuda
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
-def test_a_training_step_does_not_wait_for_the_device(images, stem):
+def test_training_step_does_not_synchronize(images, stem):
     encoder = make(torch.device('cuda'), stem)
     x = images.cuda()
     for model in (encoder, SpikformerMAE(encoder, decoder_depth=1).cuda()):
@@ -222,7 +222,7 @@ def test_a_training_step_does_not_wait_for_the_device(images, stem):
 
 
 def peak_memory(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a training step takes at its peak, beyond the weights and their gradients."""
+    """Return the peak memory of a training step in bytes, without weights and gradients."""
     step(model, x)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -233,7 +233,7 @@ def peak_memory(model: nn.Module, x: Tensor) -> int:
 
 
 @on_cuda
-def test_peak_memory_is_less_than_on_the_layers_of_spikingjelly():
+def test_peak_memory_is_less_than_that_of_spikingjelly():
     torch.manual_seed(0)
     model = timm.create_model('spikformer_v2_8_384', num_classes=10, time_steps=4).cuda()
     x = torch.randn(4, 3, 224, 224, device='cuda')
@@ -249,14 +249,14 @@ def test_compile(images):
     x = images.cuda()
     expected, expected_grads = step(model, x)
     logits, grads = step(torch.compile(model), x)
-    # the compiler rounds BN otherwise, which flips a spike here and there
+    # the compiler rounds BN differently, which changes a few spikes
     assert torch.nn.functional.cosine_similarity(logits, expected).min() > 0.9
     assert all(grad.isfinite().all() for grad in grads.values()) and len(grads) == len(expected_grads)
 
 
 @on_cuda
 def test_ddp():
-    """On one GPU, and on all of them."""
+    """Run on one GPU and on all GPUs."""
     for world_size in sorted({1, torch.cuda.device_count()}):
         result = subprocess.run(
             [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(world_size),
@@ -273,4 +273,4 @@ def test_profile(model, images):
     on_cpu = profile(model, images)
     seen = profile(model.cuda(), images)
     assert seen.totals.dense_macs == on_cpu.totals.dense_macs
-    assert seen.totals.acs == pytest.approx(on_cpu.totals.acs, rel=0.05)  # rounding flips a spike here and there
+    assert seen.totals.acs == pytest.approx(on_cpu.totals.acs, rel=0.05)  # rounding changes a few spikes

@@ -1,4 +1,4 @@
-"""The demo at the size of a test: a tiny model, few images, the console script's own entry point."""
+"""Demo command with a tiny model and few images."""
 import json
 import math
 import os
@@ -53,14 +53,14 @@ def saved_weights(output: Path) -> bytes:
     return (output / 'model' / 'model.safetensors').read_bytes()
 
 
-def test_linear_classifier_agrees_with_scikit_learn():
-    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels of 0 to 1 gives 83.6 %."""
+def test_linear_classifier_matches_scikit_learn():
+    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels, scaled to 0 to 1, gives 83.6 %."""
     train, test = train_test(read_splits())
     accuracy = fit_linear(train, test, training_config(), torch.device('cpu'))
     assert accuracy == pytest.approx(83.6, abs=0.3)
 
 
-def test_results_and_the_folder_that_loads(finished, folder):
+def test_results_and_saved_model(finished, folder):
     results = json.loads((finished / 'results.json').read_text())
     assert results['accuracy'] >= 75 and results['linear_accuracy'] >= 75
     assert min(results['firing_rates'].values()) > 0
@@ -79,9 +79,9 @@ def test_results_and_the_folder_that_loads(finished, folder):
 
 
 @pytest.mark.parametrize('stage, epoch', [('supervised', 1), ('scratch', 0)])
-def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
+def test_resumed_run_equals_uninterrupted_run(
         stage, epoch, finished, folder, tmp_path, monkeypatch):
-    """Interrupted after an epoch and resumed, the run ends as the uninterrupted one."""
+    """A run with the same seed, interrupted after an epoch and resumed, gives equal weights and results."""
     save = training.save_checkpoint
 
     def save_and_interrupt(path, kind, **state):
@@ -100,8 +100,8 @@ def test_the_same_seed_gives_the_same_and_resuming_changes_nothing(
         k: v for k, v in uninterrupted.items() if 'seconds' not in k}
 
 
-def test_a_new_run_is_not_resumed_from_an_old_one(finished, folder, tmp_path, monkeypatch):
-    """Checkpoints of another run in the folder are not taken for stages of the run that is resumed."""
+def test_new_run_removes_checkpoints_of_previous_run(finished, folder, tmp_path, monkeypatch):
+    """Otherwise, --resume would use checkpoints of the previous run as finished stages of the new one."""
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
 
@@ -118,15 +118,15 @@ def test_a_new_run_is_not_resumed_from_an_old_one(finished, folder, tmp_path, mo
     ['--epochs', 0], ['--model', 'resnet18'], ['--device', 'abacus'], ['--data', 'nowhere'], ['--batch-size', 128],
     ['--mask-ratio', 0.9999],
 ])
-def test_bad_arguments_leave_the_output_folder_as_it_was(args, folder, tmp_path):
-    """A checkpoint of train.py in it, for example."""
+def test_bad_arguments_do_not_change_output_folder(args, folder, tmp_path):
+    """The folder holds a checkpoint of train.py."""
     (tmp_path / 'model_best.pth.tar').write_bytes(b'precious')
     with pytest.raises(SystemExit, match='error: '):
         run_demo(tmp_path, '--data', folder, *args)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('model_best.pth.tar', b'precious')]
 
 
-def test_files_of_others_stay(finished, folder, tmp_path):
+def test_foreign_files_are_kept(finished, folder, tmp_path):
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
     (output / 'model_best.pth.tar').write_bytes(b'precious')
@@ -140,7 +140,7 @@ def test_files_of_others_stay(finished, folder, tmp_path):
 @pytest.mark.parametrize('name', [
     'supervised.pth.tar', 'scratch.pth.tar', 'args.json', 'results.json', 'predictions.png', 'reconstruction.png',
     'model/config.json'])
-def test_a_file_of_somebody_else_is_found_at_the_start(name, folder, tmp_path, monkeypatch):
+def test_foreign_output_file_is_rejected_before_training(name, folder, tmp_path, monkeypatch):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b'precious')
     monkeypatch.setattr('timm_spikformer.demo.demo.train', lambda *args, **kwargs: pytest.fail('trained'))
@@ -150,21 +150,21 @@ def test_a_file_of_somebody_else_is_found_at_the_start(name, folder, tmp_path, m
     assert (tmp_path / name).read_bytes() == b'precious'
 
 
-def test_other_commands_keep_out_of_the_folders_of_a_demo(finished, tmp_path):
+def test_other_commands_reject_folders_of_demo(finished, tmp_path):
     shutil.copytree(finished, tmp_path / 'demo')
     model, weights = tmp_path / 'demo' / 'model', saved_weights(tmp_path / 'demo')
     torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
     for command in (
             ['config', 'spikformer_v2_8_512'], ['convert', tmp_path / 'a.pth', '--model', 'test_spikformer_v2'],
             ['publish', finished / 'model', '--repo', 'a/test_spikformer_v2.x', '--license', 'mit', '--dry-run']):
-        with pytest.raises(SystemExit, match='error: .*model holds a model that `timm-spikformer demo` wrote. Name'):
+        with pytest.raises(SystemExit, match='error: .*model contains a model that `timm-spikformer demo` wrote. '):
             cli.main([*map(str, command), '--output', str(model)])
-    with pytest.raises(SystemExit, match='demo holds args.json, which `timm-spikformer demo` wrote. Name another'):
+    with pytest.raises(SystemExit, match='demo contains args.json, which `timm-spikformer demo` wrote. Choose an'):
         cli.main(['profile', 'x', '--output', str(tmp_path / 'demo')])
     assert saved_weights(tmp_path / 'demo') == weights
 
 
-def test_an_output_folder_inside_the_data(folder, tmp_path):
+def test_output_folder_inside_data_is_rejected(folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'data')
     output, before = tmp_path / 'data' / 'train' / 'out', sorted(tmp_path.rglob('*'))
     for command in (
@@ -174,12 +174,12 @@ def test_an_output_folder_inside_the_data(folder, tmp_path):
         if command[0] == 'publish':
             torch.save(timm.create_model('test_spikformer_v2').state_dict(), tmp_path / 'a.pth')
             command[1:2] = [tmp_path / 'a.pth', '--model', 'test_spikformer_v2']
-        with pytest.raises(SystemExit, match='error: .*out is inside .*data, and would be read as a part of these'):
+        with pytest.raises(SystemExit, match='error: .*out is inside .*data, so its files would be read as images'):
             cli.main([*map(str, command), '--output', str(output)])
     assert sorted(path for path in tmp_path.rglob('*') if path.name != 'a.pth') == before
 
 
-def test_a_second_demo_in_the_same_folder_is_told(folder, tmp_path, monkeypatch):
+def test_concurrent_demo_in_same_folder_is_rejected(folder, tmp_path, monkeypatch):
     ended = []
     command = [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--data', folder]
 
@@ -199,8 +199,8 @@ def test_a_second_demo_in_the_same_folder_is_told(folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('size', [500, 3_000])
-def test_a_full_disk(size, folder, tmp_path):
-    """A limit on the size of files stands for the disk: it fits no checkpoint, or not even the arguments."""
+def test_full_disk(size, folder, tmp_path):
+    """A limit on the file size simulates a full disk: too small for a checkpoint, or even for the arguments."""
     code = f"""if 1:
         import resource, signal, sys
         from timm_spikformer import cli
@@ -215,7 +215,7 @@ def test_a_full_disk(size, folder, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_interrupted_save_keeps_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'last.pth.tar'
     training.save_checkpoint(path, 'demo', epoch=0)
 
@@ -230,15 +230,15 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_quick(tmp_path, capsys):
-    """All stages on the shipped images."""
+    """Run all stages on the included images."""
     results = run_demo(tmp_path, '--quick', '--model', 'spikformer_v2_2_64_patch4_32')
     assert results['labeled'] == 40 and results['seconds'] < 300 and 85 < results['shipped_accuracy'] < 90
     out = capsys.readouterr().out
-    assert '86.8 % of 1,000 images of Fashion-MNIST, test split are right' in out and 'Ankle boot' in out
+    assert 'Accuracy 86.8 % on 1,000 images of Fashion-MNIST, test split' in out and 'Ankle boot' in out
 
 
 def test_stages(tmp_path):
-    """Each of them alone."""
+    """Run single stages."""
     results = run_demo(tmp_path, '--stages', 'classify')
     assert set(results) == {'shipped_accuracy', 'seconds'} and results['seconds'] < 20
     with Image.open(tmp_path / 'predictions.png') as picture:
@@ -248,7 +248,7 @@ def test_stages(tmp_path):
     assert not (tmp_path / 'predictions.png').exists() and (tmp_path / 'reconstruction.png').exists()
 
 
-def test_a_class_of_one_image_and_300_classes(tmp_path):
+def test_class_with_one_image_and_300_classes(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (300, 8, 8), dtype=np.uint8)
     for label in range(300):
         (tmp_path / 'data' / str(label)).mkdir(parents=True)
@@ -256,17 +256,17 @@ def test_a_class_of_one_image_and_300_classes(tmp_path):
             Image.fromarray(pixels[label]).save(tmp_path / 'data' / str(label) / f'{i}.png')
     results = run_demo(tmp_path / 'out', '--quick', '--data', tmp_path / 'data', '--stages', 'train')
     assert results['tested_on'] == '100 images of data, held-out tenth'
-    assert results['linear_accuracy'] is None  # too large for it
+    assert results['linear_accuracy'] is None  # not fitted to large problems
 
 
 def test_ctrl_c(folder, tmp_path):
-    """Interrupt a real process after its first checkpoint, whatever it is doing then."""
+    """Interrupt a process at an arbitrary point after its first checkpoint."""
     output = tmp_path / 'a folder'
     command = [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--output', str(output)]
     env = dict(os.environ, OMP_NUM_THREADS='1')
     process = subprocess.Popen(
         [*command, '--data', str(folder), '--epochs', '1000'], env=env, stderr=subprocess.PIPE, text=True,
-        # in the background of a shell, SIGINT is ignored, and Python leaves it so
+        # background jobs of a shell ignore SIGINT, which child processes inherit
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.monotonic() + 120
     while not (output / 'supervised.pth.tar').is_file() and time.monotonic() < deadline:
@@ -278,7 +278,7 @@ def test_ctrl_c(folder, tmp_path):
     assert torch.load(output / 'supervised.pth.tar', weights_only=True)['state_dict']
 
 
-def test_the_printed_commands_can_be_pasted(folder, tmp_path, capsys):
+def test_printed_commands_run(folder, tmp_path, capsys):
     output = tmp_path / "it's [red] here"
     run_demo(output, '--data', folder, '--stages', 'train', '--epochs', 1)
     lines = capsys.readouterr().out.splitlines()
@@ -293,7 +293,7 @@ def test_the_printed_commands_can_be_pasted(folder, tmp_path, capsys):
     assert 'train.py -c' in capsys.readouterr().out
 
 
-def test_resuming_from_a_changed_checkpoint(finished, tmp_path):
+def test_resume_rejects_changed_checkpoint(finished, tmp_path):
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
     torch.save({'epoch': -5}, output / 'supervised.pth.tar')
@@ -308,11 +308,11 @@ def test_resuming_from_a_changed_checkpoint(finished, tmp_path):
     ({'epoch': 99}, 'it was saved after epoch 99, expected 0 to 2'),
     ({'epoch': '1'}, 'it was saved after epoch 1'),
     ({'history': []}, 'it records 0 epochs, expected 1'),
-    ({'seconds': math.nan}, 'it says that training took nan seconds'),
-    ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, and now it is 0.2'),
+    ({'seconds': math.nan}, 'its training time is nan seconds'),
+    ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, but now it is 0.2'),
     ({'model': 3}, 'Expected state_dict'),
 ], ids=repr)
-def test_checkpoints_of_other_runs(state, message, tmp_path):
+def test_load_checkpoint_rejects_other_runs(state, message, tmp_path):
     path, model, trained_with = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}
     history = [{'loss': 0.1}]
     good = {'epoch': 0, 'history': history, 'seconds': 0.5, 'trained_with': trained_with, 'model': model.state_dict()}
@@ -324,7 +324,7 @@ def test_checkpoints_of_other_runs(state, message, tmp_path):
         training.load_checkpoint(*arguments)
 
 
-def test_a_cut_checkpoint(tmp_path):
+def test_load_checkpoint_rejects_truncated_file(tmp_path):
     torch.save({'epoch': 0}, tmp_path / 'x')
     (tmp_path / 'x').write_bytes((tmp_path / 'x').read_bytes()[:500])
     with pytest.raises(ValueError, match='x is damaged or is not a checkpoint of this run'):
@@ -332,7 +332,7 @@ def test_a_cut_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize('change', [{'epochs': 'ten'}, {'stages': ['foo']}, {'epochs': 6}], ids=str)
-def test_resuming_with_changed_arguments(change, finished, tmp_path):
+def test_resume_rejects_changed_arguments_file(change, finished, tmp_path):
     output = tmp_path / 'output'
     shutil.copytree(finished, output)
     settings = json.loads((output / 'args.json').read_text())
@@ -342,11 +342,11 @@ def test_resuming_with_changed_arguments(change, finished, tmp_path):
             run_demo(output, '--resume')
 
 
-def test_resuming_with_other_arguments_or_data(finished, folder, tmp_path):
+def test_resume_rejects_other_arguments_or_data(finished, folder, tmp_path):
     output, data = tmp_path / 'output', tmp_path / 'data'
     shutil.copytree(finished, output)
-    for args, message in ((['--epochs', 7], '--epochs is 7, and the run to resume was started with 5'),
-                          (['--data', data], '--data is .*data, and the run to resume was started with .*')):
+    for args, message in ((['--epochs', 7], '--epochs is 7, but the run to resume was started with 5'),
+                          (['--data', data], '--data is .*data, but the run to resume was started with .*')):
         with pytest.raises(SystemExit, match=f'error: {message}'):
             run_demo(output, '--resume', *args)
     shutil.copytree(folder, data)
@@ -359,7 +359,7 @@ def test_resuming_with_other_arguments_or_data(finished, folder, tmp_path):
         run_demo(other, '--resume')
 
 
-def test_progress_counts_the_work_of_all_stages(monkeypatch):
+def test_progress_covers_all_stages(monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     stages = [Stage('a', 'A', Recipe(2, 0.1, 8)), Stage('b', 'B', Recipe(1, 0.1, 8), cost=0.5)]
     images = read_splits()['test'].spread(20)
@@ -372,7 +372,7 @@ def test_progress_counts_the_work_of_all_stages(monkeypatch):
         assert progress.bar.n == total and progress.bar.initial == 16
 
 
-def test_in_a_pipe_there_is_a_line_for_each_epoch(folder, tmp_path):
+def test_piped_output_has_one_line_per_epoch(folder, tmp_path):
     done = subprocess.run(
         [sys.executable, '-m', 'timm_spikformer.cli', 'demo', *TINY, '--data', folder, '--stages', 'train', '--epochs',
          '3', '--output', tmp_path / 'out'],
@@ -382,7 +382,7 @@ def test_in_a_pipe_there_is_a_line_for_each_epoch(folder, tmp_path):
 
 
 def test_fewer_images_than_a_batch(folder, tmp_path):
-    """Also in a later stage: it is known before the first one."""
+    """The error is raised before the first stage, even if it concerns a later stage."""
     with pytest.raises(SystemExit, match='Training has 100 images, fewer than its batch size of 128'):
         run_demo(tmp_path, '--data', folder, '--batch-size', 128)
     with pytest.raises(SystemExit, match='Fine-tuning has 4 images, fewer than its batch size of 8'):
@@ -391,7 +391,7 @@ def test_fewer_images_than_a_batch(folder, tmp_path):
 
 
 @pytest.mark.parametrize('encoding, width', [('ascii', 40), ('utf-8', 30)])
-def test_terminals(encoding, width, folder, tmp_path):
+def test_ascii_and_narrow_terminals(encoding, width, folder, tmp_path):
     env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
     done = subprocess.run(
         [sys.executable, '-m', 'timm_spikformer.cli', 'demo', '--stages', 'classify', '--output', tmp_path / 'é µ'],

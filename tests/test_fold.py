@@ -1,6 +1,6 @@
-"""BN folded into the layer before it, by timm's `reparameterize_model`.
+"""Folding of BN into the preceding layer with timm's `reparameterize_model`.
 
-Most tests are in float64, where rounding flips no spike: there a folded model gives the spikes of the original.
+Most tests use float64, in which rounding changes no spike, so the folded and the original model give equal spikes.
 """
 import io
 
@@ -32,7 +32,7 @@ def norms(model):
 
 @torch.no_grad()
 def spikes_of(model, x):
-    """The output of the model, and the spikes of each neuron layer."""
+    """Return the output of the model and the spikes of each neuron layer."""
     monitor = OutputMonitor(model, LIF, lambda spikes: spikes.bool())
     out = model(x)
     monitor.remove_hooks()
@@ -48,7 +48,7 @@ def assert_equal_spikes(model, folded, x):
 
 @pytest.fixture
 def double(model, images):
-    """The calibrated model in float64, with weights of BN that are not those of its initialisation, and images."""
+    """A calibrated model in float64, with random weights and biases of BN, and images."""
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(m.weight, 0.8, 1.2)
@@ -64,7 +64,7 @@ def small(images):
     return calibrate(timm.create_model('test_spikformer_v2', depth=1, num_classes=10, time_steps=2), images).double()
 
 
-def test_spikes_are_equal_and_no_bn_is_left(double):
+def test_folded_model_has_equal_spikes_and_no_bn(double):
     model, x = double
     folded = reparameterize_model(model)
     assert len(norms(model)) > 10 and not norms(folded)
@@ -75,11 +75,11 @@ def test_spikes_are_equal_and_no_bn_is_left(double):
     assert_equal_spikes(model, folded, x)
 
 
-def test_the_original_is_left_as_it_was(double):
-    """So folding is undone by keeping it; after further training it is folded anew."""
+def test_original_model_is_unchanged(double):
+    """The original can be trained further and folded again."""
     model, x = double
     before, weights = model(x), {k: v.clone() for k, v in model.state_dict().items()}
-    for m in list(model.modules()):  # timm folds a copy, and a unit leaves itself as it was too
+    for m in list(model.modules()):  # timm folds a copy of the model; each unit also returns a copy
         if hasattr(m, 'fuse'):
             assert m.fuse() is not m
     reparameterize_model(model)
@@ -90,7 +90,7 @@ def test_the_original_is_left_as_it_was(double):
     assert_equal_spikes(model, reparameterize_model(model), x)
 
 
-def test_folding_twice_is_harmless(double):
+def test_folding_twice_changes_nothing(double):
     model, x = double
     folded = reparameterize_model(model, inplace=True)
     assert folded is model
@@ -100,7 +100,7 @@ def test_folding_twice_is_harmless(double):
     assert torch.equal(again(x), before)
 
 
-def test_folding_in_train_mode_takes_the_running_statistics(double):
+def test_folding_in_train_mode_uses_running_statistics(double):
     """timm's scripts fold before they call eval()."""
     model, x = double
     expected = reparameterize_model(model).state_dict()
@@ -109,7 +109,7 @@ def test_folding_in_train_mode_takes_the_running_statistics(double):
     assert_equal_spikes(model.eval(), folded.eval(), x)
 
 
-def test_checkpoints_of_one_kind_do_not_load_into_the_other(model):
+def test_folded_and_unfolded_checkpoints_are_incompatible(model):
     folded = reparameterize_model(model)
     folded.load_state_dict(folded.state_dict())
     with pytest.raises(RuntimeError, match='One of them has its BN folded'):
@@ -130,7 +130,7 @@ def test_other_kinds_of_bn_fold(double, convert):
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
 def test_masked_encoder(images, stem):
-    """Patches of 8 to 1 pixels; the bias is added where something is visible, and elsewhere 0 stays 0."""
+    """Patches are 8 to 1 pixels wide. The folded bias is added to visible pixels only; masked pixels stay 0."""
     torch.manual_seed(0)
     encoder = timm.create_model('test_spikformer_v2', stem=stem, time_steps=2)
     mae = SpikformerMAE(encoder, mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
@@ -187,7 +187,7 @@ def test_export(double):
 
 @pytest.mark.slow
 def test_onnx(small, images):
-    """Without the exporter's optimisations, one of which folds BN."""
+    """The exporter's optimizations are disabled, because they fold BN as well."""
     small.float()
     batch = torch.export.Dim('batch', min=2, max=64)
     counts = []
@@ -204,10 +204,10 @@ def test_onnx(small, images):
     np.testing.assert_allclose(logits, small(images).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
-# -- what rounding does in float32
+# -- effects of rounding in float32
 
-def test_few_spikes_of_a_trained_model_flip():
-    """Of 250 test images. One flipped spike changes the currents of what follows, so there may be more behind it."""
+def test_folding_changes_few_spikes_of_trained_model():
+    """Compare spikes on 250 images. A changed spike changes currents in later layers, and possibly further spikes."""
     name = 'spikformer_v2_2_64_patch4_32'
     model = timm.create_model(name, pretrained=True).eval()
     x, _ = next(iter(make_loader(read_splits()['test'], training_config(), 250)))
@@ -220,8 +220,8 @@ def test_few_spikes_of_a_trained_model_flip():
 @pytest.mark.parametrize('layer, shape', [
     (ConvBNLIF(8, 16), (1, 32, 8, 16, 16)), (LinearBNLIF(64, 128), (1, 32, 16, 64)),
 ], ids=['convolution', 'linear'])
-def test_a_spike_flips_where_the_current_is_the_threshold_but_for_rounding(layer, shape):
-    """In bfloat16, which rounds coarsely enough to see it. In one step, a neuron fires from a current of 2 on."""
+def test_folding_changes_spikes_only_near_threshold(layer, shape):
+    """bfloat16 rounds coarsely enough to change spikes. With T = 1, a neuron fires if the current is at least 2."""
     torch.manual_seed(0)
     x = (torch.rand(shape) < 0.3).bfloat16()
     args = (1,) if isinstance(layer, ConvBNLIF) else ()
@@ -239,7 +239,7 @@ def test_a_spike_flips_where_the_current_is_the_threshold_but_for_rounding(layer
     assert distance[flipped].max() < 0.05 < 0.5 < distance.mean()
 
 
-# -- what cannot be folded stays as it is
+# -- layers that cannot be folded are unchanged
 
 def _weight_norm(layer):
     parametrizations.weight_norm(layer.linear)
@@ -285,13 +285,13 @@ def _lora(layer):
 ], ids=[
     'hook of BN', 'pre-hook of BN', 'hook of the layer', 'weight norm', 'pruned', 'LoRA', 'no statistics',
     'subclass of BN', 'group norm', 'layer norm', 'batch statistics', 'sequential', 'folded'])
-def test_a_changed_unit_is_left_unfolded(double, change):
+def test_modified_unit_is_not_folded(double, change):
     model, x = double
     unit = model.blocks[0].mlp.fc1
     change(unit)
     model.double().eval()
     with torch.no_grad():
-        expected = model(x)  # a pruned weight, too, is a leaf of the graph now, which deepcopy requires
+        expected = model(x)  # no_grad makes pruned weights leaf tensors, which deepcopy requires
     folded = reparameterize_model(model)
     left = folded.blocks[0].mlp.fc1
     assert type(left.bn) is type(unit.bn) and type(left.linear) is type(unit.linear)

@@ -1,4 +1,4 @@
-"""The writer of folders: nothing of others is lost, and a folder is written completely or not at all."""
+"""Writing of folders: foreign files are never lost, and a folder is written completely or not at all."""
 import errno
 import json
 import os
@@ -34,13 +34,13 @@ def write(folder, files, kind='test', **kwargs):
 
 
 def read(folder):
-    """Contents by path, the manifest left out; links as their targets."""
+    """Return the content of each file by path, without the manifest; for links, the target."""
     return {
         p.relative_to(folder).as_posix(): f'-> {os.readlink(p)}' if p.is_symlink() else p.read_text()
         for p in Path(folder).rglob('*') if (p.is_symlink() or p.is_file()) and p.name != MANIFEST}
 
 
-def test_a_folder_is_replaced_and_files_of_others_stay(tmp_path):
+def test_folder_is_replaced_and_foreign_files_are_kept(tmp_path):
     out = tmp_path / 'new' / 'out'
     write(out, {'a': '1', 'deep/er/b': '2'})
     assert read(out) == {'a': '1', 'deep/er/b': '2'} and manifest_files(out) == ['a', 'deep/er/b']
@@ -51,28 +51,28 @@ def test_a_folder_is_replaced_and_files_of_others_stay(tmp_path):
     assert not (out / 'deep' / 'er').exists() and os.listdir(out.parent) == ['out']
 
 
-def test_the_folder_has_the_permissions_of_any_other(tmp_path):
+def test_folder_has_default_permissions(tmp_path):
     (tmp_path / 'other').mkdir()
     write(tmp_path / 'out', {'a': '1'})
     assert (tmp_path / 'out').stat().st_mode == (tmp_path / 'other').stat().st_mode
 
 
 @pytest.mark.parametrize('name, message', [
-    ('', "'' is not the name of a folder"),
-    ('a\0b', 'is not the name of a folder'),
-    ('.', 'is the current folder or one that contains it'),
-    ('..', 'is the current folder or one that contains it'),
-    ('/', 'is the current folder or one that contains it'),
-    ('file', 'file is a file. Name a folder'),
+    ('', "'' is not a valid folder name"),
+    ('a\0b', 'is not a valid folder name'),
+    ('.', 'is the current folder or one of its parents'),
+    ('..', 'is the current folder or one of its parents'),
+    ('/', 'is the current folder or one of its parents'),
+    ('file', 'file is a file, expected a folder'),
     ('file/out', 'cannot be created: .*file is not a folder'),
-    ('link', 'link is a symbolic link. Name the folder that it points to, .*foreign'),
+    ('link', 'link is a symbolic link. Use the folder that it points to, .*foreign'),
     ('link/', 'is a symbolic link'),
     ('dangling', 'dangling is a symbolic link'),
-    ('foreign', "holds files that timm-spikformer did not write, such as 'thesis.tex'"),
-    ('checkpoint', 'is or contains .*model.safetensors, which is read'),
-    ('above', 'is or contains .*model.safetensors, which is read'),
+    ('foreign', "contains files that timm-spikformer did not write, such as 'thesis.tex'"),
+    ('checkpoint', 'is or contains .*model.safetensors, which is an input'),
+    ('above', 'is or contains .*model.safetensors, which is an input'),
 ])
-def test_folders_that_are_refused(name, message, tmp_path, monkeypatch):
+def test_rejected_folders(name, message, tmp_path, monkeypatch):
     work = tmp_path / 'work'
     work.mkdir()
     monkeypatch.chdir(work)
@@ -91,13 +91,13 @@ def test_folders_that_are_refused(name, message, tmp_path, monkeypatch):
     assert read(tmp_path) == before
 
 
-def test_a_folder_of_others_can_be_added_to(tmp_path):
+def test_add_to_foreign_folder(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     (tmp_path / 'dir').mkdir()
     write(tmp_path, {'a': '1'}, add=True)
     assert read(tmp_path) == {'a': '1', 'notes.txt': 'mine'}
     for name in ('notes.txt', 'notes.txt/a', 'dir'):
-        with pytest.raises(ValueError, match='(notes.txt|dir) was not written by|is not a folder, and'):
+        with pytest.raises(ValueError, match='(notes.txt|dir) was not written by|is not a folder, but'):
             write(tmp_path, {name: 'x'}, add=True)
     (tmp_path / 'a').unlink()
     (tmp_path / 'a').symlink_to('notes.txt')
@@ -106,7 +106,7 @@ def test_a_folder_of_others_can_be_added_to(tmp_path):
     assert read(tmp_path) == {'a': '-> notes.txt', 'notes.txt': 'mine'}
 
 
-def test_a_file_that_was_edited_is_neither_replaced_nor_removed(tmp_path):
+def test_edited_file_is_not_replaced_or_removed(tmp_path):
     write(tmp_path / 'out', {'README.md': 'generated', 'a': '1'})
     (tmp_path / 'out' / 'README.md').write_text('edited by hand')
     for files in ({'README.md': 'generated', 'a': '2'}, {'a': '2'}):
@@ -119,7 +119,7 @@ def test_a_file_that_was_edited_is_neither_replaced_nor_removed(tmp_path):
     '', '[]', '{"files": 3}', '{"files": {"../../victim": ["x"]}}', '{"files": {"/etc/passwd": ["x"]}}',
     '{"files": {"a/../../victim": ["x"]}}', '{"files": {"": ["x"]}}',
 ])
-def test_manifests_that_this_package_did_not_write(text, tmp_path):
+def test_bad_manifests(text, tmp_path):
     (tmp_path / 'victim').write_text('x')
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / MANIFEST).write_text(text)
@@ -128,7 +128,7 @@ def test_manifests_that_this_package_did_not_write(text, tmp_path):
     assert read(tmp_path) == {'victim': 'x'} and (tmp_path / 'out' / MANIFEST).read_text() == text
 
 
-def test_a_manifest_that_is_a_link(tmp_path):
+def test_manifest_that_is_a_link_is_rejected(tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'theirs.json').write_text('{"files": {}}')
     for target in (tmp_path / 'theirs.json', 'nowhere'):
@@ -151,17 +151,17 @@ def test_files_of_another_kind_are_not_replaced(tmp_path):
             lambda: write(out, {'other': '2'}, kind='profile', add=True),
             lambda: write_file(out / 'other', 'demo').__enter__(),
             lambda: remove_files(out, ['config.json', 'model.safetensors'], 'demo')):
-        with pytest.raises(ValueError, match='out holds a model that `timm-spikformer convert a` wrote. Name another'):
+        with pytest.raises(ValueError, match='out contains a model that `timm-spikformer convert a` wrote. Choose an'):
             refused()
     assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
     write(out, {'config.json': '2'}, kind='convert a')
-    with pytest.raises(ValueError, match='out holds config.json, which `timm-spikformer convert a` wrote'):
+    with pytest.raises(ValueError, match='out contains config.json, which `timm-spikformer convert a` wrote'):
         check_output(out, 'demo')
     assert read(out) == {'config.json': '2'}
 
 
 def test_manifests_without_a_kind(tmp_path):
-    """Those of early versions: the names of the files say whose they are."""
+    """Early versions wrote no kind; such a folder is replaced only if the file names are those that are written."""
     out = tmp_path / 'out'
 
     def write_old():
@@ -173,7 +173,7 @@ def test_manifests_without_a_kind(tmp_path):
     write_old()
     for refused in (lambda: write(out, {'config.json': '2'}), lambda: write_file(out / 'other', 'test').__enter__(),
                     lambda: check_output(out, 'test', names=['config.json'])):
-        with pytest.raises(ValueError, match='holds a model that an earlier version of timm-spikformer wrote'):
+        with pytest.raises(ValueError, match='contains a model that an earlier version of timm-spikformer wrote'):
             refused()
     assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
     write(out, {'config.json': '2', 'model.safetensors': '2'}, kind='new')
@@ -185,29 +185,29 @@ def test_manifests_without_a_kind(tmp_path):
     assert os.listdir(out) == []
 
 
-def test_files_that_will_be_written(tmp_path):
+def test_check_output_with_names_of_files(tmp_path):
     (tmp_path / 'results.json').write_text('mine')
     check_output(tmp_path, 'test', add=True, names=['other'])
     with pytest.raises(ValueError, match='results.json was not written by timm-spikformer'):
         check_output(tmp_path, 'test', add=True, names=['other', 'results.json'])
 
 
-def test_data_inside_and_around(tmp_path, monkeypatch):
+def test_output_inside_or_around_data_is_rejected(tmp_path, monkeypatch):
     (tmp_path / 'data' / 'cat').mkdir(parents=True)
     (tmp_path / 'link').symlink_to('data')
     (tmp_path / 'work').mkdir()
     monkeypatch.chdir(tmp_path / 'work')
     for out in ('data/out', 'data/cat/out', 'link/out', '../' + tmp_path.name + '/data/out'):
-        with pytest.raises(ValueError, match='is inside .*data, and would be read as a part of these images'):
+        with pytest.raises(ValueError, match='is inside .*data, so its files would be read as images'):
             check_output(tmp_path / out, 'test', data=[tmp_path / 'data'])
     for out in ('data', 'data/cat'):
-        with pytest.raises(ValueError, match='is or contains .*cat, which is read'):
+        with pytest.raises(ValueError, match='is or contains .*cat, which is an input'):
             check_output(tmp_path / out, 'test', data=[tmp_path / 'data' / 'cat'])
     check_output(tmp_path / 'data2', 'test', data=[tmp_path / 'data'])
-    check_output(tmp_path / 'data' / 'out', 'test', inputs=[tmp_path / 'data'])  # a checkpoint's folder
+    check_output(tmp_path / 'data' / 'out', 'test', inputs=[tmp_path / 'data'])  # allowed for a folder of a checkpoint
 
 
-def test_an_error_or_interruption_leaves_nothing(tmp_path):
+def test_error_or_interruption_leaves_no_files(tmp_path):
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), write_folder(tmp_path / 'a' / 'b' / 'out', 'test') as temporary:
             (temporary / 'half').write_text('half')
@@ -218,8 +218,8 @@ def test_an_error_or_interruption_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_full_disk(tmp_path):
-    """A limit on the size of files stands for the disk."""
+def test_full_disk(tmp_path):
+    """A limit on the file size simulates a full disk."""
     write(tmp_path / 'out', {'a': 'good'})
     code = """
         import resource, signal, sys
@@ -243,17 +243,17 @@ def test_a_full_disk(tmp_path):
     assert read(tmp_path) == {'out/a': 'good'}
 
 
-def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+def test_read_only_file_system(tmp_path, monkeypatch):
     def mkdir(self, *args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
-    monkeypatch.setattr(Path, 'mkdir', mkdir)  # root may write everywhere, so permissions alone do not show it
+    monkeypatch.setattr(Path, 'mkdir', mkdir)  # file permissions do not restrict root
     with pytest.raises(OSError, match='Read-only file system; nothing was written') as info:
         write(tmp_path / 'out', {'a': '1'})
     assert info.value.filename == str(tmp_path / 'out') and not os.listdir(tmp_path)
 
 
-def test_files(tmp_path):
+def test_write_file_and_remove_files(tmp_path):
     with pytest.raises(ValueError, match='is not a folder'), write_file(tmp_path / 'nowhere' / 'a', 'test'):
         pass
     (tmp_path / 'notes.txt').write_text('mine')
@@ -272,8 +272,8 @@ def test_files(tmp_path):
         remove_files(tmp_path, ['a'], 'test')
 
 
-def test_two_runs_at_once(tmp_path):
-    """Both end well, and the folder is one of the two."""
+def test_concurrent_runs(tmp_path):
+    """All runs succeed, and the folder is the complete output of one of them."""
     versions = [{f'file{i}': str(v) for i in range(5 + v)} for v in range(4)]
     for _ in range(20):
         threads = [threading.Thread(target=write, args=(tmp_path / 'out', files)) for files in versions]
@@ -285,8 +285,8 @@ def test_two_runs_at_once(tmp_path):
     assert os.listdir(tmp_path) == ['out']
 
 
-def test_a_killed_run_can_be_repeated(tmp_path):
-    """A folder that a kill left in between is still known as this package's."""
+def test_killed_run_can_be_repeated(tmp_path):
+    """A partly replaced folder is still recognized as written by this package."""
     out = tmp_path / 'out'
     write(out, {'a': '1', 'b': '1'})
     (out / 'notes.txt').write_text('mine')
@@ -314,7 +314,7 @@ def test_a_killed_run_can_be_repeated(tmp_path):
         assert read(out) == {'a': '3', 'd': '3', 'notes.txt': 'mine'}
 
 
-def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
+def test_only_temporaries_of_killed_runs_are_removed(tmp_path):
     out = tmp_path / 'out'
     code = """
         import os, sys, time
@@ -344,21 +344,21 @@ def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(
     with write_file(tmp_path / 'a.json', 'test') as partial:
         partial.write_text('2')
     now = set(os.listdir(tmp_path)) - {'out', 'a.json', MANIFEST}
-    assert now < left and len(now) == 3  # both of the running one, and the folder of another output
+    assert now < left and len(now) == 3  # two of the running process, and the folder of the other output
     assert sum((tmp_path / name).is_file() for name in now) == 1
     running.kill()
     running.wait()
-    write(out, {'a': '3'})  # also where the folder is replaced
+    write(out, {'a': '3'})  # replacing a folder removes them, too
     assert len(set(os.listdir(tmp_path)) - {'out', 'a.json', MANIFEST}) == 2
 
 
-def test_a_held_folder(tmp_path):
+def test_hold_folder(tmp_path):
     (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / f'{PREFIX}lock').write_text('')  # of a process that was killed
+    (tmp_path / 'out' / f'{PREFIX}lock').write_text('')  # left by a killed process
     with hold_folder(tmp_path / 'out'):
         with pytest.raises(ValueError, match='Another run of timm-spikformer is writing to .*out. Wait until it ends'):
             hold_folder(tmp_path / 'out').__enter__()
-        with write_file(tmp_path / 'out' / 'a', 'test') as partial:  # by the run that holds it
+        with write_file(tmp_path / 'out' / 'a', 'test') as partial:  # by the run that holds the folder
             partial.write_text('1')
     assert read(tmp_path) == {'out/a': '1'}
     with pytest.raises(KeyError), hold_folder(tmp_path / 'x' / 'y'):
@@ -366,13 +366,13 @@ def test_a_held_folder(tmp_path):
     assert os.listdir(tmp_path) == ['out']
 
 
-def test_an_error_that_safetensors_describes(tmp_path):
+def test_disk_errors_of_safetensors(tmp_path):
     for context in (write_folder(tmp_path / 'out', 'test'), write_file(tmp_path / 'out', 'test')):
         with pytest.raises(OSError, match='No space left on device; nothing was written') as info, context:
             raise Exception('Error while serializing: I/O error: No space left on device (os error 28)')
         assert info.value.filename == str(tmp_path / 'out') and not os.listdir(tmp_path)
     with pytest.raises(KeyError, match='not found'), write_folder(tmp_path / 'out', 'test'):
-        raise KeyError('not found (os error 2)')  # of something that was read
+        raise KeyError('not found (os error 2)')  # an error of reading is not changed
 
 
 # -- random folders, random failures
@@ -384,7 +384,7 @@ PATCHED = [(os, 'rename'), (os, 'replace'), (Path, 'mkdir'), (Path, 'write_text'
 
 
 def put_files(folder, files):
-    """Write what fits: a file where there is a folder is left out."""
+    """Write files, except those whose path conflicts with an existing file or folder."""
     for name, text in files.items():
         path = Path(folder, name)
         if not any(p.is_file() for p in path.parents) and not path.is_dir():
@@ -431,12 +431,12 @@ def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_fac
         except (ValueError, kind):
             written = False
     after = read(out) if out.exists() else {}
-    assert {name: after.get(name) for name in others} == others  # nothing of others is lost, whatever happens
-    if written or after != before:  # an interruption may come when all is in place, during the cleaning up
+    assert {name: after.get(name) for name in others} == others  # no foreign file is lost
+    if written or after != before:  # an interruption can also happen during cleanup
         assert after == {**others, **second}
     else:
         assert manifest == ((out / MANIFEST).read_bytes() if (out / MANIFEST).exists() else None)
-    if fail_at != calls[0]:  # the failure was not in the last step, which is cleaning up
+    if fail_at != calls[0]:  # the failure was not in the last step, the cleanup
         assert [name for name in os.listdir(root) if name != 'out'] == []
 
 

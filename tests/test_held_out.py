@@ -1,4 +1,4 @@
-"""Evaluation on data without a test split: on images of which it is known that training has not seen them, or not."""
+"""Evaluation on data without a test split, which requires images that were provably not used for training."""
 import argparse
 import json
 import shutil
@@ -22,7 +22,7 @@ def evaluate(checkpoint, folder, data):
 
 @pytest.fixture(scope='module')
 def trained_by_the_demo(tmp_path_factory):
-    """On data without a test split, with a seed of its own."""
+    """Folder with the output of the demo, trained on images without a test split, with seed 7."""
     folder = tmp_path_factory.mktemp('demo')
     write_images(folder / 'images', 'train', classes=3, count=20)
     cli.main(['demo', '--stages', 'train', '--quick', '--data', str(folder / 'images'), '--seed', '7', '--batch-size',
@@ -30,20 +30,20 @@ def trained_by_the_demo(tmp_path_factory):
     return folder
 
 
-def test_images_that_the_demo_has_held_out(trained_by_the_demo, tmp_path):
+def test_evaluation_on_images_held_out_by_demo(trained_by_the_demo, tmp_path):
     folder = trained_by_the_demo
     shutil.copytree(folder / 'images', tmp_path / 'elsewhere')
     card = ModelCard.load(evaluate(folder / 'out' / 'model', tmp_path / 'out', tmp_path / 'elsewhere') / 'README.md')
     (result,) = card.data.eval_results
     assert result.dataset_split == 'held-out tenth'
     accuracy = json.loads((folder / 'out' / 'results.json').read_text())['accuracy']
-    assert result.metric_value == round(accuracy, 2)  # of the same 6 images
+    assert result.metric_value == round(accuracy, 2)  # measured on the same 6 images
     again = evaluate(tmp_path / 'out', tmp_path / 'again', folder / 'images')
     assert ModelCard.load(again / 'README.md').data.eval_results[0].metric_value == result.metric_value
 
 
 @pytest.mark.parametrize('change', ['seed', 'digest', 'note', 'image', 'more'])
-def test_images_that_training_may_have_seen(change, trained_by_the_demo, tmp_path):
+def test_images_possibly_used_for_training_are_rejected(change, trained_by_the_demo, tmp_path):
     shutil.copytree(trained_by_the_demo / 'images', tmp_path / 'images')
     shutil.copytree(trained_by_the_demo / 'out' / 'model', tmp_path / 'model')
     note = tmp_path / 'model' / 'training_args.yaml'
@@ -60,15 +60,15 @@ def test_images_that_training_may_have_seen(change, trained_by_the_demo, tmp_pat
     else:
         for i in range(5):
             shutil.copy(first, first.with_name(f'9{i}.png'))
-    with pytest.raises(ValueError, match='has no test split, and nothing proves .* Give data with a test split: DIR'):
+    with pytest.raises(ValueError, match='has no test split, and the checkpoint .* Use data with a test split: DI'):
         evaluate(tmp_path / 'model', tmp_path / 'out', tmp_path / 'images')
     assert not (tmp_path / 'out').exists()
 
 
-def test_data_without_a_test_split_for_a_checkpoint_of_train_py(tmp_path):
+def test_train_py_checkpoint_requires_test_split(tmp_path):
     write_images(tmp_path / 'images', 'train', classes=10, count=2)
     model = timm.create_model('test_spikformer_v2', num_classes=10)
     args = argparse.Namespace(model='test_spikformer_v2', seed=0)
     torch.save({'state_dict': model.state_dict(), 'args': args}, path := tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='has no test split, and nothing proves that'):
+    with pytest.raises(ValueError, match='has no test split, and the checkpoint may have been trained'):
         evaluate(path, tmp_path / 'out', tmp_path / 'images')

@@ -1,4 +1,4 @@
-"""The transformers classes: loading, saving, training; the same weights in timm; every neuron alive."""
+"""transformers classes: loading, saving, training, and exchange of weights with timm."""
 import copy
 import json
 import logging
@@ -49,7 +49,7 @@ def make_config(stem='scs', **kwargs):
 
 
 def make_model(cls, images, **kwargs):
-    """Calibrated, in eval mode, every neuron firing, with any mask."""
+    """Return a calibrated model in eval mode, whose neuron layers all fire with any mask."""
     torch.manual_seed(0)
     model = cls(make_config(**kwargs))
     for m in model.modules():
@@ -59,7 +59,7 @@ def make_model(cls, images, **kwargs):
 
 
 def logits_or_loss(model, x):
-    """Something to compare of any of the classes."""
+    """Return one output of the model, to compare models of any class."""
     kwargs = {}
     if isinstance(model, SpikformerForMaskedImageModeling):
         kwargs = dict(bool_masked_pos=(torch.arange(16) % 2 > 0).expand(len(x), -1))
@@ -93,7 +93,7 @@ def test_sharded(images, tmp_path):
 
 
 @pytest.mark.parametrize('cls', CLASSES)
-def test_load_state_dict_takes_both_spellings(cls, images, tmp_path):
+def test_load_state_dict_accepts_both_key_formats(cls, images, tmp_path):
     model = make_model(cls, images)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / 'model.safetensors')
@@ -106,8 +106,8 @@ def test_load_state_dict_takes_both_spellings(cls, images, tmp_path):
 
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
-def test_a_pretrained_encoder_goes_on_in_both_ecosystems(stem, images, tmp_path):
-    """Every tensor of the encoder and nothing else: into the classifier, the bare model, and timm."""
+def test_pretrained_encoder_loads_in_both_libraries(stem, images, tmp_path):
+    """All tensors of the encoder, and no others, load into the classifier, the base model and the timm model."""
     mim = make_model(SpikformerForMaskedImageModeling, images, stem=stem)
     mim.save_pretrained(tmp_path)
     encoder = mim.mae.encoder.state_dict()
@@ -126,7 +126,7 @@ def test_a_pretrained_encoder_goes_on_in_both_ecosystems(stem, images, tmp_path)
         assert all(torch.equal(state_dict[k], v) for k, v in encoder.items())
 
 
-def test_a_classifier_loads_into_timm(images, tmp_path):
+def test_classifier_loads_into_timm(images, tmp_path):
     model = make_model(SpikformerForImageClassification, images)
     model.save_pretrained(tmp_path)
     path = str(tmp_path / 'model.safetensors')
@@ -151,7 +151,7 @@ def test_dtype_and_device_map(images, tmp_path):
 
 @pytest.mark.parametrize('cls', CLASSES)
 def test_double_precision(cls, images, tmp_path):
-    """Created, loaded and cast, with a forward, a backward and another save."""
+    """Create, load or cast a model, run forward and backward, and save it again."""
     make_model(cls, images).save_pretrained(tmp_path / 'a')
     created = cls._from_config(make_config(), dtype=torch.float64)
     loaded = cls.from_pretrained(tmp_path / 'a', dtype=torch.float64)
@@ -164,12 +164,12 @@ def test_double_precision(cls, images, tmp_path):
     cast.load_state_dict(loaded.state_dict())
     assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(cast.eval(), images))
     loaded.save_pretrained(tmp_path / 'b')
-    again = cls.from_pretrained(tmp_path / 'b')  # in the type that it was saved in
+    again = cls.from_pretrained(tmp_path / 'b')  # in the dtype in which it was saved
     assert again.dtype == torch.float64
     assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(again, images))
 
 
-def test_another_checkpoint_is_refused(images, tmp_path):
+def test_mismatched_checkpoint_raises(images, tmp_path):
     make_model(SpikformerForImageClassification, images, hidden_size=32).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
         SpikformerForImageClassification.from_pretrained(tmp_path, config=make_config())
@@ -229,7 +229,7 @@ def test_sequences_and_time_steps(images):
 
 @pytest.mark.parametrize('cls', [SpikformerForImageClassification, SpikformerForMaskedImageModeling])
 def test_gradient_checkpointing(cls, images):
-    """Equal gradients, and one update of BN a step."""
+    """Checkpointing gives equal gradients and updates BN statistics once per step."""
     model = make_model(cls, images).train()
     kwargs = dict(labels=torch.arange(16) % 10) if cls is SpikformerForImageClassification else dict(
         noise=torch.rand(16, 16))
@@ -253,12 +253,12 @@ def test_gradient_checkpointing(cls, images):
     (dict(time_steps=0), 'time_steps must be at least 1, got 0'),
     (dict(mask_ratio=1.0), 'mask_ratio must be greater than 0 and less than 1, got 1.0'),
 ])
-def test_configurations_that_do_not_fit(kwargs, message):
+def test_bad_configurations(kwargs, message):
     with pytest.raises(Exception, match=message):
         SpikformerConfig(**kwargs)
 
 
-def test_values_that_do_not_fit(images):
+def test_bad_values(images):
     with pytest.raises(ValueError, match="Unknown stem 'conv', expected one of 'scs', 'sps'"):
         SpikformerModel(make_config(stem='conv'))
     with pytest.raises(ValueError, match='mask_unit must be a multiple of the patch size 16, got 24'):
@@ -273,10 +273,10 @@ def test_values_that_do_not_fit(images):
 
 
 @pytest.mark.parametrize('cls', [SpikformerModel, SpikformerForImageClassification, SpikformerBackbone])
-def test_a_mask_is_not_ignored(cls, images):
+def test_mask_raises_in_models_without_masking(cls, images):
     model = cls(make_config())
     for name in ('bool_masked_pos', 'noise'):
-        with pytest.raises(ValueError, match=f'{cls.__name__} does not take {name}: there is no mask token'):
+        with pytest.raises(ValueError, match=f'{cls.__name__} does not support {name}: it has no mask token'):
             model(images, **{name: torch.arange(16).expand(16, -1) > 3})
     model(images[:1], bool_masked_pos=None)
 
@@ -288,7 +288,7 @@ def test_a_mask_is_not_ignored(cls, images):
     pytest.param('import transformers, timm_spikformer', marks=pytest.mark.slow),
     'from transformers import AutoConfig, AutoModel, AutoImageProcessor; import timm_spikformer',
 ])
-def test_registered_whatever_is_imported_first(order, tmp_path):
+def test_auto_classes_with_any_import_order(order, tmp_path):
     make_config().save_pretrained(tmp_path)
     ViTImageProcessor().save_pretrained(tmp_path)
     code = f"""{order}
@@ -314,7 +314,7 @@ def test_importing_the_package_does_not_import_transformers():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'False'
 
 
-def test_names_of_the_package():
+def test_public_names():
     assert set(timm_spikformer.__all__) <= set(dir(timm_spikformer))
     assert all(getattr(timm_spikformer, name) for name in timm_spikformer.__all__)
     with pytest.raises(AttributeError, match='Spikformre'):
@@ -334,7 +334,7 @@ def test_auto_classes(images, tmp_path):
 
 
 def test_remote_code_without_the_plugin(images, tmp_path):
-    """A process that does not import this package loads the folder, bit-equal."""
+    """A process without this package loads the folder and gives bit-equal outputs."""
     model = make_model(SpikformerForImageClassification, images)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='no config.json'):
@@ -343,7 +343,7 @@ def test_remote_code_without_the_plugin(images, tmp_path):
     torch.save(images, tmp_path / 'images.pt')
     code = f"""
 import sys, torch
-sys.modules['timm_spikformer'] = None  # an import of it would raise
+sys.modules['timm_spikformer'] = None  # importing it raises
 from transformers import AutoModelForImageClassification
 folder = {str(tmp_path)!r}
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
@@ -441,7 +441,7 @@ def test_trainer_with_layer_decay_and_firing_rates(images, tmp_path, caplog):
     assert 'silent' not in caplog.text
 
 
-def test_a_silent_and_a_saturated_layer_are_reported(images, tmp_path, caplog):
+def test_silent_and_saturated_layers_are_reported(images, tmp_path, caplog):
     model = make_model(SpikformerForImageClassification, images)
     nn.init.constant_(model.timm_model.blocks[0].mlp.fc1.bn.bias, -100.)
     nn.init.constant_(model.timm_model.blocks[1].mlp.fc1.bn.bias, 100.)
@@ -456,7 +456,7 @@ def test_a_silent_and_a_saturated_layer_are_reported(images, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_pipeline_classifies_better_than_chance(tmp_path):
-    """Trained for seconds on 1,000 shipped images, it names others right at least four times as often as by chance."""
+    """After training on 1,000 images for seconds, the accuracy on other images is at least four times chance."""
     import datasets
 
     from timm_spikformer.images import FASHION_MNIST
@@ -486,6 +486,6 @@ def test_pipeline_classifies_better_than_chance(tmp_path):
     classify = pipeline('image-classification', model=str(tmp_path), device='cpu')
     predicted = [p[0]['label'] for p in classify([image.convert('RGB') for image in test['image']], batch_size=50)]
     correct = np.mean([p == names[label] for p, label in zip(predicted, test['label'])])
-    assert correct >= 0.4, f'{correct:.2f} of the images, chance is 0.1'
+    assert correct >= 0.4, f'accuracy {correct:.2f}, chance is 0.1'
     assert json.loads((tmp_path / 'config.json').read_text())['id2label']['0'] == 'T-shirt/top'
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ViTImageProcessor

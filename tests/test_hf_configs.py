@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / 'hf_configs'
 ARGS = sorted((ROOT / 'args').glob('*.json'))
 
 
-def test_generated_files_are_in_step(tmp_path, monkeypatch):
+def test_committed_files_match_generated_files(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.argv', ['make_configs.py', str(tmp_path)])
     make_configs.main()
     generated = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob('*.json')}
@@ -25,10 +25,10 @@ def test_generated_files_are_in_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', timm.list_models(module='spikformer'))
-def test_a_config_gives_the_model_of_the_registry(name):
+def test_config_creates_registered_model(name):
     config = AutoConfig.from_pretrained(ROOT / name, num_labels=1000)
     expected = timm.create_model(name, num_classes=1000, device='meta').state_dict()
-    if sum(v.numel() for v in expected.values()) > 2e7:  # the same, but for its depth
+    if sum(v.numel() for v in expected.values()) > 2e7:  # compare large models at depth 1
         config.num_hidden_layers = 1
         expected = timm.create_model(name, num_classes=1000, depth=1, device='meta').state_dict()
     model = AutoModelForImageClassification.from_config(config).timm_model
@@ -42,7 +42,7 @@ def test_a_config_gives_the_model_of_the_registry(name):
 
 @pytest.mark.parametrize('path', ARGS, ids=lambda path: path.stem)
 def test_argument_files(path, tmp_path):
-    """Trainer takes its part of each; what they name is there, or is what another of them writes."""
+    """TrainingArguments accepts its part of each file; paths exist or are outputs of another argument file."""
     args = json.loads(path.read_text())
     known = TrainingArguments.__dataclass_fields__.keys()
     training_args = TrainingArguments(**{

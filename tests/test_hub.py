@@ -1,4 +1,4 @@
-"""The real huggingface_hub client, in processes of its own, against a Hub on this machine."""
+"""Publishing and downloading with the real huggingface_hub client, in separate processes, with a local Hub server."""
 import json
 import os
 import re
@@ -23,7 +23,7 @@ REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
 
 
 class Client:
-    """Runs code, or a script, in a new process that knows this Hub and no other, with a cache of its own."""
+    """Runner of code and scripts in new processes that use the local Hub server, with a separate cache."""
 
     def __init__(self, url: str, folder: Path):
         self.folder = folder
@@ -64,7 +64,7 @@ def client(hub, tmp_path):
 
 @pytest.fixture(scope='module')
 def shipped(tmp_path_factory):
-    """A folder with the shipped weights; images, and the logits of them, beside it."""
+    """A folder with the included weights in `model`, and images and their logits and features in `expected.pt`."""
     folder = tmp_path_factory.mktemp('shipped')
     model = timm.create_model(REPO.split('/')[1], pretrained=True).eval()
     checkpoint = from_model(model)
@@ -80,7 +80,7 @@ def shipped(tmp_path_factory):
 FAULTS = """
     import json, os, sys, time, urllib.request
     from pathlib import Path
-    time.sleep = lambda seconds: None  # huggingface_hub waits between its retries
+    time.sleep = lambda seconds: None  # huggingface_hub waits between retries
     def set_faults(*faults):
         data = json.dumps(faults).encode()
         urllib.request.urlopen(urllib.request.Request(os.environ['HF_ENDPOINT'] + '/faults', data, method='POST'))
@@ -96,13 +96,13 @@ FAULTS = """
 
 
 def put(hub: LoopbackHub, name: str, folder: Path, branch: str = 'main') -> dict:
-    """A folder as a repository, without a client."""
+    """Add a folder to the server as a repository, without a client; return its files."""
     files = {p.name: File(p.read_bytes(), p.suffix == '.safetensors') for p in folder.iterdir()}
     hub.repos.setdefault(name, Repo()).add(branch, 'put there', files)
     return files
 
 
-# -- one repository, every loader
+# -- all loaders on one repository
 
 LOADERS = """
     import sys, torch
@@ -115,11 +115,11 @@ LOADERS = """
 """
 
 
-def test_every_loader_on_one_repository(hub, client, shipped):
+def test_all_loaders_on_one_repository(hub, client, shipped):
     out = client.publish(shipped / 'model', '--repo', REPO, '--tag', 'v1')
     assert out.stdout.startswith(f'{client.env["HF_ENDPOINT"]}/{REPO}  (')
     repo = hub.repos[REPO]
-    assert len(repo.commits) == 2 and repo.tags['v1'] == repo.branches['main']  # one commit, after the empty one
+    assert len(repo.commits) == 2 and repo.tags['v1'] == repo.branches['main']  # one commit after the initial one
     assert {'model.safetensors', 'config.json', 'preprocessor_config.json', 'README.md', 'modeling_spikformer.py'} <= \
         repo.commits[repo.tags['v1']].files.keys()
     expected = shipped / 'expected.pt'
@@ -145,15 +145,15 @@ def test_every_loader_on_one_repository(hub, client, shipped):
     assert [scores[classifier.config.id2label[i]] for i in range(10)] == expected
     print('same pipeline')""", expected)
     assert with_plugin.stdout.count('same') == 7
-    # TimmWrapper, in a script that does not import the plugin: by the launcher
+    # TimmWrapper in a script that does not import this package, run by the launcher
     (client.folder / 'wrapper.py').write_text(textwrap.dedent(LOADERS + """
     from transformers import TimmWrapperForImageClassification
     same('TimmWrapper', TimmWrapperForImageClassification.from_pretrained(REPO).eval()(x).logits)"""))
     out = client.run_command(['-m', 'timm_spikformer', 'wrapper.py', expected])
     assert 'same TimmWrapper' in out.stdout
-    # the code in the repository, where the plugin is not installed; with it timm and TimmWrapper know the model too
+    # without this package: the code in the repository, which also registers the model for timm and TimmWrapper
     without_plugin = client.run(LOADERS + """
-    sys.modules['timm_spikformer'] = None  # an import of it would raise
+    sys.modules['timm_spikformer'] = None  # importing it raises
     from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
     model = AutoModelForImageClassification.from_pretrained(REPO, trust_remote_code=True).eval()
     assert type(model).__module__.startswith('transformers_modules')
@@ -164,7 +164,7 @@ def test_every_loader_on_one_repository(hub, client, shipped):
     assert without_plugin.stdout.count('same') == 3
 
 
-def test_push_to_hub_of_either_object(hub, client, shipped):
+def test_push_to_hub_of_timm_and_transformers_models(hub, client, shipped):
     out = client.run(LOADERS + """
     import timm, timm_spikformer
     from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
@@ -190,11 +190,11 @@ def test_push_to_hub_of_either_object(hub, client, shipped):
     assert out.stdout.count('same') == 10
 
 
-def test_a_namespace(hub, client, shipped):
-    """By the call and by the variable; at a revision; offline from the cache; of the wrong model."""
+def test_namespace(hub, client, shipped):
+    """Set by function and by environment variable, with a revision, offline from the cache, and with a wrong model."""
     put(hub, 'org/spikformer_v2_2_64_patch4_32.cifar10', shipped / 'model')
     put(hub, 'org/spikformer_v2_2_64_patch4_32.cifar10', shipped / 'model', 'stable')
-    put(hub, 'org/spikformer_v2_8_384.in1k', shipped / 'model')  # under another's name
+    put(hub, 'org/spikformer_v2_8_384.in1k', shipped / 'model')  # under the name of another model
     code = LOADERS + """
     import timm, timm_spikformer
     print(timm.list_pretrained('*spikformer*'))
@@ -215,7 +215,7 @@ def test_a_namespace(hub, client, shipped):
     assert out[1] == str([cifar, shipped_name, 'spikformer_v2_8_384.in1k'])
     assert out[3] == f'org/{cifar}'
     assert out[4] == (
-        'error The repository org/spikformer_v2_8_384.in1k holds the model spikformer_v2_2_64_patch4_32, expected '
+        'error The repository org/spikformer_v2_8_384.in1k contains the model spikformer_v2_2_64_patch4_32, expected '
         'spikformer_v2_8_384.')
     requests = len(hub.requests)
     offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
@@ -227,8 +227,8 @@ def test_a_namespace(hub, client, shipped):
 
 
 @pytest.mark.slow
-def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
-    """spikformer_v2_8_512, random and calibrated: train.py's checkpoint, the Hub, `pretrained=True`, offline."""
+def test_train_py_checkpoint_to_pretrained_at_full_size(hub, client, images):
+    """Publish a checkpoint of spikformer_v2_8_512 with random weights, and load it with `pretrained=True`."""
     import argparse
 
     from timm.utils import CheckpointSaver
@@ -254,16 +254,16 @@ def test_from_train_py_to_pretrained_at_full_size(hub, client, images):
     assert len(hub.requests) == requests
 
 
-# -- faults of publishing: the repository stays as it was
+# -- faults during publishing: the repository is unchanged
 
 @pytest.mark.parametrize('cases', [[
-    # pattern, kind, how often, whether the client gets over it by itself
+    # pattern, kind, number of times, whether the client recovers by itself
     ('POST .*/commit/main', '500', 10, False),
     ('PUT /lfs/.*', 'cut', 10, False),
     ('PUT /lfs/.*', '500', 1, True),
     ('POST .*/preupload/main', 'slow', 1, True),
 ]])
-def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(cases, hub, client, shipped):
+def test_failed_upload_can_be_repeated(cases, hub, client, shipped):
     out = client.run(FAULTS + """
     from timm_spikformer.publishing import publish, read_checkpoint
     checkpoint = read_checkpoint(sys.argv[1])
@@ -287,7 +287,7 @@ def test_an_upload_that_fails_leaves_nothing_and_can_be_finished(cases, hub, cli
         assert second == head and 'model.safetensors' in hub.repos[f'me/case{i}'].commits[head].files
 
 
-def test_an_upload_that_is_killed_leaves_nothing(hub, client, shipped):
+def test_killed_upload_leaves_repository_empty(hub, client, shipped):
     hub.faults.append(Fault('PUT /lfs/.*', 'slow'))
     command = [sys.executable, '-m', 'timm_spikformer.cli', 'publish', str(shipped / 'model'), '--repo', REPO]
     with subprocess.Popen([*command, '--license', 'mit'], env=client.env, stderr=subprocess.PIPE) as process:
@@ -297,8 +297,8 @@ def test_an_upload_that_is_killed_leaves_nothing(hub, client, shipped):
     assert [list(c.files) for c in hub.repos[REPO].commits.values()] == [['.gitattributes']]
 
 
-def test_files_of_a_repository_are_removed_only_if_they_are_ours(hub, client, shipped):
-    """By the manifest in the repository; what its owner or somebody else put there stays."""
+def test_only_files_in_manifest_are_removed_from_repository(hub, client, shipped):
+    """The manifest in the repository lists the published files; all other files are kept."""
     out = client.run(FAULTS + """
     from huggingface_hub import HfApi
     from timm_spikformer.publishing import publish, read_checkpoint
@@ -330,8 +330,8 @@ def test_files_of_a_repository_are_removed_only_if_they_are_ours(hub, client, sh
     assert folder == third - theirs - {'more_notes.txt', '.gitattributes'} | {'secret.txt'}
 
 
-def test_a_repository_that_is_not_known_is_not_touched(hub, client, shipped):
-    """Whatever the Hub answers instead of its content, other than that there is none, stops a publication."""
+def test_repository_with_unknown_content_is_unchanged(hub, client, shipped):
+    """Publishing stops unless the repository can be read and holds the same model, or does not exist."""
     published = put(hub, 'me/theirs', shipped / 'model')
     config = json.loads(published['config.json'].data)
     for name, text in (('me/other', json.dumps({**config, 'architecture': 'resnet18'})), ('me/unknown', '{}'),
@@ -358,18 +358,18 @@ def test_a_repository_that_is_not_known_is_not_touched(hub, client, shipped):
     """, shipped / 'model', json.dumps(cases)).stdout.splitlines()
     assert {name: dict(repo.branches) for name, repo in hub.repos.items()} == before
     for (pattern, kind), line in zip(cases, out):
-        assert re.match('RuntimeError The Hub (cannot be reached|does not answer)', line), (pattern, kind, line)
+        assert re.match('RuntimeError The Hub (cannot be reached|returned an error)', line), (pattern, kind, line)
     other, unknown, broken, a_list, manifest, public = out[len(cases):]
-    assert 'holds resnet18, and this is a spikformer_v2_2_64_patch4_32' in other
-    assert 'holds another model, and this' in unknown
+    assert 'contains resnet18, but this is a spikformer_v2_2_64_patch4_32' in other
+    assert 'contains another model, but this' in unknown
     assert 'config.json of the repository me/broken is not JSON' in broken
-    assert 'config.json of the repository me/list is not that of a model' in a_list
+    assert 'config.json of the repository me/list is not a JSON object' in a_list
     assert manifest.startswith('ValueError') and 'manifest' in manifest
     assert public.startswith('ValueError The repository me/theirs is public. Make it private in its settings')
 
 
-def test_a_thousand_named_classes(hub, client, images):
-    """By the pipeline, by timm, and after transformers has saved them again: in order each time."""
+def test_thousand_named_classes(hub, client, images):
+    """The order is kept by the pipeline, by timm, and after transformers has saved the model again."""
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=1000, time_steps=1), images)
     with torch.no_grad():
@@ -403,10 +403,10 @@ def test_a_thousand_named_classes(hub, client, images):
     assert out.stdout.count('same') == 3
 
 
-def test_who_may_not_publish(hub, client, shipped):
+def test_publish_without_permission(hub, client, shipped):
     no_token = dict(HF_TOKEN='', HF_TOKEN_PATH=str(client.folder / 'none'))
     out = client.publish(shipped / 'model', '--repo', REPO, ok=False, **no_token)
-    assert 'error: There is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.' in out.stderr
+    assert 'error: There is no Hub token. Log in with `hf auth login`, or set HF_TOKEN.' in out.stderr
     assert 'Traceback' not in out.stderr
     out = client.run(FAULTS + """
     from timm_spikformer.publishing import publish, read_checkpoint
@@ -421,7 +421,7 @@ def test_who_may_not_publish(hub, client, shipped):
     assert not hub.repos
 
 
-def test_a_repository_of_another_model_or_with_the_tag(hub, client, shipped, images):
+def test_repository_of_other_model_or_with_existing_tag(hub, client, shipped, images):
     torch.manual_seed(0)
     other = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     save_folder(from_model(other), client.folder / 'other')
@@ -433,12 +433,12 @@ def test_a_repository_of_another_model_or_with_the_tag(hub, client, shipped, ima
     print(attempt(lambda: publish('other', sys.argv[2], 'mit', tag='v1')))
     """, shipped / 'model', REPO)
     architecture, tag = out.stdout.splitlines()
-    assert f'{REPO} holds test_spikformer_v2, and this is a spikformer_v2_2_64_patch4_32. Choose' in architecture
-    assert f"The repository {REPO} has a tag 'v1' already. Choose another." in tag
+    assert f'{REPO} contains test_spikformer_v2, but this is a spikformer_v2_2_64_patch4_32. Choose' in architecture
+    assert f"The repository {REPO} already has a tag 'v1'. Choose another." in tag
     assert hub.repos[REPO].branches == before
 
 
-def test_without_a_network(client, shipped):
+def test_without_network(client, shipped):
     client.env['HF_ENDPOINT'] = 'http://127.0.0.1:9'
     out = client.publish(shipped / 'model', '--repo', REPO, ok=False, HF_HUB_OFFLINE='1')
     assert 'error: The Hub cannot be reached' in out.stderr and 'Traceback' not in out.stderr
@@ -460,18 +460,18 @@ def test_private_repositories(hub, client, shipped):
     assert out.startswith(f'RuntimeError There is no repository {REPO} on the Hub, or no access to it.')
 
 
-# -- faults of downloading: the cache holds what is whole, or nothing
+# -- faults during downloads: the cache never holds incomplete files
 
 @pytest.fixture
 def published(hub, shipped):
     return put(hub, REPO, shipped / 'model')
 
 
-def test_downloads_that_go_wrong(hub, client, published):
+def test_failed_downloads(hub, client, published):
     cases = [
-        # kind, how often, and what the user sees
+        # kind, number of times, error message
         ('cut', 2, ''), ('slow', 1, ''),
-        ('corrupt', 50, 'was damaged on its way: its sha256 is not'), ('truncate', 50, 'could not be downloaded'),
+        ('corrupt', 50, 'was damaged during the download: its sha'), ('truncate', 50, 'could not be downloaded'),
         ('500', 50, 'could not be downloaded'), ('cut', 50, 'could not be downloaded|cannot be reached'),
     ]
     out = client.run(FAULTS + """
@@ -494,7 +494,7 @@ def test_downloads_that_go_wrong(hub, client, published):
         assert (client.folder / f'cache{i}').rglob(weights.sha256).__next__().read_bytes() == weights.data
 
 
-def test_repositories_that_lack_something(hub, client, published):
+def test_bad_repositories(hub, client, published):
     head = hub.repos[REPO].branches['main']
     files = dict(published)
     files['pytorch_model.bin'] = files.pop('model.safetensors')
@@ -512,7 +512,7 @@ def test_repositories_that_lack_something(hub, client, published):
         overlay = dict(hf_hub_id=repo)
         print(attempt(lambda: timm.create_model('spikformer_v2_8_512', True, pretrained_cfg_overlay=overlay)))
     """, REPO).stdout.splitlines()
-    assert out[0].startswith(f'RuntimeError The repository {REPO}@pickle holds no model.safetensors.')
+    assert out[0].startswith(f'RuntimeError The repository {REPO}@pickle contains no model.safetensors.')
     assert out[1].startswith("ValueError '../../../evil.safetensors' of")
     assert out[2].startswith('RuntimeError There is no repository me/nothing on the Hub, or no access to it.')
     assert out[3] == f"RuntimeError The repository {REPO} has no revision 'nothing'."
@@ -548,14 +548,14 @@ TRAIN = """
         model = cls(config)
         for m in model.modules():
             if hasattr(m, 'momentum'):
-                m.momentum = 0.9  # so that a handful of steps is enough for BN, and neurons fire in eval mode
+                m.momentum = 0.9  # so that BN adapts within a few steps, and neurons fire in eval mode
         return Trainer(model, args, train_dataset=items, eval_dataset=items, processing_class=processor)
 """
 
 
 @pytest.mark.parametrize('is_mim', [False, True])
 @pytest.mark.slow
-def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
+def test_trainer_pushes_with_all_strategies(is_mim, hub, client):
     out = client.run(TRAIN + f"""
     import timm
     is_mim = {is_mim}
@@ -591,14 +591,14 @@ def test_trainer_pushes_by_every_strategy(is_mim, hub, client):
         assert ('last-checkpoint/model.safetensors' in files) == (strategy == 'checkpoint')
         assert ('checkpoint-2/model.safetensors' in files) == (strategy == 'all_checkpoints')
     card = hub.repos['me/end'].commits[hub.repos['me/end'].branches['main']].files['README.md'].data.decode()
-    assert 'More Information Needed' in card or 'More information needed' in card  # stock Trainer's card
+    assert 'More Information Needed' in card or 'More information needed' in card  # card of transformers' Trainer
     client.publish('end', '--repo', 'me/end')
     card = hub.repos['me/end'].commits[hub.repos['me/end'].branches['main']].files['README.md'].data.decode()
-    assert 'nformation needed' not in card.lower() and 'By transformers Trainer.' in card
+    assert 'nformation needed' not in card.lower() and 'Trained with transformers Trainer.' in card
 
 
 @pytest.mark.slow
-def test_a_masked_autoencoder_goes_on_to_a_classifier(hub, client, images):
+def test_masked_autoencoder_loads_into_classifier(hub, client, images):
     torch.manual_seed(0)
     encoder = timm.create_model('test_spikformer_v2', num_classes=0, time_steps=1)
     mae = calibrate(SpikformerMAE(encoder, 0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), images)

@@ -1,4 +1,4 @@
-"""The reader of images: folders, parquet files, pictures, labels and classes."""
+"""Reading of images: folders, parquet files, decoding, labels and classes."""
 import io
 import json
 import os
@@ -39,7 +39,7 @@ def png(image=None, **options) -> bytes:
 
 
 def write_tree(root: Path, *paths: str) -> Path:
-    """Write a picture to each of the paths."""
+    """Write an image to each path."""
     content = png()
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def relative(images: Images, root: Path):
     return [os.path.relpath(images.filename(i), root) for i in range(len(images))]
 
 
-# -- folders, against timm's reader
+# -- folders, compared with timm's reader
 
 CLASSES = [
     'a', 'A', 'b', '1', '01', '2', '10', 'class_2', 'class_10', 'train', 'test', 'val', '²', 'é', '.x', 'train_3',
@@ -69,7 +69,7 @@ regular_file = st.sampled_from(['1.png', '2.PNG', '10.jpg', 'train_3.png', 'test
 
 
 def check_against_timm(root: Path, splits) -> None:
-    """Each split has the samples of timm's reader, and all splits are numbered as it numbers the training split."""
+    """Check that splits have the samples of timm's reader, and the class indices that it gives the training split."""
     first = next(s for s in ('train', 'all', 'test', 'validation') if s in splits)
     numbering = None
     for split, images in sorted(splits.items(), key=lambda item: item[0] != first):
@@ -106,7 +106,7 @@ def check_any_tree(tree) -> None:
 
 
 def check_regular_tree(layout, classes, linked) -> None:
-    """A tree as the README describes it, some of whose folders are symbolic links, is read without an error."""
+    """Check that a documented folder layout, with folders or symbolic links, is read without an error."""
     with tempfile.TemporaryDirectory() as folder:
         root, elsewhere = Path(folder) / 'data', Path(folder) / 'elsewhere'
         root.mkdir()
@@ -144,13 +144,13 @@ long = settings(max_examples=10_000, deadline=None)
 @example(tree=[('a', '²', '1.png')])
 @example(tree=[('train', 'a', '1.png'), ('train', 'b', '1.png'), ('test', 'b', '2.PNG')])
 @example(tree=[('train', '1.png'), ('test', '1.png'), ('b', '1.png')])
-def test_a_tree_is_refused_or_read_as_timm_does(tree):
+def test_any_tree_raises_or_is_read_as_by_timm(tree):
     check_any_tree(tree)
 
 
 @quick
 @given(**regular_tree)
-def test_a_documented_tree_is_read_as_timm_does(layout, classes, linked):
+def test_documented_tree_is_read_as_by_timm(layout, classes, linked):
     check_regular_tree(layout, classes, linked)
 
 
@@ -175,15 +175,15 @@ def test_classes_are_in_natural_order(tmp_path):
         f'class_{i}' for i in range(12)]
 
 
-def test_a_class_named_train_is_a_class(tmp_path):
-    """And a file named after a split is a file: none of the training images is in the test set."""
+def test_class_named_like_split(tmp_path):
+    """Classes and files that are named like a split are not taken for one."""
     write_tree(tmp_path, 'train/1.png', 'train/test_2.png', 'bus/1.png', 'bus/train_3.png')
     (splits,) = [read_splits(tmp_path)]
     assert list(splits) == ['all'] and splits['all'].classes == ['bus', 'train']
     assert relative(splits['all'], tmp_path) == ['bus/1.png', 'bus/train_3.png', 'train/1.png', 'train/test_2.png']
 
 
-def test_a_file_named_after_a_split_stays_in_its_split(tmp_path):
+def test_file_named_like_other_split(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/a/test_1.png', 'train/b/validation.png', 'test/a/1.png',
                'test/b/train_1.png')
     splits = read_splits(tmp_path)
@@ -204,36 +204,36 @@ def test_symbolic_links_are_followed(tmp_path):
         read_splits(data)
 
 
-def test_a_link_to_a_folder_above_is_refused(tmp_path):
+def test_link_to_parent_folder_raises(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/b/1.png')
     (tmp_path / 'train' / 'a' / 'loop').symlink_to(tmp_path / 'train')
-    with pytest.raises(ValueError, match='is in a folder within a class folder'):
+    with pytest.raises(ValueError, match='is in a subfolder of a class folder'):
         read_splits(tmp_path)
 
 
 @pytest.mark.parametrize('files, message', [
-    ([], 'holds no images'),
-    (['notes.txt'], 'holds no images'),
-    (['Train/a/1.png', 'Test/a/1.png'], 'holds no images .* where they were expected'),
+    ([], 'contains no images'),
+    (['notes.txt'], 'contains no images'),
+    (['Train/a/1.png', 'Test/a/1.png'], 'contains no images .* in the expected places'),
     (['1.png', '2.png'], 'has no labels'),
     (['a/1.png', '1.png'], '1.png is not in a class folder'),
-    (['train/a/1.png', 'train/1.png'], 'train/a/1.png is in a folder within a class folder'),
-    (['train/a/1.png', 'bus/1.png'], 'holds train with class folders, and the folder bus, which holds images itself'),
-    (['train/a/1.png', 'test/1.png'], 'holds train with class folders, and the folder test'),
-    (['train/a/x/1.png', 'train/b/1.png'], 'in a folder within a class folder'),
-    (['val/a/1.png', 'validation/a/1.png'], 'holds both val and validation'),
-    (['train/1/1.png', 'train/01/1.png'], "'01' and '1' .* have no order"),
-    (['train/²/1.png', 'train/²5²/1.png'], 'whose name timm cannot put in order'),
-    (['train/a/1.png', 'train/b/1.png', 'test/c/1.png'], "different classes.* the class 'c' is not one of the model"),
+    (['train/a/1.png', 'train/1.png'], 'train/a/1.png is in a subfolder of a class folder'),
+    (['train/a/1.png', 'bus/1.png'], 'contains train with class folders, but also the folder bus, which contains imag'),
+    (['train/a/1.png', 'test/1.png'], 'contains train with class folders, but also the folder test'),
+    (['train/a/x/1.png', 'train/b/1.png'], 'in a subfolder of a class folder'),
+    (['val/a/1.png', 'validation/a/1.png'], 'contains both val and validation'),
+    (['train/1/1.png', 'train/01/1.png'], "'01' and '1' .* have no defined order"),
+    (['train/²/1.png', 'train/²5²/1.png'], 'contains a folder or file name that timm cannot sort'),
+    (['train/a/1.png', 'train/b/1.png', 'test/c/1.png'], "different classes.* 'c' is not a class of the model"),
 ], ids=lambda value: value[0] if isinstance(value, list) and value else None)
-def test_folders_that_are_refused(files, message, tmp_path):
+def test_bad_folders(files, message, tmp_path):
     write_tree(tmp_path, *files)
     with pytest.raises(ValueError, match=message) as e:
         read_splits(tmp_path)
     assert str(tmp_path) in str(e.value)
 
 
-def test_a_folder_that_is_missing(tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match='nowhere is not a folder. Expected DIR'):
         read_splits(tmp_path / 'nowhere')
 
@@ -248,7 +248,7 @@ def test_images_without_labels(tmp_path):
 
 # -- splits
 
-def test_without_a_test_split_a_tenth_is_held_out_and_named_so(tmp_path):
+def test_tenth_is_held_out_without_test_split(tmp_path):
     write_tree(tmp_path, *(f'{name}/{i}.png' for name in 'ab' for i in range(20)), 'c/1.png')
     train, test = train_test(read_splits(tmp_path), seed=3)
     assert (len(train), len(test)) == (37, 4)
@@ -261,13 +261,13 @@ def test_without_a_test_split_a_tenth_is_held_out_and_named_so(tmp_path):
     assert sample_images(read_splits(tmp_path)).description == f'41 images of {tmp_path.name}'
 
 
-def test_the_tenth_of_a_training_split(tmp_path):
+def test_tenth_of_training_split_is_held_out(tmp_path):
     write_tree(tmp_path, *(f'train/{name}/{i}.png' for name in 'ab' for i in range(3)))
     train, test = train_test(read_splits(tmp_path))
     assert test.split == 'held-out tenth of train' and (len(train), len(test)) == (4, 2)
 
 
-def test_the_test_split_comes_before_the_validation_split(tmp_path):
+def test_test_split_is_preferred_to_validation_split(tmp_path):
     write_tree(tmp_path, *(f'{split}/{name}/1.png' for split in ('train', 'val', 'test') for name in 'ab'))
     splits = read_splits(tmp_path)
     assert train_test(splits)[1].split == sample_images(splits).split == 'test'
@@ -275,44 +275,44 @@ def test_the_test_split_comes_before_the_validation_split(tmp_path):
     assert train_test(splits)[1].split == sample_images(splits).split == 'validation'
 
 
-def test_classes_of_one_image_only(tmp_path):
+def test_classes_with_one_image_raise(tmp_path):
     write_tree(tmp_path, 'a/1.png', 'b/1.png')
     with pytest.raises(ValueError, match='no class has 2 images'):
         train_test(read_splits(tmp_path))
 
 
-def test_one_class_only(tmp_path):
+def test_single_class_raises(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/a/2.png')
-    with pytest.raises(ValueError, match='all are of one class'):
+    with pytest.raises(ValueError, match='all have the same class'):
         train_test(read_splits(tmp_path))
 
 
-def test_take_gives_each_class_its_share(tmp_path):
+def test_take_is_stratified(tmp_path):
     write_tree(tmp_path, *(f'{c:03}x/{i}.png' for c in range(30) for i in range(2 if c else 20)))
     images = read_splits(tmp_path)['all']
     few = images.take(39, seed=0)
     assert np.bincount(few.labels).tolist() == [10] + 29 * [1]
     assert relative(few, tmp_path) == relative(images.take(39, seed=0), tmp_path)
-    assert len(images.take(10, seed=0)) == 10  # fewer than classes
+    assert len(images.take(10, seed=0)) == 10  # fewer images than classes
     assert images.take(1000, seed=0) is images
 
 
-def test_classes_of_the_test_split_are_numbered_as_in_the_training_split(tmp_path):
+def test_test_split_has_class_indices_of_training_split(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/b/1.png', 'train/c/1.png', 'test/b/1.png', 'test/c/1.png')
     splits = read_splits(tmp_path)
     assert splits['test'].labels.tolist() == [1, 2] and splits['test'].classes == ['a', 'b', 'c']
 
 
-# -- classes of a dataset, and of a model
+# -- classes of datasets and models
 
-def test_labels_are_renumbered_by_name(tmp_path):
+def test_match_classes_by_name(tmp_path):
     write_tree(tmp_path, 'b/1.png', 'c/1.png', 'c/2.png')
     images = read_splits(tmp_path)['all']
     assert match_classes(images, ['c', 'a', 'b'], 3).labels.tolist() == [2, 0, 0]
     assert images.labels.tolist() == [0, 1, 1]  # unchanged
-    with pytest.raises(ValueError, match="class 'c' is not one of the model, whose classes are 'a', 'b'"):
+    with pytest.raises(ValueError, match="'c' is not a class of the model, whose classes are 'a', 'b'"):
         match_classes(images, ['a', 'b'], 2)
-    with pytest.raises(ValueError, match='2 classes, and the model has 3'):
+    with pytest.raises(ValueError, match='2 classes, but the model has 3'):
         match_classes(images, None, 3)
     assert match_classes(images, None, 2) is images
 
@@ -357,16 +357,16 @@ def test_parquet_in_shards(tmp_path):
     assert splits['train'].filename(5) == f'{tmp_path}/train-00002-of-00003.parquet, row 1'
     assert train_test(splits)[1].classes == ['0', '1', '2']
     (tmp_path / 'train-00001-of-00003.parquet').unlink()
-    with pytest.raises(ValueError, match='holds 2 parquet files of the split train, .* one of 3'):
+    with pytest.raises(ValueError, match='contains 2 parquet files of the split train, .* one of 3'):
         read_splits(tmp_path)
 
 
-def test_parquet_of_any_name(tmp_path):
+def test_parquet_file_with_any_name(tmp_path):
     write_parquet(tmp_path / 'birds.parquet', [png()] * 20, [0, 1] * 10)
     train, test = train_test(read_splits(tmp_path))
     assert (len(train), len(test), test.split) == (18, 2, 'held-out tenth')
     write_parquet(tmp_path / 'train.parquet', [png()], [0])
-    with pytest.raises(ValueError, match='holds files of splits, and birds.parquet'):
+    with pytest.raises(ValueError, match='contains files named after splits, but also birds.parquet'):
         read_splits(tmp_path)
 
 
@@ -380,55 +380,55 @@ def test_parquet_of_any_name(tmp_path):
     ([0, 1, 2 ** 64 - 1], pa.uint64(), 'the label is 18446744073709551615'),
     ([0, 2, 2], None, 'labels are 2 different integers from 0 to 2'),
 ])
-def test_labels_that_are_no_class_indices(labels, type, message, tmp_path):
+def test_bad_labels(labels, type, message, tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, labels, type)
     with pytest.raises(ValueError, match=message):
         train_test(read_splits(tmp_path))
 
 
-def test_a_label_outside_the_named_classes(tmp_path):
+def test_label_outside_named_classes_raises(tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2], features=FEATURES)
     with pytest.raises(ValueError, match='row 2: the label is 2. Expected 0 to 1'):
         read_splits(tmp_path)
 
 
-def test_class_names_of_one_split_only(tmp_path):
-    """The numbers of classes are compared; the names are taken for both splits."""
+def test_class_names_in_one_split_only(tmp_path):
+    """The names are used for both splits, if the numbers of classes are equal."""
     write_parquet(tmp_path / 'train.parquet', [png()] * 2, [1, 0])
     write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 1], features=FEATURES)
     train, test = train_test(read_splits(tmp_path))
     assert train.classes == test.classes == ['x', 'y'] and train.labels.tolist() == [1, 0]
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2])
-    with pytest.raises(ValueError, match="there are 3 classes without names, and .* test split names 2: 'x', 'y'"):
+    with pytest.raises(ValueError, match="there are 3 classes without names, but .* test split has 2 classes: 'x', "):
         train_test(read_splits(tmp_path))
 
 
-def test_two_classes_of_the_same_name(tmp_path):
+def test_duplicate_class_names_raise(tmp_path):
     features = datasets.Features(FEATURES)
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2])
     label = {'names': ['a', 'a', 'b'], '_type': 'ClassLabel'}
     metadata = {'huggingface': json.dumps({'info': {'features': {**features.to_dict(), 'label': label}}})}
     table = pq.read_table(tmp_path / 'train.parquet').replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / 'train.parquet')
-    with pytest.raises(ValueError, match="the split train names both class 0 and class 1 'a'. Rename one of them"):
+    with pytest.raises(ValueError, match="the split train has the same name for class 0 and class 1, 'a'. Rename"):
         read_splits(tmp_path)
-    with pytest.raises(ValueError, match="The model names both class 1 and class 2 'x'"):
+    with pytest.raises(ValueError, match="The model has the same name for class 1 and class 2, 'x'"):
         match_classes(read_splits()['test'], ['y', 'x', 'x'], 3)
 
 
-@pytest.mark.parametrize('change', ['none', 'a file more', 'another name', 'another size', 'another class'])
-def test_a_fingerprint_tells_images_apart(change, tmp_path):
+@pytest.mark.parametrize('change', ['none', 'additional file', 'other name', 'other size', 'other class'])
+def test_fingerprint_changes_with_files(change, tmp_path):
     write_tree(tmp_path, 'a/1.png', 'a/2.png', 'b/1.png', 'c/1.png')
     before = read_splits(tmp_path)['all']
     assert before.fingerprint() != before.select([0, 1]).fingerprint() != before.select([0, 2]).fingerprint()
     digest, path = before.fingerprint(), tmp_path / 'a' / '1.png'
-    if change == 'a file more':
+    if change == 'additional file':
         (tmp_path / 'a' / '3.png').write_bytes(path.read_bytes())
-    elif change == 'another name':
+    elif change == 'other name':
         path.rename(tmp_path / 'a' / '0.png')
-    elif change == 'another size':
+    elif change == 'other size':
         path.write_bytes(path.read_bytes() + b'0')
-    elif change == 'another class':
+    elif change == 'other class':
         (tmp_path / 'b' / '1.png').rename(tmp_path / 'a' / '3.png')
         path.rename(tmp_path / 'b' / '1.png')
     assert (read_splits(tmp_path)['all'].fingerprint() == digest) == (change == 'none')
@@ -436,7 +436,7 @@ def test_a_fingerprint_tells_images_apart(change, tmp_path):
     assert read_splits()['test'].fingerprint() == shipped['test'].fingerprint() != shipped['train'].fingerprint()
 
 
-def test_a_test_label_that_is_not_in_the_training_split(tmp_path):
+def test_test_label_missing_in_training_split_raises(tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 2, [0, 1])
     write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 2])
     with pytest.raises(ValueError, match='there is a label 2, expected 0 to 1'):
@@ -450,7 +450,7 @@ def test_a_test_label_that_is_not_in_the_training_split(tmp_path):
     (pa.table({'image': [b'']}), 'has no labels'),
     (pa.table({'image': pa.array([], pa.binary()), 'label': pa.array([], pa.int64())}), 'has no rows'),
 ], ids=['damaged', 'columns', 'image', 'labels', 'rows'])
-def test_parquet_that_is_refused(content, message, tmp_path):
+def test_bad_parquet_files(content, message, tmp_path):
     path = tmp_path / 'train.parquet'
     path.write_bytes(content) if isinstance(content, bytes) else pq.write_table(content, path)
     with pytest.raises(ValueError, match=message):
@@ -460,13 +460,13 @@ def test_parquet_that_is_refused(content, message, tmp_path):
 @pytest.mark.parametrize('image, message', [
     (None, 'row 0 cannot be read: the image is null'), (b'x', 'row 0 cannot be read: cannot identify image'),
 ])
-def test_a_row_without_a_picture(image, message, tmp_path):
+def test_unreadable_row_raises(image, message, tmp_path):
     write_parquet(tmp_path / 'train.parquet', pa.array([image, png()], pa.binary()), [0, 1])
     with pytest.raises(ValueError, match=message):
         read_splits(tmp_path)['train'][0]
 
 
-# -- pictures
+# -- decoding
 
 def gray(value, mode) -> Image.Image:
     type = {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode]
@@ -477,7 +477,7 @@ def upside_down() -> bytes:
     image = Image.new('RGB', (4, 2), 'black')
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     return png(image, exif=exif)
 
 
@@ -491,12 +491,12 @@ def upside_down() -> bytes:
     (png(Image.new('RGB', (4, 4), (10, 200, 30)).quantize()), (10, 200, 30)),
     (png(Image.new('CMYK', (8, 8), (255, 0, 0, 0)), format='TIFF'), (0, 255, 255)),
 ], ids=['16-bit PNG', '16-bit TIFF', 'gray', 'bilevel', 'gray with alpha', 'alpha', 'palette', 'CMYK'])
-def test_pictures_are_decoded_to_8_bits(content, expected):
+def test_images_are_decoded_to_8_bits(content, expected):
     image = decode(io.BytesIO(content), 'RGB')
     assert image.mode == 'RGB' and image.getpixel((0, 0)) == expected
 
 
-def test_pictures_are_upright():
+def test_exif_orientation_is_applied():
     image = decode(io.BytesIO(upside_down()), 'RGB')
     assert image.size == (2, 4) and image.getpixel((1, 0)) == (255, 255, 255)
 
@@ -509,7 +509,7 @@ def test_pictures_are_upright():
     (png(gray(0.5, 'F'), format='TIFF'), 'its pixels are floating-point numbers, expected 8 or 16 bits'),
     (png(gray(70000, 'I'), format='TIFF'), 'its pixels are 32-bit integers'),
 ], ids=['truncated PNG', 'truncated JPEG', 'empty', 'text', 'float', 'int32'])
-def test_pictures_that_cannot_be_read_are_named(content, message, tmp_path):
+def test_error_names_unreadable_image(content, message, tmp_path):
     write_tree(tmp_path, 'a/1.png', 'b/2.png')
     (tmp_path / 'b' / '2.png').write_bytes(content)
     loader = make_loader(read_splits(tmp_path)['all'], CONFIG, 2)
@@ -519,7 +519,7 @@ def test_pictures_that_cannot_be_read_are_named(content, message, tmp_path):
 
 # -- loaders
 
-def test_the_shipped_images():
+def test_shipped_images():
     train, test = train_test(read_splits())
     assert (len(train), len(test)) == (6000, 1000) and test.description == '1,000 images of Fashion-MNIST, test split'
     assert train.classes == test.classes and train.classes[0] == 'T-shirt/top'
@@ -532,16 +532,16 @@ def test_the_shipped_images():
     assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
 
 
-def test_images_of_one_channel(tmp_path):
+def test_images_with_one_channel(tmp_path):
     write_tree(tmp_path, 'a/1.png', 'b/2.png')
     images = read_splits(tmp_path)['all']
     x, _ = next(iter(make_loader(images, dict(CONFIG, input_size=(1, 32, 32), mean=(0.5,), std=(0.5,)), 2)))
     assert x.shape == (2, 1, 32, 32)
-    with pytest.raises(ValueError, match='reads images of 2 channels'):
+    with pytest.raises(ValueError, match='has 2 input channels'):
         make_loader(images, dict(CONFIG, input_size=(2, 32, 32)), 2)
 
 
-def test_a_loader_leaves_the_images_as_they_were(tmp_path):
+def test_loader_does_not_change_images(tmp_path):
     images = read_splits(write_tree(tmp_path, 'a/1.png', 'b/2.png'))['all']
     list(make_loader(images, CONFIG, 2, augment=True))
     assert images.transform is None and isinstance(images[0][0], Image.Image)

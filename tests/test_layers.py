@@ -15,7 +15,7 @@ from timm_spikformer.layers import (
 
 
 def convert(state_dict):
-    """spikingjelly's names and shapes to ours, written out here independently of the package's own conversion."""
+    """Convert spikingjelly's names and shapes to this package's, independently of the package's own conversion."""
     out = {}
     for ours, theirs in (
             ('attn.qkv', 'attn.qkv_conv_bn'), ('attn.proj', 'attn.proj_conv_bn'), ('mlp.fc1', 'mlp.fc1'),
@@ -28,18 +28,18 @@ def convert(state_dict):
 
 
 def assert_close_to_scale(actual, expected, tolerance=1e-5):
-    """The largest difference against the largest value: sums over many tokens are rounded to their own scale."""
+    """Compare the largest difference with the largest value; rounding errors of sums are relative to the latter."""
     assert expected.abs().max() > 0
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize('num_tokens', [(2, 2), (6, 6)], ids=['fewer tokens than channels', 'more'])
+@pytest.mark.parametrize('num_tokens', [(2, 2), (6, 6)], ids=['fewer tokens than channels', 'more tokens'])
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_block_equals_spikingjelly(training, num_tokens):
     torch.manual_seed(0)
     T, B, C, heads = 4, 4, 64, 2
     theirs = SpikformerBlock(C, heads)
-    torch.nn.init.constant_(theirs.attn.qkv_conv_bn[1].bias, 1.)  # so that so small an attention fires
+    torch.nn.init.constant_(theirs.attn.qkv_conv_bn[1].bias, 1.)  # so that attention with few tokens fires
     ours = SpikingBlock(C, heads)
     missing, unexpected = ours.load_state_dict(convert(theirs.state_dict()), strict=False)
     assert not unexpected and all(k.endswith('linear.bias') for k in missing)
@@ -50,7 +50,7 @@ def test_block_equals_spikingjelly(training, num_tokens):
     for block, inputs in ((theirs, x), (ours, x.flatten(3).transpose(2, 3))):
         for m in block.modules():
             if isinstance(m, torch.nn.BatchNorm1d):
-                m.momentum = None  # one forward calibrates it
+                m.momentum = None  # the next forward pass sets the running statistics
         block.train()(inputs)
         functional.reset_net(theirs)
         block.train(training)
@@ -75,27 +75,27 @@ def test_block_equals_spikingjelly(training, num_tokens):
 
 
 @pytest.mark.parametrize('num_tokens', [3, 50])
-def test_attention_is_exact_in_either_order(num_tokens):
+def test_attention_is_exact_for_both_product_orders(num_tokens):
     q, k, v = (torch.rand(3, 2, 2, 4, num_tokens, 16) < 0.4).float().unbind(0)
     expected = torch.einsum('tbhnd,tbhmd,tbhme->tbhne', q.double(), k.double(), v.double())
     assert expected.mean() > 0
     assert torch.equal(spiking_attention(q, k, v).double(), expected)
 
 
-def test_attention_neuron_has_half_the_threshold_and_a_fixed_scale():
+def test_attention_threshold_scale_and_biases():
     for dim in (16, 64):
         attn = SpikingSelfAttention(dim, num_heads=2)
         assert attn.attn_lif.v_threshold == 0.5 and attn.scale == 0.125
         assert attn.qkv.linear.bias is None and attn.proj.linear.bias is not None
 
 
-def test_heads_must_divide_the_width():
+def test_embed_dim_must_be_divisible_by_num_heads():
     with pytest.raises(ValueError, match='embed_dim=30 and num_heads=4'):
         SpikingSelfAttention(30, num_heads=4)
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_constant_input_is_computed_once_and_exactly(training):
+def test_constant_input_is_computed_once(training):
     torch.manual_seed(0)
     layer = ConvBNLIF(3, 8).train()
     x = torch.randn(1, 5, 3, 8, 8)
@@ -110,7 +110,7 @@ def test_constant_input_is_computed_once_and_exactly(training):
     assert torch.equal(once, each)
 
 
-def test_bn_takes_its_statistics_over_time_batch_and_tokens():
+def test_bn_statistics_are_over_time_batch_and_tokens():
     layer = LinearBNLIF(4, 6)
     x = torch.randn(3, 2, 5, 4)
     layer(x)
@@ -119,7 +119,7 @@ def test_bn_takes_its_statistics_over_time_batch_and_tokens():
     torch.testing.assert_close(layer.bn.running_var, 0.9 + 0.1 * y.var(0))
 
 
-def test_drop_path_drops_a_sample_at_all_steps_together():
+def test_drop_path_drops_samples_at_all_time_steps():
     torch.manual_seed(0)
     y = TimeSharedDropPath(0.5).train()(torch.ones(4, 64, 3, 2))
     assert set(y.unique().tolist()) == {0., 2.}

@@ -1,7 +1,7 @@
-"""The contract of an image model, on networks whose every neuron layer fires: a silent one would pass all of it.
+"""General tests of an image model, on models whose neuron layers all fire; a silent model would pass trivially.
 
-The `model` fixture calibrates BN on real images and checks the firing rates. Each test runs with kernels and without,
-except for those that compile or export for long, and those in which no kernel runs anyway.
+The `model` fixture calibrates BN on real images and checks the firing rates. Tests run with and without kernels, except
+slow compilation and export tests, and tests in which no kernel runs.
 """
 import copy
 import io
@@ -39,15 +39,15 @@ def test_deterministic(model, images):
     assert first.std() > 0 and torch.equal(model(images), first)
 
 
-def test_a_batch_is_its_single_images(model, images):
+def test_batch_equals_single_images(model, images):
     batch = model(images)
     single = torch.cat([model(image[None]) for image in images])
     assert (batch - single).abs().max() <= 1e-5 * batch.std()
 
 
-def test_every_parameter_learns(model, images):
+def test_all_parameters_have_gradients(model, images):
     for name, grad in train_step(model, images).items():
-        if not name.endswith('linear.bias'):  # BN takes the mean away again
+        if not name.endswith('linear.bias'):  # BN cancels this bias
             assert grad.abs().max() > 0, name
         assert grad.isfinite().all(), name
 
@@ -83,8 +83,8 @@ def test_deepcopy_and_ema_after_a_training_step(model, images):
     assert torch.equal(ema.module.eval()(images), model(images))
 
 
-def test_training_steps_do_not_depend_on_each_other(model, images):
-    """Also not where the last batch is smaller: nothing of it is kept."""
+def test_training_steps_are_independent(model, images):
+    """A training step on a smaller batch does not affect the next one."""
     other = copy.deepcopy(model)
     for m in other.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -97,7 +97,7 @@ def test_training_steps_do_not_depend_on_each_other(model, images):
 
 @pytest.mark.parametrize('kwargs', [
     pytest.param({}, id='v2'), pytest.param(dict(stem='sps'), id='v1', marks=pytest.mark.slow)])
-def test_compile_is_one_graph_of_equal_spikes(images, kwargs):
+def test_compile_gives_one_graph_and_equal_spikes(images, kwargs):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2', depth=1, time_steps=2, **kwargs), images)
     torch._dynamo.reset()
@@ -107,7 +107,7 @@ def test_compile_is_one_graph_of_equal_spikes(images, kwargs):
         assert features.mean() > 0 and torch.equal(features, model.forward_features(images))
 
 
-@auto_alone  # PyTorch's own statistics of channels-last maps are too coarse where these images are flat
+@auto_alone  # PyTorch's BN statistics in channels-last format are imprecise where these images are constant
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_compile_trains(images, grad_checkpointing):
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_compile_trains(images, grad_checkpointing):
     torch._dynamo.reset()
     compiled_grads = train_step(torch.compile(other, fullgraph=True), images)
     compiled_grads = {name.removeprefix('_orig_mod.'): grad for name, grad in compiled_grads.items()}
-    # rounding differs, so a spike may flip: compare directions
+    # rounding differs, which can change spikes, so directions are compared
     for name in ('head.fc.weight', 'blocks.0.mlp.fc2.bn.weight', 'stem.stages.3.contract.conv.weight'):
         assert torch.cosine_similarity(grads[name].flatten(), compiled_grads[name].flatten(), 0) > 0.99, name
     for key, value in statistics(other).items():
@@ -166,7 +166,7 @@ def test_onnx(model, images):
 
 @auto_alone
 @pytest.mark.filterwarnings('ignore')
-def test_older_onnx_exporter_leaves_the_batch_size_open(model, images, tmp_path):
+def test_older_onnx_exporter_supports_dynamic_batch_size(model, images, tmp_path):
     path = tmp_path / 'model.onnx'
     with torch.no_grad():
         torch.onnx.export(
@@ -179,7 +179,7 @@ def test_older_onnx_exporter_leaves_the_batch_size_open(model, images, tmp_path)
 
 
 @auto_alone
-def test_a_trace_leaves_the_batch_size_open(model, images):
+def test_trace_supports_dynamic_batch_size(model, images):
     traced = torch.jit.trace(model, (images[:4],))
     assert torch.allclose(traced(images[:7]), model(images[:7]), atol=1e-5)
 

@@ -14,7 +14,10 @@ SIZE = 64  # 4 x 4 patches of 16 pixels
 
 
 def make_mae(stem='scs', calibrate_on=None, **kwargs):
-    """A small masked autoencoder in eval mode, its BN calibrated under the mask; half is visible, so that all fires."""
+    """Return a small masked autoencoder in eval mode, with BN calibrated on masked images if some are given.
+
+    By default, half of the patches are visible, so that all neuron layers fire.
+    """
     torch.manual_seed(0)
     kwargs = dict(dict(mask_ratio=0.5), **kwargs)
     encoder = timm.create_model('test_spikformer_v2', stem=stem, time_steps=2)
@@ -35,15 +38,15 @@ def noise(images):
 
 
 def pixel_mask(mae, mask):
-    """`[B, N]` to `[B, 1, H, W]`."""
+    """Return the mask of patches `[B, N]` as a mask of pixels `[B, 1, H, W]`."""
     p = mae.patch_size
     return unpatchify(mask.unsqueeze(2).expand(-1, -1, p * p).float(), p, (SIZE // p, SIZE // p)).bool()
 
 
-# -- no leak
+# -- masked pixels do not affect the encoder
 
 def visible_outputs(mae, x, noise):
-    """The outputs of every stage at visible positions, and of the encoder."""
+    """Return the outputs of each stage of the stem at visible positions, and the features of the encoder."""
     mask, ids = mae.make_mask(x, noise=noise)
     outputs = []
     hooks = [stage.register_forward_hook(lambda *args: outputs.append(args[2])) for stage in mae.encoder.stem.stages]
@@ -59,7 +62,7 @@ def visible_outputs(mae, x, noise):
 
 
 @pytest.mark.parametrize('train', [False, True])
-def test_nothing_of_a_masked_pixel_reaches_a_visible_one(mae, images, noise, train):
+def test_masked_pixels_do_not_affect_features(mae, images, noise, train):
     mask, _ = mae.make_mask(images, noise=noise)
     changed = torch.where(pixel_mask(mae, mask), torch.full_like(images, float('nan')), images)
     other = torch.where(pixel_mask(mae, mask), images.flip(0) * 3 + 1, images)
@@ -74,7 +77,7 @@ def test_nothing_of_a_masked_pixel_reaches_a_visible_one(mae, images, noise, tra
             assert torch.equal(features, features_after)
 
 
-def test_statistics_are_of_visible_positions(mae, images, noise):
+def test_bn_statistics_are_of_visible_positions(mae, images, noise):
     mask, _ = mae.make_mask(images, noise=noise)
     other = torch.where(pixel_mask(mae, mask), images.flip(0) * 3 + 1, images)
     a, b = copy.deepcopy(mae).train(), copy.deepcopy(mae).train()
@@ -87,10 +90,10 @@ def test_statistics_are_of_visible_positions(mae, images, noise):
     assert changed > 0
 
 
-# -- against an independent computation
+# -- comparison with an independent implementation
 
 def dense_masked_encoder(mae, x, mask):
-    """The encoder in train mode, written densely: weighted batch statistics, and a mask after every layer."""
+    """Compute the encoder in train mode on whole maps: weighted batch statistics, and a mask after each layer."""
     encoder, T = mae.encoder, mae.encoder.time_steps
     visible = (~pixel_mask(mae, mask)).to(x.dtype)
 
@@ -121,8 +124,8 @@ def dense_masked_encoder(mae, x, mask):
 
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
-def test_features_equal_those_of_a_dense_masked_computation(stem, images, noise):
-    mae, x = make_mae(stem, images).double().train(), images.double()  # so that rounding flips no spike
+def test_features_match_dense_masked_encoder(stem, images, noise):
+    mae, x = make_mae(stem, images).double().train(), images.double()  # so that rounding changes no spike
     mask, ids = mae.make_mask(x, noise=noise)
     with torch.no_grad():
         features, _ = copy.deepcopy(mae).encoder.forward_tokens(x, ids)
@@ -131,7 +134,7 @@ def test_features_equal_those_of_a_dense_masked_computation(stem, images, noise)
     assert torch.equal(features, expected)
 
 
-def test_every_neuron_fires(mae, images):
+def test_all_neuron_layers_fire(mae, images):
     assert_live(mae, images)
     names = [n for n, m in mae.named_modules() if isinstance(m, LIF)]
     assert firing_rates(mae, images).keys() == set(names)
@@ -179,7 +182,7 @@ def test_masks_of_larger_units(images):
     (dict(noise=torch.rand(16, 4)), r'noise must be \[16, 16\].*got \[16, 4\]'),
     (dict(noise=torch.rand(16, 16), bool_masked_pos=torch.ones(16, 16)), 'got both'),
 ])
-def test_masks_that_do_not_fit(images, kwargs, message):
+def test_bad_masks(images, kwargs, message):
     if 'has 15 values' in message:
         kwargs['bool_masked_pos'][:, 0] = 0
     with pytest.raises(ValueError, match=message):
@@ -192,14 +195,14 @@ def test_masks_that_do_not_fit(images, kwargs, message):
     (dict(mask_unit=24), 'mask_unit must be a multiple of the patch size 16, got 24'),
     (dict(decoder_embed_dim=30, decoder_num_heads=2), 'divisible by 4.*got 30'),
 ])
-def test_arguments_that_do_not_fit(kwargs, message):
+def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SpikformerMAE(timm.create_model('test_spikformer_v2'), **kwargs)
 
 
-def test_inputs_that_do_not_fit(images):
+def test_bad_inputs(images):
     mae = make_mae(mask_ratio=0.99)
-    with pytest.raises(ValueError, match='16 units of 16x16 pixels cannot have a share of 0.99.*0 would be visible'):
+    with pytest.raises(ValueError, match='mask_ratio=0.99 leaves 0 of 16 units of 16x16 pixels visible'):
         mae(images)
     with pytest.raises(ValueError, match='multiples of mask_unit=16, got 40x64'):
         mae(images[:, :, :40])
@@ -215,12 +218,12 @@ def test_patches():
     x = torch.randn(2, 3, 32, 48)
     patches = patchify(x, 16)
     assert patches.shape == (2, 6, 3 * 16 * 16)
-    assert torch.equal(patches[1, 4], x[1, :, 16:32, 16:32].flatten())  # second row, second of three
+    assert torch.equal(patches[1, 4], x[1, :, 16:32, 16:32].flatten())  # second row, second of three columns
     assert torch.equal(unpatchify(patches, 16, (2, 3)), x)
 
 
-def test_decoder_puts_each_patch_where_it_belongs(images, noise):
-    """Fed the true patches and changing nothing, the decoder returns the image, with the mask token in the gaps."""
+def test_decoder_places_patches_at_their_positions(images, noise):
+    """With identity layers and the true patches, the decoder returns the image, with mask tokens at masked patches."""
     p, grid = 16, (4, 4)
     patches = patchify(images, p)
     mask, ids = make_mae().make_mask(images, noise=noise)
@@ -233,7 +236,7 @@ def test_decoder_puts_each_patch_where_it_belongs(images, noise):
         out = decoder(visible, ids, grid) - positions
     expected = torch.where(mask.unsqueeze(2), torch.full_like(patches, 7.), patches)
     torch.testing.assert_close(unpatchify(out, p, grid), unpatchify(expected, p, grid), atol=1e-5, rtol=0)
-    assert len(positions[0].unique(dim=0)) == 16  # every place has a position of its own
+    assert len(positions[0].unique(dim=0)) == 16  # each patch has a different position embedding
 
 
 def fix_prediction(mae, pred):
@@ -241,8 +244,8 @@ def fix_prediction(mae, pred):
 
 
 @pytest.mark.parametrize('norm_pix_loss', [True, False])
-def test_loss_of_a_perfect_prediction_and_of_the_mean(images, norm_pix_loss):
-    x = images + 0.1 * torch.randn(images.shape)  # no patch is flat
+def test_loss_of_perfect_and_mean_predictions(images, norm_pix_loss):
+    x = images + 0.1 * torch.randn(images.shape)  # so that no patch is constant
     mae = make_mae(norm_pix_loss=norm_pix_loss)
     patches = patchify(x, 16)
     mean, std = patches.mean(-1, keepdim=True), patches.std(-1, keepdim=True, correction=0)
@@ -287,7 +290,7 @@ def test_other_sizes(mae, size):
 
 
 def test_sequences(mae, images, noise):
-    """A sequence that repeats an image is that image; its target is the mean."""
+    """A sequence that repeats an image gives the loss of the image; the target of a sequence is its mean over time."""
     T = mae.encoder.time_steps
     still = images.unsqueeze(1).expand(-1, T, -1, -1, -1)
     a, b = mae(images, noise=noise), mae(still, noise=noise)
@@ -296,7 +299,7 @@ def test_sequences(mae, images, noise):
 
 
 def test_gradient_checkpointing(mae, images, noise):
-    """Equal gradients, and one update of BN a step."""
+    """Checkpointing gives equal gradients and updates BN statistics once per step."""
     grads, stats = [], []
     for enable in (False, True):
         model = copy.deepcopy(mae).train()
@@ -331,10 +334,10 @@ def test_autocast_trains(mae, images):
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-# -- the encoder is the model
+# -- loading the encoder into a model
 
-def test_the_encoder_loads_into_the_model(mae, tmp_path):
-    """Every tensor of the encoder and nothing else, from a state dict of the whole or of the encoder alone."""
+def test_encoder_loads_into_model(mae, tmp_path):
+    """All tensors of the encoder, and no others, load from a state dict of the autoencoder or of the encoder."""
     stem = 'sps' if hasattr(mae.encoder.stem.stages[0], 'pool') else 'scs'
     encoder, path = mae.encoder.state_dict(), str(tmp_path / 'mae.pth')
     head = {'head.fc.weight', 'head.fc.bias'}
@@ -350,7 +353,7 @@ def test_the_encoder_loads_into_the_model(mae, tmp_path):
                 assert torch.equal(value, model[key]), key
 
 
-def test_a_classifier_missing_in_the_checkpoint_of_the_whole_keeps_its_initial_values(mae):
+def test_classifier_keeps_initial_values_if_autoencoder_is_loaded(mae):
     stem = 'sps' if hasattr(mae.encoder.stem.stages[0], 'pool') else 'scs'
     model = timm.create_model('test_spikformer_v2', num_classes=10, stem=stem)
     head = copy.deepcopy(model.head.state_dict())
@@ -361,5 +364,5 @@ def test_a_classifier_missing_in_the_checkpoint_of_the_whole_keeps_its_initial_v
         model.load_state_dict(mae.encoder.state_dict())
 
 
-def test_no_weight_decay_names_a_parameter(mae):
+def test_no_weight_decay_names_parameters(mae):
     assert mae.no_weight_decay() <= dict(mae.named_parameters()).keys()

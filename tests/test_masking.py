@@ -8,8 +8,8 @@ from timm_spikformer.masking import apply_to_patches, conv3x3_of_patches, patche
 
 @pytest.mark.parametrize('p', [1, 2, 4, 8])
 @pytest.mark.parametrize('n', [1, 3])
-def test_patches_are_convolved_as_masked_maps(p, n):
-    """Outputs, and gradients of input and weight, of the convolution; a grid that is not square; images' own masks."""
+def test_convolution_of_patches_matches_masked_maps(p, n):
+    """Compare outputs and gradients, with a non-square grid and a different mask for each image."""
     torch.manual_seed(0)
     B, C, h, w = 2, 5, 3, 4
     visible = (torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
@@ -34,7 +34,7 @@ def test_patches_are_convolved_as_masked_maps(p, n):
         torch.testing.assert_close(a, b)
 
 
-def test_a_masked_pixel_is_never_read():
+def test_masked_pixels_are_not_read():
     visible = (torch.tensor([[1, 2, 7]]), 4, 4)
     maps = torch.full((1, 1, 2, 8, 8), float('nan'))
     maps[..., 0:2, 2:6] = 1.
@@ -45,8 +45,8 @@ def test_a_masked_pixel_is_never_read():
 
 
 @pytest.mark.parametrize('p', [2, 4])
-def test_patches_of_spikes_are_pooled_as_masked_maps(p):
-    """Spikes tie, and the gradient of a window without one goes to its first pixel, which padding is never."""
+def test_pooling_of_spike_patches_matches_masked_maps(p):
+    """Compare outputs and gradients. In windows without spikes, the first pixel gets the gradient, never padding."""
     torch.manual_seed(0)
     visible = (torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]), 3, 4)
     spikes = (torch.rand(3, 2 * 7, 5, p, p) > 0.8).double()

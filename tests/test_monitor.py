@@ -1,4 +1,4 @@
-"""Firing rates while a model runs."""
+"""FiringRateMonitor."""
 import math
 
 import pytest
@@ -25,7 +25,7 @@ def test_rates_are_spikes_per_neuron_and_time_step(model, images):
     assert monitor.mean == pytest.approx(sum(monitor.rates.values()) / len(spikes))
 
 
-def test_nothing_is_recorded_unless_enabled_and_no_hook_is_left(model, images):
+def test_disabled_monitor_records_nothing_and_hooks_are_removed(model, images):
     def hooks():
         return sum(len(m._forward_hooks) for m in model.modules())
 

@@ -13,7 +13,7 @@ BACK_ENDS = dict(eager=lif, plain=lif_plain)
 
 
 def reference(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0) -> Tensor:
-    """spikingjelly's own node, one step at a time in PyTorch, on a float32 membrane."""
+    """Return the spikes of spikingjelly's LIFNode, run step by step in PyTorch with a float32 membrane."""
     node = neuron.LIFNode(
         tau=tau, decay_input=True, v_threshold=v_threshold, v_reset=0., detach_reset=True, step_mode='s',
         surrogate_function=surrogate.Sigmoid(alpha=alpha))
@@ -31,7 +31,7 @@ def run(fn, x: Tensor, grad: Tensor, **kwargs):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('kwargs', [{}, dict(v_threshold=0.5), dict(tau=3., alpha=2.)], ids=str)
 @pytest.mark.parametrize('back_end', BACK_ENDS)
-def test_agrees_with_spikingjelly(time_steps, dtype, kwargs, back_end):
+def test_matches_spikingjelly(time_steps, dtype, kwargs, back_end):
     torch.manual_seed(0)
     x = torch.randn(time_steps, 3, 5, 7).mul(2).to(dtype)
     grad = torch.randn_like(x)
@@ -40,14 +40,14 @@ def test_agrees_with_spikingjelly(time_steps, dtype, kwargs, back_end):
     spikes, x_grad = run(BACK_ENDS[back_end], x, grad, **kwargs)
     assert 0.05 < expected.float().mean() < 0.5
     assert spikes.dtype == dtype and torch.equal(spikes, expected)
-    # a bfloat16 gradient is a rounded float32 one, so it may differ by its last bit
+    # bfloat16 gradients are rounded from float32, so the last bit may differ
     rtol = 1e-6 if dtype == torch.float32 else 2 ** -7
     torch.testing.assert_close(x_grad, expected_grad, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize('time_steps', [1, 3])
-def test_gradient_is_that_of_the_smooth_form(time_steps):
-    """The surrogate's own smooth form: the spike is replaced by the sigmoid, what was a spike being a constant."""
+def test_gradient_matches_smooth_surrogate(time_steps):
+    """In the smooth form, the sigmoid replaces each spike, and the reset after a spike is constant."""
     torch.manual_seed(0)
     x = torch.randn(time_steps, 11, dtype=torch.float64).mul(2).requires_grad_()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_gradient_is_that_of_the_smooth_form(time_steps):
         return torch.stack(out)
 
     class Neuron(torch.autograd.Function):
-        """The value of the smooth form with the neuron's gradient."""
+        """Output of the smooth form, with the gradient of the neuron."""
         @staticmethod
         def forward(ctx, x):
             ctx.save_for_backward(x)
@@ -110,7 +110,7 @@ def test_expanded_input():
     torch.testing.assert_close(x_grad, expected_grad)
 
 
-def test_saves_its_input_alone():
+def test_saves_only_its_input():
     saved = []
     x = torch.randn(4, 8).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -127,7 +127,7 @@ def test_no_state():
     assert torch.equal(copy.deepcopy(node)(x), first)
 
 
-def test_every_compiler_gives_the_same_spikes():
+def test_compilers_and_exporters_give_equal_spikes():
     node = LIF()
     x = torch.randn(4, 3, 8).mul(2)
     spikes = node(x)
@@ -141,21 +141,21 @@ def test_every_compiler_gives_the_same_spikes():
 
 
 @pytest.mark.parametrize('has_grad', [True, False])
-def test_exported_without_gradients_it_has_no_surrogate(has_grad):
-    """A graph exported with gradients can be trained; one under no_grad is for inference alone."""
+def test_export_without_gradients_has_no_surrogate(has_grad):
+    """A graph exported with gradients can be trained; a graph exported under no_grad is for inference only."""
     layer = torch.nn.Sequential(torch.nn.Linear(8, 8), LIF())
     with torch.set_grad_enabled(has_grad):
         program = torch.export.export(layer, (torch.randn(4, 3, 8),))
     assert any('sigmoid' in str(node.target) for node in program.graph.nodes) == has_grad
 
 
-def test_scripted_it_still_learns():
+def test_scripted_neuron_has_gradients():
     x = torch.randn(4, 3, 8).mul(2)
     scripted = torch.jit.script(LIF())
     with torch.no_grad():
         spikes = scripted(x)
     x.requires_grad_()
-    for _ in range(3):  # the first runs are profiled, later ones specialised
+    for _ in range(3):  # TorchScript profiles the first runs and specializes later ones
         out = scripted(x)
     out.sum().backward()
     assert spikes.any() and torch.equal(out.detach(), spikes) and x.grad.abs().min() > 0

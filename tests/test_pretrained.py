@@ -1,4 +1,4 @@
-"""`pretrained=True`: what the package ships, what it refuses, and what it says where there is nothing."""
+"""`pretrained=True`: included weights, namespaces on the Hub, and errors."""
 import hashlib
 import json
 import os
@@ -26,13 +26,13 @@ SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 
 @pytest.fixture
 def namespace(monkeypatch):
-    """Sets a namespace without a network, and takes it back."""
+    """Return `set_hub_namespace`, without network access; the namespace is reset after the test."""
     monkeypatch.setattr(pretrained, '_listed', lambda namespace: None)
     yield timm_spikformer.set_hub_namespace
     timm_spikformer.set_hub_namespace(None)
 
 
-def test_the_shipped_weights_classify(monkeypatch):
+def test_accuracy_of_shipped_weights(monkeypatch):
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
     test = read_splits()['test']
@@ -42,7 +42,7 @@ def test_the_shipped_weights_classify(monkeypatch):
     assert tuple(test.classes) == tuple(model.pretrained_cfg['label_names'])
 
 
-def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+def test_damaged_weights_raise(monkeypatch, tmp_path):
     for path in pretrained._SHIPPED.iterdir():
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
@@ -56,8 +56,8 @@ def test_damaged_weights_are_refused(monkeypatch, tmp_path):
         timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=cfg)
 
 
-def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
-    """The encoder alone loads with timm, with and without a classifier; other weights are no autoencoder."""
+def test_autoencoder_from_shipped_weights(monkeypatch, tmp_path):
+    """Unknown names, and weights that are not those of an autoencoder, raise."""
     name, args = 'test_spikformer_v2.mae_test', dict(
         mask_ratio=0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=2), **args)
@@ -93,7 +93,7 @@ def test_an_autoencoder_with_shipped_weights(monkeypatch, tmp_path):
     ('spikformer_v2_8_512', 'in1k'), ('spikformer_v2_2_64_patch4_32.cifar10', 'cifar10'),
     ('test_spikformer_v2', 'untrained'),
 ])
-def test_nothing_published(name, tag):
+def test_error_if_no_weights_are_published(name, tag):
     with pytest.raises(RuntimeError) as error:
         timm.create_model(name, pretrained=True)
     text = str(error.value)
@@ -102,13 +102,13 @@ def test_nothing_published(name, tag):
         assert word in text
 
 
-def test_no_namespace_is_a_default():
+def test_default_namespace_is_unset():
     assert pretrained._namespace is None
     for name in timm.list_models(module='spikformer'):
         assert timm.get_pretrained_cfg(name).hf_hub_id is None
 
 
-def test_a_namespace_is_listed_as_far_as_it_is_there(namespace, monkeypatch):
+def test_list_pretrained_with_namespace(namespace, monkeypatch):
     namespace('org')
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]  # nothing in the cache
     monkeypatch.setattr(pretrained, '_listed', lambda namespace: {
@@ -123,19 +123,19 @@ def test_a_namespace_is_listed_as_far_as_it_is_there(namespace, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['', 'org/name', '../org', 'org@', 'a b'])
-def test_namespaces_that_are_none(name, namespace):
+def test_bad_namespaces(name, namespace):
     with pytest.raises(ValueError, match='Expected the name of an organization or user'):
         namespace(name)
 
 
 @pytest.mark.parametrize('filename', ['pytorch_model.bin', '../../other/model.safetensors', '/etc/model.safetensors'])
-def test_file_names_that_a_repository_may_not_ask_for(filename):
+def test_bad_weight_file_names(filename):
     overlay = dict(hf_hub_id='org/name', hf_hub_filename=filename)
-    with pytest.raises(ValueError, match='is not a name of a safetensors file'):
+    with pytest.raises(ValueError, match='is not the name of a safetensors file'):
         timm.create_model('test_spikformer_v2', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-def test_a_config_of_another_architecture_than_the_weights(images, tmp_path):
+def test_config_of_other_architecture_than_weights_raises(images, tmp_path):
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -145,12 +145,12 @@ def test_a_config_of_another_architecture_than_the_weights(images, tmp_path):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     config.update(architecture='test_spikformer_v2', model_args=dict(config.get('model_args', {}), depth=3))
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="The weights do not belong to the model: 27 of its tensors.*'blocks.2"):
+    with pytest.raises(RuntimeError, match="The weights do not match the model: 27 tensors are .*'blocks.2"):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
 
 
-def test_a_config_that_timm_alone_has_written(images, tmp_path):
-    """Is read by the transformers classes, labels and all."""
+def test_config_written_by_timm_loads_in_transformers(images, tmp_path):
+    """The transformers classes read its arguments and labels."""
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2), images)
     labels = [f'class {i}' for i in range(10)]
     save_for_hf(model, str(tmp_path), safe_serialization=True, model_config=dict(label_names=labels))
@@ -161,8 +161,8 @@ def test_a_config_that_timm_alone_has_written(images, tmp_path):
 
 
 @pytest.mark.parametrize('name', timm.list_models(module='spikformer'))
-def test_a_config_says_what_timm_needs(name):
-    """A model built by timm from what the configuration has written for it is the registered one."""
+def test_config_has_fields_for_timm(name):
+    """timm builds the registered model from the fields that the configuration writes for timm."""
     expected = timm.create_model(name, device='meta', img_size=64 if '_patch4' in name else 128, time_steps=3)
     config = SpikformerConfig.from_timm(expected, num_labels=7)
     config.architectures = ['SpikformerForImageClassification']
@@ -177,7 +177,7 @@ def test_a_config_says_what_timm_needs(name):
     assert values['num_classes'] == 7 and 'num_classes' not in values['model_args']
 
 
-def test_the_labels_of_the_shipped_data():
+def test_labels_of_shipped_data():
     names = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet')).features['label'].names
     assert list(timm.get_pretrained_cfg(SHIPPED).label_names) == names
 
@@ -186,24 +186,24 @@ def test_the_labels_of_the_shipped_data():
 
 @pytest.fixture
 def silent_hub(monkeypatch):
-    """An address where connections are accepted and nothing is answered."""
+    """Address of a server that accepts connections but does not respond."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         endpoint = f'http://127.0.0.1:{server.getsockname()[1]}'
         monkeypatch.setattr(pretrained.constants, 'ENDPOINT', endpoint)
         yield endpoint
 
 
-def test_a_hub_that_does_not_answer_is_told_within_five_seconds(silent_hub):
+def test_unresponsive_hub_warns_within_five_seconds(silent_hub):
     start = time.monotonic()
     try:
-        with pytest.warns(UserWarning, match='The Hub cannot be reached: .* The models of org are not listed'):
+        with pytest.warns(UserWarning, match='The Hub cannot be reached: .* Only models of org that have been'):
             timm_spikformer.set_hub_namespace('org')
         assert time.monotonic() - start < 5.
     finally:
         timm_spikformer.set_hub_namespace(None)
 
 
-def test_no_network_is_told_at_once(monkeypatch):
+def test_unreachable_hub_raises_within_five_seconds(monkeypatch):
     monkeypatch.setattr(pretrained.constants, 'ENDPOINT', 'http://127.0.0.1:9')
     start = time.monotonic()
     try:

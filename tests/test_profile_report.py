@@ -1,4 +1,4 @@
-"""What a profile looks like: activity, pictures, tables, the page, the command, TensorBoard."""
+"""Output of profiles: activity, pictures, tables, HTML page, command and TensorBoard."""
 import io
 import json
 import os
@@ -48,7 +48,7 @@ from timm_spikformer.profiling.report import to_csv, to_html
 from timm_spikformer.publishing import publish
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
-v2_alone = pytest.mark.parametrize('model', ['test_spikformer_v2'], indirect=True)  # drawing takes its time
+v2_alone = pytest.mark.parametrize('model', ['test_spikformer_v2'], indirect=True)  # drawing is slow
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +58,7 @@ def labels():
 
 # -- activity
 
-def test_rasters_are_spikes_of_the_layer(model, images):
+def test_rasters_match_spikes_of_layer(model, images):
     spikes = []
     neuron = model.blocks[0].mlp.fc1.lif
     handle = neuron.register_forward_hook(lambda m, args, out: spikes.append(out))
@@ -72,7 +72,7 @@ def test_rasters_are_spikes_of_the_layer(model, images):
     assert all(set(r.unique().tolist()) == {0., 1.} for r in activity.rasters.values())
 
 
-def test_attention_maps_are_means_of_the_product(model, images):
+def test_attention_maps_are_means_of_q_k_products(model, images):
     qkv = []
     handle = model.blocks[1].attn.qkv.register_forward_hook(lambda m, args, out: qkv.append(out))
     activity = record_activity(model, images[:3])
@@ -84,7 +84,7 @@ def test_attention_maps_are_means_of_the_product(model, images):
     assert list(activity.rasters) == default_layers(model)
 
 
-def test_recording_leaves_the_model_as_it_was(model, images):
+def test_recording_does_not_change_model(model, images):
     hooks = sum(len(m._forward_hooks) for m in model.modules())
     with torch.no_grad():
         before = model(images)
@@ -106,7 +106,7 @@ def test_reconstructions(model, images):
     assert 'reconstructions' in render(profile(mae, images[:4]), activity)
 
 
-def test_a_layer_that_is_not_there(model, images):
+def test_unknown_layer(model, images):
     with pytest.raises(ValueError, match=r"no layer 'blocks.9.mlp' with neurons, expected one of stem.stages.0"):
         record_activity(model, images, ['blocks.9.mlp'])
 
@@ -128,7 +128,7 @@ def test_pictures(model, images, labels):
         assert len(image.getcolors(256)) > 10
     light, dark = (render(result, activity, 'svg', dark=dark) for dark in (False, True))
     assert light.keys() == pictures.keys() and light['energy'] != dark['energy']
-    assert render(result, activity, 'svg') == light  # the same profile, the same file
+    assert render(result, activity, 'svg') == light  # deterministic
     assert {name: without_ids(to_dark(svg)) for name, svg in light.items()} == {
         name: without_ids(svg) for name, svg in dark.items()}
     assert 'anytime' not in render(profile(model, images, time_steps=1))
@@ -164,7 +164,7 @@ def test_picture_of_probabilities():
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its text."""
+    """Parser that collects the references, tags and text of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -185,7 +185,7 @@ class Page(HTMLParser):
 
 
 @v2_alone
-def test_the_page_needs_nothing_else(model, images, labels):
+def test_page_is_self_contained(model, images, labels):
     profiles = [profile(model, [(images, labels)], t) for t in (1, 4)]
     html = to_html(profiles, record_activity(model, images[:2]), '<b>data</b>', ['a <note>'])
     page = Page(html)
@@ -223,13 +223,13 @@ def test_tables(model, images, labels, width):
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert '…' not in text and max(map(len, text.splitlines())) <= width
     for layer in result.layers:
-        assert layer.name[:9] in text if width == 30 else 'J' in rows[layer.name]  # names are on several lines there
+        assert layer.name[:9] in text if width == 30 else 'J' in rows[layer.name]  # at width 30, names are wrapped
     assert ('saturated' in text) == (width == 140)
     assert 'residual = sum' in text and 'energy' in text
 
 
 @v2_alone
-def test_a_terminal_without_the_prefix_micro(model, images, labels):
+def test_terminal_without_micro_sign(model, images, labels):
     buffer = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     console = Console(file=buffer, width=100)
     result = profile(model, [(images, labels)])
@@ -241,7 +241,7 @@ def test_a_terminal_without_the_prefix_micro(model, images, labels):
 
 
 @v2_alone
-def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
+def test_report_does_not_replace_foreign_files(model, images, tmp_path):
     result = profile(model, images[:2])
     (tmp_path / 'index.html').write_text('precious')
     with pytest.raises(ValueError, match='index.html was not written by timm-spikformer'):
@@ -250,12 +250,12 @@ def test_a_report_does_not_replace_what_others_wrote(model, images, tmp_path):
     (tmp_path / 'index.html').unlink()
     with write_file(tmp_path / 'results.json', 'demo') as partial:
         partial.write_text('{}')
-    with pytest.raises(ValueError, match='holds results.json, which `timm-spikformer demo` wrote. Name another'):
+    with pytest.raises(ValueError, match='contains results.json, which `timm-spikformer demo` wrote. Choose an'):
         write_report(tmp_path, [result])
 
 
 @v2_alone
-def test_a_second_report_replaces_the_first(model, images, tmp_path, monkeypatch):
+def test_second_report_replaces_first(model, images, tmp_path, monkeypatch):
     result = profile(model, images[:2])
     for pictures in ({'energy': b'1', 'anytime': b'2'}, {'energy': b'3'}):
         monkeypatch.setattr(report, 'render', lambda *args, pictures=pictures: pictures)
@@ -310,7 +310,7 @@ def test_callback(model, images, labels, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Drawing takes most of the time of the command."""
+    """Skip drawing, which takes most of the time of the command."""
     monkeypatch.setattr(report, 'render', lambda *args: {})
 
 
@@ -332,7 +332,7 @@ def test_command(tmp_path, capsys):
     assert 'head.fc' in capsys.readouterr().out
 
 
-def test_command_with_a_cost_of_ones_own(tmp_path, no_pictures):
+def test_command_with_custom_cost(tmp_path, no_pictures):
     (values,) = run(tmp_path, SHIPPED, '--images', 4, '--cost', '2,0.5')
     assert values['totals']['energy_mj'] == pytest.approx(
         (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
@@ -342,19 +342,19 @@ def test_command_with_a_cost_of_ones_own(tmp_path, no_pictures):
             run(tmp_path, SHIPPED, f'--cost={text}')
 
 
-def test_the_help_names_the_cost_models():
+def test_help_lists_all_cost_models():
     assert COST_NAMES == tuple(COST_MODELS)
 
 
 def test_command_calibrates(tmp_path, capsys):
     (values,) = run(tmp_path, 'test_spikformer_v2', '--calibrate', '--images', 16, '--time-steps', 4)
     assert min(x['silent'] for x in values['layers'] if x['silent'] is not None) < 1
-    assert values['accuracy'] is None  # of 1000 classes
+    assert values['accuracy'] is None  # the model has 1000 classes
     out = capsys.readouterr().out
-    assert 'The weights are random' in out and 'there are 10 classes, and the model has 1000' in out
+    assert 'The weights are random' in out and 'there are 10 classes, but the model has 1000' in out
 
 
-def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
+def test_command_on_checkpoint_and_unlabeled_images(tmp_path):
     write_images(tmp_path / 'images', 'test', classes=1, count=6)
     model = timm.create_model(SHIPPED, pretrained=True)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
@@ -366,7 +366,7 @@ def test_command_on_a_checkpoint_and_unlabelled_images(tmp_path):
     assert 'there are no labels' in (tmp_path / 'out' / 'index.html').read_text()
 
 
-def test_command_on_a_masked_autoencoder(tmp_path):
+def test_command_on_masked_autoencoder(tmp_path):
     mae = SpikformerForMaskedImageModeling(SpikformerConfig.from_timm(timm.create_model(SHIPPED, pretrained=True)))
     mae.encoder.load_state_dict({
         k: v for k, v in timm.create_model(SHIPPED, pretrained=True).state_dict().items() if k[:4] != 'head'})
@@ -376,17 +376,17 @@ def test_command_on_a_masked_autoencoder(tmp_path):
     assert (tmp_path / 'out' / 'reconstructions.png').is_file()
 
 
-def test_no_accuracy_against_other_classes(tmp_path, capsys, no_pictures):
-    """Ten classes, as many as the model has, of other names."""
+def test_no_accuracy_for_other_classes(tmp_path, capsys, no_pictures):
+    """The data has as many classes as the model, with other names."""
     write_images(tmp_path / 'images', 'test', classes=10, count=2)
     (values,) = run(tmp_path, SHIPPED, '--data', tmp_path / 'images')
     assert values['accuracy'] is None and values['images'] == 20
-    assert "the class 'class_0' is not one of the model, whose classes are 'T-shirt/top'" in ' '.join(
+    assert "'class_0' is not a class of the model, whose classes are 'T-shirt/top'" in ' '.join(
         capsys.readouterr().out.split())
 
 
-def test_accuracy_of_classes_in_another_order(tmp_path, no_pictures):
-    """Folders with the names of the model's classes, whose natural order is not the model's."""
+def test_accuracy_for_classes_in_other_order(tmp_path, no_pictures):
+    """Folders are named like the model's classes; their natural order differs from the model's order."""
     names = timm.get_pretrained_cfg(SHIPPED).label_names
     write_images(tmp_path / 'all', 'test', classes=10, count=10)
     (tmp_path / 'all' / 'class_0').rename(tmp_path / 'all' / 'Zebra')
@@ -399,18 +399,18 @@ def test_accuracy_of_classes_in_another_order(tmp_path, no_pictures):
     assert values['accuracy'] > 0.75 and values['images'] == 90
 
 
-def test_accuracy_of_a_model_that_does_not_name_its_classes(tmp_path, capsys, no_pictures):
+def test_accuracy_of_model_without_class_names(tmp_path, capsys, no_pictures):
     model = timm.create_model(SHIPPED, pretrained=True)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'a.pth')
     (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'a.pth', '--images', 50)
     assert values['accuracy'] > 0.7
-    assert 'The model does not name its classes' in ' '.join(capsys.readouterr().out.split())
+    assert 'The model has no class names' in ' '.join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize('encoding, width', [
     ('ascii', 30), pytest.param('latin-1', 200, marks=pytest.mark.slow)])
-def test_command_in_any_terminal(encoding, width, tmp_path):
-    """As a process, in a folder whose name has brackets and characters that the terminal does not have."""
+def test_command_in_non_utf8_terminals(encoding, width, tmp_path):
+    """The output folder has brackets and characters in its name that the encoding of the terminal lacks."""
     output = tmp_path / '[red]\u00b5 \u4e2d[/red]'
     env = dict(os.environ, PYTHONIOENCODING=encoding, COLUMNS=str(width), NO_COLOR='1', OMP_NUM_THREADS='1')
     done = subprocess.run(
@@ -425,7 +425,7 @@ def test_command_in_any_terminal(encoding, width, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['resnet18'], "There is no Spikformer 'resnet18'"),
-    (['spikformer_v2_8_512'], 'Give weights with --checkpoint, or take random ones with --calibrate'),
+    (['spikformer_v2_8_512'], 'Specify weights with --checkpoint, or use random weights with --calibrate'),
     ([SHIPPED, '--time-steps', '0'], '--time-steps must be at least 1'),
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
     ([SHIPPED, '--time-steps', '1', f'1{"0" * 25}'], '--time-steps must be at most 2147483647'),
@@ -442,9 +442,9 @@ def test_command_with_bad_input(args, message, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-def test_command_on_an_empty_folder(tmp_path):
+def test_command_on_empty_folder(tmp_path):
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(SystemExit, match='holds no images'):
+    with pytest.raises(SystemExit, match='contains no images'):
         run(tmp_path, SHIPPED, '--data', tmp_path / 'empty')
 
 
@@ -453,7 +453,7 @@ def test_command_on_an_empty_folder(tmp_path):
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [360, 1280])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_in_a_browser(width, scheme, tmp_path):
+def test_page_in_browser(width, scheme, tmp_path):
     from playwright.sync_api import sync_playwright
     run(tmp_path, SHIPPED, '--images', 60, '--time-steps', 1, 4)
     with sync_playwright() as p:
@@ -468,7 +468,7 @@ def test_in_a_browser(width, scheme, tmp_path):
         page.wait_for_load_state('networkidle')
         assert messages == []
         assert [r for r in requests if not r.startswith('data:')] == [(tmp_path / 'out' / 'index.html').as_uri()]
-        # no part is wider than the window, every picture is there, and the smallest text can be read
+        # nothing is wider than the window, all pictures load, and the smallest text is readable
         assert page.evaluate('document.documentElement.scrollWidth') <= width
         assert page.evaluate('[...document.images].every(i => i.naturalWidth > 0)')
         sizes = page.evaluate(
@@ -485,13 +485,13 @@ def test_in_a_browser(width, scheme, tmp_path):
                 return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
             });
         }""")
-        assert min(contrast) >= 4.5  # as WCAG 2 asks for
+        assert min(contrast) >= 4.5  # required by WCAG 2, level AA
         browser.close()
 
 
 @v2_alone
-def test_times_of_the_layers(model, images):
-    """Every product but the classifier's has a measured time, with and without event-driven products."""
+def test_layer_times(model, images):
+    """All layers except attention products and the classifier have times, with and without event-driven products."""
     result = measure_times(profile(model, images), model, images)
     for layer in result.layers:
         is_measured = layer.name not in ('head.fc', *(f'blocks.{i}.attn' for i in range(len(model.blocks))))

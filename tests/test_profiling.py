@@ -29,14 +29,14 @@ EXACT = dict(fan_out='exact')
 
 @pytest.fixture(params=['scs', 'sps'])
 def tiny(request, images):
-    """A model so small that its multiplications can be done one by one, every layer of it firing."""
+    """A model so small that its multiplications can be counted in Python loops; all neuron layers fire."""
     torch.manual_seed(0)
     model = Spikformer(
         patch_size=4, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2., time_steps=3, num_classes=3,
         stem=request.param, stem_strides=(1, 2, 1, 2))
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            nn.init.constant_(m.bias, 2. if 'qkv' in name else 0.6)  # four tokens are few
+            nn.init.constant_(m.bias, 2. if 'qkv' in name else 0.6)  # sums over four tokens are small
     return calibrate(model, images[:, :, 24:32, 24:32])
 
 
@@ -81,7 +81,7 @@ def attention_by_hand(q, k, v):
     return qk, kv
 
 
-def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
+def test_counts_match_explicit_loops(tiny, images):
     x = images[:2, :, 24:32, 24:32]
     inputs, spikes = {}, {}
     for name, m in tiny.named_modules():
@@ -114,7 +114,7 @@ def test_counts_are_those_of_a_loop_over_all_multiplications(tiny, images):
     q, k, v = spikes['qkv'].unflatten(-1, (3, 2, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [T, B, heads, N, d]
     qk, kv = attention_by_hand(q, k, v)
     N, d = q.shape[-2:]
-    assert N < d  # so that (q k^T) v is the cheaper one
+    assert N < d  # so that (q k^T) v is the cheaper order
     coincident = result.under(attention='coincidence').layer('blocks.0.attn')
     assert coincident.dense_macs == 2 * N * N * 16
     assert sum(coincident.acs) * len(x) == qk + v.sum().item() * N
@@ -147,12 +147,12 @@ def test_both_orders_of_attention(images):
     ('spikformer_v2_8_512', 20.36e9, 15.12e9, 4.93e9, 0.31e9),
 ])
 def test_dense_macs_of_the_published_models(name, total, stem, linears, attention):
-    model = timm.create_model(name, time_steps=1).train()  # in which neurons fire without calibration
+    model = timm.create_model(name, time_steps=1).train()  # in train mode, neurons fire without calibration
     result = profile(model, torch.randn(1, 3, 224, 224))
     assert result.totals.dense_macs == pytest.approx(total, rel=5e-3)
     assert result.groups['stem'].dense_macs == pytest.approx(stem, rel=5e-3)
     products = sum(x.dense_macs for x in result.layers if x.name.endswith('.attn'))
-    assert products == pytest.approx(attention, rel=3e-2)  # it is given to two digits
+    assert products == pytest.approx(attention, rel=3e-2)  # the expected value has two digits
     assert result.totals.dense_macs - result.groups['stem'].dense_macs - products == pytest.approx(linears, rel=5e-3)
     stages = [sum(x.dense_macs for x in result.layers if x.name.startswith(f'stem.stages.{i}.')) for i in range(4)]
     assert stages[1:] == pytest.approx([stages[1]] * 3, rel=0.03)
@@ -161,8 +161,8 @@ def test_dense_macs_of_the_published_models(name, total, stem, linears, attentio
 
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
-def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
-    """With the conventions of spikingjelly: sums of spikes are MACs, and the first convolution runs at each step."""
+def test_counts_match_spikingjelly_on_its_layers(images, stem):
+    """Conventions of spikingjelly: sums of spikes cost MACs, and the first convolution runs at each time step."""
     torch.manual_seed(0)
     model = timm.create_model('test_spikformer_v2', num_classes=10, num_heads=16, stem=stem)  # N > d: q (k^T v)
     for block in model.blocks:
@@ -193,12 +193,12 @@ def test_spikingjelly_counts_the_same_of_its_own_layers(images, stem):
     assert macs.get_total() == pytest.approx(2 * result.totals.macs)
 
 
-def test_memory_is_that_of_spikingjellys_simple_model(images):
+def test_memory_matches_simple_model_of_spikingjelly(images):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     peer = PeerSpikformer(model).eval()
     with torch.no_grad():
-        peer(images[:2])  # so that its neurons have a state
+        peer(images[:2])  # initializes the state of its neurons
     profiler = SimpleEnergyProfiler()
     profiler.bind_model(peer)
     with torch.no_grad(), profiler:
@@ -206,7 +206,7 @@ def test_memory_is_that_of_spikingjellys_simple_model(images):
     counts = profiler.get_counts()
     result = profile(model, images[:2], cost='fp32-memory', conventions=Conventions(
         residual='mac', fan_out='exact', first_conv='each_step'))
-    # ours has biases where spikingjelly's has none
+    # spikingjelly's layers have no biases
     biases = sum(4 * 4 * tally.outputs for tally in result._tallies if tally.has_bias and tally.group != 'head')
     assert 2 * result.totals.memory_bytes - biases == pytest.approx(counts['memory_access_bytes'])
     t = result.totals
@@ -214,7 +214,7 @@ def test_memory_is_that_of_spikingjellys_simple_model(images):
     assert result.steps[-1].energy_mj == pytest.approx(t.energy_mj)
 
 
-def test_spikingjelly_counts_the_same_of_our_layers(model, images):
+def test_counts_match_spikingjelly_on_our_layers(model, images):
     synops = SynOpCounter()
     with torch.no_grad(), DispatchCounterMode([synops]):
         model(images[:2])
@@ -225,7 +225,7 @@ def test_spikingjelly_counts_the_same_of_our_layers(model, images):
             assert acs == pytest.approx(2 * sum(layer.acs)) and acs > 0
 
 
-def test_rates_are_those_of_the_neurons(model, images):
+def test_firing_rates_match_neurons(model, images):
     result = profile(model, images.split(5))
     rates = firing_rates(model, images)
     assert result.images == 16
@@ -246,9 +246,9 @@ def test_silent_and_saturated_neurons(model, images):
     for bn in (model.blocks[0].mlp.fc1.bn, model.stem.stages[1].expand.bn if hasattr(model.stem.stages[1], 'expand')
                else model.stem.stages[1].proj.bn):
         with torch.no_grad():
-            bn.bias[0], bn.weight[0] = -100., 0.  # never
-            bn.bias[1], bn.weight[1] = 100., 0.  # always
-            bn.bias[2], bn.weight[2] = 1.5, 0.  # at every second step
+            bn.bias[0], bn.weight[0] = -100., 0.  # never fires
+            bn.bias[1], bn.weight[1] = 100., 0.  # always fires
+            bn.bias[2], bn.weight[2] = 1.5, 0.  # fires at every second time step
     result = profile(model, images.split(4))
     layers = [result.layer('blocks.0.mlp.fc1'), next(x for x in result.layers if x.name.startswith('stem.stages.1.') and
                                                    x.name.endswith(('expand', 'proj')))]
@@ -264,7 +264,7 @@ def test_silent_and_saturated_neurons(model, images):
     assert layers[0].saturated == pytest.approx((count == 4 * 16).float().mean().item())
 
 
-def test_values_of_sums(model, images):
+def test_values_of_spike_sums(model, images):
     inputs = []
     model.blocks[1].mlp.fc1.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     result = profile(model, images.split(8)).layer('blocks.1.mlp.fc1')
@@ -275,7 +275,7 @@ def test_values_of_sums(model, images):
 
 
 @pytest.mark.parametrize('how', ['eval', 'train', 'autocast', 'half', 'folded', 'channels_last', 'checkpointing'])
-def test_leaves_the_model_as_it_was(model, images, how):
+def test_profile_does_not_change_model(model, images, how):
     x = images[:4]
     if how == 'train':
         model = timm.create_model('test_spikformer_v2', num_classes=10, drop_path_rate=0.2, proj_drop_rate=0.1)
@@ -325,7 +325,7 @@ def test_leaves_the_model_as_it_was(model, images, how):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_interruption_leaves_no_hook(model, images):
+def test_interruption_leaves_no_hooks(model, images):
     def data():
         yield images[:2]
         raise KeyboardInterrupt
@@ -340,7 +340,7 @@ def test_an_interruption_leaves_no_hook(model, images):
     assert torch.equal(model(images[:2]), model(images[:2]))
 
 
-def test_batches_are_added_up(model, images):
+def test_batches_are_accumulated(model, images):
     whole, parts = profile(model, images), profile(model, images.split(3))
     for a, b in zip(whole.layers, parts.layers):
         assert a.acs == pytest.approx(b.acs) and a.macs == pytest.approx(b.macs)
@@ -377,7 +377,7 @@ def test_events(model, images):
     assert sum(first.acs) == pytest.approx(events.mean().item() * 3 * first.dense_macs)
     real = profile(model, torch.stack([images, images * 0.5, images * 2], 1))
     assert real.layers[0].macs == [first.dense_macs] * 3 and sum(real.layers[0].acs) == 0
-    with pytest.raises(ValueError, match='time_steps is 2, and the sequences have 3'):
+    with pytest.raises(ValueError, match='time_steps is 2, but the sequences have 3'):
         profile(model, events, time_steps=2)
     with pytest.raises(ValueError, match='got a sequence of 2 after a sequence of 3'):
         profile(model, [events, events[:, :2]])
@@ -389,7 +389,7 @@ def test_events(model, images):
 
 def test_masked_autoencoder(model, images):
     for block in model.blocks:
-        nn.init.constant_(block.attn.qkv.bn.bias, 1.)  # eight tokens are few
+        nn.init.constant_(block.attn.qkv.bn.bias, 1.)  # sums over eight tokens are small
     mae = SpikformerMAE(model, mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1)
     with torch.no_grad():
         for _ in range(3):
@@ -406,12 +406,12 @@ def test_masked_autoencoder(model, images):
             assert a.dense_macs == b.dense_macs / 4
         else:
             assert a.dense_macs == b.dense_macs / 2  # half of the tokens are visible
-    # a spike meets the same weights whether patches are convolved as such or as products
+    # counts do not depend on whether patches are convolved directly or as matrix products
     assert 0 < result.totals.acs < full.totals.acs
 
 
-def test_masked_counts_are_those_of_the_masked_maps(images):
-    """The exact counts of the patches are those of a convolution of the whole map with its masked part 0."""
+def test_masked_counts_match_masked_maps(images):
+    """Exact counts for patches equal those of a convolution of the whole map, whose masked pixels are 0."""
     torch.manual_seed(0)
     encoder = timm.create_model('test_spikformer_v2', time_steps=2)
     mae = SpikformerMAE(encoder, decoder_embed_dim=32, decoder_depth=1)
@@ -461,7 +461,7 @@ def test_accuracy_and_steps(model, images):
         assert step.agreement == pytest.approx((logits[t].argmax(1) == logits[-1].argmax(1)).float().mean().item())
         assert step.confidence == pytest.approx(logits[t].softmax(1).amax(1).mean().item(), rel=1e-5)
         shorter = profile(model, images, time_steps=t + 1)
-        assert step.energy_mj == pytest.approx(shorter.totals.energy_mj)  # time is causal
+        assert step.energy_mj == pytest.approx(shorter.totals.energy_mj)  # a time step does not depend on later ones
     assert result.accuracy == result.steps[-1].accuracy
     assert result.steps[-1].energy_mj == pytest.approx(result.totals.energy_mj)
     assert profile(model, images).accuracy is None
@@ -481,7 +481,7 @@ def test_energy_and_conventions(model, images):
     changed = {name: result.under(**{name: value}).totals
                for name, choices in CHOICES.items() for value in list(choices)[1:]}
     for name, totals in changed.items():
-        if name != 'attention_order' or model.blocks[0].attn.num_heads > 2:  # N < d: it is the cheaper one
+        if name != 'attention_order' or model.blocks[0].attn.num_heads > 2:  # N < d: 'qk' is the cheaper order
             assert totals != t, name
     outputs = sum(x.numel() for x in _outputs(model, images[:1]))
     assert result.under(neuron='mac').totals.macs - t.macs == outputs
@@ -543,7 +543,7 @@ def test_bad_input(model, images, make, message):
         make(model, images)
 
 
-def test_labels_can_be_left_alone(model, images):
+def test_labels_can_be_ignored(model, images):
     assert profile(model, [(images, torch.full((16,), 10))], accuracy=False).accuracy is None
     headless = timm.create_model('test_spikformer_v2', num_classes=0).train()
     assert profile(headless, images).steps[-1].agreement is None
@@ -551,6 +551,6 @@ def test_labels_can_be_left_alone(model, images):
         profile(headless, images, accuracy=True)
 
 
-def test_warns_of_silent_layers(images, caplog):
+def test_silent_layers_warn(images, caplog):
     profile(timm.create_model('test_spikformer_v2').eval(), images)
     assert 'No neuron fires in' in caplog.text

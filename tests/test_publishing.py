@@ -1,4 +1,4 @@
-"""From a checkpoint of any kind to a folder that every loader reads bit-equal; its card; what is refused."""
+"""Publishing of checkpoints to folders that all loaders read with bit-equal outputs; model cards; errors."""
 import argparse
 import json
 import os
@@ -50,7 +50,7 @@ def small(images):
 
 
 def train_py_checkpoint(small, folder, **kwargs):
-    """As train.py leaves one: by timm's CheckpointSaver, with the averaged weights of another model."""
+    """Write a checkpoint as train.py does, with timm's CheckpointSaver; the EMA weights differ from the weights."""
     args = argparse.Namespace(**{**dict(
         model='test_spikformer_v2', num_classes=10, img_size=None, input_size=None, in_chans=None, crop_pct=0.9,
         mean=[0.5, 0.4, 0.3], std=None, interpolation='bilinear', model_kwargs=dict(time_steps=2), epochs=3, lr=0.01,
@@ -72,7 +72,7 @@ def dry_run(checkpoint, folder, **kwargs):
 
 @torch.no_grad()
 def assert_all_loaders(folder, expected, labels=None):
-    """Every loader that needs no other process gives `expected`'s logits to the bit, and its neurons fire."""
+    """Check that all loaders give logits that are bit-equal to those of `expected`, and that its neurons fire."""
     x = example_images(from_model(expected))
     logits = expected(x)
     by_timm = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -93,7 +93,7 @@ def assert_all_loaders(folder, expected, labels=None):
 # -- kinds of checkpoints
 
 @pytest.mark.parametrize('ema', [False, True])
-def test_a_checkpoint_of_train_py(ema, small, tmp_path):
+def test_train_py_checkpoint(ema, small, tmp_path):
     path, averaged = train_py_checkpoint(small, tmp_path)
     folder = dry_run(path, tmp_path / 'out', ema=ema, labels=LABELS)
     assert_all_loaders(folder, averaged if ema else small, LABELS)
@@ -105,16 +105,16 @@ def test_a_checkpoint_of_train_py(ema, small, tmp_path):
     assert 'somebody' not in text and 'scratch/runs' not in text
 
 
-def test_a_bare_state_dict_and_a_safetensors_file(small, tmp_path):
+def test_bare_state_dict_and_safetensors_file(small, tmp_path):
     torch.save(small.state_dict(), tmp_path / 'a.pth')
     save_file(small.state_dict(), tmp_path / 'b.safetensors')
-    small.set_time_steps(4)  # what the name says, as the files do not
+    small.set_time_steps(4)  # the default of the model, as the files do not contain it
     for name in ('a.pth', 'b.safetensors'):
         assert_all_loaders(dry_run(tmp_path / name, tmp_path / 'out', model='test_spikformer_v2'), small)
 
 
 @pytest.mark.parametrize('stem, size, in_chans', [('sps', 64, 3), ('scs', (32, 48), 3), ('scs', 64, 1)])
-def test_other_shapes(stem, size, in_chans, images, tmp_path):
+def test_other_stems_and_input_shapes(stem, size, in_chans, images, tmp_path):
     torch.manual_seed(0)
     x = nn.functional.interpolate(images[:, :in_chans], size)
     model = calibrate(timm.create_model(
@@ -124,7 +124,7 @@ def test_other_shapes(stem, size, in_chans, images, tmp_path):
     assert again.data_config['input_size'] == (in_chans, *x.shape[2:])
 
 
-def test_folders_of_timm_and_of_transformers_and_of_publish_itself(small, tmp_path):
+def test_folders_of_timm_transformers_and_publish(small, tmp_path):
     save_for_hf(small, str(tmp_path / 'timm'), safe_serialization=True, model_config=dict(label_names=LABELS))
     dry_run(tmp_path / 'timm', tmp_path / 'first')
     assert_all_loaders(tmp_path / 'first', small, LABELS)
@@ -137,14 +137,14 @@ def test_folders_of_timm_and_of_transformers_and_of_publish_itself(small, tmp_pa
     assert type(AutoImageProcessor.from_pretrained(tmp_path / 'second')) is ViTImageProcessor
 
 
-def test_a_folder_that_save_pretrained_wrote_loads_in_timm(small, tmp_path):
-    """So what `push_to_hub` of a transformers model uploads is for both, too."""
+def test_folder_of_save_pretrained_loads_in_timm(small, tmp_path):
+    """Repositories written by `push_to_hub` of a transformers model therefore load in both libraries."""
     hf_model = AutoModelForImageClassification.from_pretrained(dry_run(small, tmp_path / 'a', labels=LABELS))
     hf_model.save_pretrained(tmp_path / 'b')
     assert_all_loaders(tmp_path / 'b', small, LABELS)
 
 
-def test_a_masked_autoencoder(small, images, tmp_path):
+def test_masked_autoencoder(small, images, tmp_path):
     mae = SpikformerMAE(
         small, mask_ratio=0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, mask_unit=32)
     folder = dry_run(calibrate(mae, images), tmp_path / 'out')
@@ -161,7 +161,7 @@ def test_a_masked_autoencoder(small, images, tmp_path):
     assert type(read_checkpoint(folder).model) is SpikformerMAE
 
 
-def test_features_without_a_classifier(small, tmp_path):
+def test_model_without_classifier(small, tmp_path):
     small.reset_classifier(0)
     folder = dry_run(small, tmp_path / 'out')
     x = example_images(from_model(small))
@@ -170,10 +170,10 @@ def test_features_without_a_classifier(small, tmp_path):
     assert read_checkpoint(folder).model.num_classes == 0
 
 
-# -- presentation of images
+# -- image preprocessing
 
 @pytest.mark.parametrize('size, crop_pct', [(224, 0.9), (32, 1.0), (28, 0.875)])
-def test_the_image_processor_does_what_timm_does(size, crop_pct):
+def test_image_processor_matches_timm_transform(size, crop_pct):
     import datasets
     image = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))[3]['image'].convert('RGB')
     image = image.resize((300, 260))
@@ -183,13 +183,13 @@ def test_the_image_processor_does_what_timm_does(size, crop_pct):
     processor = create_image_processor(config)
     ours = processor(image, return_tensors='pt').pixel_values[0]
     expected = create_transform(**config, is_training=False)(image)
-    assert ours.shape == expected.shape and (ours - expected).abs().mean() < 0.01  # in units of the deviation
+    assert ours.shape == expected.shape and (ours - expected).abs().mean() < 0.01  # in units of the standard deviation
     read = read_data_config(json.loads(processor.to_json_string()), 3)
     assert read.pop('crop_pct') == pytest.approx(crop_pct, rel=0.01)
     assert read == {k: config[k] for k in read}
 
 
-def test_the_pipeline_classifies_with_the_folder(tmp_path):
+def test_pipeline_classifies(tmp_path):
     import datasets
     model = timm.create_model(SHIPPED, pretrained=True)
     folder = dry_run(model, tmp_path / 'out', labels=list(model.pretrained_cfg['label_names']))
@@ -199,9 +199,9 @@ def test_the_pipeline_classifies_with_the_folder(tmp_path):
     assert sum(p[0]['label'] == name for p, name in zip(predicted, names)) > 160
 
 
-# -- the card
+# -- model card
 
-def test_the_card_and_the_results_agree(tmp_path):
+def test_card_matches_results(tmp_path):
     model = timm.create_model(SHIPPED, pretrained=True)
     folder = dry_run(
         model, tmp_path / 'out', labels=list(model.pretrained_cfg['label_names']), eval_data=FASHION_MNIST,
@@ -221,23 +221,23 @@ def test_the_card_and_the_results_agree(tmp_path):
     assert not re.search(r'{[{%]|\| None', text)
 
 
-def test_a_card_without_results_claims_none(small, tmp_path):
+def test_card_without_results(small, tmp_path):
     card = ModelCard.load(dry_run(small, tmp_path / 'out') / 'README.md')
     assert card.data.eval_results is None and not (tmp_path / 'out' / '.eval_results').exists()
-    assert 'No result of this checkpoint has been measured' in card.text
-    assert 'The checkpoint does not say how it was trained' in card.text
+    assert 'No results have been measured with this checkpoint' in card.text
+    assert 'The checkpoint does not record how it was trained' in card.text
     assert not re.search(r'\d %', card.text)
 
 
-# -- the caller's model, and odd sources
+# -- the caller's model, and malformed sources
 
 def state_of(model):
     return {k: (v.clone(), v.dtype, v.data_ptr()) for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, torch.compile, ModelEmaV3], ids=['timm', 'compiled', 'ema'])
-def test_the_callers_model_and_random_state_stay(wrap, small, tmp_path):
-    """Mode, tensors, hooks and random state; hooks are not called either."""
+def test_model_and_random_state_of_caller_are_unchanged(wrap, small, tmp_path):
+    """Mode, tensors, hooks and random state are unchanged, and hooks are not called."""
     model = wrap(small)
     inner = timm_part(model).train()
     calls = []
@@ -255,7 +255,7 @@ def test_the_callers_model_and_random_state_stay(wrap, small, tmp_path):
     assert np.random.get_state()[1].tolist() == states[2]
 
 
-def test_a_model_in_bfloat16_stays_so(small, tmp_path):
+def test_bfloat16_model_is_unchanged(small, tmp_path):
     small.to(torch.bfloat16).train()
     folder = dry_run(small, tmp_path / 'out')
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16} and small.training
@@ -264,7 +264,7 @@ def test_a_model_in_bfloat16_stays_so(small, tmp_path):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_weights_that_are_not_finite(value, small, tmp_path):
+def test_nonfinite_weights_raise(value, small, tmp_path):
     save_for_hf(small, str(tmp_path / 'folder'), safe_serialization=True)
     with torch.no_grad():
         small.blocks[0].mlp.fc1.bn.running_var[3] = value
@@ -283,7 +283,7 @@ def test_weights_that_are_not_finite(value, small, tmp_path):
     {'model': {}}, {1: torch.ones(1)}, {'state_dict': {'stem.stages.0.down.conv.weight': torch.ones(3)}},
     {'args': 3, 'state_dict': torch.ones(1)}, {'head.fc.weight': torch.tensor(1.)},
 ])
-def test_odd_checkpoints(content, small, tmp_path):
+def test_malformed_checkpoints(content, small, tmp_path):
     torch.save(content, tmp_path / 'odd.pth')
     for function in (lambda: read_checkpoint(tmp_path / 'odd.pth', 'test_spikformer_v2'),
                      lambda: convert(tmp_path / 'odd.pth', tmp_path / 'out'),
@@ -299,30 +299,30 @@ def test_odd_checkpoints(content, small, tmp_path):
     (dict(model=3), 'does not contain the name of its model'),
     (dict(model_kwargs=[1]), 'expected a dictionary'),
     (dict(model_kwargs=dict(nonsense=1)), 'cannot be created with'),
-    (dict(mean='black'), 'describes its images by'),
-    (dict(std=[0, 0, 0]), 'describes its images by'),
-    (dict(mean=['a', 'b', 'c']), 'describes its images by'),
-    (dict(interpolation='sharp'), 'describes its images by'),
-    (dict(crop_pct=float('nan')), 'describes its images by'),
-    (dict(input_size=[3, 37, 37]), 'describes its images by|multiple of the patch'),
+    (dict(mean='black'), 'has an invalid data config'),
+    (dict(std=[0, 0, 0]), 'has an invalid data config'),
+    (dict(mean=['a', 'b', 'c']), 'has an invalid data config'),
+    (dict(interpolation='sharp'), 'has an invalid data config'),
+    (dict(crop_pct=float('nan')), 'has an invalid data config'),
+    (dict(input_size=[3, 37, 37]), 'has an invalid data config|multiple of the patch'),
 ])
-def test_odd_arguments_in_a_checkpoint(changes, message, small, tmp_path):
+def test_malformed_arguments_in_checkpoint(changes, message, small, tmp_path):
     path, _ = train_py_checkpoint(small, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(path)
 
 
 @pytest.mark.parametrize('name, text, message', [
-    ('config.json', '[]', 'holds a list, expected an object'),
+    ('config.json', '[]', 'contains a list, expected a JSON object'),
     ('config.json', '{"model_type": "spikformer"', 'is not JSON'),
-    ('config.json', None, 'do not load into the model of its config.json'),
-    ('preprocessor_config.json', '{}', 'is not one of an image processor'),
-    ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not one of an image processor'),
-    ('training_args.yaml', '- 1', 'does not say how the model was trained'),
-    ('training_args.yaml', 'lr: 3', 'does not say how the model was trained'),
-    ('trainer_state.json', '{"global_step": 3}', 'is not a state of the Trainer'),
+    ('config.json', None, 'cannot be loaded into the model of its config.json'),
+    ('preprocessor_config.json', '{}', 'is not a valid image processor config'),
+    ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not a valid image processor config'),
+    ('training_args.yaml', '- 1', 'does not contain `command: ...` and the arguments'),
+    ('training_args.yaml', 'lr: 3', 'does not contain `command: ...` and the arguments'),
+    ('trainer_state.json', '{"global_step": 3}', 'is not a valid Trainer state'),
 ])
-def test_odd_files_in_a_folder(name, text, message, small, tmp_path):
+def test_malformed_files_in_folder(name, text, message, small, tmp_path):
     folder = dry_run(small, tmp_path / 'a')
     if text is None:
         text = json.dumps({**json.loads((folder / name).read_text()), 'time_steps': 'four'})
@@ -331,8 +331,8 @@ def test_odd_files_in_a_folder(name, text, message, small, tmp_path):
         read_checkpoint(folder)
 
 
-def test_a_pooling_of_train_py_reaches_the_model(small, tmp_path):
-    """As do other arguments: `--gp` changes what the weights mean, and no tensor shows it."""
+def test_global_pool_of_train_py_is_used(small, tmp_path):
+    """`--gp` changes the outputs but no tensor, so it is read from the training arguments."""
     path, _ = train_py_checkpoint(small, tmp_path, gp='max')
     expected = timm.create_model('test_spikformer_v2', num_classes=10, global_pool='max', time_steps=2)
     expected.load_state_dict(small.state_dict())
@@ -344,7 +344,7 @@ def test_a_pooling_of_train_py_reaches_the_model(small, tmp_path):
 
 
 def test_remote_code_is_complete():
-    """Every import of one file by another finds it; that of the registered models is among them."""
+    """All relative imports refer to included files; the file of the registered models is included."""
     sources = remote_sources()
     assert {'modeling_spikformer.py', 'configuration_spikformer.py', 'spikformer.py', 'kernels_lif.py'} <= set(sources)
     for name, source in sources.items():
@@ -353,7 +353,7 @@ def test_remote_code_is_complete():
         compile(source, name, 'exec')
 
 
-def test_a_variant_without_a_registered_name(images, tmp_path):
+def test_unregistered_variant(images, tmp_path):
     torch.manual_seed(0)
     kwargs = dict(depth=3, embed_dim=96, num_heads=4, time_steps=2)
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, **kwargs), images)
@@ -368,7 +368,7 @@ def test_a_variant_without_a_registered_name(images, tmp_path):
 
 
 def test_more_than_ten_named_classes(images, tmp_path):
-    """In config.json the numbers are strings, and '10' stands before '2'."""
+    """The keys of config.json are strings, so '10' is sorted before '2'."""
     torch.manual_seed(0)
     names = [f'{chr(97 + i % 26)}{i}' for i in range(1000)]
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=1000, time_steps=1), images)
@@ -384,7 +384,7 @@ def test_more_than_ten_named_classes(images, tmp_path):
     assert f'| Classes | 1000: {", ".join(names[:10])}, ... |' in card.text
 
 
-def test_text_in_cards_is_text(small, tmp_path):
+def test_markup_in_cards_is_escaped(small, tmp_path):
     labels = ['a|b', '<script>alert(1)</script>', '[x](http://evil)', '`code`', '*bold* _it_', 'line\nbreak', '# h',
               '{{ 7 * 7 }}', '---', 'ünïcödé']
     dataset = Dataset('me/data', 'Data | "quoted": {x} \n---\nlicense: wtfpl', 'test')
@@ -400,24 +400,24 @@ def test_text_in_cards_is_text(small, tmp_path):
     assert yaml.safe_load((folder / '.eval_results' / 'image-classification.yaml').read_text())[0]['value'] == 50.0
 
 
-# -- where it is written
+# -- output folders
 
-def test_a_publish_that_fails_leaves_the_good_folder(small, tmp_path, monkeypatch):
+def test_failed_publish_keeps_existing_folder(small, tmp_path, monkeypatch):
     out = dry_run(small, tmp_path / 'out', labels=LABELS)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def fail(*args):
-        raise RuntimeError('it is Monday')
+        raise RuntimeError('verification failed')
 
     monkeypatch.setattr('timm_spikformer.publishing.upload.verify_folder', fail)
-    with pytest.raises(RuntimeError, match='Monday'):
+    with pytest.raises(RuntimeError, match='verification failed'):
         dry_run(small, out)
     with pytest.raises(ValueError, match='There is no'):
         dry_run(tmp_path / 'nothing', out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before and os.listdir(tmp_path) == ['out']
 
 
-def test_where_not_to_write(small, tmp_path, monkeypatch):
+def test_rejected_output_folders(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = dry_run(small, tmp_path / 'checkpoint')
     (tmp_path / 'thesis').mkdir()
@@ -425,13 +425,13 @@ def test_where_not_to_write(small, tmp_path, monkeypatch):
     (tmp_path / 'link').symlink_to('thesis')
     torch.save(small.state_dict(), tmp_path / 'thesis' / 'a.pth')
     for output, message in (
-            (folder, 'which is read'), ('.', 'current folder'), ('..', 'current folder'), ('thesis', 'did not write'),
-            ('link', 'symbolic link'), (folder / 'config.json', 'is a file')):
+            (folder, 'which is an input'), ('.', 'current folder'), ('..', 'current folder'),
+            ('thesis', 'did not write'), ('link', 'symbolic link'), (folder / 'config.json', 'is a file')):
         with pytest.raises(ValueError, match=message):
             dry_run(folder, output)
         if output == folder:
-            continue  # which a conversion of another file may replace
-        with pytest.raises(ValueError, match=f'{message}|which is read'):
+            continue  # a conversion of another file may replace this folder
+        with pytest.raises(ValueError, match=f'{message}|which is an input'):
             convert(tmp_path / 'thesis' / 'a.pth', output, 'test_spikformer_v2')
     assert sorted(os.listdir(tmp_path)) == ['checkpoint', 'link', 'thesis']
     assert sorted(os.listdir('thesis')) == ['a.pth', 'chapter.tex']
@@ -441,30 +441,30 @@ def test_where_not_to_write(small, tmp_path, monkeypatch):
 # -- bad input
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(repo='name'), "'name' does not say whose repository it is. Expected ORG/NAME"),
-    (dict(repo='../me/name'), 'is not a name of a repository. Expected ORG/NAME'),
-    (dict(repo='me/..'), 'is not a name of a repository. Expected ORG/NAME'),
-    (dict(license=''), 'A license of the weights is required'),
-    (dict(license='apache-2'), 'A license of the weights is required.*got .apache-2.'),
-    (dict(license='mit\ntags: x'), 'A license of the weights is required'),
-    (dict(base_model='resnet'), 'does not say whose repository it is'),
-    (dict(base_model='a/b/c'), 'is not a name of the base model'),
-    (dict(train_datasets=['a b']), "'a b' is not an id of a dataset on the Hub"),
-    (dict(dataset=Dataset('me/..', 'x')), "'me/..' is not an id of a dataset on the Hub"),
-    (dict(eval_data=FASHION_MNIST), 'A result needs the dataset that it was measured on'),
-    (dict(output=None), 'A dry run needs an output folder'),
+    (dict(repo='name'), "'name' contains no organization or user. Expected ORG/NAME"),
+    (dict(repo='../me/name'), 'is not a valid name of a repository. Expected ORG/NAME'),
+    (dict(repo='me/..'), 'is not a valid name of a repository. Expected ORG/NAME'),
+    (dict(license=''), 'The license of the weights must be an identifier'),
+    (dict(license='apache-2'), 'The license of the weights must be an identifier.*got .apache-2.'),
+    (dict(license='mit\ntags: x'), 'The license of the weights must be an identifier'),
+    (dict(base_model='resnet'), 'contains no organization or user'),
+    (dict(base_model='a/b/c'), 'is not a valid name of the base model'),
+    (dict(train_datasets=['a b']), "'a b' is not a valid id of a Hub dataset"),
+    (dict(dataset=Dataset('me/..', 'x')), "'me/..' is not a valid id of a Hub dataset"),
+    (dict(eval_data=FASHION_MNIST), 'A result requires the dataset that it was measured on'),
+    (dict(output=None), 'A dry run requires an output folder'),
     (dict(labels=['a', 'b']), 'The model has 10 classes, but 2 labels were given'),
-    (dict(labels=['a'] * 10), "The label 'a' is there twice, as number 1 and 2"),
+    (dict(labels=['a'] * 10), "The label 'a' occurs twice, as number 1 and 2"),
     (dict(labels=[*'abcdefghi', ' ']), "Label 10 is ' '; each class needs a name"),
     (dict(model_kwargs=dict(depths=3)), 'test_spikformer_v2 cannot be created with .*depths'),
-    (dict(model_kwargs=dict(depth=3)), 'is of another model than test_spikformer_v2|do not belong to the model'),
+    (dict(model_kwargs=dict(depth=3)), 'does not match test_spikformer_v2|do not match the model'),
     (dict(model='resnet18'), "There is no Spikformer 'resnet18'"),
     (dict(model='spikformer_v2_8_384'), 'does not fit the model'),
-    (dict(model='spikformer_8_384'), 'does not fit the model|is of another model than spikformer_8_384'),
-    (dict(ema=True), 'holds no averaged weights'),
+    (dict(model='spikformer_8_384'), 'does not fit the model|does not match spikformer_8_384'),
+    (dict(ema=True), 'contains no averaged weights'),
     (dict(results='nothing.json', dataset=DATASET), 'There is no nothing.json'),
 ])
-def test_arguments_that_do_not_fit(kwargs, message, small, tmp_path):
+def test_bad_arguments(kwargs, message, small, tmp_path):
     torch.save({'state_dict': small.state_dict()}, tmp_path / 'a.pth')
     defaults = dict(
         repo='me/name', license='mit', model='test_spikformer_v2', output=tmp_path / 'out', dry_run=True)
@@ -478,7 +478,7 @@ class Malicious:
         return print, ('this must not run',)
 
 
-def test_files_that_are_no_checkpoints(small, tmp_path, capsys):
+def test_files_that_are_not_checkpoints(small, tmp_path, capsys):
     for name, content in (
         ('code.pth', pickle.dumps(Malicious())), ('cut.safetensors', b'\x10' * 100), ('text.pth', b'hello'),
     ):
@@ -490,48 +490,48 @@ def test_files_that_are_no_checkpoints(small, tmp_path, capsys):
         read_checkpoint(tmp_path / 'code2.pth', 'test_spikformer_v2')
     assert 'must not run' not in capsys.readouterr().out
     torch.save(small.state_dict(), tmp_path / 'nameless.pth')
-    with pytest.raises(ValueError, match='does not contain the name of its model. Name it with --model'):
+    with pytest.raises(ValueError, match='does not contain the name of its model. Specify it with --model'):
         read_checkpoint(tmp_path / 'nameless.pth')
     torch.save({'a': torch.ones(1)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='is not one of a Spikformer'):
+    with pytest.raises(ValueError, match='is not of a Spikformer'):
         read_checkpoint(tmp_path / 'other.pth', 'test_spikformer_v2')
     with pytest.raises(ValueError, match='There is no .*nowhere'):
         read_checkpoint(tmp_path / 'nowhere')
 
 
-def test_folders_that_do_not_fit(small, tmp_path):
+def test_bad_folders(small, tmp_path):
     folder = dry_run(small, tmp_path / 'a')
-    with pytest.raises(ValueError, match='--ema is for a file'):
+    with pytest.raises(ValueError, match='--ema is for files'):
         read_checkpoint(folder, ema=True)
     weights = load_file(folder / 'model.safetensors')
     shutil.copytree(folder, tmp_path / 'pickle')
     (tmp_path / 'pickle' / 'model.safetensors').unlink()
     torch.save(weights, tmp_path / 'pickle' / 'pytorch_model.bin')
-    with pytest.raises(ValueError, match='holds no model.safetensors.*pickles are not read'):
+    with pytest.raises(ValueError, match='contains no model.safetensors.*pickles are not read'):
         read_checkpoint(tmp_path / 'pickle')
     (tmp_path / 'a' / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-1000])
     with pytest.raises(ValueError, match='model.safetensors is not a complete safetensors file'):
         read_checkpoint(tmp_path / 'a')
     del weights['blocks.1.mlp.fc1.linear.weight']
     save_file(weights, tmp_path / 'a' / 'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='1 tensors are missing or left over, .*blocks.1.mlp.fc1.linear.weight'):
+    with pytest.raises(ValueError, match='1 tensors are missing or unexpected, .*blocks.1.mlp.fc1.linear.weight'):
         read_checkpoint(tmp_path / 'a')
     (tmp_path / 'a' / 'config.json').write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match='is of a vit, expected a Spikformer'):
+    with pytest.raises(ValueError, match='contains a vit, expected a Spikformer'):
         read_checkpoint(tmp_path / 'a')
     (tmp_path / 'a' / 'config.json').unlink()
-    with pytest.raises(ValueError, match='holds no config.json'):
+    with pytest.raises(ValueError, match='contains no config.json'):
         read_checkpoint(tmp_path / 'a')
 
 
-def test_a_silent_model_is_not_published(tmp_path):
+def test_silent_model_raises(tmp_path):
     with pytest.raises(RuntimeError, match='No neuron of the encoder fires'):
         dry_run(timm.create_model('test_spikformer_v2'), tmp_path / 'out')
 
 
 @pytest.mark.parametrize('name', ['head.fc.bias', 'blocks.1.mlp.fc2.bn.num_batches_tracked'])
-def test_a_folder_that_holds_something_else_is_not_published(name, small, tmp_path, monkeypatch):
-    """The purpose of verification: here something changes the weights that were written."""
+def test_verification_detects_changed_weights(name, small, tmp_path, monkeypatch):
+    """The weights are changed after they were written."""
     from timm_spikformer.publishing import upload
 
     def write_something_else(checkpoint, folder, *args):
@@ -542,20 +542,20 @@ def test_a_folder_that_holds_something_else_is_not_published(name, small, tmp_pa
 
     write_checkpoint = upload.write_checkpoint
     monkeypatch.setattr(upload, 'write_checkpoint', write_something_else)
-    with pytest.raises(RuntimeError, match='other (outputs|weights) in timm'):
+    with pytest.raises(RuntimeError, match='different (outputs|weights) in timm'):
         dry_run(small, tmp_path / 'out')
     assert not os.listdir(tmp_path)
 
 
-def test_another_models_classes_in_the_evaluation_data(small, tmp_path):
-    with pytest.raises(ValueError, match="the class 'T-shirt/top' is not one of the model"):
+def test_evaluation_data_with_other_classes_raises(small, tmp_path):
+    with pytest.raises(ValueError, match="'T-shirt/top' is not a class of the model"):
         dry_run(small, tmp_path / 'out', labels=LABELS, eval_data=FASHION_MNIST, dataset=DATASET)
     small.reset_classifier(7)
-    with pytest.raises(ValueError, match='there are 10 classes, and the model has 7'):
+    with pytest.raises(ValueError, match='there are 10 classes, but the model has 7'):
         dry_run(small, tmp_path / 'out', eval_data=FASHION_MNIST, dataset=DATASET)
 
 
-def test_the_command(small, tmp_path, capsys):
+def test_command(small, tmp_path, capsys):
     path, _ = train_py_checkpoint(small, tmp_path)
     (tmp_path / 'labels.txt').write_text('\n'.join(LABELS) + '\n')
     arguments = ['publish', str(path), '--repo', 'me/name', '--license', 'mit', '--output', str(tmp_path / 'out')]

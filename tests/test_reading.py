@@ -1,4 +1,4 @@
-"""Files and folders of others: what is damaged, not made of weights, or does not describe a model is refused."""
+"""Reading of checkpoints: damaged files, invalid tensors and invalid descriptions of models raise."""
 import argparse
 import json
 import zipfile
@@ -30,7 +30,7 @@ def state_dict(small):
 
 
 def refuse(path, tmp_path, message, model_kwargs=None):
-    """Reading, publishing and converting a file all raise."""
+    """Check that reading, publishing and converting a file raise."""
     for function in (
             lambda: read_checkpoint(path, NAME, model_kwargs=model_kwargs),
             lambda: publish(path, 'a/b', 'mit', NAME, output=tmp_path / 'out', dry_run=True, model_kwargs=model_kwargs),
@@ -47,8 +47,8 @@ def run(*args):
 # -- files
 
 @pytest.mark.parametrize('place', ['data/7', 'data.pkl'])
-def test_a_damaged_file(place, state_dict, tmp_path):
-    """torch.load does not compare the content of a zip file with its CRC."""
+def test_damaged_file(place, state_dict, tmp_path):
+    """torch.load does not check the CRC of files in the zip archive."""
     path = tmp_path / 'a.pth'
     torch.save(state_dict, path)
     content = bytearray(path.read_bytes())
@@ -61,7 +61,7 @@ def test_a_damaged_file(place, state_dict, tmp_path):
     refuse(path, tmp_path, 'a.pth is damaged: Bad CRC-32')
 
 
-def test_a_file_without_crc(state_dict, tmp_path):
+def test_file_without_crc(state_dict, tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(state_dict, tmp_path / 'a.pth')
@@ -71,18 +71,18 @@ def test_a_file_without_crc(state_dict, tmp_path):
 
 
 @pytest.mark.parametrize('name, change, message', [
-    (WEIGHT, lambda v: v.to('meta'), 'holds no weights: .* is on the meta device'),
-    (WEIGHT, lambda v: v.to_sparse(), 'as a torch.sparse_coo tensor, expected a dense one'),
-    (WEIGHT, lambda v: v.to_sparse_csr(), 'as a torch.sparse_csr tensor, expected a dense one'),
+    (WEIGHT, lambda v: v.to('meta'), 'contains no weights: .* is on the meta device'),
+    (WEIGHT, lambda v: v.to_sparse(), 'as a torch.sparse_coo tensor, expected a dense'),
+    (WEIGHT, lambda v: v.to_sparse_csr(), 'as a torch.sparse_csr tensor, expected a dense'),
     (WEIGHT, lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), 'as a quantized tensor'),
-    (WEIGHT, lambda v: v + 1j, 'in torch.complex64; weights are floating-point numbers'),
-    (WEIGHT, lambda v: v.to(torch.int8), 'in torch.int8; weights are floating-point numbers'),
-    (WEIGHT, lambda v: v > 0, 'in torch.bool; weights are floating-point numbers'),
-    (WEIGHT, lambda v: v.to(torch.float8_e4m3fn), 'in torch.float8_e4m3fn; weights are floating-point numbers'),
+    (WEIGHT, lambda v: v + 1j, 'in torch.complex64, expected a floating-point dtype'),
+    (WEIGHT, lambda v: v.to(torch.int8), 'in torch.int8, expected a floating-point dtype'),
+    (WEIGHT, lambda v: v > 0, 'in torch.bool, expected a floating-point dtype'),
+    (WEIGHT, lambda v: v.to(torch.float8_e4m3fn), 'in torch.float8_e4m3fn, expected a floating-point dtype'),
     (WEIGHT, lambda v: v.double() + 1e300, 'are not finite: 16384 of 16384 values .* infinite in float32'),
     (COUNTER, lambda v: v + 1j, 'in torch.complex64'),
 ], ids=['meta', 'sparse', 'csr', 'quantized', 'complex', 'int8', 'bool', 'float8', 'float64', 'counter'])
-def test_tensors_that_are_no_weights(name, change, message, state_dict, tmp_path):
+def test_invalid_tensors(name, change, message, state_dict, tmp_path):
     state_dict[name] = change(state_dict[name])
     torch.save({'state_dict': state_dict}, tmp_path / 'a.pth')
     refuse(tmp_path / 'a.pth', tmp_path, message)
@@ -90,24 +90,24 @@ def test_tensors_that_are_no_weights(name, change, message, state_dict, tmp_path
 
 @pytest.mark.parametrize('change', [lambda v: v + 1j, lambda v: v.to(torch.int8)], ids=['complex', 'int8'])
 @pytest.mark.parametrize('kind', ['timm', 'transformers'])
-def test_folders_of_tensors_that_are_no_weights(kind, change, small, state_dict, tmp_path):
+def test_folders_with_invalid_tensors(kind, change, small, state_dict, tmp_path):
     folder = save_folder(kind, small, tmp_path)
     state_dict[WEIGHT] = change(state_dict[WEIGHT])
     save_file(state_dict, folder / 'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match=f'holds {WEIGHT} in torch..*; weights are floating-point numbers'):
+    with pytest.raises(ValueError, match=f'contains {WEIGHT} in torch..*, expected a floating-point dtype'):
         read_checkpoint(folder)
 
 
-def test_a_model_of_complex_weights(small):
+def test_model_with_complex_weights(small):
     model = timm.create_model(NAME, num_classes=10)
     model.head.fc.weight.data = model.head.fc.weight.data + 1j
-    with pytest.raises(ValueError, match='The model holds head.fc.weight in torch.complex64'):
+    with pytest.raises(ValueError, match='The model contains head.fc.weight in torch.complex64'):
         from_model(model)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype, state_dict, tmp_path):
-    torch.save({k: v.to(dtype) for k, v in state_dict.items()}, tmp_path / 'a.pth')  # counters too, as `half` of some
+    torch.save({k: v.to(dtype) for k, v in state_dict.items()}, tmp_path / 'a.pth')  # even BN's counters
     model = read_checkpoint(tmp_path / 'a.pth', NAME).model
     assert {v.dtype for v in model.state_dict().values()} == {torch.float32, torch.int64}
 
@@ -119,14 +119,14 @@ def test_other_precisions(dtype, state_dict, tmp_path):
     (dict(drop_rate=5), 'drop_rate must be a number of at least 0 and less than 1, got 5'),
     (dict(mlp_ratio=float('nan')), 'mlp_ratio must be a finite number'),
     (dict(time_steps='four'), "time_steps must be an integer of at least 1, got 'four'"),
-    (dict(num_classes=3), 'num_classes=3 cannot be given: it is read from the weights'),
-    (dict(in_chans=5), 'in_chans=5 cannot be given: it is read from the weights'),
-    (dict(depth=None), 'cannot be created with depth=None. Expected values of img_size, .*, drop_path_rate'),
-    *((dict([(key, 'x')]), f"{NAME} cannot be created with {key}='x'. Expected values of img_size") for key in (
+    (dict(num_classes=3), 'num_classes=3 cannot be set: it is read from the weights'),
+    (dict(in_chans=5), 'in_chans=5 cannot be set: it is read from the weights'),
+    (dict(depth=None), 'cannot be created with depth=None. The arguments are img_size, .*, drop_path_rate'),
+    *((dict([(key, 'x')]), f"{NAME} cannot be created with {key}='x'. The arguments are img_size") for key in (
         'checkpoint_path', 'device', 'dtype', 'name', 'model_name', 'path', 'ema', 'state_dict', 'pretrained',
         'pretrained_cfg', 'features_only', 'scriptable', 'cache_dir', 'self', 'tau')),
 ])
-def test_arguments_that_do_not_fit(kwargs, message, state_dict, tmp_path):
+def test_bad_model_kwargs(kwargs, message, state_dict, tmp_path):
     torch.save(state_dict, tmp_path / 'a.pth')
     refuse(tmp_path / 'a.pth', tmp_path, message, kwargs)
     args = ['--model', NAME, '--output', tmp_path / 'out', '--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())]
@@ -135,9 +135,9 @@ def test_arguments_that_do_not_fit(kwargs, message, state_dict, tmp_path):
             run(*command, tmp_path / 'a.pth', *args)
 
 
-def test_an_argument_that_is_there_twice(state_dict, tmp_path):
+def test_duplicate_model_kwargs(state_dict, tmp_path):
     torch.save(state_dict, tmp_path / 'a.pth')
-    with pytest.raises(SystemExit, match='error: --model-kwargs: depth is there twice'):
+    with pytest.raises(SystemExit, match='error: --model-kwargs: depth occurs twice'):
         run('convert', tmp_path / 'a.pth', '--model', NAME, '--output', tmp_path / 'out', '--model-kwargs', 'depth=2',
             'depth=3')
 
@@ -147,28 +147,28 @@ def test_an_argument_that_is_there_twice(state_dict, tmp_path):
     (dict(model_kwargs=dict(drop_rate=5)), 'drop_rate must be a number'),
     (dict(model_kwargs=dict(checkpoint_path='/etc/passwd')), 'cannot be created with checkpoint_path='),
     (dict(model_kwargs={1: 2}), 'cannot be created with 1=2'),
-    (dict(img_size=10 ** 7), 'is for images of 10000000 x 10000000 pixels and 4 time steps, which need'),
-    (dict(model_kwargs=dict(time_steps=10 ** 9)), 'and 1000000000 time steps, which need .* Choose a smaller img_size'),
-    (dict(model_kwargs=dict(img_size=[16, 16 * 10 ** 7]), img_size=[3, 16, 16 * 10 ** 7]), 'describes its images|need'),
-    (dict(model_kwargs=dict(depth=10 ** 8)), 'describes a model of at least .* weights by .*depth.*, and there are'),
+    (dict(img_size=10 ** 7), 'is for images of 10000000 x 10000000 pixels and 4 time steps, for which a stem stage'),
+    (dict(model_kwargs=dict(time_steps=10 ** 9)), 'and 1000000000 time steps, for .* Choose a smaller img_size'),
+    (dict(model_kwargs=dict(img_size=[16, 16 * 10 ** 7]), img_size=[3, 16, 16 * 10 ** 7]), 'data config|for which'),
+    (dict(model_kwargs=dict(depth=10 ** 8)), 'describes a model of at least .* weights by .*depth.*, but there are'),
     (dict(model_kwargs=dict(embed_dim=8 * 10 ** 6)), 'describes a model of at least .* weights'),
     (dict(model_kwargs=dict(mlp_ratio=1e300, depth=1)), 'describes a model of at least .* weights'),
     (dict(model_kwargs=dict(depth=10 ** 400)), 'describes a model of at least .* weights'),
 ])
-def test_arguments_in_a_checkpoint(args, message, state_dict, tmp_path):
+def test_bad_arguments_in_checkpoint(args, message, state_dict, tmp_path):
     torch.save(
         {'state_dict': state_dict, 'args': argparse.Namespace(**{'model': NAME, **args})}, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / 'a.pth')
 
 
-def test_numbers_of_classes_and_channels_in_the_training_arguments_are_the_weights(state_dict, tmp_path):
+def test_num_classes_and_in_chans_in_training_arguments(state_dict, tmp_path):
     args = argparse.Namespace(model=NAME, model_kwargs=dict(num_classes=10, in_chans=3, depth=2, drop_rate=None))
     torch.save({'state_dict': state_dict, 'args': args}, tmp_path / 'a.pth')
     assert read_checkpoint(tmp_path / 'a.pth').model.num_classes == 10
 
 
-def test_large_images_are_verified_a_few_at_a_time(small):
+def test_batch_size_is_reduced_for_large_images(small):
     checkpoint = from_model(small)
     assert checkpoint.batch_size(8) == 8 and checkpoint.batch_size(64) == 64
     checkpoint.data_config['input_size'] = (3, 6400, 6400)
@@ -189,7 +189,7 @@ def save_folder(kind, model, tmp_path, **config):
 
 
 def assert_an_error(folder, message=''):
-    """Of `profile` and of `publish`, with one line for the user."""
+    """Check that `profile` and `publish` exit with an error of one line."""
     for args in (['profile', f'local-dir:{folder}', '--images', 1, '--output', folder.parent / 'out'],
                  ['publish', folder, '--repo', 'a/b', '--license', 'mit', '--dry-run', '--output',
                   folder.parent / 'out']):
@@ -199,11 +199,11 @@ def assert_an_error(folder, message=''):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('[]', 'holds a list, expected an object'), ('null', 'holds a NoneType, expected an object'),
-    ('{}', 'is of a model, expected a Spikformer'), ('{"architecture": ["x"]}', 'expected a Spikformer'),
+    ('[]', 'contains a list, expected a JSON object'), ('null', 'contains a NoneType, expected a JSON object'),
+    ('{}', 'contains a model, expected a Spikformer'), ('{"architecture": ["x"]}', 'expected a Spikformer'),
     ('{"model_type": "spikformer"}', ''), (f'{{"architecture": "{NAME}"}}', ''), ('{', 'is not JSON'),
 ])
-def test_a_config_that_is_none(text, message, small, tmp_path):
+def test_invalid_config_json(text, message, small, tmp_path):
     folder = save_folder('timm', small, tmp_path)
     (folder / 'config.json').write_text(text)
     assert_an_error(folder, message)
@@ -219,8 +219,8 @@ def test_a_config_that_is_none(text, message, small, tmp_path):
     dict(model_args=dict(time_steps=10 ** 9), time_steps=10 ** 9),
     dict(time_steps='four', model_args=dict(time_steps='four')),
 ], ids=str)
-def test_a_config_with_odd_values(kind, change, small, tmp_path):
-    """A key that is not the library's own is ignored."""
+def test_config_with_invalid_values(kind, change, small, tmp_path):
+    """Keys of the other library are ignored."""
     folder = save_folder(kind, small, tmp_path, **change)
     ignored = {'timm': {'id2label'}, 'transformers': {'label_names', 'model_args', 'num_classes'}}[kind]
     if set(change) <= ignored:
@@ -233,14 +233,14 @@ def test_a_config_with_odd_values(kind, change, small, tmp_path):
     (dict(num_attention_heads=0), 'hidden_size must be divisible by num_attention_heads, .* num_attention_heads=0'),
     (dict(hidden_size='x'), "Validation error for field 'hidden_size': .*x"),
 ])
-def test_a_config_of_transformers_says_what_does_not_fit(change, message, small, tmp_path):
+def test_error_names_invalid_field_of_transformers_config(change, message, small, tmp_path):
     assert_an_error(save_folder('transformers', small, tmp_path, **change), message)
 
 
-def test_a_config_that_names_another_file(small, state_dict, tmp_path):
+def test_config_with_checkpoint_path_raises(small, state_dict, tmp_path):
     torch.save(state_dict, tmp_path / 'a.pth')
     folder = save_folder('timm', small, tmp_path, model_args=dict(checkpoint_path=str(tmp_path / 'a.pth')))
-    assert_an_error(folder, 'model_args that are not of the network: checkpoint_path')
+    assert_an_error(folder, 'contains an unknown model argument, checkpoint_path')
 
 
 @pytest.mark.parametrize('kind', ['timm', 'transformers'])
@@ -248,12 +248,12 @@ def test_a_config_that_names_another_file(small, state_dict, tmp_path):
     dict(mean='x'), dict(mean=5), dict(std=[0, 0, 0]), dict(input_size=[3, 'a', 1]), dict(input_size=5),
     dict(input_size=[3, 64.5, 64]), dict(interpolation='foo'), dict(interpolation=5), dict(crop_pct='x'),
 ], ids=str)
-def test_a_data_config_with_odd_values(kind, change, small, tmp_path):
+def test_data_config_with_invalid_values(kind, change, small, tmp_path):
     folder = save_folder(kind, small, tmp_path)
     cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
     save_folder(kind, small, tmp_path / 'b', pretrained_cfg={**cfg, **change})
     (tmp_path / 'b' / kind / 'preprocessor_config.json').unlink(missing_ok=True)
-    if kind == 'transformers' and 'input_size' in change:  # there it follows from image_size
+    if kind == 'transformers' and 'input_size' in change:  # transformers uses image_size
         assert read_checkpoint(tmp_path / 'b' / kind).data_config['input_size'] == [3, 64, 64]
     else:
         assert_an_error(tmp_path / 'b' / kind)
@@ -261,14 +261,14 @@ def test_a_data_config_with_odd_values(kind, change, small, tmp_path):
 
 @pytest.mark.parametrize('index', ['{}', '[]', '{"weight_map": 5}', '{"weight_map": {"a": 5}}',
                                    '{"weight_map": {"a": "x.bin"}}', '{"weight_map": {"a": "no.safetensors"}}'])
-def test_an_index_of_parts_that_is_none(index, small, tmp_path):
+def test_invalid_index_of_shards(index, small, tmp_path):
     folder = save_folder('transformers', small, tmp_path)
     (folder / 'model.safetensors').unlink()
     (folder / 'model.safetensors.index.json').write_text(index)
     assert_an_error(folder)
 
 
-def test_weights_in_parts(small, tmp_path):
+def test_sharded_weights(small, tmp_path):
     folder = save_folder('transformers', small, tmp_path)
     tensors = load_file(folder / 'model.safetensors')
     names = sorted(tensors)
@@ -284,16 +284,16 @@ def test_weights_in_parts(small, tmp_path):
 
 # -- labels
 
-def test_labels_by_number(small, tmp_path):
-    """A dictionary in the config.json of timm, which `profile` and `publish` read the same."""
+def test_labels_as_dictionary(small, tmp_path):
+    """label_names in timm's config.json may be a dictionary; `profile` and `publish` read it in the same way."""
     labels = {str(i): f'class {i}' for i in reversed(range(10))}
     folder = save_folder('timm', small, tmp_path, label_names=labels)
     assert read_checkpoint(folder).labels == [f'class {i}' for i in range(10)]
     run('profile', f'local-dir:{folder}', '--images', 2, '--output', tmp_path / 'out')
 
 
-def test_labels_that_name_nothing(state_dict, tmp_path):
-    """transformers calls classes without names so; in another order they are names."""
+def test_default_labels_of_transformers(state_dict, tmp_path):
+    """transformers names unnamed classes LABEL_0, LABEL_1, ...; in another order, these are read as names."""
     torch.save(state_dict, tmp_path / 'a.pth')
     labels = [f'LABEL_{i}' for i in range(10)]
     for given, expected in ((labels, None), (labels[::-1], labels[::-1])):

@@ -1,4 +1,4 @@
-"""The study in reproduction/: its protocol, statistics, scheduling, resuming, and the report."""
+"""The study in reproduction/: protocol, statistics, scheduling, resuming and report."""
 import hashlib
 import json
 import os
@@ -65,18 +65,18 @@ def pretend(study: Study, run: Run, **values) -> None:
     experiment.write_json(study.path(run), dict(training=study.protocol.digest(run), attempt=run.attempt, **values))
 
 
-def test_the_report_is_that_of_the_committed_runs(tmp_path):
+def test_committed_report_matches_committed_runs(tmp_path):
     write_report(read_protocol(), FOLDER / 'runs', tmp_path)
     assert (tmp_path / 'README.md').read_bytes() == (FOLDER / 'README.md').read_bytes()
     for path in (tmp_path / 'figures').iterdir():
         committed = (FOLDER / 'figures' / path.name).read_bytes()
         version = re.search(rb'Matplotlib v([\d.]+)', committed)[1].decode()
-        if version == matplotlib.__version__:  # another version draws other bytes
+        if version == matplotlib.__version__:  # the output differs between versions
             assert path.read_bytes() == committed, path.name
 
 
-def test_each_comparison_is_fair():
-    """The same seeds and number of tries, and no other data."""
+def test_compared_cells_have_equal_conditions():
+    """Compared cells have the same seeds, number of tries and training images."""
     protocol = read_protocol()
     pairs = [pair for question in protocol.questions.values() for pair in question['differences']]
     assert pairs
@@ -87,13 +87,13 @@ def test_each_comparison_is_fair():
             assert first.labels == second.labels
 
 
-def test_interval_equals_that_of_scipy():
+def test_interval_matches_scipy():
     a, b = [90.1, 90.9, 89.7], [89.9, 90.2, 89.8]
     ours = paired_difference(a, b)
     theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
     assert ours.mean == pytest.approx(np.mean(a) - np.mean(b)) and ours.count == 3 and not ours.is_shown
-    # by hand: differences 1, 2, 3 have mean 2, deviation 1, and t(0.975, 2) = 4.303
+    # by hand: differences 1, 2, 3 have mean 2 and standard deviation 1, and t(0.975, 2) = 4.303
     margin = 4.303 / 3 ** 0.5
     assert paired_difference([1, 2, 3], [0, 0, 0])[:3] == pytest.approx((2, 2 - margin, 2 + margin), abs=1e-3)
     assert paired_difference([1, 1.1, 1.2], [0, 0, 0]).is_shown and paired_difference([0, 0, 0], [1, 1.1, 1.2]).is_shown
@@ -110,7 +110,7 @@ def test_interval_equals_that_of_scipy():
     ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'same seeds and the same number of tries'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
 ], ids=lambda value: value if isinstance(value, str) else '')
-def test_protocols_that_are_refused(change, message, tmp_path):
+def test_bad_protocols(change, message, tmp_path):
     path = tmp_path / 'x.yaml'
     text = {**TINY, **change}
     if 'scratch' not in text['cells']:
@@ -126,8 +126,8 @@ def test_doubled_epochs_double_the_warmup(study):
     assert study.protocol.cells['scratch'].recipe_of(0)['epochs'] == 3
 
 
-def test_jobs_in_their_order(study):
-    """Tries before final runs, weights before those that start from them; the best try with seed 0 is chosen."""
+def test_order_of_jobs(study):
+    """Tries run before final runs, and runs before those that start from their weights; the best try is selected."""
     def names(*patterns):
         jobs = schedule.next_jobs(study, patterns or ('*',))
         return [job.run.name + (' weights' if job.weights_only else '') for job in jobs]
@@ -151,11 +151,11 @@ def test_jobs_in_their_order(study):
         pretend(study, run)
     assert names('tuned') == []
     other = read_protocol(study.runs.parent / 'protocol.yaml')
-    other.cells['tuned'].recipe['lr'] = 0.5  # a result of other settings is none
+    other.cells['tuned'].recipe['lr'] = 0.5  # results of other settings are ignored
     assert study._replace(protocol=other).result(Run(other.cells['tuned'], 1, 0, True)) is None
 
 
-def test_tries_do_not_see_the_test_images_and_final_runs_share_their_weights(study, monkeypatch):
+def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, monkeypatch):
     run = study.tries(study.protocol.cells['scratch'])[0]
     read = Study.read_data
     monkeypatch.setattr(Study, 'read_data', lambda self, run: read(self, run)._replace(test=None))
@@ -172,8 +172,8 @@ def test_tries_do_not_see_the_test_images_and_final_runs_share_their_weights(stu
 
 
 @pytest.mark.parametrize('name', ['mae', 'tuned'])
-def test_an_interrupted_run_gives_the_same_result(name, study, tmp_path, monkeypatch):
-    """Interrupted in each epoch but the last, also while the weights that it starts from are trained."""
+def test_interrupted_run_gives_same_result(name, study, tmp_path, monkeypatch):
+    """Interrupt each epoch except the last one, also while the initial weights are trained."""
     cell = study.protocol.cells[name]
     run = Run(cell, 0, 0, len(cell.tries) == 1)
     expected = study.execute(run)
@@ -197,8 +197,8 @@ def test_an_interrupted_run_gives_the_same_result(name, study, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(study, tmp_path):
-    """SIGKILL at any moment, twice; the results are those of an uninterrupted study, and so is the report."""
+def test_killed_study_resumes(study, tmp_path):
+    """After two SIGKILLs at arbitrary times, results and report equal those of an uninterrupted study."""
     def command(folder):
         return [
             sys.executable, '-m', 'reproduction', 'run', '--jobs', '2', '--protocol', str(tmp_path / 'protocol.yaml'),
@@ -229,8 +229,8 @@ def test_a_killed_study_goes_on(study, tmp_path):
     assert text(whole) == text(killed)
 
 
-def test_weights_that_ship(study, tmp_path, monkeypatch):
-    """A run that starts from them takes them from the package, if the same settings have trained them."""
+def test_shipped_weights(study, tmp_path, monkeypatch):
+    """Runs use initial weights from the package if the same settings have trained them."""
     text = {**TINY, 'cells': {**TINY['cells'], 'mae': {**TINY['cells']['mae'], 'ships': 'x.mae_y'}}}
     (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(text))
     study = study._replace(protocol=read_protocol(tmp_path / 'protocol.yaml'))
@@ -261,7 +261,7 @@ def test_weights_that_ship(study, tmp_path, monkeypatch):
     assert not study.has_weights(run)
 
 
-def test_report_of_an_unfinished_study(study, tmp_path):
+def test_report_of_incomplete_study(study, tmp_path):
     cells = study.protocol.cells
     for name, accuracies in (('tuned', (80., 81.)), ('scratch', (79., 79.5))):
         for run in study.tries(cells[name]):
@@ -274,13 +274,13 @@ def test_report_of_an_unfinished_study(study, tmp_path):
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
     assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
-    # a try and a final run with its seed and settings are one training: 2 cells of 3 trainings of half an hour
+    # a try and a final run with the same seed and settings count once: 2 cells, 3 trainings each, half an hour each
     assert 'took 3.0 CPU hours' in text
     interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
     assert f'+1.25 points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f}: not shown' in text
 
 
-def test_softmax_attention_is_softmax_attention():
+def test_softmax_attention_matches_pytorch():
     torch.manual_seed(0)
     layer = models.SoftmaxAttention(16, 2)
     x = torch.randint(0, 3, (2, 3, 5, 16)).float()
@@ -294,7 +294,7 @@ def test_softmax_attention_is_softmax_attention():
 
 
 @pytest.mark.parametrize('attention, layer', [('softmax', models.SoftmaxAttention), ('none', models.NoAttention)])
-def test_attention_of_a_cell(attention, layer):
+def test_attention_of_cell(attention, layer):
     config = read_protocol().cells['ssa']
     config = dict(Run(config, 0, 0, True).config(), attention=attention)
     model = models.create(config, 10, 28)
@@ -304,7 +304,7 @@ def test_attention_of_a_cell(attention, layer):
 
 @pytest.mark.parametrize('name, by', [('sps-parameters', 'parameters'), ('sps-operations', 'dense_macs')])
 def test_stems_are_compared_at_equal_size(name, by):
-    """Within 1 %."""
+    """Sizes differ by at most 1 %."""
     def size(name):
         model = models.create(Run(read_protocol().cells[name], 0, 0, True).config(), 10, 28)
         x = torch.rand(8, 3, 28, 28)
@@ -313,5 +313,5 @@ def test_stems_are_compared_at_equal_size(name, by):
     assert size(name) == pytest.approx(size('ssa'), rel=0.01)
 
 
-def test_protocol_is_committed_where_the_command_looks():
+def test_default_path_of_protocol():
     assert PROTOCOL == Path(experiment.__file__).with_name('protocol.yaml') and PROTOCOL.is_file()

@@ -13,7 +13,7 @@ from timm_spikformer.checkpoints import checkpoint_filter_fn
 
 MODELS = timm.list_models('*spikformer*')
 
-# parameters, exactly for V2's published models; V1's are published to two decimals of a million
+# published parameter counts: exact for V2, in millions with two decimals for V1
 PARAMS = dict(
     spikformer_v2_8_384=29_111_272,
     spikformer_v2_8_512=51_545_064,
@@ -56,7 +56,7 @@ def test_parameter_counts_of_v1_for_cifar():
     ('spikformer_v2_8_512', 20.36, 15.12, 4.93, 0.31),
 ])
 def test_dense_macs_per_time_step(name, total, stem, linears, attention):
-    """The figures count attention as (q k^T) v. q (k^T v), which runs here, is several times cheaper."""
+    """Expected values count attention as (q k^T) v; the model computes q (k^T v), which is several times cheaper."""
     model = timm.create_model(name, device='meta', time_steps=1).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, 224, 224, device='meta'))
@@ -74,17 +74,17 @@ def test_dense_macs_per_time_step(name, total, stem, linears, attention):
 
 @pytest.mark.parametrize('kwargs', [{}, dict(stem='sps')], ids=['v2', 'v1'])
 @pytest.mark.parametrize('time_steps', [1, 4])
-def test_neurons_fire_at_initialisation(kwargs, time_steps, images):
+def test_neurons_fire_after_initialization(kwargs, time_steps, images):
     torch.manual_seed(0)
     model = timm.create_model('test_spikformer_v2', embed_dim=128, depth=8, time_steps=time_steps, **kwargs).train()
     rates = firing_rates(model, images)
     assert len(rates) == (12 if not kwargs else 5) + 8 * 5
     assert min(r for n, r in rates.items() if not n.endswith('attn_lif')) > 0.01
-    assert min(rates.values()) > 0  # its current is not normalised, and 16 tokens leave attention little to sum
+    assert min(rates.values()) > 0  # attn_lif follows no BN, and sums over 16 tokens are small
     assert max(rates.values()) < 0.3
 
 
-def test_init_weights_restores_what_to_empty_loses(images):
+def test_init_weights_after_to_empty(images):
     model = timm.create_model('test_spikformer_v2', device='meta').to_empty(device='cpu')
     model.init_weights()
     assert torch.equal(model.blocks[0].attn.qkv.bn.running_var, torch.ones(192))
@@ -96,18 +96,18 @@ def test_init_weights_restores_what_to_empty_loses(images):
 
 
 @pytest.mark.parametrize('size', [(64, 64), (32, 80), 16])
-def test_any_multiple_of_the_patch(model, size):
+def test_input_sizes_are_multiples_of_patch_size(model, size):
     H, W = (size, size) if isinstance(size, int) else size
     assert model.forward_features(torch.randn(2, 3, H, W)).shape == (2, 64, H // 16, W // 16)
 
 
-def test_an_image_is_a_constant_sequence(model, images):
+def test_image_equals_constant_sequence(model, images):
     sequence = images.unsqueeze(1).expand(-1, 4, -1, -1, -1)
     assert_live(model, images)
     assert torch.equal(model(images), model(sequence))
 
 
-def test_a_sequence_overrides_time_steps(model, images):
+def test_sequence_overrides_time_steps(model, images):
     model.set_time_steps(2)
     rates = firing_rates(model, images[:1])
     sequence = torch.stack([images, images.flip(0), images.roll(1, 0)], 1)
@@ -119,7 +119,7 @@ def test_a_sequence_overrides_time_steps(model, images):
     assert seen == [3, 2]
 
 
-def test_time_steps_change_at_any_time_and_are_exported(model, images):
+def test_set_time_steps(model, images):
     before = model(images)
     model.set_time_steps(1)
     assert not torch.equal(model(images), before)
@@ -129,13 +129,13 @@ def test_time_steps_change_at_any_time_and_are_exported(model, images):
     assert timm.models.get_model_args(model)['time_steps'] == 3
 
 
-def test_an_integer_of_numpy_is_a_number_of_time_steps(model, images, tmp_path):
+def test_time_steps_may_be_numpy_integer(model, images, tmp_path):
     model.set_time_steps(np.int64(2))
     assert type(model.time_steps) is int and model.forward_steps(images[:1]).shape == (2, 1, 10)
     save_for_hf(model, str(tmp_path), safe_serialization=True)  # which writes JSON
 
 
-def test_the_attention_scale_is_an_argument(images):
+def test_attn_scale_argument(images):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, attn_scale=0.25), images)
     other = timm.create_model('test_spikformer_v2', num_classes=10).eval()
@@ -164,7 +164,7 @@ def test_the_attention_scale_is_an_argument(images):
     (dict(drop_path_rate=True), 'drop_path_rate must be a number of at least 0 and less than 1, got True'),
     (dict(global_pool='foo'), "global_pool must be one of '', 'avg', 'max', 'avgmax', 'catavgmax', got 'foo'"),
     (dict(global_pool=3), 'global_pool must be one of .*, got 3'),
-    (dict(global_pool=''), "global_pool must name a pooling for a classifier of 1000 classes, got ''"),
+    (dict(global_pool=''), "A classifier of 1000 classes requires a pooling type, got global_pool=''"),
     (dict(in_chans=0), 'in_chans must be an integer of at least 1, got 0'),
     (dict(num_classes=-1), 'num_classes must be an integer of at least 0, got -1'),
     (dict(num_heads=0), 'num_heads must be an integer of at least 1, got 0'),
@@ -185,11 +185,11 @@ def test_bad_arguments(kwargs, message):
         timm.create_model('test_spikformer_v2', **kwargs)
 
 
-def test_bad_arguments_of_a_new_classifier():
+def test_bad_arguments_of_reset_classifier():
     model = timm.create_model('test_spikformer_v2')
     for args, message in (
             ((10, 'foo'), "global_pool must be one of .*, got 'foo'"), ((-1,), 'num_classes must be an integer'),
-            ((10, ''), 'global_pool must name a pooling for a classifier of 10 classes')):
+            ((10, ''), 'A classifier of 10 classes requires a pooling type')):
         with pytest.raises(ValueError, match=message):
             model.reset_classifier(*args)
     assert model.num_classes == 1000 and model.head.global_pool.pool_type == 'avg'
@@ -199,7 +199,7 @@ def test_bad_arguments_of_a_new_classifier():
     ((3, 64, 64), r'Expected images \[B, C, H, W\] or sequences \[B, T, C, H, W\], got 3 dimensions'),
     ((1, 1, 64, 64), r'Expected 3 channels \(in_chans\), got 1'),
     ((1, 4, 2, 64, 64), r'Expected 3 channels \(in_chans\), got 2'),
-    ((1, 3, 64, 60), 'multiples of the patch size 16, got an input of'),
+    ((1, 3, 64, 60), 'multiples of the patch size 16, got shape'),
 ])
 def test_bad_input(shape, message):
     model = timm.create_model('test_spikformer_v2')
@@ -215,7 +215,7 @@ def test_bad_input(shape, message):
     ('spikformer_8_384', [48, 96, 192, 384], [2, 4, 8, 16]),
     ('spikformer_v2_4_384_patch4_32', [48, 96, 192, 384], [1, 1, 2, 4]),
 ])
-def test_features_only_is_a_pyramid(name, channels, reductions):
+def test_features_only_returns_pyramid(name, channels, reductions):
     model = timm.create_model(name, features_only=True, device='meta')
     assert model.feature_info.channels() == channels and model.feature_info.reduction() == reductions
     features = model(torch.empty(2, 3, 64, 64, device='meta'))
@@ -223,8 +223,8 @@ def test_features_only_is_a_pyramid(name, channels, reductions):
 
 
 @pytest.mark.parametrize('feature_cls', ['fx', 'hook', 'list', 'dict', 'other'])
-def test_features_only_has_one_extractor(feature_cls):
-    """Hooks and graphs would return what has time as its first dimension."""
+def test_features_only_requires_getter(feature_cls):
+    """The hook and FX extractors would return features with time as the first dimension."""
     with pytest.raises(ValueError, match=f"feature_cls must be 'getter', got '{feature_cls}'"):
         timm.create_model('test_spikformer_v2', features_only=True, feature_cls=feature_cls)
     getter = timm.create_model('test_spikformer_v2', features_only=True, feature_cls='getter', device='meta')
@@ -232,7 +232,7 @@ def test_features_only_has_one_extractor(feature_cls):
 
 
 def test_arguments_of_segmentation_models_pytorch():
-    """What its encoder for models of timm passes."""
+    """Arguments that its encoder passes to timm models."""
     kwargs = dict(in_chans=3, features_only=True, pretrained=False, device='meta')
     for name, stride in (('test_spikformer_v2', 16), ('spikformer_v2_2_64_patch4_32', 4)):
         model = timm.create_model(name, output_stride=stride, out_indices=(0, 1, 2, 3), **kwargs)
@@ -258,7 +258,7 @@ def test_intermediates_are_averages_over_time(model, images):
         assert intermediates[i].mean() > 0 and torch.equal(intermediates[i], taps[i])
 
 
-def test_group_matcher_puts_the_whole_stem_in_layer_0():
+def test_group_matcher_assigns_stem_to_layer_0():
     model = timm.create_model('test_spikformer_v2', device='meta')
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert {layer for name, layer in layers.items() if name.startswith('stem')} == {0}
@@ -273,7 +273,7 @@ def test_reset_classifier(model, images):
     assert model(images).shape == (16, 64, 4, 4)
 
 
-def test_drop_rates_act_in_training_only(images):
+def test_dropout_is_active_in_train_mode_only(images):
     torch.manual_seed(0)
     kwargs = dict(drop_rate=0.2, proj_drop_rate=0.2, drop_path_rate=0.2, num_classes=10)
     model = calibrate(timm.create_model('test_spikformer_v2', **kwargs), images)
@@ -326,7 +326,7 @@ def test_own_checkpoint_passes_through(model):
     assert all(torch.equal(filtered[k], v) for k, v in state_dict.items())
 
 
-def test_checkpoint_of_another_width():
+def test_checkpoint_of_other_width_raises():
     state_dict = timm.create_model('test_spikformer_v2', embed_dim=128).state_dict()
     model = timm.create_model('test_spikformer_v2')
     with pytest.raises(ValueError, match=r'does not fit.*\(32, 16, 2, 2\).*\(16, 8, 2, 2\).*embed_dim=64'):
@@ -344,7 +344,7 @@ def test_timm_checkpoint_round_trip(tmp_path, model, images):
     assert torch.equal(other.eval()(images), model(images))
 
 
-def test_in_chans_and_classes_adapt_a_checkpoint(tmp_path, images):
+def test_checkpoint_is_adapted_to_in_chans_and_num_classes(tmp_path, images):
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     overlay = dict(file=str(tmp_path / 'model.pth'), num_classes=10)
@@ -358,8 +358,8 @@ def test_in_chans_and_classes_adapt_a_checkpoint(tmp_path, images):
 
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
 @pytest.mark.parametrize('is_masked', [False, True], ids=['classifier', 'autoencoder'])
-def test_no_value_is_read_on_the_host(stem, is_masked):
-    """Tensors on `meta` have none to read: a synchronisation, which a CUDA graph forbids, would raise."""
+def test_training_step_requires_no_host_synchronization(stem, is_masked):
+    """Reading a value of a meta tensor raises, as does a synchronization during CUDA graph capture."""
     with torch.device('meta'):
         model = timm.create_model('test_spikformer_v2', stem=stem)
         x = torch.empty(2, 3, 64, 64)

@@ -57,8 +57,8 @@ def test_global_hooks_see_every_layer(model, images):
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-def test_membranes_are_those_of_spikingjelly(model, images, training):
-    """Against the `v_seq` of spikingjelly's node on the same currents."""
+def test_membranes_match_spikingjelly(model, images, training):
+    """Compare with `v_seq` of spikingjelly's node on the same currents."""
     model.train(training)
     layers = ['blocks.0.mlp.fc1.lif', 'stem.stages.3.contract.lif']
     if not hasattr(model.stem.stages[3], 'contract'):
@@ -90,13 +90,13 @@ def test_membranes_of_all_layers_before_the_reset(model, images):
     assert all(not m._forward_hooks for m in model.modules())
 
 
-def test_unknown_layers_are_named(model):
+def test_unknown_layer_raises(model):
     with pytest.raises(ValueError, match=r"no neuron layer 'blocks.7.lif'.*stem.stages.0"):
         with record_membranes(model, ['blocks.7.lif']):
             pass
 
 
-def test_reset_net_keeps_timms_own_reset(images):
+def test_reset_methods_of_timm_still_work(images):
     import timm
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     model.reset_classifier(5)

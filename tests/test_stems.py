@@ -15,7 +15,7 @@ def test_resolution_and_width(stem, patch_size, stem_strides):
     assert y.mean() > 0 and set(y.unique().tolist()) <= {0., 1., 2.}
 
 
-def test_default_strides_reduce_late():
+def test_default_strides_downsample_in_last_stages():
     assert resolve_strides(4) == [1, 1, 2, 2]
     assert resolve_strides(16) == [2, 2, 2, 2]
 
@@ -38,8 +38,8 @@ def test_bad_width(stem):
         STEMS[stem](embed_dim=20)
 
 
-def test_v1_pools_the_spikes_and_adds_a_position_embedding():
-    """Authors' order, written out: LIF, then max-pooling; x + LIF(BN(conv(x))) at the end."""
+def test_sps_pools_spikes_and_adds_position_embedding():
+    """Order of the authors' code: max pooling after LIF; x + LIF(BN(conv(x))) at the end."""
     torch.manual_seed(0)
     stem = STEMS['sps'](in_chans=3, embed_dim=32, patch_size=4)
     x = torch.randn(2, 3, 3, 16, 16)
@@ -52,7 +52,7 @@ def test_v1_pools_the_spikes_and_adds_a_position_embedding():
     assert torch.equal(stem(x, 2), expected)
 
 
-def test_v2_stage_structure():
+def test_scs_stage_structure():
     stem = STEMS['scs'](in_chans=3, embed_dim=64)
     convs = [m.conv for m in stem.stages[1].modules() if isinstance(m, ConvBNLIF)]
     assert [(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in convs] == [

@@ -1,7 +1,7 @@
 """Kernels give the same results as the plain modules for arbitrarily modified models.
 
-The tests use float64, so that rounding does not change spikes. Event-driven products are float32 only; here PyTorch's
-operators replace their compiled loops, so that the tests cover when they are used and what they read.
+The tests use float64, so that rounding does not change spikes. Event-driven products support float32 only. Here,
+PyTorch's operators replace their compiled loops, and the tests cover the conditions under which they are used.
 """
 import contextlib
 import random
@@ -154,7 +154,7 @@ def compare_with(expected, plain_calls, *args):
 @pytest.mark.parametrize('stem', ['scs', 'sps'])
 @pytest.mark.parametrize('mode', MODES)
 def test_unmodified_model_uses_kernels_and_fires(stem, mode):
-    """Otherwise the comparisons below would be vacuous."""
+    """Kernels are used and neurons fire; otherwise, the comparisons below would be vacuous."""
     result, calls = compare(stem, mode, [], 0, False)
     assert result['output'].std() > 0 and result['grad of the input'].abs().max() > 0
     layers_of_stem = 12 if stem == 'scs' else 5
@@ -169,8 +169,8 @@ def test_each_surgery(name):
 
 
 @pytest.mark.parametrize('mode', ['train', 'masked'])
-def test_one_norm_in_a_kernel_and_as_a_module(mode):
-    """The kernel must not invalidate what the module has saved for backward."""
+def test_bn_shared_by_kernel_and_module(mode):
+    """The kernel must not modify tensors that the module has saved for backward."""
     for seed in range(4):
         compare('sps', mode, ['spikingjelly_neuron', 'shared_norm', 'scale_after_a_layer'], seed, False)
     compare('sps', mode, ['spikingjelly_neuron', 'shared_norm', 'scale_after_a_layer'], 498890668, False)
@@ -189,7 +189,7 @@ def check(*args):
     try:
         with use_kernels('plain'):
             expected = run(*args)
-    except Exception:  # PyTorch cannot run, or trace, such a model
+    except Exception:  # PyTorch cannot run or trace the model
         event('fails without kernels too')
         return
     compare_with(*expected, *args)

@@ -31,7 +31,7 @@ def test_vmap_over_images(double):
     assert torch.allclose(vmap(lambda image: model(image[None])[0])(x), model(x))
 
 
-def test_gradients_of_each_image(double):
+def test_per_sample_gradients(double):
     model, x = double
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -59,7 +59,7 @@ def test_ensemble(double):
     assert torch.allclose(out, torch.stack([m(x) for m in models]))
 
 
-def test_jvp_is_the_transpose_of_the_backward():
+def test_jvp_is_transpose_of_backward():
     torch.manual_seed(0)
     x, tangent, cotangent = torch.randn(3, 3, 40, dtype=torch.float64).mul(2).unbind(0)
     spikes, out_tangent = jvp(lif, (x,), (tangent,))
@@ -106,7 +106,7 @@ def test_recomputation_uses_kernel_mode_of_forward(double):
 
 @pytest.mark.parametrize('when', ['forward', 'backward'])
 @pytest.mark.parametrize('observe', ['membranes', 'global hook', 'hook', 'flops'])
-def test_recomputation_repeats_the_kernels_of_the_forward(double, observe, when):
+def test_recomputation_uses_same_kernels_as_forward(double, observe, when):
     model, x = double
     model.train().set_grad_checkpointing()
     expected = torch.autograd.grad(loss_of(model, x), model.stem.stages[0].parameters())
@@ -148,7 +148,7 @@ def test_empty_batch(model, images):
     assert model.head.fc.weight.grad.abs().max() == 0
 
 
-def test_no_time_step(model, images):
+def test_zero_time_steps_raise(model, images):
     with pytest.raises(ValueError, match='at least one time step'):
         model(images[:, None][:, :0])
     for empty in (torch.empty(0, 3), torch.tensor(1.)):

@@ -1,4 +1,4 @@
-"""Spikformer V2, a spiking vision transformer, for timm and transformers. Importing this registers its models."""
+"""Spikformer V2, a spiking vision transformer, for timm and transformers. Importing it registers the models."""
 from .anytime import predict_anytime
 from .hf.registration import register as _register_with_transformers
 from .kernels import explain_kernels, get_kernels, set_kernels, use_kernels
@@ -10,7 +10,7 @@ from .pretrained import use_environment as _use_environment
 from .spikformer import Spikformer
 from .version import __version__ as __version__
 
-# Names that need transformers, and their modules; importing transformers takes seconds, so it happens on demand
+# Names whose modules import transformers, which takes seconds; they are imported on first use
 _ON_DEMAND = {
     'SpikformerConfig': '.hf.configuration_spikformer',
     'SpikformerBackbone': '.hf.modeling_spikformer',

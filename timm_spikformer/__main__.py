@@ -1,9 +1,9 @@
-"""Run a script, unmodified, with the models registered: `python -m timm_spikformer SCRIPT ARGS`.
+"""Run an unmodified script with the models registered: `python -m timm_spikformer SCRIPT ARGS`.
 
-For timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py, transformers' run_mim.py,
+Supports timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py, transformers' run_mim.py,
 run_image_classification.py and run_image_classification_no_trainer.py, and other scripts that create models by name.
-It works under a launcher: `torchrun ... -m timm_spikformer SCRIPT ARGS`, `accelerate launch -m timm_spikformer SCRIPT
-ARGS`, and the processes that the script starts know the models too.
+Launchers are supported: `torchrun ... -m timm_spikformer SCRIPT ARGS`, `accelerate launch -m timm_spikformer SCRIPT
+ARGS`. The models are also registered in the processes that the script starts.
 """
 import os
 import sys
@@ -21,9 +21,9 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f'error: There is no script {script!r}. Expected: python -m timm_spikformer SCRIPT ARGS')
     if os.path.basename(script) == 'run_mae.py':
-        # it names the classes of ViTMAE, and would train one without a word, whatever the checkpoint
-        sys.exit('error: run_mae.py trains a ViTMAE, never a Spikformer. Pre-train with run_mim.py.')
-    # as the interpreter does it: the script is argv[0], and its real folder comes first on the path
+        # the script creates a ViTMAE regardless of the checkpoint, and would train it without an error
+        sys.exit('error: run_mae.py always trains a ViTMAE, not a Spikformer. Pre-train with run_mim.py.')
+    # like the Python interpreter: argv[0] is the script, and sys.path[0] its folder with symbolic links resolved
     del sys.argv[0]
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.realpath(script))

@@ -1,6 +1,6 @@
 """Private names of timm that this package uses, as of timm 1.0.31.
 
-timm may move or change them in any release. They are imported here only, so that one file shows what to check.
+timm may move or change them in any release, so they are imported only in this file.
 """
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._helpers import _torch_load as torch_load

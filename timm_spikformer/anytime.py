@@ -1,4 +1,4 @@
-"""Anytime inference: classify step by step, and stop for each sample as soon as the prediction is confident."""
+"""Anytime inference: run one time step at a time, and stop for each sample once its prediction is confident."""
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,12 @@ __all__ = ['AnytimeOutput', 'predict_anytime']
 class AnytimeOutput(NamedTuple):
     """Prediction for each sample, at the time step at which it stopped."""
     logits: Tensor  # [B, num_classes]
-    steps: Tensor  # [B], number of time steps that each sample took
-    time_steps: int  # number of time steps available to each
+    steps: Tensor  # [B], number of time steps computed for each sample
+    time_steps: int  # maximum number of time steps
 
     @property
     def saving(self) -> float:
-        """Share of the time steps that were not taken, in [0, 1)."""
+        """Fraction of the time steps that were not computed, in [0, 1)."""
         if len(self.steps) == 0:
             return 0.
         return 1. - self.steps.float().mean().item() / self.time_steps
@@ -28,8 +28,8 @@ def _logits_of(output: Any) -> Tensor:
     logits = getattr(output, 'logits', output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError(
-            f'The model must return logits [B, num_classes], or an output that has them as .logits; it returned '
-            f'{type(output).__name__}{list(logits.shape) if isinstance(logits, Tensor) else ""}.')
+            f'The model must return logits [B, num_classes], or an output with such logits as its attribute logits; it '
+            f'returned {type(output).__name__}{list(logits.shape) if isinstance(logits, Tensor) else ""}.')
     return logits
 
 
@@ -37,23 +37,24 @@ def _logits_of(output: Any) -> Tensor:
 def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> AnytimeOutput:
     """Classify one time step at a time; stop for each sample once its highest probability reaches `confidence`.
 
-    Membranes are carried from step to step, so each step is computed once, and only for the samples that remain. A
+    Membrane potentials are carried from step to step, so each step is computed once, and only for remaining samples. A
     sample that stops after t steps gets the logits after t steps; after all steps, these equal the logits of `forward`.
     The whole `model`, including layers around the Spikformer, is called at each step. The model is not modified, and
     other threads can use it concurrently.
 
-    Layers around the Spikformer must treat all time steps alike: normalization of pixels, but no mixing over time.
+    Layers around the Spikformer must process each time step independently and in the same way, for example normalize
+    pixels.
 
     The stopping criterion is specific to this project; the paper uses a fixed number of time steps.
 
     Args:
-        model: A Spikformer with a classifier, or a module that holds one, in eval mode.
-        x: Images `[B, C, H, W]`, for up to the model's time steps, or sequences `[B, T, C, H, W]`.
-        confidence: Probability after a softmax, in (0, 1]. 1 is reached only by rounding.
+        model: A Spikformer with a classifier, or a module that contains one, in eval mode.
+        x: Images `[B, C, H, W]`, presented for at most `model.time_steps` steps, or sequences `[B, T, C, H, W]`.
+        confidence: Probability after softmax, in (0, 1]. 1 is reached only by rounding.
 
     Raises:
-        ValueError: The model has no classifier or is in train mode, holds something that cannot be run step by step, or
-            the confidence is out of range.
+        ValueError: The model has no classifier, is in train mode, or contains a module that cannot run step by step; or
+            the shape of `x` is invalid or `confidence` is out of range.
 
     >>> import timm
     >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', pretrained=True, time_steps=2).eval()
@@ -66,11 +67,11 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
     if encoder.num_classes == 0:
         raise ValueError('predict_anytime requires a classifier; call reset_classifier(num_classes).')
     if x.ndim not in (4, 5):
-        raise ValueError(f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got an input of {list(x.shape)}.')
+        raise ValueError(f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got shape {list(x.shape)}.')
     is_sequence = x.ndim == 5
     time_steps = x.shape[1] if is_sequence else encoder.time_steps
     if time_steps == 0:
-        raise ValueError(f'Expected sequences of at least one time step, got an input of {list(x.shape)}.')
+        raise ValueError(f'Expected sequences of at least one time step, got shape {list(x.shape)}.')
     carried = CarriedMembranes(model)
     remaining = torch.arange(len(x), device=x.device)
     steps = torch.zeros(len(x), dtype=torch.long, device=x.device)

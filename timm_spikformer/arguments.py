@@ -1,4 +1,4 @@
-"""Checks of model arguments and command options; errors name the argument, its value and the expected values."""
+"""Checks of model arguments and command-line options. Errors state the argument, its value and what is expected."""
 import math
 import numbers
 from typing import Any, Optional
@@ -6,7 +6,7 @@ from typing import Any, Optional
 __all__ = ['check_count', 'check_integer', 'check_number', 'check_pooling', 'check_positive', 'check_rate']
 
 _HIGHEST = 2 ** 31 - 1
-_POOLINGS = ('', 'avg', 'max', 'avgmax', 'catavgmax')  # of timm's SelectAdaptivePool2d
+_POOLINGS = ('', 'avg', 'max', 'avgmax', 'catavgmax')  # pooling types of timm's SelectAdaptivePool2d
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
@@ -29,7 +29,7 @@ def check_positive(name: str, value: Any) -> None:
     """Check that a value is a finite number greater than 0.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is not such a number.
     """
     if not _is_finite(value) or value <= 0:
         raise ValueError(f'{name} must be a finite number greater than 0, got {value!r}.')
@@ -39,7 +39,7 @@ def check_rate(name: str, value: Any) -> None:
     """Check that a value is a number of at least 0 and less than 1.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is not such a number.
     """
     if not _is_finite(value) or not 0 <= value < 1:
         raise ValueError(f'{name} must be a number of at least 0 and less than 1, got {value!r}.')
@@ -55,7 +55,7 @@ def check_pooling(global_pool: Any, num_classes: int) -> None:
     if not isinstance(global_pool, str) or (global_pool[4:] if is_fast else global_pool) not in _POOLINGS:
         raise ValueError(f'global_pool must be one of {", ".join(map(repr, _POOLINGS))}, got {global_pool!r}.')
     if num_classes and not global_pool:
-        raise ValueError(f"global_pool must name a pooling for a classifier of {num_classes} classes, got ''.")
+        raise ValueError(f"A classifier of {num_classes} classes requires a pooling type, got global_pool=''.")
 
 
 def check_count(option: str, value: int) -> None:

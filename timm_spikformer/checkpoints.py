@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 TRAINING_FILE = 'training_args.yaml'  # stored next to the weights; contains the training arguments
-DIGEST_ARG = 'training_images_sha256'  # one of them: digest of the training images, if others were held out to test on
+DIGEST_ARG = 'training_images_sha256'  # training argument: digest of the images, if test images were held out
 
 # (pattern, replacement) for the keys of the authors' V1 code and of spikingjelly's Spikformer
 _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
@@ -31,18 +31,18 @@ _KEY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'^blocks\.(\d+)\.mlp\.(fc1|fc2)\.1\.', r'blocks.\1.mlp.\2.bn.'),
     (r'^head\.(weight|bias)$', r'head.fc.\1'),
 )]
-# LayerNorms and a position embedding that V1's code declares and never uses, the last two for CIFAR10-DVS only
+# LayerNorms and a position embedding that V1's code declares but never uses, the last two only for CIFAR10-DVS
 _UNUSED_KEY = re.compile(r'^(block\.\d+\.norm[12]\.(weight|bias)|norm\.(weight|bias)|pos_embed)$')
 _FIRST_KEY = re.compile(r'^((?:[^.]+\.)*?)(?:stem\.stages|patch_embed)\.')
 
 
 class Conversion(NamedTuple):
-    """A converted state dict, and where each of its tensors comes from.
+    """A converted state dict, and the source of each tensor.
 
     Attributes:
         state_dict: Tensors keyed by this package's names
         sources: For each name in this package, the names in the checkpoint; empty if filled with zeros
-        unused: Names of tensors that V1's code declares and never uses
+        unused: Names of tensors that V1's code declares but never uses
     """
     state_dict: Dict[str, Tensor]
     sources: Dict[str, List[str]]
@@ -50,10 +50,10 @@ class Conversion(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """Code that a checkpoint comes from, and what that code computes but does not store."""
+    """Code that wrote a checkpoint, and constants of its models that are not stored in a checkpoint."""
     name: str
     attn_scale: float
-    strides: Optional[Tuple[int, ...]]  # of the stem's stages; None where they are an argument
+    strides: Optional[Tuple[int, ...]]  # of the stem's stages; None if they are an argument
 
 
 _IMAGENET = _Origin("the authors' V1 code for ImageNet", 0.125, (2, 2, 2, 2))
@@ -63,9 +63,9 @@ _SPIKINGJELLY = _Origin("spikingjelly's Spikformer", 0.125, None)
 
 
 def _find_origin(state_dict: Dict[str, Any]) -> Optional[_Origin]:
-    """Return which third-party code wrote a checkpoint; None if unknown or without encoder blocks.
+    """Return the third-party code that wrote a checkpoint; None if it is unknown or there are no encoder blocks.
 
-    The authors' code has linear layers in its encoder for CIFAR-10, 1-d convolutions for CIFAR10-DVS, and 2-d
+    The encoder of the authors' code has linear layers for CIFAR-10, 1-d convolutions for CIFAR10-DVS, and 2-d
     convolutions in the MLP for ImageNet.
     """
     if 'blocks.0.attn.qkv_conv_bn.0.weight' in state_dict:
@@ -80,18 +80,18 @@ def _find_origin(state_dict: Dict[str, Any]) -> Optional[_Origin]:
 
 
 def _check_scale(origin: _Origin, model: nn.Module) -> None:
-    """Raise if the attention scale, which is not stored in the checkpoint, differs from the model's."""
+    """Raise a ValueError if the attention scale, which checkpoints do not store, differs from the model's."""
     scale = next((block.attn.scale for block in model.blocks if block.attn.scale != origin.attn_scale), None)
     if scale is not None:
         raise ValueError(
             f'The checkpoint is from {origin.name} with attn_scale={origin.attn_scale}; the model has '
             f'attn_scale={scale}. Create the model with attn_scale={origin.attn_scale}. If the checkpoint was trained '
-            f'with another scale, load it into such a model, then load the state_dict() of that one into a model with '
+            f'with another scale, load it into that model, then load the state_dict() of that model into a model with '
             f'the actual scale.')
 
 
 def _check_strides(origin: _Origin, model: nn.Module) -> None:
-    """Compare the strides of the stem; only a warning, as code with other strides and the same names is common."""
+    """Warn if the stem strides differ. This is not an error, because code with modified strides is common."""
     strides = tuple(model.stem.strides)
     if origin.strides is not None and strides != origin.strides:
         warnings.warn(
@@ -103,7 +103,7 @@ def _check_strides(origin: _Origin, model: nn.Module) -> None:
 def _strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """Remove a prefix shared by all keys, such as `module.` of DDP or `net.` of a Lightning module."""
     found = next((match[1] for match in map(_FIRST_KEY.match, state_dict) if match), '')
-    for prefix in (found, found.removesuffix('encoder.')):  # a masked autoencoder has a decoder beside it
+    for prefix in (found, found.removesuffix('encoder.')):  # keys of an autoencoder's decoder lack `encoder.`
         if prefix and all(key.startswith(prefix) for key in state_dict):
             return {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict
@@ -118,7 +118,7 @@ def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> D
         if match is not None:
             prefix, name, rest = match.groups()
             needed = [f'{prefix}{n}.{r}' for n in 'qkv' for r in (rest, 'bn.running_mean')]
-        if not needed or any(k not in state_dict for k in needed):  # incomplete q, k, v stay as unexpected keys
+        if not needed or any(k not in state_dict for k in needed):  # incomplete q, k, v remain unexpected keys
             out[key] = value
             continue
         joined = f'{prefix}qkv.{"bn.running_mean" if rest == "linear.bias" else rest}'
@@ -133,13 +133,13 @@ def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> D
 
 
 def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversion:
-    """Convert as `checkpoint_filter_fn` does, and return the source of every tensor."""
+    """Convert a state dict like `checkpoint_filter_fn`, and also return the source of each tensor."""
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     state_dict = _strip_prefix(state_dict)
     model_state = model.state_dict()
-    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder's, which has no classifier
+    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder, which has no classifier
         state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
         state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
 
@@ -162,13 +162,13 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
 
     for key, expected in model_state.items():
         if origin is _SPIKINGJELLY and key.endswith('linear.bias') and key not in out:
-            out[key] = torch.zeros(expected.shape, dtype=expected.dtype)  # spikingjelly's layers have none
+            out[key] = torch.zeros(expected.shape, dtype=expected.dtype)  # spikingjelly's layers have no bias
             sources[key] = []
         if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
             raise ValueError(
-                f'The checkpoint does not fit the model: {key} is {tuple(out[key].shape)} in the checkpoint and '
-                f'{tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model with the '
-                f'embed_dim, mlp_ratio, stem and patch_size that the checkpoint was trained with.')
+                f'The checkpoint does not fit the model: the shape of {key} is {tuple(out[key].shape)} in the '
+                f'checkpoint and {tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model '
+                f'with the embed_dim, mlp_ratio, stem and patch_size that the checkpoint was trained with.')
     if origin is not None and 'stem.stages.0.proj.conv.weight' in model_state:  # SPS stem, i.e. V1
         _check_scale(origin, model)
         if _of_encoder(out) == _of_encoder(model_state):
@@ -177,7 +177,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
 
 
 def _of_encoder(keys: Iterable[str]) -> set:
-    """Return the keys that are not the classifier's."""
+    """Return the keys other than those of the classifier."""
     return {key for key in keys if not key.startswith('head.')}
 
 
@@ -187,7 +187,7 @@ def _describe(keys: Iterable[str]) -> str:
     stems = [name for name, part in (('scs', '.down.'), ('sps', '.proj.'))
              if any(key.startswith('stem.') and part in key for key in keys)]
     blocks = {match[1] for match in map(re.compile(r'blocks?\.(\d+)\.').match, keys) if match}
-    return f'stem={stems[0]!r} and depth={len(blocks)}' if stems else f'no stem of a Spikformer ({len(keys)} tensors)'
+    return f'stem={stems[0]!r} and depth={len(blocks)}' if stems else f'no Spikformer stem ({len(keys)} tensors)'
 
 
 def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
@@ -195,7 +195,7 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
 
     Args:
         state_dict: Converted by `checkpoint_filter_fn`
-        model: The Spikformer that it is to be loaded into
+        model: Spikformer to load it into
 
     Raises:
         RuntimeError: Keys are missing or unexpected.
@@ -209,27 +209,27 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module) -> None:
     theirs, ours = _describe(state_dict), _describe(expected)
     if theirs != ours:
         advice = (
-            f'The checkpoint has {theirs}, the model has {ours}. The config.json, or the name given, is of another '
-            f'architecture than the weights.')
+            f'The checkpoint has {theirs}, the model has {ours}. The config.json, or the given model name, is for '
+            f'another architecture.')
     elif any('.bn.' in key for key in state_dict) != any('.bn.' in key for key in expected):
         advice = 'One of them has its BN folded: load the checkpoint first, then fold.'
     else:
-        advice = 'The checkpoint is incomplete, or of other code.'
+        advice = 'The checkpoint is incomplete, or was written by other code.'
     raise RuntimeError(
-        f'The weights do not belong to the model: {len(missing)} of its tensors are missing and {len(left_over)} are '
-        f'left over, such as {some}. {advice}')
+        f'The weights do not match the model: {len(missing)} tensors are missing and {len(left_over)} are unexpected, '
+        f'such as {some}. {advice}')
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Convert checkpoints of the authors' V1 code and spikingjelly's Spikformer; those of this package pass through.
+    """Convert a checkpoint of the authors' V1 code, spikingjelly or this package to a state dict of `model`.
 
-    Takes a state dict, bare or under `state_dict` or `model`, whose keys may share any one prefix, such as `module.`
-    or `net.`. Joining q, k, v and moving their biases is exact. The encoder of a masked autoencoder is taken, with the
-    classifier of `model` left as it is.
+    The checkpoint is a state dict, or contains one under `state_dict` or `model`. Its keys may share a prefix, such as
+    `module.` or `net.`. Concatenating q, k and v and folding their biases into BN is exact. Of a masked autoencoder,
+    only the encoder is converted, and the classifier of `model` is kept.
 
     A checkpoint does not store the attention scale or the stem strides; they are inferred from the code that wrote it
     and compared with `model`. The number of heads cannot be inferred: pass the one used in training. spikingjelly pools
-    before the neuron and V1 after it, so outputs of a spikingjelly checkpoint match at T = 1 only.
+    before the neuron and V1 after it, so the outputs of a spikingjelly checkpoint match only at T = 1.
 
     Raises:
         ValueError: A shape differs from `model` (except classifier and first convolution), or the attention

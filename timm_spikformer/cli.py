@@ -1,4 +1,4 @@
-"""The command line as `python -m timm_spikformer.cli`; the console script starts in `timm_spikformer_cli` itself."""
+"""Entry point of `python -m timm_spikformer.cli`. The console script starts in `timm_spikformer_cli`."""
 from timm_spikformer_cli import main
 
 __all__ = ['main']

@@ -12,7 +12,7 @@ def choose_device(name: Optional[str] = None) -> torch.device:
     """Return the device with the given name; by default CUDA if available, else the CPU.
 
     Raises:
-        ValueError: The device is not available, or cannot run the models, such as PyTorch's `meta`.
+        ValueError: The device is not available, or cannot run the models, such as PyTorch's `meta` device.
     """
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:

@@ -1,7 +1,7 @@
 """Messages for errors that a user of the command line can fix. All other errors are bugs and keep their traceback.
 
-An error is reported to the user if it comes from a library that reads files, external data or the network, or if it is
-a `ValueError` or a `RuntimeError` from a `raise` statement of this package.
+An error is reported to the user if its class is from a library that reads files, external data or the network, or if it
+is a `ValueError` or a `RuntimeError` from a `raise` statement in this package.
 
 This module imports the standard library only.
 """
@@ -24,17 +24,17 @@ _HINTS = {
     errno.ENOSPC: 'Free some space, or write to another disk.',
     errno.EDQUOT: 'Free some of your quota, or write to another disk.',
     errno.EROFS: 'Write to another folder.',
-    errno.EACCES: 'Change its permissions, or name another.',
-    errno.EPERM: 'Change its permissions, or name another.',
+    errno.EACCES: 'Change its permissions, or choose another path.',
+    errno.EPERM: 'Change its permissions, or choose another path.',
     errno.ENOENT: 'Check the path.',
     errno.ENOTDIR: 'Check the path.',
-    errno.EISDIR: 'Name a file.',
+    errno.EISDIR: 'Expected a file.',
     errno.ENAMETOOLONG: 'Choose a shorter name.',
 }
 
 
 def explain(error: BaseException) -> Optional[str]:
-    """Return the message for the user about an exception, or None if it is a bug."""
+    """Return the message about an exception to show to the user, or None if the exception is a bug."""
     if isinstance(error, ImportError):
         return _explain_import(error)
     if _is_out_of_memory(error):
@@ -72,7 +72,7 @@ def _explain_import(error: ImportError) -> Optional[str]:
     if not module or module.startswith(('timm_spikformer', '_timm_spikformer')):
         return None
     if isinstance(error, ModuleNotFoundError) and module == error.name:
-        return f'{module} is required here and is not installed. Run: pip install "{requirement(module)}"'
+        return f'{module} is required here but is not installed. Run: pip install "{requirement(module)}"'
     return f'{_first_line(error)} The installed version is not supported. Run: pip install "{requirement(module)}"'
 
 
@@ -85,7 +85,7 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error, or one that it was raised from, means that a device ran out of memory."""
+    """Return whether the error, or one of its causes, means that a device ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':
         return True
     if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
@@ -110,7 +110,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Return whether a `raise` statement of this package raised the error, rather than a library that it called."""
+    """Return whether a `raise` statement in this package raised the error, rather than a library that it called."""
     trace = error.__traceback__
     if trace is None:
         return False

@@ -24,11 +24,11 @@ __all__ = [
     'write_folder', 'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
-# Path in the folder, with '/', to the allowed SHA-256 digests of the file: two while the file is being replaced
+# Allowed SHA-256 digests by path in the folder, with '/'. A file has two digests while it is being replaced.
 Digests = Dict[str, List[str]]
 
 MANIFEST = '.timm-spikformer.json'
-_ADVICE = 'Name another folder, or move the file away.'
+_ADVICE = 'Choose another folder, or move the file.'
 
 
 class _Manifest(NamedTuple):
@@ -45,13 +45,13 @@ def check_output(
         add: bool = False,
         names: Iterable[str] = (),
 ) -> Path:
-    """Check, without writing to disk, that writing to a folder does not overwrite files of others.
+    """Check that writing to a folder would overwrite only files that this package wrote. Nothing is written.
 
     Args:
         folder: Folder to be written. It may not exist yet.
         kind: Command that writes it and, if it writes a model, the architecture: 'profile', 'convert spikformer_8_384'.
-        inputs: Files and folders that the command reads; the folder may not be or contain one of them.
-        data: Folders that images are read from; the folder may not be inside one of them either, because its files
+        inputs: Files and folders that the command reads; the folder must not be or contain one of them.
+        data: Folders that images are read from; the folder must not be inside one of them either, because its files
             would be read as images later.
         add: Accept a folder that contains other files. By default it must be empty or written by this package.
         names: Names of the files that will be written, if known; an existing file of such a name must be listed in the
@@ -62,30 +62,31 @@ def check_output(
 
     Raises:
         ValueError: The folder is a file, a symbolic link, the current folder or a parent of it; it contains one of the
-            inputs or is inside the data; or it holds files of others, of another kind, or files that were changed.
+            inputs or is inside the data; or it contains files that this package did not write, files of another kind,
+            or files that were changed.
     """
     if not os.fspath(folder) or '\0' in os.fspath(folder):
-        raise ValueError(f'{os.fspath(folder)!r} is not the name of a folder.')
+        raise ValueError(f'{os.fspath(folder)!r} is not a valid folder name.')
     path = Path(os.path.abspath(folder))
     if path.is_symlink():
-        raise ValueError(f'{folder} is a symbolic link. Name the folder that it points to, {path.resolve()}.')
+        raise ValueError(f'{folder} is a symbolic link. Use the folder that it points to, {path.resolve()}.')
     path = path.parent.resolve() / path.name
     current = Path.cwd()
     if path == current or path in current.parents:
-        raise ValueError(f'{folder} is the current folder or one that contains it. Name a folder of its own.')
+        raise ValueError(f'{folder} is the current folder or one of its parents. Choose another folder.')
     if path.exists() and not path.is_dir():
-        raise ValueError(f'{folder} is a file. Name a folder.')
+        raise ValueError(f'{folder} is a file, expected a folder.')
     parent = next(parent for parent in path.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise ValueError(f'{folder} cannot be created: {parent} is not a folder.')
     data = [Path(source).resolve() for source in data]
     for source in (*data, *(Path(source).resolve() for source in inputs)):
         if source == path or path in source.parents:
-            raise ValueError(f'{folder} is or contains {source}, which is read. Name another folder.')
+            raise ValueError(f'{folder} is or contains {source}, which is an input. Choose another folder.')
     for source in data:
         if source in path.parents:
             raise ValueError(
-                f'{folder} is inside {source}, and would be read as a part of these images the next time. Name a '
+                f'{folder} is inside {source}, so its files would be read as images of this dataset later. Choose a '
                 f'folder outside it.')
     if path.is_dir():
         with lock(path):
@@ -123,7 +124,9 @@ def write_folder(
 
     Args:
         folder: Folder to write. It may not exist yet.
-        kind: See `check_output`, also for `inputs` and `data`.
+        kind: See `check_output`.
+        inputs: See `check_output`.
+        data: See `check_output`.
         add: Accept a folder that contains other files. None of them is replaced.
 
     Raises:
@@ -133,7 +136,7 @@ def write_folder(
     """
     path = check_output(folder, kind, inputs, data, add)
     with new_folders(path.parent):
-        # next to the folder, so that moving is a rename; inside it for a mount point, whose parent is on another disk
+        # next to the folder, so that it can be renamed; inside it for a mount point, whose parent is on another disk
         with create_temporary(path, path if os.path.ismount(path) else path.parent, is_folder=True) as temporary:
             yield temporary
             _commit(temporary, path, kind, add)
@@ -166,8 +169,8 @@ def write_file(path: PathLike, kind: str) -> Iterator[Path]:
         kind: See `check_output`; all files that this package writes to a folder have the same kind.
 
     Raises:
-        ValueError: The file exists and was not written by this package, or has been changed since; or the folder holds
-            files of another kind.
+        ValueError: The file exists and was not written by this package, or has been changed since; or the folder
+            contains files of another kind.
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = _check_file(path)
@@ -188,7 +191,7 @@ def check_file(path: Path, kind: str) -> None:
     """Check that a file does not exist, or is unchanged since this package wrote it.
 
     Raises:
-        ValueError: It was not written by this package, has been changed since, or is of another kind.
+        ValueError: The file was not written by this package, has been changed since, or is of another kind.
     """
     with lock(path.parent):
         _check_file_kind(path, kind)
@@ -204,7 +207,7 @@ def _check_file_kind(path: Path, kind: str) -> Digests:
 
 @contextmanager
 def write_new_file(path: PathLike) -> Iterator[Path]:
-    """Write a file that does not exist yet, completely or not at all. No manifest is kept.
+    """Write a file that does not exist yet, completely or not at all, without a manifest.
 
     Yields the path of a temporary sibling, as `write_file` does.
 
@@ -213,21 +216,21 @@ def write_new_file(path: PathLike) -> Iterator[Path]:
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = _check_file(path)
-    _check_own(path.parent, path.name, {}, f'{path} is there already. Name a new file, or remove it first.')
+    _check_own(path.parent, path.name, {}, f'{path} already exists. Choose another name, or remove it first.')
     with create_temporary(path, path.parent) as partial:
         yield partial
         with lock(path.parent):
-            _check_own(path.parent, path.name, {}, f'{path} has appeared in the meantime and is not replaced.')
+            _check_own(path.parent, path.name, {}, f'{path} was created in the meantime and is not replaced.')
             os.replace(partial, path)
             remove_stale(path, path.parent)
 
 
 def _check_file(path: PathLike) -> Path:
     if not os.fspath(path) or '\0' in os.fspath(path):
-        raise ValueError(f'{os.fspath(path)!r} is not the name of a file.')
+        raise ValueError(f'{os.fspath(path)!r} is not a valid file name.')
     absolute = Path(os.path.abspath(path))
     if absolute.is_dir():
-        raise ValueError(f'{path} is a folder. Name a file.')
+        raise ValueError(f'{path} is a folder, expected a file.')
     if not absolute.parent.is_dir():
         raise ValueError(f'{path} cannot be written: {absolute.parent} is not a folder.')
     return absolute
@@ -244,7 +247,7 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
         kind: See `check_output`.
 
     Raises:
-        ValueError: A file has been changed since it was written, or the folder holds files of another kind.
+        ValueError: A file has been changed since it was written, or the folder contains files of another kind.
     """
     folder = Path(folder)
     with lock(folder):
@@ -272,7 +275,7 @@ def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
             return
         with lock(folder):
             if folder.is_symlink() or not folder.is_dir():
-                raise ValueError(f'{folder} has become a file or a symbolic link in the meantime. {_ADVICE}')
+                raise ValueError(f'{folder} was replaced by a file or a symbolic link in the meantime. {_ADVICE}')
             _check_foreign(folder, add)
             old = _read_manifest(folder)
             _check_kind(folder, old, kind, old.files.keys() == new.files.keys())
@@ -283,7 +286,7 @@ def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
 
 
 def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> None:
-    """Replace the files of the manifest `old` by those of `new`; undo all moves on failure."""
+    """Replace the files of the manifest `old` with those of `new`; undo all moves on failure."""
     moves: List[Tuple[Path, Path]] = []
     folders: List[Path] = []  # folders created here
     backup = temporary_path(folder, temporary.parent)
@@ -292,7 +295,7 @@ def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> N
     try:
         if has_manifest:
             shutil.copyfile(folder / MANIFEST, backup / MANIFEST)
-        # from here on, even if interrupted, the manifest lists the digests of all files, old and new
+        # from here on, even after an interruption, the manifest lists the digests of all files, old and new
         _write_manifest(folder, _Manifest(new.kind, {
             name: [*old.files.get(name, []), *new.files.get(name, [])] for name in {*old.files, *new.files}}))
         for name in old.files:
@@ -352,7 +355,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _write_manifest(folder: Path, manifest: _Manifest) -> None:
-    """Write the manifest of a folder that is locked, or that no other process uses."""
+    """Write the manifest of a folder, which must be locked or not in use by other processes."""
     content = {'written_by': 'timm-spikformer', 'kind': manifest.kind, 'files': dict(sorted(manifest.files.items()))}
     partial = temporary_path(folder / MANIFEST, folder)
     try:
@@ -372,12 +375,12 @@ def _check_foreign(folder: Path, add: bool) -> None:
     there = sorted(name for name in os.listdir(folder) if not name.startswith(PREFIX))
     if there:
         raise ValueError(
-            f'{folder} holds files that timm-spikformer did not write, such as {there[0]!r}. Name a new or an empty '
+            f'{folder} contains files that timm-spikformer did not write, such as {there[0]!r}. Choose a new or empty '
             f'folder.')
 
 
 def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> None:
-    """Raise a ValueError if another command wrote the files of a folder, or the same command for another architecture.
+    """Raise a ValueError if the files of a folder were written by another command or for another architecture.
 
     Args:
         is_same: Whether the file names match this kind; used for manifests without a kind.
@@ -387,7 +390,7 @@ def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> 
     has_model = any(name.endswith('.safetensors') for name in manifest.files)
     what = 'a model that' if has_model else f'{min(manifest.files)}, which'
     writer = 'an earlier version of timm-spikformer' if manifest.kind is None else f'`timm-spikformer {manifest.kind}`'
-    raise ValueError(f'{folder} holds {what} {writer} wrote. Name another folder.')
+    raise ValueError(f'{folder} contains {what} {writer} wrote. Choose another folder.')
 
 
 def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
@@ -396,15 +399,15 @@ def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] =
     for part in Path(name).parts[:-1]:
         path = path / part
         if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):
-            raise ValueError(f'{path} is not a folder, and {name} is to be written into it. {_ADVICE}')
+            raise ValueError(f'{path} is not a folder, but {name} must be written into it. {_ADVICE}')
     path = folder / name
     if not os.path.lexists(path):
         return
     if name not in files:
-        raise ValueError(message or f'{path} was not written by timm-spikformer, and is not replaced. {_ADVICE}')
+        raise ValueError(message or f'{path} was not written by timm-spikformer and is not replaced. {_ADVICE}')
     if not stat.S_ISREG(path.lstat().st_mode) or _digest(path) not in files[name]:
         raise ValueError(
-            f'{path} has been changed since timm-spikformer wrote it, and is not replaced or removed. {_ADVICE}')
+            f'{path} has been changed since timm-spikformer wrote it and is not replaced or removed. {_ADVICE}')
 
 
 def _files(folder: Path) -> List[str]:

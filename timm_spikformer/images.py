@@ -36,7 +36,7 @@ _SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 
 _PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
 _EXPECTED = (
     'Expected DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, or parquet files with columns image and label.')
-_EXPECTED_ANY = f'{_EXPECTED[:-1]}, or, without labels, DIR/*.png.'
+_EXPECTED_ANY = f'{_EXPECTED[:-1]}, or DIR/*.png without labels.'
 
 
 def data_config(model: nn.Module, **given: Any) -> Dict[str, Any]:
@@ -88,8 +88,8 @@ class Images(Dataset):
         labels: Class indices `[N]`, or None if there are no labels.
         classes: Class names in the order of the class indices, or None if the dataset does not name its classes.
         name: Display name of the dataset.
-        split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or what `hold_out` calls the images
-            that it holds out, such as 'held-out tenth of train'.
+        split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or the name that `hold_out` gives to
+            held-out images, such as 'held-out tenth of train'.
         indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
     """
 
@@ -160,7 +160,7 @@ class Images(Dataset):
         return self if count >= len(self) else self.select(np.linspace(0, len(self) - 1, count).round())
 
     def take(self, count: int, seed: int) -> 'Images':
-        """Return at most `count` images, sampled from each class in proportion to its size; `seed` fixes them."""
+        """Return at most `count` images, sampled randomly (`seed`) from each class in proportion to its size."""
         if count >= len(self):
             return self
         order, rank, sizes = self._ranked(seed)
@@ -183,7 +183,7 @@ class Images(Dataset):
         held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(fraction * sizes + 0.5)))
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
-            raise ValueError(f'{self.description}: no class has 2 images, so none can be held out to test on.')
+            raise ValueError(f'{self.description}: no class has 2 images, so no test images can be held out.')
         split = 'held-out tenth' if fraction == 0.1 else f'held-out {100 * fraction:.3g} %'
         split = split if self.split == 'all' else f'{split} of {self.split}'
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
@@ -224,14 +224,14 @@ def decode(stream: Any, mode: str) -> Image.Image:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ('I', 'F'):
                 kind = '32-bit integers' if image.mode == 'I' else 'floating-point numbers'
-                raise ValueError(f'its pixels are {kind}, expected 8 or 16 bits a channel. Convert it first.')
+                raise ValueError(f'its pixels are {kind}, expected 8 or 16 bits per channel. Convert it first.')
             return image.convert(mode)
     except Exception as e:  # Pillow raises errors of many types for damaged files
         raise ValueError(str(e) or type(e).__name__) from e
 
 
 def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[str, Images]:
-    """Read a dataset from an image folder or parquet files.
+    """Read a dataset from an image folder or parquet files. The supported layouts are:
 
     - `DIR/SPLIT/CLASS/*`, where SPLIT is train, test, validation or val. A folder with one of these names is a split
       only if it contains class folders and no images itself; otherwise it is a class folder.
@@ -240,7 +240,7 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     - `DIR/SPLIT.parquet`, `DIR/SPLIT-00000-of-00002.parquet`, the same in `DIR/data`, or parquet files with other
       names, which together form one dataset without splits. The columns are `image` (encoded bytes, a path, or both in
       the format of the `datasets` library) and `label` (integers, or a ClassLabel of `datasets`). If there are parquet
-      files, image folders next to them are ignored, because they may hold the images that the paths point to.
+      files, image folders next to them are ignored, because they may contain the images that the paths refer to.
 
     Symbolic links are followed. Image files are recognized by the extensions that timm reads. timm's reader numbers
     class folders in natural sort order; all splits use the class indices of the training split.
@@ -264,7 +264,7 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     folders = {} if files else _find_folders(root, expected)
     if not files and not folders:
         extensions = ', '.join(get_img_extensions())
-        raise ValueError(f'{root} holds no images ({extensions}) where they were expected. {expected}')
+        raise ValueError(f'{root} contains no images ({extensions}) in the expected places. {expected}')
     if files:
         from .parquet import read_parquet
         splits = {split: Images(*read_parquet(paths, expected), name, split) for split, paths in files.items()}
@@ -297,13 +297,13 @@ def _find_parquet(root: Path, expected: str) -> Dict[str, List[Path]]:
         shards[split] = int(match['shards'] or 1) if match else 0
     if 'all' in splits and len(splits) > 1:
         raise ValueError(
-            f'{root} holds files of splits, and {splits["all"][0].name}, whose name is not one of train, test, '
-            f'validation. {expected}')
+            f'{root} contains files named after splits, but also {splits["all"][0].name}, which is not named train, '
+            f'test or validation. {expected}')
     for split, files in splits.items():
         if shards[split] and len(files) != shards[split]:
             raise ValueError(
-                f'{root} holds {len(files)} parquet files of the split {split}, and {files[-1].name} is named as one '
-                f'of {shards[split]}. Complete the download, or remove what does not belong to it.')
+                f'{root} contains {len(files)} parquet files of the split {split}, but {files[-1].name} is named as '
+                f'one of {shards[split]}. Complete the download, or remove files that do not belong to it.')
     return splits
 
 
@@ -323,20 +323,20 @@ def _has_images(folder: Path) -> bool:
 
 
 def _find_folders(root: Path, expected: str) -> Dict[str, Path]:
-    """Return the folders by split: `root` as 'all' if it holds classes or images, an empty dict without images."""
+    """Return the folder of each split, `root` as 'all' if there are no splits; an empty dict if there are no images."""
     subfolders = _subfolders(root)
     splits: Dict[str, Path] = {}
     for path in subfolders:
         if path.name in _SPLITS and not _has_images(path) and any(_has_images(p) for p in _subfolders(path)):
             split = _SPLITS[path.name]
             if split in splits:
-                raise ValueError(f'{root} holds both {splits[split].name} and {path.name}. Remove or rename one.')
+                raise ValueError(f'{root} contains both {splits[split].name} and {path.name}. Remove or rename one.')
             splits[split] = path
     classes = [path for path in subfolders if path not in splits.values() and _has_images(path)]
     if splits and (classes or _has_images(root)):
-        other = f'the folder {classes[0].name}, which holds images itself' if classes else 'images'
+        other = f'the folder {classes[0].name}, which contains images directly' if classes else 'images'
         found = ', '.join(path.name for path in splits.values())
-        raise ValueError(f'{root} holds {found} with class folders, and {other}. {expected}')
+        raise ValueError(f'{root} contains {found} with class folders, but also {other}. {expected}')
     return splits or ({'all': root} if classes or _has_images(root) else {})
 
 
@@ -345,22 +345,22 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
     try:
         samples, class_to_idx = find_images_and_targets(str(folder))
     except ValueError as e:
-        raise ValueError(f'{folder} has a folder or file whose name timm cannot put in order: {e}.') from e
+        raise ValueError(f'{folder} contains a folder or file name that timm cannot sort: {e}.') from e
     paths = [path for path, _ in samples]
     depths = [path[len(str(folder)):].strip(os.sep).count(os.sep) for path in paths]
     if max(depths) == 0:
         return Images(_FileSource(paths), None, None, name, split)
     for path, depth in zip(paths, depths):
         if depth != 1:
-            place = 'not in a class folder' if depth < 1 else 'in a folder within a class folder'
+            place = 'not in a class folder' if depth < 1 else 'in a subfolder of a class folder'
             raise ValueError(f'{path} is {place}. {expected}')
     classes = list(class_to_idx)
     for a, b in zip(classes, classes[1:]):
         if natural_key(a) == natural_key(b):  # timm's sort key does not define their order
             a, b = sorted((a, b))
             raise ValueError(
-                f'The class folders {a!r} and {b!r} in {folder} have no order, as timm ignores case and leading zeros. '
-                f'Rename one of them.')
+                f'The class folders {a!r} and {b!r} in {folder} have no defined order, because timm ignores case and '
+                f'leading zeros. Rename one of them.')
     return Images(_FileSource(paths), np.array([label for _, label in samples]), classes, name, split)
 
 
@@ -383,20 +383,20 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
         raise ValueError(f'There is no training split, only {", ".join(splits)}. {_EXPECTED}')
     present = np.unique(train.labels)
     if len(present) < 2:
-        raise ValueError(f'{train.description}: all are of one class, and 2 or more are needed. {_EXPECTED}')
+        raise ValueError(f'{train.description}: all have the same class, but 2 or more are needed. {_EXPECTED}')
     if train.classes is None:
         if len(present) != present[-1] + 1:
             raise ValueError(
                 f'{train.description}: the labels are {len(present)} different integers from {present[0]} to '
-                f'{present[-1]}. Expected 0 to K - 1 for K classes, each of them at least once.')
+                f'{present[-1]}. Expected 0 to K - 1 for K classes, each at least once.')
     test = splits.get('test', splits.get('validation'))
     if train.classes is None:
         train = copy.copy(train)
         train.classes = [str(i) for i in present] if test is None or test.classes is None else test.classes
         if len(train.classes) != len(present):
             raise ValueError(
-                f'{train.description}: there are {len(present)} classes without names, and {test.description} names '
-                f'{len(train.classes)}: {_shorten(train.classes)}. Give both the same classes.')
+                f'{train.description}: there are {len(present)} classes without names, but {test.description} has '
+                f'{len(train.classes)} classes: {_shorten(train.classes)}. Both must have the same classes.')
     if test is None:
         return train.hold_out(seed)
     if test.classes is None:
@@ -437,14 +437,13 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     if names is None or images.classes is None:
         count = images.labels.max() + 1 if images.classes is None else len(images.classes)
         if count != num_classes:
-            raise ValueError(f'{images.description}: there are {count} classes, and the model has {num_classes}.')
+            raise ValueError(f'{images.description}: there are {count} classes, but the model has {num_classes}.')
         return images
     index = {name: i for i, name in enumerate(names)}
     unknown = [name for name in images.classes if name not in index]
     if unknown:
         raise ValueError(
-            f'{images.description}: the class {unknown[0]!r} is not one of the model, whose classes are '
-            f'{_shorten(names)}.')
+            f'{images.description}: {unknown[0]!r} is not a class of the model, whose classes are {_shorten(names)}.')
     matched = copy.copy(images)
     matched.labels = np.array([index[name] for name in images.classes])[images.labels]
     matched.classes = list(names)
@@ -456,7 +455,7 @@ def _check_names(names: Optional[Sequence[str]], whose: str) -> None:
     seen: Dict[str, int] = {}
     for i, name in enumerate(names or ()):
         if name in seen:
-            raise ValueError(f'{whose} names both class {seen[name]} and class {i} {name!r}. Rename one of them.')
+            raise ValueError(f'{whose} has the same name for class {seen[name]} and class {i}, {name!r}. Rename one.')
         seen[name] = i
 
 
@@ -490,11 +489,14 @@ def make_loader(
 
     Returns:
         A loader of pairs (images `[B, C, H, W]`, labels `[B]`), or of images only if there are no labels.
+
+    Raises:
+        ValueError: The number of input channels in `config` is not 1 or 3.
     """
     channels = config['input_size'][0]
     modes = {1: 'L', 3: 'RGB'}
     if channels not in modes:
-        raise ValueError(f'The model reads images of {channels} channels; pictures have 1 or 3.')
+        raise ValueError(f'The model has {channels} input channels, but images have 1 or 3.')
     images = copy.copy(images)
     images.mode = modes[channels]
     device = torch.device(device)

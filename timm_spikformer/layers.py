@@ -4,7 +4,7 @@ Activations are time-major, `[T, B, ...]`. Convolutions, linear layers and Batch
 neurons operate along the time dimension.
 
 Source: the authors' V1 code, https://github.com/ZK-Zhou/spikformer, except where a docstring says otherwise. The paper
-on Spikformer V2, https://arxiv.org/abs/2401.02020, leaves these layers as they are.
+on Spikformer V2, https://arxiv.org/abs/2401.02020, does not change these layers.
 """
 import copy
 import math
@@ -49,8 +49,8 @@ __all__ = [
 def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention without softmax, `q k^T v`, `[..., N, d]`; for binary spikes the values are integers.
 
-    Without softmax the product is associative, exactly so for integers. The cheaper order is taken; its cost per head
-    is `2 N d min(N, d)` multiply-accumulates.
+    Without softmax the product is associative, for integers exactly, so the cheaper order is computed. Its cost per
+    head is `2 N d min(N, d)` multiply-accumulates.
 
     Args:
         q: Spikes, `[..., N, d]`.
@@ -111,7 +111,7 @@ class SpikingSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
-        """Return why `attn_lif` does not run in a kernel, None if it does: see `explain_kernels`."""
+        """Return `attn_lif` with the reason why it does not run in a kernel, None if it does: see `explain_kernels`."""
         reason = None
         if type(self.attn_lif) is not LIF:
             reason = f'attn_lif is a {type(self.attn_lif).__name__}'
@@ -167,7 +167,7 @@ class TimeSharedDropPath(nn.Module):
 class SpikingBlock(nn.Module):
     """Encoder block, `[T, B, N, C] -> [T, B, N, C]`: `x + SSA(x)`, then `x + MLP(x)`.
 
-    Each branch ends in a neuron, so x is a sum of spikes and holds small integers.
+    Each branch ends with neurons, so x is a sum of spikes: its values are small integers.
 
     Args:
         dim: C.
@@ -213,7 +213,7 @@ def _norm_and_fire(
 
     Args:
         bn: Normalization.
-        neuron: What follows it.
+        neuron: Neuron after it.
         x: `[S * prod(batch), C, ...]`, where S is T or, if all time steps are the same, 1.
         time_steps: T.
         batch: Sizes of the dimensions between time and channels: samples, or samples and tokens.
@@ -238,7 +238,7 @@ def _norm_and_fire(
 
 
 class SpikingBlocks(nn.Sequential):
-    """The encoder blocks, one after the other, `[T, B, N, C] -> [T, B, N, C]`."""
+    """Sequence of encoder blocks, `[T, B, N, C] -> [T, B, N, C]`."""
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(*blocks)
@@ -325,10 +325,10 @@ class ConvBNLIF(_Unit):
     """Convolution - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
 
     An input with a single step is repeated T times, but convolved and normalized only once. The output and the batch
-    statistics are exact, except that n in the factor n / (n - 1) of the running variance counts each value once.
+    statistics are exact, except that n in the factor n / (n - 1) of the running variance ignores the repetition.
 
     With `visible`, the input consists of visible patches, `[T or 1, B * N', C, p, p]`. Masked neighbors are 0 in the
-    convolution, and BN statistics cover visible positions only, as in SparK, https://arxiv.org/abs/2301.03580, so
+    convolution, and BN statistics cover only visible positions, as in SparK, https://arxiv.org/abs/2301.03580, so
     masked pixels do not influence visible ones.
 
     Args:
@@ -391,7 +391,7 @@ class ConvBNLIF(_Unit):
 
 
 class LinearBNLIF(_Unit):
-    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`; BN takes its statistics over T, B and N.
+    """Linear - BN - LIF, `[T, B, N, C] -> [T, B, N, C']`; BN statistics are computed over T, B and N.
 
     Args:
         in_features: C.
@@ -445,9 +445,9 @@ def fire_both(
         x: Tensor,
         time_steps: int,
 ) -> Optional[Tensor]:
-    """Return the spikes of `second(first(x))`, with those between the two units as bytes; None if they must be called.
+    """Return the spikes of `second(first(x))`, passing bytes between the units; None if they must be called instead.
 
-    For inference, if both are event-driven and nothing observes what is passed between them.
+    Used for inference, if both units are event-driven and nothing observes the spikes between them.
 
     Args:
         first: A unit of this module, or a module that replaces one.
@@ -464,7 +464,7 @@ def fire_both(
         return None
     if between is not None and module_fallback_reason(between, (nn.Identity,)) is not None:
         return None
-    num_dims = 2 if type(first) is ConvBNLIF else 3  # of time, batch and tokens
+    num_dims = 2 if type(first) is ConvBNLIF else 3  # time, batch and, for linear layers, tokens
     rows = x.flatten(0, num_dims - 1)
     if is_small(getattr(first, first.layer_name), rows):
         return None

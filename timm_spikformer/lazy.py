@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that only what is used has to be installed."""
+"""Import names of a package on first use, so that a dependency is required only if a name that needs it is used."""
 from importlib import import_module
 from typing import Any, Callable, Dict
 
@@ -8,11 +8,11 @@ __all__ = ['import_on_demand']
 
 
 def import_on_demand(package: str, modules: Dict[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package.
+    """Return a `__getattr__` function for a package.
 
     Args:
         package: Name of the package.
-        modules: Relative name of the module that holds each name, such as `.upload`.
+        modules: For each name, the relative name of the module that defines it, such as `.upload`.
     """
     def get(name: str) -> Any:
         if name not in modules:

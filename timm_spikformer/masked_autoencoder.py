@@ -1,10 +1,9 @@
-"""Masked autoencoder around a Spikformer: spiking encoder of the visible patches, ANN decoder of all of them.
+"""Masked autoencoder with a Spikformer: a spiking encoder of the visible patches, and an ANN decoder of all patches.
 
-The paper, https://arxiv.org/abs/2401.02020, says that pre-training masks and reconstructs in the style of MAE,
-https://arxiv.org/abs/2111.06377, with an asymmetric pair of spiking encoder and artificial decoder, and no more. What
-it leaves open is filled in as follows: masking, target and loss as in MAE; the stem under a mask as in SparK,
-https://arxiv.org/abs/2301.03580; the size of the decoder as in later work of overlapping authors. All else is this
-project's choice, and the docstrings say so.
+The paper, https://arxiv.org/abs/2401.02020, specifies only MAE-style pre-training with an asymmetric pair of a spiking
+encoder and an ANN decoder. Here, masking, target and loss follow MAE, https://arxiv.org/abs/2111.06377; for masked
+images, the stem follows SparK, https://arxiv.org/abs/2301.03580; the decoder size follows later work by some of the
+same authors. All other choices are this project's own.
 """
 import json
 from typing import Any, List, NamedTuple, Optional, Tuple
@@ -23,11 +22,11 @@ from .pretrained import check_shipped, shipped_weights
 
 __all__ = ['AUTOENCODER_KEY', 'SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
-AUTOENCODER_KEY = 'autoencoder'  # key of the arguments of `SpikformerMAE` in the metadata of shipped weights
+AUTOENCODER_KEY = 'autoencoder'  # key of the `SpikformerMAE` arguments in the metadata of shipped weights
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Return the patches `[B, N, C * p * p]` of images `[B, C, H, W]`, row by row."""
+    """Return the patches `[B, N, C * p * p]` of images `[B, C, H, W]`, in row-major order."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -43,7 +42,7 @@ def unpatchify(x: Tensor, patch_size: int, grid: Tuple[int, int]) -> Tensor:
 def _mean_and_std(patches: Tensor) -> Tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each patch, `[B, N, 1]`.
 
-    The deviation is biased, so that predicting the mean costs a loss of 1; MAE's is unbiased, and costs 1 - 1/n.
+    The standard deviation is biased, so that predicting the mean gives a loss of 1; MAE's unbiased one gives 1 - 1/n.
     """
     var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
     return mean, (var + 1e-6).sqrt()
@@ -52,8 +51,8 @@ def _mean_and_std(patches: Tensor) -> Tuple[Tensor, Tensor]:
 class MAEDecoder(nn.Module):
     """Decoder of a masked autoencoder, from features `[B, N', D]` of the visible patches to `[B, N, out_features]`.
 
-    LayerNorm and a linear layer to the width of the decoder; mask tokens for the masked patches; fixed 2-D sin-cos
-    position embeddings, computed for each grid; transformer blocks; LayerNorm and a linear layer to pixels.
+    The layers are: LayerNorm and a linear layer to the decoder width; mask tokens for the masked patches; fixed 2-D
+    sin-cos position embeddings, computed for each grid; transformer blocks; LayerNorm and a linear layer to pixels.
 
     Args:
         in_features: D.
@@ -61,7 +60,7 @@ class MAEDecoder(nn.Module):
         embed_dim: Width.
         depth: Number of blocks.
         num_heads: Number of attention heads.
-        mlp_ratio: Width of the MLP's hidden layer over embed_dim.
+        mlp_ratio: Ratio of the MLP's hidden width to embed_dim.
 
     Raises:
         ValueError: `embed_dim` is not divisible by 4 and by `num_heads`.
@@ -82,8 +81,8 @@ class MAEDecoder(nn.Module):
         super().__init__()
         if embed_dim % 4 != 0 or embed_dim % num_heads != 0:
             raise ValueError(
-                f'decoder_embed_dim must be divisible by 4, for positions, and by decoder_num_heads={num_heads}, '
-                f'got {embed_dim}.')
+                f'decoder_embed_dim must be divisible by 4 (for the position embedding) and by '
+                f'decoder_num_heads={num_heads}, got {embed_dim}.')
         self.norm_in = nn.LayerNorm(in_features, **dd)
         self.embed = nn.Linear(in_features, embed_dim, **dd)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
@@ -94,12 +93,12 @@ class MAEDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialize as MAE does."""
+        """Initialize the weights as in MAE."""
         for m in self.modules():
             self.init_layer(m)
 
     def init_layer(self, m: nn.Module) -> None:
-        """Initialize one layer of this decoder, or the mask token if given the decoder itself."""
+        """Initialize one layer of this decoder, or the mask token if `m` is the decoder itself."""
         if m is self:
             nn.init.normal_(m.mask_token, std=.02)
         elif isinstance(m, nn.LayerNorm):
@@ -112,8 +111,11 @@ class MAEDecoder(nn.Module):
         """
         Args:
             features: Features of the visible patches, `[B, N', D]`.
-            ids: Indices of these patches, `[B, N']`, row by row.
+            ids: Indices of these patches in row-major order, `[B, N']`.
             grid: Height and width of the image in patches.
+
+        Returns:
+            Predictions for all patches, `[B, N, out_features]`.
         """
         features = self.embed(self.norm_in(features))
         B, _, D = features.shape
@@ -126,20 +128,20 @@ class MAEDecoder(nn.Module):
 class SpikformerMAEOutput(NamedTuple):
     """Output of a `SpikformerMAE`."""
     loss: Tensor  # scalar: mean squared error over the masked patches
-    reconstruction: Tensor  # [B, C, H, W], all patches, normalized if the target is
-    mask: Tensor  # [B, N] bool, True where a patch was masked
-    hidden_states: List[Tensor]  # [B, N', D] of the visible patches, after the stem and each block, on request
+    reconstruction: Tensor  # [B, C, H, W], predictions for all patches; normalized if `norm_pix_loss` is True
+    mask: Tensor  # [B, N] bool, True for masked patches
+    hidden_states: List[Tensor]  # [B, N', D] of visible patches after the stem and each block, if `take_blocks` is True
 
 
 class SpikformerMAE(nn.Module):
     """Masked autoencoder for self-supervised pre-training of a Spikformer, V1 or V2.
 
-    Nothing of a masked pixel reaches the features of a visible patch: masked pixels are 0, each layer of the stem
-    computes its statistics and spikes at visible positions only, the pooled spikes of V1 are masked again, and the
-    encoder blocks get the visible tokens only.
+    Masked pixels do not influence the features of visible patches: masked pixels are 0, each stem layer computes its
+    statistics and spikes only at visible positions, V1's pooled spikes are masked again, and the encoder blocks process
+    only visible tokens.
 
-    `encoder` is the model that is passed in; after pre-training it is used as it is. A state dict of the whole
-    autoencoder loads into a Spikformer as well, without the decoder.
+    `encoder` is the model that was passed in, and can be used directly after pre-training. A Spikformer can also load
+    the state dict of the whole autoencoder; the decoder is ignored.
 
     >>> import timm
     >>> mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=1), mask_ratio=0.5)
@@ -163,19 +165,20 @@ class SpikformerMAE(nn.Module):
     ):
         """
         Args:
-            encoder: Spikformer, whose classifier is removed. Pre-training runs its number of time steps; the paper
-                reports a model of one time step.
-            mask_ratio: Share of the units that are masked, in (0, 1).
+            encoder: Spikformer; its classifier is removed. Pre-training uses its number of time steps; the paper
+                reports a model with one time step.
+            mask_ratio: Fraction of the units that are masked, in (0, 1).
             mask_unit: Side of the masked squares in pixels, a multiple of the patch size; by default the patch size.
             decoder_embed_dim: Width of the decoder.
             decoder_depth: Number of decoder blocks.
             decoder_num_heads: Number of attention heads of the decoder.
-            decoder_mlp_ratio: Width of the hidden layer of the decoder's MLP over decoder_embed_dim.
+            decoder_mlp_ratio: Ratio of the decoder MLP's hidden width to decoder_embed_dim.
             norm_pix_loss: Reconstruct patches normalized by their own mean and standard deviation.
 
         Raises:
             TypeError: `encoder` is not a Spikformer.
-            ValueError: The ratio is not in (0, 1), or the unit not a multiple of the patch size.
+            ValueError: `mask_ratio` is not in (0, 1), `mask_unit` is not a multiple of the patch size, or
+                `decoder_embed_dim` is invalid.
         """
         super().__init__()
         if not isinstance(encoder, Spikformer):
@@ -204,16 +207,16 @@ class SpikformerMAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs: Any) -> 'SpikformerMAE':
-        """Create a pre-trained autoencoder, in eval mode, with the weights that are shipped with the package.
+        """Create a pre-trained autoencoder, in eval mode, with weights that are shipped with the package.
 
-        `timm.create_model(name, pretrained=True)` loads its encoder alone.
+        `timm.create_model(name, pretrained=True)` loads only its encoder.
 
         Args:
-            name: Name of a model with the tag of an autoencoder, such as `MODEL.mae_fashion_mnist`.
+            name: Model name with the tag of an autoencoder, such as `MODEL.mae_fashion_mnist`.
             kwargs: Arguments of the encoder, such as `time_steps`.
 
         Raises:
-            ValueError: The package has no autoencoder of this name.
+            ValueError: The package has no autoencoder with this name.
             RuntimeError: The file is damaged.
         """
         cfg = get_arch_pretrained_cfgs(name.partition('.')[0]).get(name)
@@ -236,11 +239,11 @@ class SpikformerMAE(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set gradient checkpointing of the encoder, which holds nearly all of the activations."""
+        """Enable or disable gradient checkpointing of the encoder, which has nearly all activations."""
         self.encoder.set_grad_checkpointing(enable)
 
     def _mask_from_noise(self, noise: Optional[Tensor], x: Tensor) -> Tuple[Tensor, int]:
-        """Return a mask `[B, units]` of the units of highest noise, True is masked, and the number of visible units."""
+        """Return a mask `[B, units]`, True for the units with the highest noise, and the number of visible units."""
         B, H, W = x.shape[0], x.shape[-2], x.shape[-1]
         if H % self.mask_unit != 0 or W % self.mask_unit != 0:
             raise ValueError(f'Height and width must be multiples of mask_unit={self.mask_unit}, got {H}x{W}.')
@@ -248,12 +251,12 @@ class SpikformerMAE(nn.Module):
         num_visible = int(num_units * (1. - self.mask_ratio))
         if not 0 < num_visible < num_units:
             raise ValueError(
-                f'An image of {num_units} units of {self.mask_unit}x{self.mask_unit} pixels cannot have a share of '
-                f'{self.mask_ratio} of them masked: {num_visible} would be visible.')
+                f'mask_ratio={self.mask_ratio} leaves {num_visible} of {num_units} units of '
+                f'{self.mask_unit}x{self.mask_unit} pixels visible. At least one must be visible and one masked.')
         if noise is None:
             noise = torch.rand(B, num_units, device=x.device)
         elif noise.shape != (B, num_units):
-            raise ValueError(f'noise must be [{B}, {num_units}], a value for each unit, got {list(noise.shape)}.')
+            raise ValueError(f'noise must be [{B}, {num_units}], one value per unit, got {list(noise.shape)}.')
         visible = noise.argsort(dim=1)[:, :num_visible]
         return torch.ones_like(noise, dtype=torch.bool).scatter(1, visible, False), num_visible
 
@@ -268,7 +271,7 @@ class SpikformerMAE(nn.Module):
                 f'{max(counts)}.')
         if counts[0] in (0, mask.shape[1]):
             raise ValueError(
-                f'bool_masked_pos must leave masked and visible units, got {counts[0]} of {mask.shape[1]} masked.')
+                f'bool_masked_pos must mask some units but not all, got {counts[0]} of {mask.shape[1]} masked.')
         return mask, mask.shape[1] - counts[0]
 
     def make_mask(
@@ -277,12 +280,12 @@ class SpikformerMAE(nn.Module):
             bool_masked_pos: Optional[Tensor] = None,
             noise: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tensor]:
-        """Return the mask of the patches, `[B, N]`, and the indices of the visible ones in order, `[B, N']`.
+        """Return the mask of the patches, `[B, N]`, and the sorted indices of the visible patches, `[B, N']`.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`.
-            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`; 1 or True is masked.
-            noise: Value for each unit, `[B, units]`; the units of highest noise are masked. By default random.
+            bool_masked_pos: Mask of patches or of larger square units, `[B, units]`; 1 or True means masked.
+            noise: One value per unit, `[B, units]`; the units with the highest values are masked. Random by default.
 
         Raises:
             ValueError: See `forward`.
@@ -290,7 +293,7 @@ class SpikformerMAE(nn.Module):
         if bool_masked_pos is not None and noise is not None:
             raise ValueError('Expected bool_masked_pos or noise, got both.')
         if bool_masked_pos is not None:
-            # checked where it is: how many are visible decides shapes, so the host has to wait for a mask on a GPU
+            # shapes depend on the number of visible patches, so the host waits for a mask on a GPU
             mask, num_visible = self._check_mask(bool_masked_pos, x.shape[0])
             mask = mask.to(x.device)
         else:
@@ -300,8 +303,8 @@ class SpikformerMAE(nn.Module):
         k = round((h * w / mask.shape[1]) ** 0.5)  # a unit covers k x k patches
         if k < 1 or h % k != 0 or w % k != 0 or (h // k) * (w // k) != mask.shape[1]:
             raise ValueError(
-                f'bool_masked_pos has {mask.shape[1]} values for each image, expected {h * w}, one for each patch of '
-                f'{h}x{w}, or one for each square of several patches.')
+                f'bool_masked_pos has {mask.shape[1]} values for each image, expected {h * w}, one for each of the '
+                f'{h}x{w} patches, or one for each square of several patches.')
         mask = mask.view(-1, h // k, w // k).repeat_interleave(k, 1).repeat_interleave(k, 2).flatten(1)
         ids = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible * k ** 2]
         return mask, ids
@@ -322,8 +325,8 @@ class SpikformerMAE(nn.Module):
             take_blocks: Return the hidden states of the encoder.
 
         Raises:
-            ValueError: The input does not fit the encoder, the mask does not fit the input, or it masks all units, no
-                unit, or different numbers of units in different images.
+            ValueError: The input does not fit the encoder, the mask does not fit the input, or the mask covers all
+                units, no unit, or different numbers of units in different images.
         """
         mask, ids = self.make_mask(x, bool_masked_pos, noise)
         features, hidden_states = self.encoder.forward_tokens(x, ids, take_blocks)
@@ -340,7 +343,7 @@ class SpikformerMAE(nn.Module):
         return patchify(x.float(), self.patch_size)
 
     def target(self, x: Tensor) -> Tensor:
-        """Return the target for images or sequences, `[B, N, C * p * p]`."""
+        """Return the reconstruction target of images or sequences, `[B, N, C * p * p]`."""
         patches = self._patches(x)
         if self.norm_pix_loss:
             mean, std = _mean_and_std(patches)
@@ -356,8 +359,8 @@ class SpikformerMAE(nn.Module):
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """Return images for display: the input, the masked input, and the input with reconstructed masked patches.
 
-        If the target is normalized, reconstructed patches get the mean and standard deviation of the true ones, as the
-        model does not predict these.
+        If the target is normalized, reconstructed patches get the mean and standard deviation of the true patches,
+        because the model does not predict them.
 
         Args:
             x: See `make_mask`.

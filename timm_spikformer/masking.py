@@ -1,12 +1,12 @@
 """Operations on masked images: extract visible patches, add halos, and apply layers to patches.
 
-The input of a stem layer is 0 at masked pixels, and only its output at visible pixels is used, as in SparK,
-https://arxiv.org/abs/2301.03580. Feature maps are therefore kept as visible patches, `[n, M, C, p, p]`: n is the number
-of time steps, or 1 if all are the same, M = B * N' the number of visible patches of all images, and p the side of a
-patch at the resolution of the map.
+The input of each stem layer is 0 at masked pixels, and only the output at visible pixels is used, as in SparK,
+https://arxiv.org/abs/2301.03580. Feature maps are therefore stored as visible patches, `[n, M, C, p, p]`: n is the
+number of time steps, or 1 if all are the same; M = B * N' is the number of visible patches of all images; and p is the
+side of a patch at the resolution of the map.
 
-`apply_to_patches` calls any module on the masked maps, `[n * B, C, H, W]`. For a plain convolution or pooling layer it
-computes the same from the visible patches alone, and saves the work at masked positions.
+`apply_to_patches` calls any module on the masked maps, `[n * B, C, H, W]`. For a plain convolution or pooling layer, it
+computes the same output from the visible patches only, which is cheaper.
 """
 import copy
 from typing import Optional, Tuple
@@ -27,17 +27,17 @@ __all__ = [
     'with_halo',
 ]
 
-# Visible tokens of each image, [B, N'] in increasing order, and height and width of the grid of all tokens.
+# Indices of the visible tokens of each image, [B, N'], in increasing order; height and width of the grid of all tokens
 Visible = Tuple[Tensor, int, int]
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Return `x[rows]` of a matrix, by gather, whose backward is many times faster on a CPU than that of indexing."""
+    """Return `x[rows]` for a matrix; on CPU, the backward of gather is many times faster than that of indexing."""
     return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
 
 
 def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
-    """Return the indices of the visible pixels in n * B maps, token by token of p x p: `[n * B * N' * p * p]`."""
+    """Return the indices of the visible pixels in n * B flattened maps, token by token: `[n * B * N' * p * p]`."""
     ids, height, width = visible
     H, W = height * p, width * p
     inside = torch.arange(p, device=ids.device)
@@ -49,7 +49,7 @@ def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
 
 
 def visible_patches(x: Tensor, visible: Visible) -> Tensor:
-    """Return the visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where p is W over grid width."""
+    """Return the visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where p = W / grid width."""
     n, B, C, H, W = x.shape
     p = W // visible[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
@@ -58,7 +58,7 @@ def visible_patches(x: Tensor, visible: Visible) -> Tensor:
 
 
 def patches_to_maps(x: Tensor, visible: Visible) -> Tensor:
-    """Return the maps `[n, B, C, H, W]` of patches `[n, B * N', C, p, p]`, 0 where nothing is visible."""
+    """Return the maps `[n, B, C, H, W]` of patches `[n, B * N', C, p, p]`, with 0 at masked positions."""
     n, _, C, p, _ = x.shape
     ids, height, width = visible
     B, H, W = ids.shape[0], height * p, width * p
@@ -72,12 +72,12 @@ def _halo_rows(visible: Visible, p: int) -> Tensor:
     """Return the indices, among the `M * p * p` visible pixels, of the pixels in and around each visible patch.
 
     Returns:
-        Indices `[M, p + 2, p + 2]`; `M * p * p` denotes a masked pixel, `M * p * p + 1` a pixel outside.
+        Indices `[M, p + 2, p + 2]`; `M * p * p` denotes a masked pixel, `M * p * p + 1` a pixel outside the image.
     """
     ids, height, width = visible
     B, N = ids.shape
     M = B * N
-    # the patch at each place of a grid with a border: M is masked, M + 1 outside
+    # index of the patch at each position of the grid with a border: M if masked, M + 1 if outside the image
     place = torch.full((B, height, width), M, dtype=torch.long, device=ids.device)
     place = F.pad(place, (1, 1, 1, 1), value=M + 1).flatten(1)
     at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
@@ -94,7 +94,7 @@ def _halo_rows(visible: Visible, p: int) -> Tensor:
 
 
 def _take_around(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
-    """Return pixels of patches `[n, M, C, p, p]` by indices of `_halo_rows`: 0 if masked, `outside` if outside."""
+    """Return the pixels of patches `[n, M, C, p, p]` at the indices `rows` of `_halo_rows`: `[n * rows.numel(), C]`."""
     n, C = x.shape[0], x.shape[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
     pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C), pixels.new_full((n, 1, C), outside)], dim=1)
@@ -103,7 +103,7 @@ def _take_around(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
 
 
 def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
-    """Return patches and the pixels around them, `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`.
+    """Return patches with the surrounding pixels, `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`.
 
     Args:
         x: Patches.
@@ -122,9 +122,9 @@ def conv3x3_of_patches(
         bias: Optional[Tensor] = None,
         groups: int = 1,
 ) -> Tensor:
-    """Return the 3x3 convolution, padded by 1, of masked maps at the visible patches.
+    """Return the 3x3 convolution, with padding 1, of masked maps at the visible patches.
 
-    For p <= 2 and one group it is computed as a matrix product, up to ten times faster on a CPU than a convolution.
+    For p <= 2 and one group, it is computed as a matrix product, which is up to ten times faster on CPU.
 
     Args:
         x: Patches, `[n, M, C, p, p]`.
@@ -182,7 +182,7 @@ def apply_to_patches(layer: nn.Module, x: Tensor, visible: Visible) -> Tensor:
 
     Args:
         layer: Any module `[n * B, C, H, W] -> [n * B, C', H', W']`.
-        x: Visible patches of its input, `[n, M, C, p, p]`.
+        x: Visible patches of the input, `[n, M, C, p, p]`.
         visible: The visible tokens.
 
     Returns:

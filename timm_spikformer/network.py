@@ -20,7 +20,7 @@ from .stems import STEMS
 
 __all__ = ['Spikformer', 'find_spikformer']
 
-# arguments that are integers, and the least value of each
+# integer arguments and their minimum values
 _INTEGERS = dict(patch_size=1, in_chans=1, num_classes=0, embed_dim=8, depth=0, num_heads=1)
 
 torch.fx.wrap('to_time_major')  # a leaf for FX: it branches on the shape of the input
@@ -43,10 +43,10 @@ class Spikformer(nn.Module):
     A stem of four convolutional stages, encoder blocks of spiking self-attention and spiking MLP, and a linear
     classifier on the mean over time and tokens.
 
-    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; the first
-    convolution and its BN, identical at all steps, are computed once. For event or video input `[B, T, C, H, W]`, T is
-    taken from the input. Weights depend on neither T nor the image size, which may be any multiple of the patch size.
-    Membrane potentials are local to one forward call: there is no state to reset.
+    An image `[B, C, H, W]` is presented unchanged at each of `time_steps` steps; the first convolution and its BN are
+    identical at all steps and computed once. For event or video input `[B, T, C, H, W]`, T is taken from the input.
+    Weights depend on neither T nor the image size, which may be any multiple of the patch size. Membrane potentials are
+    local to one forward call: there is no state to reset.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Spikformer(nn.Module):
     ):
         """
         Args:
-            img_size: Nominal input size, a multiple of patch_size. The model accepts any multiple of it at run time.
+            img_size: Nominal input size, a multiple of patch_size. At run time, any multiple of patch_size is accepted.
             patch_size: Patch side in pixels: 1, 2, 4, 8 or 16.
             in_chans: Number of input channels.
             num_classes: Number of classes, 0 for no classifier.
@@ -81,18 +81,18 @@ class Spikformer(nn.Module):
             stem_strides: Stride, 1 or 2, of each of the four stages. By default the last stages have stride 2.
             embed_dim: Width of the encoder.
             depth: Number of encoder blocks.
-            num_heads: Number of attention heads. It does not follow from the published parameter counts; V1 uses 8 at
-                width 512.
+            num_heads: Number of attention heads. It cannot be inferred from the published parameter counts; V1 uses 8
+                at width 512.
             mlp_ratio: Ratio of the MLP's hidden width to embed_dim.
             attn_scale: Factor of q k^T v before the attention neuron: 0.125 in the authors' V1 code for ImageNet and
                 CIFAR-10, 0.25 in their code for CIFAR10-DVS.
             time_steps: Number of time steps for which an image is presented.
-            drop_rate: Dropout before the classifier.
-            proj_drop_rate: Dropout of the spikes that leave the linear layers, drawn anew at each time step.
-            drop_path_rate: Stochastic depth rate of the last block; it drops a branch at all time steps together.
+            drop_rate: Dropout rate before the classifier.
+            proj_drop_rate: Dropout rate of the spikes of attention and MLP, sampled independently at each time step.
+            drop_path_rate: Stochastic depth rate of the last block; a branch is dropped at all time steps together.
 
         Raises:
-            ValueError: A value does not fit; the message names the argument, the value and what was expected.
+            ValueError: A value is invalid; the message states the argument, the value and what was expected.
         """
         init_args = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         super().__init__()
@@ -134,7 +134,7 @@ class Spikformer(nn.Module):
         self.head = SpikformerHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
-        # one level per stage of the stem, but for the last: the encoder runs on it, so its output is the level
+        # one feature level per stem stage; the last level is the output of the encoder, which follows the last stage
         self.num_levels = len(self.stem.widths)
         self.feature_info = []
         reduction = 1
@@ -187,7 +187,7 @@ class Spikformer(nn.Module):
         """Set the nominal input size. No weight depends on it.
 
         Raises:
-            ValueError: It is not a positive multiple of the patch size.
+            ValueError: The size is not a positive multiple of the patch size.
         """
         update_model_input_size(self, self._check_img_size(img_size))
 
@@ -196,14 +196,14 @@ class Spikformer(nn.Module):
         """Set the number of time steps for images. It is saved with the model's arguments.
 
         Raises:
-            ValueError: It is not an integer of at least 1.
+            ValueError: `time_steps` is not an integer of at least 1.
         """
         self.time_steps = check_time_steps(time_steps)
         update_model_args(self, time_steps=self.time_steps)
 
     @torch.jit.ignore
     def get_init_args(self) -> Dict[str, Any]:
-        """Arguments of `__init__`, without device and dtype, that build this model, as changed by its methods since."""
+        """Return the arguments of `__init__`, without device and dtype, that create this model in its current form."""
         return {
             **self._init_args,
             'img_size': get_model_traits(self).get('img_size'),
@@ -216,7 +216,7 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of any format that `checkpoint_filter_fn` converts, as `checkpoint_path` of timm does.
+        """Load a state dict of any format that `checkpoint_filter_fn` converts, like timm's `checkpoint_path`.
 
         Raises:
             RuntimeError: With `strict`, the state dict is from a different architecture.
@@ -230,7 +230,7 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
-        return set()  # timm leaves out BN and biases by their shape, and there is nothing else
+        return set()  # timm excludes BN parameters and biases by their shape; there are no others
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -274,15 +274,15 @@ class Spikformer(nn.Module):
             num_levels: int,
             take_indices: List[int],
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Run some stages of the stem, and return the output of some.
+        """Run the first `num_levels` stages of the stem, and return selected outputs.
 
         Args:
             x: `[T or 1, B, C, H, W]`
             time_steps: T
             num_levels: Number of stages to run
-            take_indices: Stages, other than the last one, whose output to return
+            take_indices: Stages whose output is returned; the last stage of the stem is ignored
         Returns:
-            The last output `[T, B, C', H', W']`, and the means over time of those that are to be returned
+            The last output `[T, B, C', H', W']`, and the means over time of the selected outputs
         """
         taken: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
@@ -305,7 +305,7 @@ class Spikformer(nn.Module):
         return x, taken
 
     def _forward_maps(self, x: Tensor) -> Tensor:
-        """Run stem and blocks, `[B, C, H, W]` or `[B, T, C, H, W]` to `[T, B, D, H / patch, W / patch]`."""
+        """Run the stem and the blocks on `[B, C, H, W]` or `[B, T, C, H, W]`; return `[T, B, D, H / p, W / p]`."""
         x, time_steps = self._present(x)
         return self._encode_maps(self.stem(x, time_steps))
 
@@ -329,9 +329,9 @@ class Spikformer(nn.Module):
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
             visible: Indices of the visible tokens, `[B, N']`, in increasing order. Masked tokens do not influence them.
-            take_blocks: Return the stem's output and that of each block
+            take_blocks: Return the outputs of the stem and of each block
         Returns:
-            Features `[B, N, D]`, or `[B, N', D]` of the visible tokens, and the list, all of them means over time
+            Features `[B, N, D]`, or `[B, N', D]` of visible tokens, and the list of outputs; all are means over time
         """
         grid: Optional[Visible] = None
         x, time_steps = self._present(x)
@@ -397,14 +397,14 @@ class Spikformer(nn.Module):
         if prune_end:
             self.stem.stages = self.stem.stages[:max_index + 1]
             self.blocks = SpikingBlocks()
-            # the head is sized for the encoder's output, so it goes too
+            # the head has the width of the encoder, so it is removed too
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` or sequences `[B, T, C, H, W]` to features `[B, D, H / patch, W / patch]`."""
+        """Return the features `[B, D, H / p, W / p]` of images `[B, C, H, W]` or sequences `[B, T, C, H, W]`."""
         return mean_over_time(self._forward_maps(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -412,20 +412,21 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def classify_steps(self, x: Tensor) -> Tensor:
-        """Return the logits after each time step, `[T, B, K]`, given the features at each, `[T, B, D, H, W]`."""
+        """Return the logits after each time step, `[T, B, K]`, given the features at each step, `[T, B, D, H, W]`."""
         return torch.stack([self.forward_head(x[:t].mean(0)) for t in range(1, len(x) + 1)])
 
     @torch.jit.ignore
     def forward_steps(self, x: Tensor) -> Tensor:
-        """Return the logits after each time step, `[T, B, num_classes]`; the last are those of `forward` in eval mode.
+        """Return the logits after each time step, `[T, B, num_classes]`.
 
-        Time is causal: in eval mode the logits after t steps are those of a model with `time_steps=t`.
+        In eval mode, a step does not depend on later steps: the logits after t steps equal those of `forward` with
+        `time_steps=t`.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
         """
         if carried_membranes() is not None:
-            raise ValueError('forward_steps cannot be called step by step: call the model itself.')
+            raise ValueError('forward_steps cannot be called within CarriedMembranes: call the model itself.')
         return self.classify_steps(self._forward_maps(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -435,15 +436,15 @@ class Spikformer(nn.Module):
 
 
 def find_spikformer(model: nn.Module) -> Spikformer:
-    """Return the single Spikformer in a module, such as a timm or transformers wrapper, an autoencoder or DDP.
+    """Return the only Spikformer in a module, such as a wrapper of timm or transformers, an autoencoder or DDP.
 
     Raises:
-        ValueError: There is none, or more than one.
+        ValueError: The module contains no Spikformer, or more than one.
     """
     found = [m for m in model.modules() if isinstance(m, Spikformer)]
     if len(found) != 1:
         raise ValueError(
-            f'Expected a Spikformer or a module that holds one: a model of timm.list_models(module="spikformer"), a '
+            f'Expected a Spikformer or a module that contains one: a model of timm.list_models(module="spikformer"), a '
             f'SpikformerMAE, or one of the Spikformer classes of transformers. Got a {type(model).__name__}, which '
-            f'holds {len(found) or "none"}.')
+            f'contains {len(found) or "none"}.')
     return found[0]

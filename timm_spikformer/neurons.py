@@ -1,7 +1,7 @@
 """Leaky integrate-and-fire (LIF) neuron: function, surrogate gradient, module, and stateful inference.
 
-The neuron is a pure function of a whole sequence. Its membrane potential is a local variable, so modules hold
-no state: nothing is reset between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX,
+The neuron is a pure function of a whole sequence. Its membrane potential is a local variable, so modules have no state:
+nothing needs to be reset between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX,
 `torch.compile` and `torch.export` are supported.
 
 Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is assumed
@@ -57,7 +57,7 @@ def _lif_steps(
         alpha: float,
         has_grad: bool,
 ) -> Tuple[Tensor, Tensor]:
-    """Return the spikes, and the membrane after the last step, from the membrane before the first."""
+    """Return the spikes and the final membrane potential, given the currents and the initial membrane potential."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     spikes = []
     for current in x.unbind(0):
@@ -68,7 +68,7 @@ def _lif_steps(
             h = v + (current - v) / tau
         fired = h >= v_threshold
         spike = fired.to(dtype)
-        if has_grad:  # forward value: the step function, as sig - sig is exactly 0; gradient: that of sig
+        if has_grad:  # the value is unchanged, because sig - sig is exactly 0; the gradient is that of sig
             sig = torch.sigmoid(alpha * (h - v_threshold))
             spike = spike + (sig - sig.detach())
         spikes.append(spike)
@@ -83,12 +83,12 @@ def _run_kernel(
         constants: LIFConstants,
         membrane: Optional[Tensor] = None,
 ) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
-    """Return the spikes, and the membranes after the last step, from a kernel; None if there is none for the input.
+    """Return the spikes and the final membrane potentials from a kernel; None if no kernel supports the input.
 
     Args:
         x: Currents, `[T, ...]`.
         constants: Constants of the neuron.
-        membrane: Initial membranes: see `lif_cpu`.
+        membrane: Initial membrane potentials: see `lif_cpu`.
     """
     is_supported = type(x) is Tensor and x.is_floating_point() and x.numel() > 0
     if not is_supported or not constants.are_numbers:
@@ -118,20 +118,20 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         s[t] = 1 if h[t] >= v_threshold else 0          ds/dh := alpha * sig * (1 - sig)
         v[t] = h[t] * (1 - s[t])                        sig = sigmoid(alpha * (h - v_threshold))
 
-    The reset is detached: no gradient flows from v[t] to s[t]. The membrane is float32 (float64 for float64 input),
-    also under autocast and for half-precision input. If any current of a neuron is NaN or
-    infinite, its output is NaN at all time steps.
+    The reset is detached: no gradient flows from v[t] to s[t]. The membrane potential is float32 (float64 for float64
+    input), also under autocast and for half-precision input. If any current of a neuron is NaN or infinite, its output
+    is NaN at all time steps.
 
     The back end depends on the device: on CPU, an autograd function with in-place arithmetic; on CUDA, for float32,
     float16 and bfloat16, spikingjelly's fused kernels. `lif_plain` is used otherwise, and under `torch.compile`,
     export, tracing, scripting, `torch.func` transforms and `use_kernels('plain')`. An FX graph contains a call of this
-    function, so the back end is selected at run time. All back ends give identical spikes, except that on CUDA the
-    plain expression rounds differently if `tau` is not a power of 2.
+    function, so the back end is selected at run time. All back ends give identical spikes, except that on CUDA
+    `lif_plain` rounds differently if `tau` is not a power of 2.
 
     Source: the LIF node of the authors' V1 code. The handling of NaN and infinity is specific to this project.
 
     Args:
-        x: Input current, `[T, ...]`, floating point. It may be expanded over time; its memory format is kept.
+        x: Input current, `[T, ...]`, floating point. It may be expanded over time; its memory format is preserved.
         tau: Membrane time constant, in time steps, > 1.
         v_threshold: Firing threshold.
         alpha: Steepness of the surrogate gradient.
@@ -147,7 +147,7 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
             [1., 1.]])
     """
     if not torch.jit.is_tracing() and (x.ndim == 0 or x.shape[0] == 0):
-        raise ValueError(f'Expected currents [T, ...] of at least one time step, got an input of {x.shape}.')
+        raise ValueError(f'Expected currents [T, ...] of at least one time step, got shape {x.shape}.')
     if torch.jit.is_scripting():
         return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
     if torch.jit.is_tracing():  # even under no_grad, so that the traced graph can be trained
@@ -201,7 +201,7 @@ register_class(LIF)
 
 @torch.no_grad()
 def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -> Tuple[Tensor, Tensor]:
-    """Return the membrane potentials of `lif`, before and after the reset: h and v of its equation.
+    """Return the membrane potentials of `lif` before and after the reset, h and v in its equation.
 
     Args:
         x: Input current, `[T, ...]`.
@@ -232,20 +232,20 @@ def record_membranes(
         layers: Optional[Sequence[str]] = None,
         before_reset: bool = False,
 ) -> Iterator[Dict[str, List[Tensor]]]:
-    """Record the membrane potentials of neuron layers in every forward within a `with` block.
+    """Record the membrane potentials of neuron layers in every forward pass within a `with` block.
 
     Forward hooks recompute them from the currents, in eager mode only. The recorded layers are not fused with their BN.
 
     Args:
-        model: Any module that holds `LIF` layers.
-        layers: Names of some of them, as in `model.named_modules()`; by default all.
-        before_reset: Record h of the equation in `lif`, not v, the potential after the reset.
+        model: Any module that contains `LIF` layers.
+        layers: Names of `LIF` layers, as in `model.named_modules()`; by default all.
+        before_reset: Record h, the potential before the reset, instead of v; see `lif`.
 
     Yields:
-        For each layer a list with a tensor `[T, B, ...]` per call of the layer, detached, on its device.
+        A dict with a list for each layer, which gets one detached tensor `[T, B, ...]` per call of the layer.
 
     Raises:
-        ValueError: The model has no such neuron layer.
+        ValueError: The model has no neuron layer with a given name.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2')
@@ -278,7 +278,7 @@ _carried: ContextVar[Optional['CarriedMembranes']] = ContextVar('carried', defau
 
 
 def carried_membranes() -> Optional['CarriedMembranes']:
-    """Return the active `CarriedMembranes`, or None outside of one."""
+    """Return the active `CarriedMembranes`, or None if there is none."""
     return None if torch.compiler.is_compiling() else _carried.get()
 
 
@@ -340,7 +340,7 @@ class CarriedMembranes:
         self._states[i:i + 1] = [(kind, *state)]
 
     def check_input(self, x: Tensor) -> None:
-        """Raise a ValueError if the network gets another number of time steps than was passed in."""
+        """Raise a ValueError if the number of time steps differs between the inputs of `__call__` and the network."""
         num_steps = x.shape[1] if x.ndim == 5 else None
         if num_steps != self._input_steps:
             raise ValueError(
@@ -353,12 +353,12 @@ class CarriedMembranes:
             x: Tensor,
             run: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]] = None,
     ) -> Tensor:
-        """Return the spikes of a neuron for its next currents, and carry its membranes.
+        """Return the spikes of a neuron for the next currents, and update its membrane potentials.
 
         Args:
             neuron: The neuron.
             x: Currents `[T, B, ...]`; with `run`, one time step of the kernel's input, `[B, ...]`.
-            run: Kernel to use, from initial membranes to spikes and final membranes.
+            run: Kernel to use, from initial membrane potentials to spikes and final membrane potentials.
         """
         shape = x.shape if run is not None else x.shape[1:]
         with self._state('membrane') as state:

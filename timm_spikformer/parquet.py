@@ -21,7 +21,7 @@ def read_parquet(
 
     Args:
         paths: The files.
-        expected: Sentence appended to errors about the columns, which states what was expected.
+        expected: Sentence that states what was expected, appended to errors about the columns.
 
     Returns:
         The encoded images; the class indices `[N]`, or None without a column `label`; the class names, or None if the
@@ -111,10 +111,10 @@ def _read_labels(
         schema = file.schema_arrow
         if 'label' not in schema.names:
             if labels:
-                raise ValueError(f'{path} has no column label, and the other files have one. {expected}')
+                raise ValueError(f'{path} has no column label, but the other files have one. {expected}')
             continue
         if not labels and path != next(iter(files)):
-            raise ValueError(f'{path} has a column label, and other files have none. {expected}')
+            raise ValueError(f'{path} has a column label, but other files have none. {expected}')
         type = schema.field('label').type
         try:
             column = file.read(columns=['label']).column('label')

@@ -1,7 +1,7 @@
-"""Sources of `pretrained=True`: the weights in the package, and a namespace on the Hub that the user sets.
+"""Sources of weights for `pretrained=True`: the package, and a namespace on the Hub that the user sets.
 
-There is no default namespace: anyone could register one that this project does not own. Only safetensors are
-downloaded, and their digest is compared with the one that the Hub stores them under.
+There is no default namespace, because this project owns none and anyone could register it. Only safetensors files are
+downloaded, and their digest is compared with the one on the Hub.
 """
 import hashlib
 import os
@@ -39,34 +39,35 @@ __all__ = [
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
 _SHIPPED = Path(__file__).parent / 'assets' / 'weights'
-SHA256_FILE = 'SHA256SUMS'  # in the same folder, in the format of sha256sum
+SHA256_FILE = 'SHA256SUMS'  # digests of the files in that folder, in the format of sha256sum
 _WITHOUT_WEIGHTS = 'untrained'  # tag of models that are never published
 
-_PATIENCE = 4.  # seconds that the Hub has to answer in
+_PATIENCE = 4.  # timeout for an answer from the Hub, in seconds
 
 _namespace: Optional[str] = None
 
 
 def shipped_weights(name: str) -> Optional[str]:
-    """Return the path of the shipped weights of `name`, a model.tag; None in copies of the code without them."""
+    """Return the path of the shipped weights of `name`, `MODEL.TAG`; None if this copy of the code has none."""
     path = _SHIPPED / f'{name}.safetensors'
     return str(path) if path.is_file() else None
 
 
 def check_shipped(file: str) -> None:
-    """
+    """Check the digest of a file of shipped weights.
+
     Raises:
-        RuntimeError: The digest of a file of shipped weights is not the expected one.
+        RuntimeError: The digest is not the expected one.
     """
     sums = _SHIPPED / SHA256_FILE
     lines = sums.read_text(encoding='utf-8').splitlines() if sums.is_file() else []
     expected = {name: digest for digest, name in (line.split('  ', 1) for line in lines)}.get(os.path.basename(file))
     if _sha256(file) != expected:
-        raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Install the package anew.')
+        raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
 
 
 def cfg_to_train(model: str) -> PretrainedCfg:
-    """Return the cfg to train `model` with: that of its first tag without weights."""
+    """Return the pretrained cfg to train `model` with, which is the first one without shipped weights."""
     return next(cfg for cfg in get_arch_pretrained_cfgs(model).values() if not cfg.file)
 
 
@@ -76,14 +77,14 @@ def _sha256(path: Union[str, Path]) -> str:
 
 
 def split_revision(repo: str) -> Tuple[str, Optional[str]]:
-    """Split `ORG/NAME@REVISION`, as timm writes it."""
+    """Split `ORG/NAME@REVISION`, which is timm's notation."""
     repo_id, _, revision = repo.partition('@')
     return repo_id, revision or None
 
 
 @contextmanager
 def _explained(repo: str, filename: str) -> Iterator[None]:
-    """Turn errors of a download into a RuntimeError that says what to do."""
+    """Convert download errors to a RuntimeError that states what to do."""
     repo_id, revision = split_revision(repo)
     try:
         yield
@@ -93,25 +94,25 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
             f'`hf auth login` or set HF_TOKEN.') from e
     except RevisionNotFoundError as e:
         raise RuntimeError(f'The repository {repo_id} has no revision {revision!r}.') from e
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:  # before EntryNotFoundError, whose subclass it is
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:  # before its base class EntryNotFoundError
         why = 'HF_HUB_OFFLINE is set. Unset it' if is_offline_mode() else 'the Hub cannot be reached. Connect'
         raise RuntimeError(f'{filename} of {repo} is not in the cache, and {why}, and try again.') from e
     except EntryNotFoundError as e:
         raise RuntimeError(
-            f'The repository {repo} holds no {filename}. Publish it with `timm-spikformer publish`; weights in another '
-            f'format than safetensors are not loaded.') from e
+            f'The repository {repo} contains no {filename}. Publish it with `timm-spikformer publish`; only weights in '
+            f'safetensors format are loaded.') from e
     except (HTTPError, OSError) as e:
         raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
 
 
 def check_hub(endpoint: Optional[str] = None) -> None:
-    """Fail within seconds if the Hub cannot be reached; the client itself would try again for up to a minute.
+    """Fail within seconds if the Hub cannot be reached; huggingface_hub itself would retry for up to a minute.
 
     Args:
-        endpoint: Address of the Hub, by default the one of huggingface_hub.
+        endpoint: URL of the Hub; by default, that of huggingface_hub.
 
     Raises:
-        RuntimeError: It cannot be reached, and why.
+        RuntimeError: The Hub cannot be reached; the message states why.
     """
     endpoint = endpoint or constants.ENDPOINT
     outcome: List[Optional[BaseException]] = []
@@ -123,7 +124,7 @@ def check_hub(endpoint: Optional[str] = None) -> None:
         except Exception as e:
             outcome.append(e)
 
-    # in a thread, as looking up a name has no time limit, and a host with several addresses has one for each
+    # in a thread, because a DNS lookup has no timeout, and the timeout applies to each address of a host separately
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
@@ -131,7 +132,7 @@ def check_hub(endpoint: Optional[str] = None) -> None:
     if error is not None:
         reason = str(error).strip().splitlines()[0].removesuffix('.') if str(error).strip() else type(error).__name__
         raise RuntimeError(
-            f'The Hub cannot be reached: {reason}. Check the network, or unset HF_HUB_OFFLINE where it is set, and try '
+            f'The Hub cannot be reached: {reason}. Check the network, or unset HF_HUB_OFFLINE if it is set, and try '
             f'again.') from error
 
 
@@ -139,8 +140,8 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
     """Download a file of a Hub repository, `ORG/NAME` or `ORG/NAME@REVISION`; return its path in the cache.
 
     Raises:
-        RuntimeError: There is no such repository, revision or file, or no network, or the file was damaged during the
-            download; a damaged file is removed from the cache.
+        RuntimeError: The repository, revision or file does not exist, there is no network, or the file was damaged
+            during the download; a damaged file is removed from the cache.
     """
     repo_id, revision = split_revision(repo)
     if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
@@ -148,13 +149,13 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
     with _explained(repo, filename):
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()
-    # the cache names files that the Hub stores by digest, such as weights, after it
+    # files that the Hub stores by digest, such as weights, have the digest as their name in the cache
     if re.fullmatch('[0-9a-f]{64}', blob.name) and _sha256(blob) != blob.name:
         Path(path).unlink()
         blob.unlink(missing_ok=True)
         raise RuntimeError(
-            f'{filename} of {repo} was damaged on its way: its sha256 is not {blob.name}. It has been removed from the '
-            f'cache; try again.')
+            f'{filename} of {repo} was damaged during the download: its sha256 is not {blob.name}. It has been removed '
+            f'from the cache; try again.')
     return path
 
 
@@ -175,8 +176,8 @@ def locate_weights(
         repository contains.
 
     Raises:
-        RuntimeError: There are no weights to load, and why.
-        ValueError: The repository holds another model, or the file is not a safetensors file.
+        RuntimeError: There are no weights to load; the message states why.
+        ValueError: The repository contains another model, or the file is not a safetensors file.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
@@ -190,22 +191,22 @@ def locate_weights(
     if repo is None:
         raise RuntimeError(
             f'No weights have been published for {name}. Train it (see recipes/ and `timm-spikformer demo`) or convert '
-            f"a checkpoint (`timm-spikformer convert`), and load yours by checkpoint_path=FILE, or as "
-            f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'. If an organization has published some, name it: "
+            f"a checkpoint (`timm-spikformer convert`), and load it with checkpoint_path=FILE, or as "
+            f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'. If an organization has published weights, select it with "
             f'timm_spikformer.set_hub_namespace("ORG") or {NAMESPACE_VARIABLE}=ORG.')
     filename = cfg.hf_hub_filename or WEIGHTS_FILE
-    if not re.fullmatch(r'[\w.-]+\.safetensors', filename):  # a config.json from the Hub may ask for anything
+    if not re.fullmatch(r'[\w.-]+\.safetensors', filename):  # the name may be from an untrusted config.json on the Hub
         raise ValueError(
-            f'{filename!r} of {repo} is not a name of a safetensors file, and nothing else is loaded from the Hub.')
+            f'{filename!r} of {repo} is not the name of a safetensors file. Other files are not loaded from the Hub.')
     cache_dir = kwargs.get('cache_dir')
     kwargs = dict(kwargs)
     if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
         check_hub()
-    if cfg.source != 'hf-hub':  # then timm has not read the repository's config.json yet
+    if cfg.source != 'hf-hub':  # otherwise timm has already read the config.json of the repository
         with _explained(repo, 'config.json'):
             repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
         if architecture != variant:
-            raise ValueError(f'The repository {repo} holds the model {architecture}, expected {variant}.')
+            raise ValueError(f'The repository {repo} contains the model {architecture}, expected {variant}.')
         kwargs['pretrained_cfg'] = repo_cfg
         model_args = {**model_args, **repo_args}
     file = download(repo, filename, cache_dir)
@@ -214,7 +215,7 @@ def locate_weights(
 
 
 def _repository(name: str) -> Optional[str]:
-    """Return the repository of `name`, a model.tag, in the user's namespace, None if there is none."""
+    """Return the repository of `name`, `MODEL.TAG`, in the namespace that the user has set, or None."""
     if _namespace is None or '.' not in name or name.endswith(f'.{_WITHOUT_WEIGHTS}'):
         return None
     organization, revision = split_revision(_namespace)
@@ -227,29 +228,29 @@ def _is_cached(repo: str, filename: str = WEIGHTS_FILE, cache_dir: Optional[Unio
 
 
 def _listed(namespace: str) -> Optional[Set[str]]:
-    """Return the repositories of a namespace; None, with a warning, if the Hub cannot be asked."""
+    """Return the repositories of a namespace; None, with a warning, if the Hub cannot be reached."""
     try:
         check_hub()
         return {info.id for info in HfApi().list_models(author=split_revision(namespace)[0])}
     except (RuntimeError, HTTPError, OSError) as e:
         warnings.warn(
-            f'{e} The models of {namespace} are not listed, other than those downloaded before.', stacklevel=3)
+            f'{e} Only models of {namespace} that have been downloaded before are listed.', stacklevel=3)
         return None
 
 
 def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
-    """Load weights that are not shipped from `NAMESPACE/MODEL.TAG` on the Hub.
+    """Set the Hub namespace of weights that are not in the package: they are loaded from `NAMESPACE/MODEL.TAG`.
 
-    `timm.list_pretrained` then lists the models there. The environment variable TIMM_SPIKFORMER_HUB does the same
-    without the network, so it lists only what has been downloaded before.
+    `timm.list_pretrained` then lists the models there. The environment variable TIMM_SPIKFORMER_HUB has the same effect
+    but does not use the network, so only models that have been downloaded before are listed.
 
     Args:
-        namespace: Organization or user, with `@REVISION` to pin a branch or tag; None for none.
-        ask_hub: Ask the Hub for its models. If it cannot be reached, there is a warning within seconds, and only
-            models in the cache are listed.
+        namespace: Organization or user, with `@REVISION` to pin a branch or tag; None for no namespace.
+        ask_hub: Query the Hub for the models of the namespace. If it cannot be reached within seconds, there is a
+            warning, and only models in the cache are listed.
 
     Raises:
-        ValueError: The name is not one of an organization or user.
+        ValueError: `namespace` is not a valid name of an organization or user.
     """
     global _namespace
     if namespace is not None and not re.fullmatch(r'[A-Za-z0-9][\w.-]*(@[\w./-]+)?', namespace):
@@ -266,12 +267,12 @@ def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
             default_cfg.cfgs[tag] = replace(cfg, hf_hub_id=repo)
         default_cfg.is_pretrained = any(cfg.has_weights for cfg in default_cfg.cfgs.values())
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the name is registered already, by the same function
+            warnings.simplefilter('ignore')  # timm warns that the name is already registered
             register_model(entry_point)
 
 
 def use_environment() -> None:
-    """Set the namespace that TIMM_SPIKFORMER_HUB names, without asking the Hub."""
+    """Set the namespace from the environment variable TIMM_SPIKFORMER_HUB, without querying the Hub."""
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
         set_hub_namespace(namespace, ask_hub=False)

@@ -1,6 +1,6 @@
 """Load checkpoints: files of timm's train.py, folders saved by timm or transformers, and models in memory.
 
-Each source is loaded by the library that wrote it, so that a `Checkpoint` contains the same model as that library
+Each source is loaded by the library that wrote it, so that a `Checkpoint` contains the same model that the library
 returns: a timm folder by `timm.create_model`, a transformers folder by `from_pretrained`, and a file of train.py by
 timm's `load_checkpoint`. Pickles are opened only with `weights_only=True`.
 """
@@ -51,12 +51,12 @@ _FROM_WEIGHTS = ('num_classes', 'in_chans')
 _MODEL_KWARGS = [
     name for name in inspect.signature(Spikformer).parameters if name not in (*_FROM_WEIGHTS, 'device', 'dtype')]
 _LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a stem stage for one image: 1 GiB in float32
-_DOES_NOT_LOAD = 'The weights in {} do not load into the model of its config.json: {}.'
+_DOES_NOT_LOAD = 'The weights in {} cannot be loaded into the model of its config.json: {}.'
 
 
 @dataclass
 class Training:
-    """How a model was trained, as far as its checkpoint records it: the command, and the arguments by name."""
+    """How a model was trained, if its checkpoint records it: the command, and the arguments by name."""
     command: str
     args: Dict[str, Any] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Checkpoint:
         return largest
 
     def batch_size(self, most: int) -> int:
-        """Return a batch size of at most `most` that keeps stem outputs within 1 GiB (at least 1)."""
+        """Return a batch size of 1 to `most` for which a stem stage outputs at most 1 GiB, if possible."""
         return max(1, min(most, _LARGEST_ACTIVATION // max(1, self.activation_size)))
 
 
@@ -123,7 +123,7 @@ def read_checkpoint(
     if path.is_dir():
         if ema or model_kwargs:
             option = '--ema' if ema else '--model-kwargs'
-            raise ValueError(f'{path} is a folder, whose config.json describes its weights. {option} is for a file.')
+            raise ValueError(f'{path} is a folder, whose config.json describes its weights. {option} is for files.')
         checkpoint = _read_folder(path)
     elif path.is_file():
         checkpoint = _read_file(path, model, ema, model_kwargs)
@@ -172,14 +172,14 @@ def check_data_config(path: object, checkpoint: Checkpoint) -> None:
         fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
         str_to_pil_interp(config['interpolation'])
     except _PARSING_ERRORS as e:
-        raise ValueError(f'{path} describes its images by {config}: {type(e).__name__} {first_line(e)}.') from e
+        raise ValueError(f'{path} has an invalid data config {config}: {type(e).__name__} {first_line(e)}.') from e
     if not fits:
-        raise ValueError(f'{path} describes its images by {config}; expected a size, mean and std of each channel, and '
+        raise ValueError(f'{path} has an invalid data config {config}; expected a size, mean and std per channel, and '
                          f'crop_pct.')
     if checkpoint.activation_size > _LARGEST_ACTIVATION:
         raise ValueError(
-            f'{path} is for images of {height} x {width} pixels and {checkpoint.encoder.time_steps} time steps, which '
-            f'need {checkpoint.activation_size:,} values after one stage of the stem, more than '
+            f'{path} is for images of {height} x {width} pixels and {checkpoint.encoder.time_steps} time steps, for '
+            f'which a stem stage outputs {checkpoint.activation_size:,} values per image, more than '
             f'{_LARGEST_ACTIVATION:,}. Choose a smaller img_size or fewer time_steps.')
 
 
@@ -210,13 +210,13 @@ def create_matching(
     try:
         converted = convert_state_dict(state_dict, empty).state_dict
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f'The checkpoint is not one of {name}: {first_line(e)}.') from e
+        raise ValueError(f'The checkpoint does not match {name}: {first_line(e)}.') from e
     head = converted.get('head.fc.weight')
     first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
     if first is None or first.ndim != 4 or (head is not None and head.ndim != 2):
         raise ValueError(
-            f'The checkpoint is not one of a Spikformer: it has no first convolution or another classifier. It holds '
-            f'{len(converted)} tensors, {next(iter(converted), "none")!r} first.')
+            f'The checkpoint is not of a Spikformer: the first convolution is missing, or its shape or that of the '
+            f'classifier is wrong. It contains {len(converted)} tensors, first {next(iter(converted), "none")!r}.')
     model = create(name, model_kwargs, num_classes=0 if head is None else len(head), in_chans=first.shape[1])
     try:
         if path is None:
@@ -225,7 +225,7 @@ def create_matching(
             load_checkpoint(model, str(path), use_ema=ema)
     except (RuntimeError, KeyError) as e:
         detail = str(e).splitlines()[-1].strip() if isinstance(e, RuntimeError) else repr(e)
-        raise ValueError(f'The checkpoint is of another model than {name}. {detail}') from e
+        raise ValueError(f'The checkpoint does not match {name}. {detail}') from e
     return model.eval()
 
 
@@ -242,10 +242,10 @@ def create(name: str, model_kwargs: Mapping[str, Any], **given: Any) -> Spikform
     """
     for key, value in model_kwargs.items():
         if key in _FROM_WEIGHTS:
-            raise ValueError(f'{key}={value!r} cannot be given: it is read from the weights.')
+            raise ValueError(f'{key}={value!r} cannot be set: it is read from the weights.')
         if key not in _MODEL_KWARGS or value is None:
             raise ValueError(
-                f'{name} cannot be created with {key}={value!r}. Expected values of {", ".join(_MODEL_KWARGS)}.')
+                f'{name} cannot be created with {key}={value!r}. The arguments are {", ".join(_MODEL_KWARGS)}.')
     try:
         return timm.create_model(name, **model_kwargs, **given)
     except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as e:
@@ -269,8 +269,7 @@ def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
             raise ValueError(f'Label {i + 1} is {name!r}; each class needs a name.')
         if name in seen:
             raise ValueError(
-                f'The label {name!r} is there twice, as number {seen[name] + 1} and {i + 1}; each class needs a name '
-                f'of its own.')
+                f'The label {name!r} occurs twice, as number {seen[name] + 1} and {i + 1}. Class names must be unique.')
         seen[name] = i
     checkpoint.labels = None if _are_defaults(labels) else labels
 
@@ -286,7 +285,7 @@ def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
         model: One of these, one of the transformers classes, or any of them wrapped in DDP or timm's EMA or compiled.
 
     Raises:
-        ValueError: The module is or wraps neither.
+        ValueError: The module neither is nor wraps one of them.
     """
     found = model
     while not isinstance(found, (Spikformer, SpikformerMAE)):
@@ -350,10 +349,10 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     check_tensors(path, state_dict)
     name = name or args.get('model')
     if not isinstance(name, str):
-        raise ValueError(f'{path} does not contain the name of its model. Name it with --model.')
+        raise ValueError(f'{path} does not contain the name of its model. Specify it with --model.')
     trained_with = args.get('model_kwargs') or {}
     if not isinstance(trained_with, dict):
-        raise ValueError(f'{path} was trained with model_kwargs={trained_with!r}, expected a dictionary.')
+        raise ValueError(f'{path} contains model_kwargs={trained_with!r}, expected a dictionary.')
     trained_with = {'global_pool': args.get('gp'), **trained_with}
     trained_with = {k: v for k, v in trained_with.items() if k not in _FROM_WEIGHTS and v is not None}
     model = create_matching(name.split('.')[0], state_dict, path, ema, {**trained_with, **(model_kwargs or {})})
@@ -364,7 +363,7 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
     except _PARSING_ERRORS as e:
-        raise ValueError(f'{path} describes its images by {sizes}, which does not fit {name}: {first_line(e)}.') from e
+        raise ValueError(f'{path} has an invalid data config {sizes} for {name}: {first_line(e)}.') from e
     if args:
         shown = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
         command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
@@ -378,12 +377,12 @@ def _is_private(key: str, value: Any) -> bool:
 
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / 'config.json').is_file():
-        raise ValueError(f'{path} holds no config.json. Expected a folder that timm or transformers has saved.')
+        raise ValueError(f'{path} contains no config.json. Expected a folder saved by timm or transformers.')
     config = _read_json(path / 'config.json')
     architecture = config.get('architecture', '')
     if config.get('model_type') != 'spikformer' and architecture not in timm.list_models(module='spikformer'):
         what = config.get('model_type') or architecture or 'model'
-        raise ValueError(f'{path} is of a {what}, expected a Spikformer.')
+        raise ValueError(f'{path} contains a {what}, expected a Spikformer.')
     tensors = _read_weights(path)
     check_tensors(path, tensors)
     if 'hidden_size' in config:
@@ -399,7 +398,7 @@ def _read_folder(path: Path) -> Checkpoint:
             checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
         except _PARSING_ERRORS as e:
             raise ValueError(
-                f'{path / "preprocessor_config.json"} is not one of an image processor with size, image_mean, '
+                f'{path / "preprocessor_config.json"} is not a valid image processor config with size, image_mean, '
                 f'image_std and resample: {type(e).__name__} {first_line(e)}.') from e
     checkpoint.training = _read_training(path)
     return checkpoint
@@ -411,11 +410,11 @@ def _read_weights(path: Path) -> Dict[str, Tensor]:
         return read_tensors(path / WEIGHTS_FILE)
     index = path / f'{WEIGHTS_FILE}.index.json'
     if not index.is_file():
-        raise ValueError(f'{path} holds no {WEIGHTS_FILE}. Save with safe_serialization=True; pickles are not read.')
+        raise ValueError(f'{path} contains no {WEIGHTS_FILE}. Save with safe_serialization=True; pickles are not read.')
     parts = _read_json(index).get('weight_map')
     names = sorted(set(parts.values())) if isinstance(parts, dict) else [None]
     if not all(isinstance(name, str) and (path / name).suffix == '.safetensors' for name in names):
-        raise ValueError(f'{index} does not name the files of the weights by weight_map, in safetensors.')
+        raise ValueError(f'{index} has no weight_map that lists safetensors files.')
     return {key: value for name in names for key, value in read_tensors(path / name).items()}
 
 
@@ -423,10 +422,10 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
     """Load a timm folder with timm."""
     model_args = config.get('model_args') or {}
     if not isinstance(model_args, dict) or not isinstance(config.get('pretrained_cfg', {}), dict):
-        raise ValueError(f'{path / "config.json"} holds model_args or a pretrained_cfg that are not objects.')
+        raise ValueError(f'model_args and pretrained_cfg in {path / "config.json"} must be JSON objects.')
     unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_FROM_WEIGHTS})
     if unknown:  # some of these would make timm load another file
-        raise ValueError(f'{path / "config.json"} holds model_args that are not of the network: {unknown[0]}.')
+        raise ValueError(f'model_args in {path / "config.json"} contains an unknown model argument, {unknown[0]}.')
     check_size(path, tensors, {**model_args, **{key: config[key] for key in _FROM_WEIGHTS if key in config}})
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
@@ -463,8 +462,8 @@ def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tenso
     lacking = sorted({*info['missing_keys'], *info['unexpected_keys']})
     if lacking:
         raise ValueError(
-            f'The weights in {path} are not those of the model in its config.json: {len(lacking)} tensors are missing '
-            f'or left over, such as {lacking[0]}.')
+            f'The weights in {path} do not match the model in its config.json: {len(lacking)} tensors are missing or '
+            f'unexpected, such as {lacking[0]}.')
     return _of_module(model)
 
 
@@ -476,7 +475,7 @@ def _read_training(path: Path) -> Optional[Training]:
             args = yaml.safe_load(file.read_text(encoding='utf-8'))
             return Training(str(args.pop('command')), args)
         except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
-            raise ValueError(f'{file} does not say how the model was trained, with `command: ...` and the arguments: '
+            raise ValueError(f'{file} does not contain `command: ...` and the arguments of the training: '
                              f'{type(e).__name__} {first_line(e)}. Remove it.') from e
     # in the folder itself or in a checkpoint folder of transformers' Trainer
     files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
@@ -490,7 +489,7 @@ def _read_training(path: Path) -> Optional[Training]:
             peak_learning_rate_logged=max((entry['learning_rate'] for entry in log), default=None))
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(
-            f'{files[0]} is not a state of the Trainer: {type(e).__name__} {first_line(e)}. Remove it.') from e
+            f'{files[0]} is not a valid Trainer state: {type(e).__name__} {first_line(e)}. Remove it.') from e
     return Training('transformers Trainer', {k: v for k, v in args.items() if v is not None})
 
 
@@ -500,5 +499,5 @@ def _read_json(path: Path) -> Dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not JSON: {e}.') from e
     if not isinstance(content, dict):
-        raise ValueError(f'{path} holds a {type(content).__name__}, expected an object with names.')
+        raise ValueError(f'{path} contains a {type(content).__name__}, expected a JSON object.')
     return content

@@ -31,9 +31,9 @@ def preserve_bn_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class _Recomputation(contextlib.AbstractContextManager):
-    """Context for recomputation: use the kernels of the forward, and do not update BN statistics.
+    """Context for recomputation: use the kernels of the forward pass, and do not update BN statistics.
 
-    Each backward through the same graph enters it once more.
+    It is entered again for each backward pass through the same graph.
     """
 
     def __init__(self, module: nn.Module, decisions: Decisions):
@@ -52,7 +52,7 @@ class _Recomputation(contextlib.AbstractContextManager):
 
 
 def checkpoint_with_bn(module: nn.Module, *args: Any) -> Tensor:
-    """Call a module with gradient checkpointing; the recomputation does not update the running statistics again.
+    """Call a module with gradient checkpointing; the recomputation does not update running statistics again.
 
     Args:
         module: Module to call.

@@ -1,4 +1,4 @@
-"""Input layout (images and sequences to time-major) and averaging over time."""
+"""Conversion of images and sequences to time-major layout, and averaging over time."""
 from typing import Tuple
 
 import torch
@@ -12,25 +12,34 @@ __all__ = ['check_time_steps', 'mean_over_time', 'to_time_major']
 
 
 def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) -> Tuple[Tensor, int]:
-    """Check the input and put time first: `[B, C, H, W] -> [1, B, ...]`, `[B, T, C, H, W] -> [T, B, ...]`, and T.
+    """Check the input, and return it in time-major layout with the number of time steps.
 
-    In eager mode on a CPU the input is converted to channels-last, which the kernels require. Compilers choose layouts
+    In eager mode on a CPU, the input is converted to channels-last, which the kernels require. Compilers choose layouts
     themselves.
 
+    Args:
+        x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`.
+        time_steps: Number of time steps for images.
+        in_chans: Expected number of channels.
+        patch_size: Patch size, of which height and width must be multiples.
+
+    Returns:
+        `[1, B, C, H, W]` and `time_steps` for images, or `[T, B, C, H, W]` and T for sequences.
+
     Raises:
-        ValueError: The number of dimensions, of channels or of time steps, or the image size, is not what is expected.
+        ValueError: The number of dimensions, channels or time steps, or the image size, is invalid.
     """
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
             f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got {x.ndim} dimensions: {x.shape}.')
     if x.shape[-3] != in_chans:
-        raise ValueError(f'Expected {in_chans} channels (in_chans), got {x.shape[-3]} in an input of {x.shape}.')
+        raise ValueError(f'Expected {in_chans} channels (in_chans), got {x.shape[-3]} in shape {x.shape}.')
     if x.shape[-2] % patch_size != 0 or x.shape[-1] % patch_size != 0:
         raise ValueError(
-            f'Height and width must be multiples of the patch size {patch_size}, got an input of {x.shape}.')
+            f'Height and width must be multiples of the patch size {patch_size}, got shape {x.shape}.')
     if x.ndim == 5:
         if x.shape[1] == 0:
-            raise ValueError(f'Expected sequences of at least one time step, got an input of {x.shape}.')
+            raise ValueError(f'Expected sequences of at least one time step, got shape {x.shape}.')
         x, time_steps = x.transpose(0, 1), x.shape[1]
     else:
         x = x.unsqueeze(0)
@@ -45,7 +54,7 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
 
 
 def mean_over_time(x: Tensor) -> Tensor:
-    """Return the mean over time, `[T, ...] -> [...]`; over all steps so far within `CarriedMembranes`."""
+    """Return the mean over time, `[T, ...] -> [...]`; within `CarriedMembranes`, the mean over all steps so far."""
     if not torch.jit.is_scripting():
         carried = carried_membranes()
         if carried is not None:
@@ -57,6 +66,6 @@ def check_time_steps(time_steps: int) -> int:
     """Validate a number of time steps and return it as int.
 
     Raises:
-        ValueError: It is not an integer of at least 1. NumPy integers are accepted, bool is not.
+        ValueError: `time_steps` is not an integer of at least 1. NumPy integers are accepted, bool is not.
     """
     return check_integer('time_steps', time_steps, 1)

@@ -1,12 +1,12 @@
 """ Spikformer and Spikformer V2
 
-Spiking vision transformers: every activation between layers is a spike, or a small integer sum of spikes.
+Spiking vision transformers: activations between layers are binary spikes, or sums of spikes, which are small integers.
 
 `Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket` - https://arxiv.org/abs/2401.02020
 `Spikformer: When Spiking Neural Network Meets Transformer` - https://arxiv.org/abs/2209.15425
 
-The authors have released code for V1 only, https://github.com/ZK-Zhou/spikformer. V1 follows it. V2 is built from the
-paper and its published parameter counts; the docstrings say where a choice is this project's.
+The authors have released code only for V1, https://github.com/ZK-Zhou/spikformer. V1 follows this code. V2 follows the
+paper and its published parameter counts; docstrings state which choices are this project's own.
 """
 from typing import Any, Dict
 
@@ -23,7 +23,8 @@ __all__ = ['Spikformer', 'check_model_name', 'find_spikformer']
 
 
 def check_model_name(name: str) -> None:
-    """
+    """Check the name of a model.
+
     Raises:
         ValueError: It is not the name of a registered Spikformer.
     """
@@ -61,10 +62,10 @@ _FASHION_MNIST = dict(
     num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), mean=(0.286,) * 3, std=(0.353,) * 3,
 )
 
-# Frames of the authors' code are counts of events, given to the network as they are.
+# In the authors' code, frames are event counts, which are passed to the network without normalization.
 _CIFAR10_DVS = dict(num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.))
 
-# Where there is no file, weights are those that a Hub namespace of the user's has under the same name.
+# Without `file`, weights are loaded from the repository with the same name in the Hub namespace that the user has set.
 default_cfgs = generate_default_cfgs({
     'spikformer_v2_8_384.in1k': _cfg(),
     'spikformer_v2_8_512.in1k': _cfg(),
@@ -93,14 +94,14 @@ default_cfgs = generate_default_cfgs({
 
 
 def _pretrained_filter_fn(state_dict: Dict[str, Any], model: Spikformer) -> Dict[str, Tensor]:
-    """Convert a checkpoint, and fail with a short message if it is of another architecture."""
+    """Convert a checkpoint, and fail with a short message on an architecture mismatch."""
     state_dict = checkpoint_filter_fn(state_dict, model)
     check_keys(state_dict, model)
     return state_dict
 
 
 def _check_feature_args(model_args: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Check the arguments that timm gives to models for dense prediction; return `kwargs` without `output_stride`."""
+    """Check timm's arguments for feature extraction; return `kwargs` without `output_stride`."""
     kwargs = dict(kwargs)
     feature_cls = kwargs.get('feature_cls', 'getter')
     if kwargs.get('features_only') and feature_cls not in ('getter', FeatureGetterNet):
@@ -162,7 +163,7 @@ def spikformer_v2_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
 def spikformer_v2_16_768(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-16-768, 172.28 M parameters, which the paper trains with one time step.
 
-    172.70 M is quoted in places. No structure fits it together with the counts of the two 8-layer models.
+    Some sources state 172.70 M, but no structure has both this count and those of the two 8-layer models.
     """
     model_args = dict(embed_dim=768, depth=16, num_heads=12, time_steps=1)
     return _create_spikformer('spikformer_v2_16_768', pretrained, model_args, kwargs)
@@ -184,10 +185,10 @@ def spikformer_v2_2_128_patch4_32(pretrained: bool = False, **kwargs) -> Spikfor
 
 @register_model
 def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer:
-    """Spikformer V2-2-64 for 32x32 images, the demo's model: trains in minutes on a CPU.
+    """Spikformer V2-2-64 for 32x32 images, the model of the demo, which trains in minutes on a CPU.
 
-    Its stem keeps the resolution in the first stage, where the image becomes spikes, and then reduces early: on the
-    demo's data that gave 82.1 % against 79.0 % for strides (2, 2, 1, 1), at 1.4 times the time.
+    The first stage, which converts the image to spikes, keeps the resolution, and the next two halve it. On the demo's
+    data, accuracy was 82.1 %, compared with 79.0 % for strides (2, 2, 1, 1), at 1.4 times the time.
     """
     model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2, time_steps=1)
     return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained, model_args, kwargs)
@@ -223,7 +224,7 @@ def spikformer_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
 
 @register_model
 def spikformer_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
-    """Spikformer-8-768 (V1), 66.34 M parameters; heads as in the family's later models."""
+    """Spikformer-8-768 (V1), 66.34 M parameters; the number of heads is that of later models of this family."""
     model_args = dict(stem='sps', embed_dim=768, depth=8, num_heads=12)
     return _create_spikformer('spikformer_8_768', pretrained, model_args, kwargs)
 
@@ -239,7 +240,7 @@ def spikformer_4_384_patch4_32(pretrained: bool = False, **kwargs) -> Spikformer
 def spikformer_2_256_patch16_128(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer-2-256 (V1) for 128x128 event frames of two channels, V1's CIFAR10-DVS model of 16 time steps.
 
-    Its attention scale is 0.25, which is one over the square root of a head's width; V1's other models have 0.125.
+    The attention scale is 0.25, the inverse square root of the head dimension 16; it is 0.125 in V1's other models.
     """
     model_args = dict(stem='sps', embed_dim=256, depth=2, num_heads=16, attn_scale=0.25, time_steps=16)
     return _create_spikformer('spikformer_2_256_patch16_128', pretrained, model_args, kwargs)

@@ -47,12 +47,12 @@ def read_tensors(path: Path) -> Dict[str, Any]:
     except (RuntimeError, ValueError) as e:
         raise ValueError(
             f'{path} cannot be opened without running code from it, or is damaged. Expected a checkpoint of tensors '
-            f'and plain values; save the state_dict alone. {first_line(e)}') from e
+            f'and plain values; save only the state_dict. {first_line(e)}') from e
     except (EOFError, OSError, LookupError, AttributeError, TypeError) as e:
         raise ValueError(f'{path} is not a checkpoint, or is damaged: {first_line(e)}.') from e
     if not isinstance(content, dict):
         raise ValueError(
-            f'{path} holds a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
+            f'{path} contains a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
     return content
 
 
@@ -78,9 +78,9 @@ def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> D
     found = next((content[key] for key in keys if key in content), None if ema else content)
     if ema and found is None:
         raise ValueError(
-            f'{path} holds no averaged weights, which train.py stores with --model-ema. Omit --ema.')
+            f'{path} contains no averaged weights, which train.py stores with --model-ema. Omit --ema.')
     if not isinstance(found, dict) or not found:
-        raise ValueError(f'{path} holds no state dict: expected tensors by name, got {type(found).__name__}.')
+        raise ValueError(f'{path} contains no state dict: expected tensors by name, got {type(found).__name__}.')
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
@@ -96,22 +96,22 @@ def check_tensors(path: object, tensors: Mapping[str, Tensor]) -> None:
         tensors: Weights by name.
 
     Raises:
-        ValueError: A tensor is not; the message names the first one.
+        ValueError: A tensor is invalid; the message names the first one.
     """
     for name, value in tensors.items():
         if value.is_meta:
-            raise ValueError(f'{path} holds no weights: {name} is on the meta device. Load them before saving.')
+            raise ValueError(f'{path} contains no weights: {name} is on the meta device. Load them before saving.')
         if value.layout is not torch.strided or value.is_quantized:
             what = 'quantized' if value.is_quantized else str(value.layout)
-            raise ValueError(f'{path} holds {name} as a {what} tensor, expected a dense one of floating-point numbers.')
+            raise ValueError(f'{path} contains {name} as a {what} tensor, expected a dense floating-point tensor.')
         if value.dtype not in _DTYPES and not (name.endswith('num_batches_tracked') and not value.is_complex()):
             raise ValueError(
-                f'{path} holds {name} in {value.dtype}; weights are floating-point numbers, one of '
+                f'{path} contains {name} in {value.dtype}, expected a floating-point dtype: '
                 f'{", ".join(map(str, _DTYPES))}.')
         is_finite = torch.isfinite(value.float())
         if not is_finite.all():
             raise ValueError(
-                f'{path} holds weights that are not finite: {int((~is_finite).sum())} of {value.numel()} values of '
+                f'{path} contains weights that are not finite: {int((~is_finite).sum())} of {value.numel()} values of '
                 f'{name} are NaN or infinite in float32. Use an earlier checkpoint.')
 
 
@@ -140,4 +140,4 @@ def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, A
     given = {key: value for key, value in args.items() if value is not None}
     if given and needed > held:
         raise ValueError(
-            f'{path} describes a model of at least {needed:,.0f} weights by {given}, and there are {held:,} values.')
+            f'{path} describes a model of at least {needed:,.0f} weights by {given}, but there are {held:,} values.')

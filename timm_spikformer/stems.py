@@ -24,7 +24,8 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
     Downsampling in early stages is several times cheaper, as most operations are at high resolution.
 
     Raises:
-        ValueError: The strides are not four values of 1 or 2 whose product is the patch size.
+        ValueError: The strides are not four values of 1 or 2 whose product is the patch size, or the patch size is
+            not 1, 2, 4, 8 or 16.
     """
     if stem_strides is None:
         num_reductions = int(math.log2(patch_size)) if patch_size > 0 else 0
@@ -40,9 +41,9 @@ def resolve_strides(patch_size: int, stem_strides: Optional[Sequence[int]] = Non
 
 
 class _Stage(nn.Module):
-    """A stage, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`, computed by `forward_patches`.
+    """Base class of a stage, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`, which is computed by `forward_patches`.
 
-    For masked images, the input of `forward_patches` is the visible patches, `[T or 1, B * N', C, p, p]`.
+    For masked images, the input of `forward_patches` consists of the visible patches, `[T or 1, B * N', C, p, p]`.
     """
 
     def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
@@ -114,7 +115,7 @@ class SpikingPatchStage(_Stage):
 
 
 class _Stem(nn.Module):
-    """Four stages, `stages`, each `(x, time_steps, visible) -> x`; `strides` and `widths` describe them."""
+    """Base class of the stems: four `stages`, `(x, time_steps, visible) -> x`, with their `strides` and `widths`."""
     stage_cls = SpikingConvStage
 
     def __init__(
@@ -152,8 +153,8 @@ class _Stem(nn.Module):
 class SpikingConvStem(_Stem):
     """Spiking Convolutional Stem (SCS) of V2, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
-    One residual block of ratio 4 per stage, no pooling and no position embedding: this is
-    inferred from the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
+    Each stage has one residual block of ratio 4; there is no pooling and no position embedding. This is inferred from
+    the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
     """
     stage_cls = SpikingConvStage
 
@@ -161,7 +162,7 @@ class SpikingConvStem(_Stem):
 class SpikingPatchSplitting(_Stem):
     """Spiking Patch Splitting (SPS) of V1, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
-    It pools after the neuron, as the authors' code does. The last stage ends in V1's conditional position embedding.
+    Pooling follows the neuron, as in the authors' code. The last stage ends with V1's conditional position embedding.
     """
     stage_cls = SpikingPatchStage
 

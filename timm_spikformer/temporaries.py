@@ -34,7 +34,7 @@ def temporary_path(target: Path, parent: Path) -> Path:
 
 def _prefix(target: Path) -> str:
     """Return the name prefix of the temporary files and folders of a target; it differs between machines."""
-    owner = os.fsencode(f'{platform.node()}/{target.name}')  # other machines may not see the locks of this one
+    owner = os.fsencode(f'{platform.node()}/{target.name}')  # locks of this machine may not apply on other machines
     return f'{PREFIX}{hashlib.sha256(owner).hexdigest()[:8]}-'
 
 
@@ -44,8 +44,8 @@ def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Ite
     path, descriptor = temporary_path(target, parent), None
     try:
         with naming(target, path):
-            with lock(parent):  # no other process sees it before it is locked
-                # not by tempfile, which sets more restrictive permissions than those of other new files
+            with lock(parent):  # so that no other process finds it before it is locked
+                # not with tempfile, which sets more restrictive permissions than those of other new files
                 if is_folder:
                     path.mkdir()
                 else:
@@ -100,7 +100,7 @@ def naming(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
     An error of safetensors that contains the text "(os error N)" is converted to an OSError as well.
 
     Args:
-        path: File or folder that the user asked for.
+        path: File or folder that the user specified.
         temporary: Convert only errors about this path or a path that starts with it; by default, all errors.
     """
     try:
@@ -180,11 +180,11 @@ def _acquire(path: Path) -> int:
         except BlockingIOError as e:
             os.close(descriptor)
             raise ValueError(
-                f'Another run of timm-spikformer is writing to {path.parent}. Wait until it ends, or name another '
+                f'Another run of timm-spikformer is writing to {path.parent}. Wait until it ends, or choose another '
                 f'folder.') from e
         except OSError:
             pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # the run that had locked it has removed it in the meantime
+        os.close(descriptor)  # the run that had locked the file has removed it in the meantime

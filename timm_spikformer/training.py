@@ -1,8 +1,7 @@
 """Training with timm's data loader, optimizer, scheduler and EMA; resumable, and deterministic for a given seed.
 
-The demo and the study in `reproduction/` train with this loop. It exists besides timm's train.py because it needs no
-script, resumes to the bit, and also trains a masked autoencoder. The fields of `Recipe` are named like the options of
-train.py.
+The demo and the study in `reproduction/` use this loop. Unlike timm's train.py, it needs no script, resumes bit for
+bit, and can also train a masked autoencoder. The fields of `Recipe` are named like the options of train.py.
 """
 import io
 import math
@@ -43,7 +42,7 @@ class Recipe(NamedTuple):
         beta2: Second beta of AdamW.
         layer_decay: Factor of the learning rate from each layer to the one below; None for no layer decay.
         warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak.
-        ema_decay: Decay of the moving average of the weights, which is what training returns.
+        ema_decay: Decay of the moving average of the weights; training returns the averaged weights.
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
         seed: Random seed.
@@ -62,7 +61,7 @@ class Recipe(NamedTuple):
 
 
 class Callback:
-    """Methods that `train` calls; they do nothing by default."""
+    """Base class of callbacks for `train`. Its methods do nothing."""
 
     def on_start(self, epoch: int) -> None:
         """Called before the first epoch that runs; `epoch` is greater than 0 for a resumed run."""
@@ -80,8 +79,8 @@ class Trained(NamedTuple):
     Args:
         model: The moving average of the model, in train mode, with BN statistics computed for it.
         history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
-            `seconds`, and what the callback has added.
-        seconds: Training time in seconds, including that before an interruption.
+            `seconds`, and entries added by the callback.
+        seconds: Training time in seconds, including the time before an interruption.
     """
     model: nn.Module
     history: List[Dict[str, Any]]
@@ -103,7 +102,7 @@ def raise_bn_bias(model: nn.Module) -> None:
     """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
 
     At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
-    at least 2, which is about 2 % of them. With this bias it is 10 %. This is the project's own choice.
+    at least 2. About 2 % of the neurons do; with this bias, 10 %. This is the project's own choice.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -123,7 +122,7 @@ def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
 
 def save_checkpoint(path: Path, kind: str, **state: Any) -> None:
     """Write or replace a checkpoint atomically: after an interruption, the previous file is intact."""
-    buffer = io.BytesIO()  # on a full disk, torch.save would raise an error that does not name the cause
+    buffer = io.BytesIO()  # on a full disk, torch.save would raise an error that does not state the cause
     torch.save(state, buffer)
     with write_file(path, kind) as partial:
         partial.write_bytes(buffer.getbuffer())
@@ -152,13 +151,13 @@ def load_checkpoint(
         for name in sorted({*before, *trained_with}):
             if before.get(name) != trained_with.get(name):
                 raise ValueError(
-                    f'it was trained with {name} = {before.get(name)}, and now it is {trained_with.get(name)}.')
+                    f'it was trained with {name} = {before.get(name)}, but now it is {trained_with.get(name)}.')
         if type(epoch) is not int or not 0 <= epoch < epochs:
             raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}.')
         if len(history) != epoch + 1:
             raise ValueError(f'it records {len(history)} epochs, expected {epoch + 1}.')
         if type(seconds) is not float or not 0. <= seconds < math.inf:
-            raise ValueError(f'it says that training took {seconds} seconds.')
+            raise ValueError(f'its training time is {seconds} seconds.')
         for key, module in modules.items():
             module.load_state_dict(state[key])
         return epoch + 1, history, seconds
@@ -197,7 +196,7 @@ def train(
         callback: Its methods are called during training.
 
     Raises:
-        ValueError: The loss is not finite, or the checkpoint is not of this run.
+        ValueError: The loss is not finite, or the checkpoint belongs to another run.
     """
     start = time.time()
     callback = callback or Callback()
@@ -255,7 +254,7 @@ def train(
                 checkpoint, kind, epoch=epoch, history=history, seconds=seconds_before + time.time() - start,
                 trained_with=trained_with, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
                 optimizer=optimizer.state_dict())
-    # with the averaged running statistics, which lag behind the weights, many neurons would not fire
+    # the averaged running statistics lag behind the weights: with them, many neurons would not fire
     random_seed(recipe.seed)
     update_bn(
         make_loader(images.take(_BN_IMAGES, recipe.seed), config, recipe.batch_size, device), ema.module, device)

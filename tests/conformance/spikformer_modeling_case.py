@@ -1,4 +1,4 @@
-"""What transformers' tests/test_modeling_common.py asks of a model's own test file; see test_transformers.py."""
+"""Test cases for transformers' tests/test_modeling_common.py; run by test_transformers.py."""
 import unittest
 
 import torch
@@ -16,7 +16,7 @@ from timm_spikformer import (
     SpikformerModel,
 )
 
-# transformers' tests choose inputs and cases by its own tables of class names
+# transformers' tests choose inputs and test cases by these tables of class names
 MODEL_MAPPING_NAMES['spikformer'] = 'SpikformerModel'
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES['spikformer'] = 'SpikformerForImageClassification'
 MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES['spikformer'] = 'SpikformerForMaskedImageModeling'
@@ -59,20 +59,20 @@ class SpikformerModelTest(ModelTesterMixin, unittest.TestCase):
         self.model_tester = SpikformerModelTester(self, self.seq_length)
 
     def test_model_get_set_embeddings(self):
-        """As other image models do: there is no nn.Embedding."""
+        """Override the test, as other image models do, because there is no nn.Embedding."""
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             self.assertIsInstance(model_class(config).get_input_embeddings(), torch.nn.Module)
 
 
 class SpikformerForMaskedImageModelingTest(SpikformerModelTest):
-    """Hidden states are of the visible quarter of the patches."""
+    """Tests with masked images; hidden states contain the visible quarter of the patches."""
     all_model_classes = (SpikformerForMaskedImageModeling,)
     seq_length = SpikformerModelTester.num_patches // 4
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs_dict = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
-        # a mask that does not change from call to call
+        # the same mask in each call
         mask = torch.arange(self.model_tester.num_patches) % 4 > 0
         inputs_dict['bool_masked_pos'] = mask.expand(len(inputs_dict['pixel_values']), -1)
         return inputs_dict

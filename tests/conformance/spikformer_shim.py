@@ -1,6 +1,6 @@
-"""timm's tests/test_models.py imports the module that $TORCH_BACKEND names, before it collects.
+"""Register the models for timm's tests/test_models.py, which imports the module named by $TORCH_BACKEND.
 
-Three of its tests select models by the name of an in-tree module: there, this project's models stand beside Hiera's.
+Three of its tests select models by the name of a timm module, so the models are also listed under `hiera`.
 """
 from timm.models import _registry
 

@@ -1,4 +1,4 @@
-"""timm's own model tests, unmodified, over this project's models. They come with timm's source archive."""
+"""timm's model tests, unmodified, from timm's source archive, on the models of this package."""
 import os
 import re
 import subprocess
@@ -11,16 +11,16 @@ import pytest
 import timm
 
 TESTS_PER_MODEL = 11
-TESTS_OF_WEIGHTS = 3  # load_pretrained, features_pretrained, and the cfg of its second tag
+TESTS_OF_WEIGHTS = 3  # load_pretrained, features_pretrained, and the config of the second tag
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
 SMALL = ['test_spikformer_v2', 'spikformer_4_384_patch4_32', 'spikformer_v2_8_384', SHIPPED]
 
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory) -> Path:
-    """timm's source archive of the installed version, unpacked."""
+    """Folder with the extracted source archive of the installed version of timm."""
     folder = tmp_path_factory.mktemp('timm')
-    # asking for an archive's name builds its metadata, for which timm's build backend must be there: pdm-backend
+    # pip builds the metadata of the archive, which requires timm's build back end, pdm-backend
     subprocess.run(
         [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '--no-build-isolation',
          '-d', str(folder), f'timm=={timm.__version__}'],

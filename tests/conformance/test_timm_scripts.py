@@ -1,6 +1,6 @@
-"""timm's scripts, unmodified, run through `python -m timm_spikformer` on real images.
+"""timm's scripts, unmodified, run with `python -m timm_spikformer` on real images.
 
-The scripts are on no package index: TIMM_SCRIPTS names the root of a clone of timm's repository.
+The scripts are not part of the timm package: set TIMM_SCRIPTS to the root of a clone of timm's repository.
 """
 import csv
 import json
@@ -36,11 +36,11 @@ TRAIN = ['--model', MODEL, '--num-classes', 10, '--device', 'cpu', '-j', 1, '-b'
 
 @pytest.fixture(scope='module')
 def run_script(tmp_path_factory):
-    """A function that runs a script to its end and returns what it wrote."""
+    """Function that runs a script and returns its output."""
     source = os.environ.get('TIMM_SCRIPTS')
     if not source or not (Path(source) / 'train.py').is_file():
-        raise pytest.UsageError(f"Set TIMM_SCRIPTS to a clone of timm's repository (train.py is in it), got {source}.")
-    folder = tmp_path_factory.mktemp('scripts')  # away from the clone's own timm, which may be of another version
+        raise pytest.UsageError(f"Set TIMM_SCRIPTS to a clone of timm's repository, with train.py in it; got {source}.")
+    folder = tmp_path_factory.mktemp('scripts')  # outside the clone, whose timm package may be of another version
     for script in Path(source).glob('*.py'):
         shutil.copy(script, folder)
 
@@ -61,7 +61,7 @@ def read_summary(output: Path) -> list:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """Image folders of 20 training and 5 validation images of each class."""
+    """Image folders with 20 training and 5 validation images per class."""
     root = tmp_path_factory.mktemp('images')
     write_images(root / 'train', 'train', classes=10, count=20)
     write_images(root / 'validation', 'test', classes=10, count=5)
@@ -113,7 +113,7 @@ def test_train_resumes(run_script, folder, tmp_path):
     assert [row['epoch'] for row in read_summary(tmp_path / 'b')] == [1]
 
 
-def test_recipe_of_the_demo(run_script, tmp_path):
+def test_fashion_mnist_recipe(run_script, tmp_path):
     run_script(
         'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 2, '--output', tmp_path,
         '--experiment', 'run', launcher=())
@@ -121,8 +121,8 @@ def test_recipe_of_the_demo(run_script, tmp_path):
 
 
 @pytest.mark.parametrize('ema', [False, True])
-def test_a_run_is_published(ema, run_script, tmp_path):
-    """train.py, validate.py, publish: what is in the folder is the checkpoint, and the accuracy validate.py's."""
+def test_publish_train_py_run(ema, run_script, tmp_path):
+    """After train.py and validate.py, the published folder holds the checkpoint and the accuracy of validate.py."""
     name = 'spikformer_v2_2_64_patch4_32'
     run_script(
         'train.py', '-c', RECIPES / 'fashion_mnist.yaml', '--device', 'cpu', '--epochs', 2, '--output', tmp_path,
@@ -147,7 +147,7 @@ def test_a_run_is_published(ema, run_script, tmp_path):
 
 @pytest.mark.parametrize('recipe', [p.name for p in OF_TIMM if p.stem != 'fashion_mnist'])
 def test_recipe(run_script, recipe, folder, tmp_path):
-    """The recipe as it is but for its model's size, its data and its device."""
+    """Run the recipe with a smaller model, other data and another device."""
     is_cifar = recipe == 'cifar10.yaml'
     model = [] if is_cifar else ['--img-size', 32]
     run_script(
@@ -182,7 +182,7 @@ def test_validate(run_script, options, folder, checkpoint, tmp_path):
     assert measured['top1'] == pytest.approx(best, abs=0.0 if not options else 4.0)
 
 
-def test_benchmark_of_a_folded_model(run_script):
+def test_benchmark_of_folded_model(run_script):
     log = run_script(
         'benchmark.py', '--model', MODEL, '--bench', 'infer', '--device', 'cpu', '-b', 8, '--num-warm-iter', 1,
         '--num-bench-iter', 5, '--model-kwargs', 'time_steps=1', '--reparam')

@@ -1,4 +1,4 @@
-"""transformers' own model tests, unmodified, over this project's classes, from transformers' source archive."""
+"""transformers' model tests, unmodified, from transformers' source archive, on the classes of this package."""
 import os
 import re
 import shutil
@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 import transformers
 
-PASSING = 137  # in two cases; what is skipped asks for a GPU, text, attention weights or optional packages
+PASSING = 137  # in two test cases; skipped tests require a GPU, text, attention weights or optional packages
 
-# what fails, and why
+# expected failures, and their reasons
 NO_LAYERS_OF_TRANSFORMERS = (
-    "looks for transformers' GradientCheckpointingLayer; the wrapped timm model checkpoints by itself, so that BN is "
-    'updated once')
+    "expects transformers' GradientCheckpointingLayer; the wrapped timm model has its own checkpointing, which updates "
+    'BN once')
 EXPECTED_FAILURES = {
     'test_gradient_checkpointing_enable_disable': NO_LAYERS_OF_TRANSFORMERS,
     'test_training_gradient_checkpointing': NO_LAYERS_OF_TRANSFORMERS,
     'test_training_gradient_checkpointing_use_reentrant_false': NO_LAYERS_OF_TRANSFORMERS,
     'test_training_gradient_checkpointing_use_reentrant_true': NO_LAYERS_OF_TRANSFORMERS,
     'test_retain_grad_hidden_states_attentions':
-        'asks for the gradient of a hidden state; ours are means over time, beside the path and not on it',
+        'expects gradients of hidden states; here, these are means over time, from which no output is computed',
 }
 
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory) -> Path:
-    """The source archive of the installed version, unpacked, with stand-ins for two mixins that it lacks."""
+    """Folder with the extracted source archive of the installed version, with stubs for two mixins that it lacks."""
     folder = tmp_path_factory.mktemp('transformers')
     name = f'transformers-{transformers.__version__}'
     subprocess.run(

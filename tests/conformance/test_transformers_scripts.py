@@ -1,6 +1,7 @@
 """transformers' example scripts, unmodified, on real images: pre-training, fine-tuning, launchers, remote code.
 
-They are on no package index: TRANSFORMERS_EXAMPLES names `examples/pytorch` of a clone of transformers' repository.
+The scripts are not part of the transformers package: set TRANSFORMERS_EXAMPLES to `examples/pytorch` of a clone of
+transformers' repository.
 """
 import json
 import os
@@ -29,7 +30,7 @@ NO_TRAINER = 'image-classification/run_image_classification_no_trainer.py'
 TRAIN = ['--remove_unused_columns', 'False', '--do_train', '--do_eval', '--max_steps', 4, '--use_cpu', 'True',
          '--per_device_train_batch_size', 8, '--per_device_eval_batch_size', 25, '--report_to', 'none']
 
-# run_image_classification.py loads this from its working directory where there is no network
+# without a network, run_image_classification.py loads this metric from its working directory
 ACCURACY = """
 import datasets
 import evaluate
@@ -48,7 +49,7 @@ class Accuracy(evaluate.Metric):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """A working directory: `data`, image folders of 20 training and 5 validation images of each class; the metric."""
+    """Working directory with the metric, and image folders in `data`: 20 training and 5 validation images per class."""
     root = tmp_path_factory.mktemp('work')
     write_images(root / 'data' / 'train', 'train', classes=10, count=20)
     write_images(root / 'data' / 'validation', 'test', classes=10, count=5)
@@ -81,7 +82,7 @@ def results(folder: Path, name: str) -> dict:
 
 @pytest.fixture(scope='module')
 def pretrained(run_script, folder) -> Path:
-    """From a folder of configuration files."""
+    """Folder of a model pre-trained from a folder of configuration files."""
     run_script(
         MIM, '--config_name_or_path', CONFIG, '--image_processor_name', CONFIG, '--dataset_name', 'data',
         '--mask_patch_size', 8, '--output_dir', 'pretrained', *TRAIN)
@@ -91,7 +92,7 @@ def pretrained(run_script, folder) -> Path:
 
 
 @pytest.mark.parametrize('launcher', [PLUGIN, TORCHRUN, ACCELERATE], ids=['python', 'torchrun', 'accelerate launch'])
-def test_mim_from_a_checkpoint(launcher, run_script, folder, pretrained, tmp_path):
+def test_mim_from_checkpoint(launcher, run_script, folder, pretrained, tmp_path):
     run_script(
         MIM, '--model_name_or_path', pretrained, '--dataset_name', 'data', '--mask_patch_size', 4, '--output_dir',
         tmp_path / 'out', *TRAIN, launcher=launcher)
@@ -148,7 +149,7 @@ def test_remote_code_without_the_plugin(script, extra, run_script, folder, pretr
 
 @pytest.mark.parametrize('name', ['pretrain_fashion_mnist', 'finetune_fashion_mnist'])
 def test_argument_files(name, run_script, folder, pretrained, tmp_path):
-    """As they are, but for the number of steps and where they read and write."""
+    """Run the argument files with fewer steps and other paths."""
     args = json.loads((ROOT / 'hf_configs' / 'args' / f'{name}.json').read_text())
     args.update(max_steps=3, use_cpu=True, report_to='none', max_eval_samples=50, output_dir=str(tmp_path / 'out'))
     args['dataset_name'] = str(ROOT / args['dataset_name'])
@@ -160,13 +161,13 @@ def test_argument_files(name, run_script, folder, pretrained, tmp_path):
     assert results(tmp_path, 'out')['eval_loss'] > 0
 
 
-def test_mae_is_refused(run_script):
+def test_run_mae_is_rejected(run_script):
     result = run_script('image-pretraining/run_mae.py', '--model_name_or_path', CONFIG, check=False)
     assert result.returncode != 0 and 'Pre-train with run_mim.py' in result.stderr
 
 
-def test_both_scripts_push_to_the_hub(run_script, folder):
-    """Pre-train and push; fine-tune what the Hub has, and push with the last checkpoint, to resume from."""
+def test_both_scripts_push_to_hub(run_script, folder):
+    """Pre-train and push a model; fine-tune it from the Hub, and push the result with the last checkpoint."""
     hub = LoopbackHub({'hf_writer': User('me', ['me'])})
     with hub.serve() as url:
         env = dict(

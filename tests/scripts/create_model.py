@@ -1,9 +1,9 @@
-"""A script that knows timm and nothing of this project. Prints what it sees as JSON."""
+"""Script that imports timm but not this package. Prints its environment as JSON."""
 import json
 import os
 import sys
 
-import neighbour  # from the script's own folder
+import neighbour  # from the folder of the script
 import timm
 
 model = timm.create_model('test_spikformer_v2', num_classes=int(sys.argv[1]))

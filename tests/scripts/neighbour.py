@@ -1,1 +1,1 @@
-"""Imported by create_model.py from beside it."""
+"""Module that create_model.py imports from its own folder."""

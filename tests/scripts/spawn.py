@@ -1,4 +1,7 @@
-"""Starts workers by the method named, which know the models and the classes of this script. Prints JSON."""
+"""Script that starts workers, which use the models and the classes of this script. Prints JSON.
+
+    python spawn.py START_METHOD
+"""
 import json
 import multiprocessing
 import sys
@@ -16,7 +19,7 @@ class Answer:
 
 
 class Models(Dataset):
-    """Creates a model for each item, in the worker."""
+    """Dataset that creates a model for each item."""
 
     def __len__(self) -> int:
         return 2

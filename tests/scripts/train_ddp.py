@@ -1,4 +1,7 @@
-"""Three training steps under DDP, with `gloo` on CPUs or, given `nccl`, on GPUs; rank 0 prints whether ranks agree."""
+"""Three training steps with DDP; rank 0 prints whether weights and gradients are equal on all ranks.
+
+    python train_ddp.py [gloo | nccl]    # gloo (the default) runs on CPUs, nccl on GPUs
+"""
 import json
 import os
 import sys
@@ -14,7 +17,7 @@ if device.type == 'cuda':
     torch.cuda.set_device(device)
 dist.init_process_group(backend)
 rank = dist.get_rank()
-torch.manual_seed(rank)  # other weights and images on every rank: DDP has to make the weights one
+torch.manual_seed(rank)  # different weights and images on each rank; DDP must synchronize the weights
 model = DistributedDataParallel(timm.create_model('test_spikformer_v2', num_classes=10, depth=1).to(device))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for _ in range(3):
@@ -39,5 +42,5 @@ if rank == 0:
         world_size=dist.get_world_size(), equal=all(torch.equal(weights[0], w) for w in weights),
         grads_equal=all(torch.equal(grads[0], g) for g in grads), grad_norm=grads[0].norm().item())), flush=True)
 dist.barrier()
-del model  # its reducer uses the process group's threads, so it goes first
+del model  # before the process group, because DDP's reducer uses its threads
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two training steps of a sharded masked autoencoder (gloo, CPU); rank 0 prints whether they equal unsharded ones."""
+"""Two training steps of a masked autoencoder, with FSDP (gloo, CPU) and without; rank 0 prints the losses of both."""
 import copy
 import json
 
@@ -18,7 +18,7 @@ units = [m for m in model.modules() if type(m).__name__ in model._no_split_modul
 for unit in [*units, model]:
     fully_shard(unit, mesh=mesh)
 
-# the same images on every rank: averaging over ranks then changes nothing
+# the same images on each rank, so that averaging gradients over ranks does not change them
 x, mask = torch.randn(4, 3, 64, 64), (torch.arange(16) % 4 > 0).expand(4, -1)
 losses = {}
 for name, m in (('sharded', model), ('plain', plain)):

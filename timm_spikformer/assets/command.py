@@ -1,4 +1,4 @@
-"""`timm-spikformer recipe` and `timm-spikformer config`: the shipped YAML and JSON files, printed or written.
+"""Print or write shipped YAML and JSON files: `timm-spikformer recipe` and `timm-spikformer config`.
 
 Imports the standard library only.
 """
@@ -9,13 +9,13 @@ from typing import Dict
 from ..folders import write_folder, write_new_file
 
 _ASSETS = Path(__file__).parent
-_DATA = 'timm_spikformer/assets/'  # path of the shipped images in the files, as seen from a checkout
+_DATA = 'timm_spikformer/assets/'  # path of the shipped images in these files, relative to a checkout
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-spikformer recipe`."""
     parser.add_argument('name', nargs='?', metavar='NAME', help='recipe to print (default: list their names)')
-    parser.add_argument('--output', metavar='FILE', help='write it to this file')
+    parser.add_argument('--output', metavar='FILE', help='file to write the recipe to (default: print it)')
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         'name', nargs='?', metavar='NAME',
         help='a model, for its config.json and preprocessor_config.json, or an argument file (default: list their '
              'names)')
-    parser.add_argument('--output', metavar='PATH', help='write the folder of the model, or the argument file, here')
+    parser.add_argument('--output', metavar='PATH', help='folder to write for a model, or argument file to write')
 
 
 def run_recipe(args: argparse.Namespace) -> None:
@@ -57,16 +57,16 @@ def run_config(args: argparse.Namespace) -> None:
 
 
 def _find(name: str) -> Path:
-    """Return the folder of an installed package, or of a checkout."""
+    """Return the folder `name` in an installed package or in a checkout."""
     folder = next((path for path in (_ASSETS / name, _ASSETS.parents[1] / name) if path.is_dir()), None)
     if folder is None:
-        raise RuntimeError(f'The package holds no {name}. Install it anew.')
+        raise RuntimeError(f'The package contains no {name}. Reinstall it.')
     return folder
 
 
 def _list(known: Dict[str, Path], args: argparse.Namespace) -> None:
     if args.output is not None:
-        raise ValueError('--output needs the NAME of what is to be written.')
+        raise ValueError('--output requires the NAME of the recipe, model or argument file to write.')
     print('\n'.join(known))
 
 
@@ -77,7 +77,7 @@ def _choose(name: str, known: Dict[str, Path], kind: str) -> Path:
 
 
 def _put_file(path: Path, args: argparse.Namespace) -> None:
-    """Print or write a file; the shipped images are named by where they are on this machine."""
+    """Print or write a file, with the paths of the shipped images adapted to this installation."""
     text = path.read_text(encoding='utf-8').replace(_DATA, f'{_ASSETS.as_posix()}/')
     if args.output is None:
         print(text, end='')

@@ -58,7 +58,7 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     args.data = args.data and os.path.abspath(args.data)
     if args.resume:
         _restore(args, output / SETTINGS)
-        print(f'Continuing in {output} with the arguments of that run.')
+        print(f'Resuming the run in {output} with its arguments.')
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     data = [args.data] if args.data else []
@@ -108,11 +108,11 @@ def _restore(args: argparse.Namespace, settings: Path) -> None:
     defaults = vars(parser.parse_args([]))
     expected = defaults.keys() - {*_OF_THE_CALL}
     if not expected <= saved.keys():
-        raise ValueError(f'{settings} does not hold the arguments of a demo of this version. Start without --resume.')
+        raise ValueError(f'{settings} does not contain the arguments of this version. Start without --resume.')
     for name in sorted(expected):
         if getattr(args, name) not in (defaults[name], saved[name]):
             raise ValueError(
-                f'--{name.replace("_", "-")} is {getattr(args, name)}, and the run to resume was started with '
+                f'--{name.replace("_", "-")} is {getattr(args, name)}, but the run to resume was started with '
                 f'{saved[name]}. Omit it, or start without --resume.')
         setattr(args, name, saved[name])
 
@@ -139,18 +139,18 @@ def _classify_shipped(path: Path) -> Dict[str, Any]:
     x, y = next(iter(make_loader(few, config, len(few))))
     confidence, predicted = model(x).softmax(-1).max(-1)
     names = [few.classes[i] for i in predicted]
-    print(f'{model.pretrained_cfg["architecture"]} with the weights of the package, on {test.name}')
+    print(f'{model.pretrained_cfg["architecture"]} with the shipped weights, on {test.name}')
     print('  predicted      confidence  label')
     for name, share, label in zip(names, confidence, y):
         print(f'  {name:<13}  {100 * share:8.0f} %  {few.classes[label]}')
     save_predictions(x, names, config, path)
     top1, _ = evaluate(model, make_loader(test, config, 250))
-    print(f'  {top1:.1f} % of {test.description} are right. Picture: {path}\n')
+    print(f'  Accuracy {top1:.1f} % on {test.description}. Picture: {path}\n')
     return dict(shipped_accuracy=top1)
 
 
 class _Run(NamedTuple):
-    """The settings of a training run, and its images."""
+    """Settings and images of a training run."""
     stage: Stage
     images: Images
 
@@ -211,8 +211,8 @@ class _Demo:
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
             f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.time_steps} time '
-            f'step(s), on {self.device}\n{self.images.description}; to test on, {self.test_images.description}; '
-            f'{len(self.images.classes)} classes')
+            f'step(s), on {self.device}\nTraining on {self.images.description}; testing on '
+            f'{self.test_images.description}; {len(self.images.classes)} classes')
 
     def _create_model(self) -> nn.Module:
         C, H, W = self.config['input_size']
@@ -260,7 +260,7 @@ class _Demo:
             firing_rate=sum(rates.values()) / len(rates), firing_rates=rates, training_seconds=round(seconds, 1))
 
     def pretrain(self, progress: Progress) -> Dict[str, Any]:
-        """Pre-train without labels, fine-tune with few labels, and compare with training from scratch on them."""
+        """Pre-train without labels, fine-tune with few labels, and compare with training from scratch."""
         pretraining, finetuning, scratch = self.self_supervised
         args = self.args
         mae, pretrain_seconds = self._train(pretraining, self._create_mae(), reconstruct, progress)
@@ -309,7 +309,7 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
             f'With all labels, tested on: {results["tested_on"]}',
             f'  accuracy              {results["accuracy"]:.1f} %',
             '  linear classifier     ' + (
-                'not fitted to data of this size' if linear is None else
+                'not fitted, because the dataset is large' if linear is None else
                 f'{linear:.1f} %  (logistic regression on the same pixels)'),
             f'  firing rate           {results["firing_rate"]:.3f} on average: from {rates[lowest]:.3f} ({lowest}) to '
             f'{rates[highest]:.3f} ({highest})',
@@ -320,7 +320,7 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
             f'With {results["labeled"]:,} labels',
             f'  pre-trained           {results["finetuned_accuracy"]:.1f} %  in {results["finetuned_seconds"]:.0f} s',
             f'  from scratch          {results["scratch_accuracy"]:.1f} %  in {results["scratch_seconds"]:.0f} s',
-            f'  reconstruction loss   {results["reconstruction_loss"]:.3f}; of the mean of each patch '
+            f'  reconstruction loss   {results["reconstruction_loss"]:.3f}; predicting the mean of each patch: '
             f'{results["reconstruction_loss_of_mean"]:.3f}',
             f'  picture               {output / _RECONSTRUCTIONS}  (original, masked, reconstructed)',
         ]

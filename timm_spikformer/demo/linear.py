@@ -1,4 +1,4 @@
-"""Logistic regression, to which the demo compares its model."""
+"""Logistic regression, the baseline of the demo."""
 import math
 from typing import Any, Dict, Optional, Tuple
 

@@ -14,7 +14,7 @@ from ..images import to_pixels
 from ..masked_autoencoder import SpikformerMAE
 from .command import KIND
 
-_TILE = 84  # width in pixels that small images are enlarged to, at most; the factor is an integer
+_TILE = 84  # maximum width in pixels to which small images are enlarged, by an integer factor
 
 
 def _enlarge(images: Tensor) -> Tensor:

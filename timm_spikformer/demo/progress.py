@@ -80,7 +80,7 @@ class Progress:
 
 
 class StageProgress(Callback):
-    """Shows the training of one stage on the progress bar, and prints a line per epoch."""
+    """Show the training of one stage on the progress bar, and print a line per epoch."""
 
     def __init__(self, progress: Progress, stage: Stage, images: Images):
         self.progress = progress

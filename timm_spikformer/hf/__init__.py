@@ -1,1 +1,1 @@
-"""What transformers' own `models/<name>/` holds: configuration and models, and what Trainer needs for them."""
+"""Integration with transformers: configuration, models, registration with the Auto classes, Trainer, remote code."""

@@ -1,4 +1,4 @@
-"""Configuration of the transformers classes around Spikformer and Spikformer V2."""
+"""Configuration of the transformers classes for Spikformer and Spikformer V2."""
 import numbers
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 __all__ = ['SpikformerConfig']
 
-# Arguments of timm's Spikformer, and the fields of the configuration that hold them. The one place for both directions.
+# Fields of the configuration by argument of the timm model; used for both directions of the conversion
 _FIELDS_BY_ARG = {
     'img_size': 'image_size',
     'patch_size': 'patch_size',
@@ -28,8 +28,8 @@ _FIELDS_BY_ARG = {
     'drop_path_rate': 'drop_path_rate',
 }
 
-# Keys of timm's config.json that follow from the fields of this configuration or that it has no use for.
-# `image_processor_type` belongs to the folder that the configuration was read from.
+# Keys of timm's config.json that are not kept: they are computed from the fields of this configuration or not used.
+# `image_processor_type` depends on the folder from which the configuration was read.
 _NOT_KEPT = (
     'num_classes', 'num_features', 'label_names', 'label_descriptions', 'model_args', 'image_processor_type')
 
@@ -40,9 +40,9 @@ def label_maps(labels: Sequence[str]) -> Dict[str, Dict]:
 
 
 def ordered_labels(id2label: Dict[Any, str]) -> List[str]:
-    """Return the class names by number; a config.json has the numbers as strings, with '10' before '2'.
+    """Return the class names sorted by class index; in a config.json, indices are strings, with '10' before '2'.
 
-    Names by something else than numbers stay in their order.
+    If a key is not an integer, the names are returned in their original order.
     """
     if not all(str(key).isdigit() for key in id2label):
         return list(id2label.values())
@@ -50,7 +50,7 @@ def ordered_labels(id2label: Dict[Any, str]) -> List[str]:
 
 
 def _to_json(value: Any) -> Any:
-    """Convert numbers of NumPy and other libraries to Python's, and tuples to lists."""
+    """Convert numbers of NumPy and other libraries to Python numbers, and tuples to lists."""
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -63,9 +63,9 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`SpikformerModel`] and of the models with a head. The defaults are those of Spikformer V2-8-512.
 
-    The config.json that it writes is a valid one for timm too: beside transformers' fields it holds timm's
-    `architecture`, `num_classes`, `label_names`, `model_args` and `pretrained_cfg`, so that one folder or repository
-    loads in both libraries. A config.json written by timm alone can be read as well.
+    Its config.json is valid for timm too: in addition to transformers' fields, it contains timm's `architecture`,
+    `num_classes`, `label_names`, `model_args` and `pretrained_cfg`, so both libraries can load the same folder or
+    repository. A config.json written by timm can be read as well.
 
     Args:
         stem (`str`, *optional*, defaults to `"scs"`):
@@ -73,7 +73,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         stem_strides (`list[int]`, *optional*):
             Stride, 1 or 2, of each of the four stages of the stem. By default the last stages have stride 2.
         image_size (`int` or `list[int]`, *optional*, defaults to 224):
-            Nominal size in pixels. The model takes any multiple of the patch size.
+            Nominal size in pixels. The model accepts any multiple of the patch size.
         patch_size (`int`, *optional*, defaults to 16):
             Side of a patch in pixels: 1, 2, 4, 8 or 16.
         num_channels (`int`, *optional*, defaults to 3):
@@ -85,25 +85,25 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 8):
             Number of attention heads.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
-            Width of the MLP's hidden layer over `hidden_size`.
+            Ratio of the MLP's hidden width to `hidden_size`.
         attn_scale (`float`, *optional*, defaults to 0.125):
-            Factor of the product of queries, keys and values before the attention neuron.
+            Scale of the product of queries, keys and values, before the attention neuron.
         global_pool (`str`, *optional*, defaults to `"avg"`):
-            Pooling over tokens: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for none, without a classifier.
+            Pooling over tokens: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or, without a classifier, `""` for none.
         time_steps (`int`, *optional*, defaults to 4):
             Number of time steps for which an image is presented. No weight depends on it.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout of the spikes after the linear layers of the encoder.
+            Dropout rate of the spikes of attention and MLP.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth rate of the last block.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout before the classifier.
+            Dropout rate before the classifier.
         encoder_stride (`int`, *optional*):
-            Side of the square of pixels of one token, equal to `patch_size`; run_mim.py reads it.
+            Side in pixels of the square that a token represents, equal to `patch_size`; used by run_mim.py.
         mask_ratio (`float`, *optional*, defaults to 0.75):
-            Ratio of masked patches in pre-training, where no mask is given.
+            Fraction of masked patches in pre-training, if no mask is given.
         mask_unit_size (`int`, *optional*):
-            Side in pixels of the squares that are masked then, a multiple of the patch size; by default the patch size.
+            Side in pixels of the masked squares if no mask is given; a multiple of the patch size (the default).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
             Normalize the target patches by their own mean and standard deviation.
         decoder_hidden_size (`int`, *optional*, defaults to 256):
@@ -113,19 +113,19 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_num_attention_heads (`int`, *optional*, defaults to 4):
             Number of attention heads in the decoder.
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
-            Width of the hidden layer of the decoder's MLP over `decoder_hidden_size`.
+            Ratio of the decoder MLP's hidden width to `decoder_hidden_size`.
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
-            Stages that a [`SpikformerBackbone`] returns, of `"stage1"` to `"stage4"`. With patch size 16 they have
-            strides 2, 4, 8 and 16. By default the last stage.
+            Stages that a [`SpikformerBackbone`] returns, from `"stage1"` to `"stage4"`. With patch size 16, their
+            strides are 2, 4, 8 and 16. By default the last stage.
         architecture (`str`, *optional*):
-            Registered name with which timm builds the model, given all of `model_args`. By default the model with 8
-            blocks, width 512 and this stem.
+            Registered name from which timm creates the model, with all of `model_args` as arguments. By default the
+            model with 8 blocks, width 512 and this stem.
         pretrained_cfg (`dict`, *optional*):
-            timm's data configuration: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and more. By default
-            that of ImageNet.
+            timm's data configuration: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and more. By default,
+            that for ImageNet.
 
     Raises:
-        ValueError: A value does not fit the others. A value of a wrong type raises a subclass of it.
+        ValueError: Values are inconsistent. A value of the wrong type raises a subclass of ValueError.
     """
     model_type = 'spikformer'
 
@@ -186,7 +186,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def _from_timm_dict(cls, config_dict: Dict[str, Any]) -> Dict[str, Any]:
-        """Convert a config.json written by timm, which holds a registered name and the arguments it was given."""
+        """Convert a config.json written by timm, which contains a registered name and its arguments."""
         import timm
         pretrained_cfg = dict(config_dict['pretrained_cfg'])
         if config_dict.get('label_names'):
@@ -209,7 +209,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @staticmethod
     def fields_from_timm(model) -> Dict[str, Any]:
-        """Return the fields that follow from the arguments of a timm model."""
+        """Return the fields that correspond to the arguments of a timm model."""
         from timm.models import get_model_input_config
         args = dict(model.get_init_args(), img_size=get_model_input_config(model)['input_size'][1:])
         fields = {field: _to_json(args[arg]) for arg, field in _FIELDS_BY_ARG.items()}
@@ -242,7 +242,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
             'first_conv': 'stem.stages.0.down.conv' if self.stem == 'scs' else 'stem.stages.0.proj.conv',
             'classifier': 'head.fc',
             'fixed_input_size': False,
-            'hf_hub_filename': 'model.safetensors',  # timm would take a pickle where there is no such file
+            'hf_hub_filename': 'model.safetensors',  # otherwise timm loads a pickle if there is no such file
         }
         for key in ('label_names', 'label_descriptions'):
             output['pretrained_cfg'].pop(key, None)
@@ -262,7 +262,7 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         from timm.models import filter_pretrained_cfg
         pretrained_cfg = filter_pretrained_cfg(getattr(model, 'pretrained_cfg', {}), remove_source=True)
         architecture = pretrained_cfg.pop('architecture', None)
-        for key in ('tag', 'custom_load'):  # of the weights that the model may have been created with
+        for key in ('tag', 'custom_load'):  # these describe the weights with which the model was created
             pretrained_cfg.pop(key, None)
         values = dict(
             cls.fields_from_timm(model),

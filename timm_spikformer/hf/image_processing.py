@@ -1,4 +1,4 @@
-"""Between timm's description of how images are presented and transformers' image processors."""
+"""Conversion between timm's data config and transformers' image processors."""
 import math
 from typing import Any, Dict
 
@@ -10,10 +10,10 @@ __all__ = ['create_image_processor', 'read_data_config']
 
 
 def create_image_processor(pretrained_cfg: Dict[str, Any]):
-    """A stock image processor with the size, crop, interpolation, mean and standard deviation of a timm cfg.
+    """Create a transformers image processor with the size, crop, interpolation, mean and std of a timm cfg.
 
-    CLIP's resizes the shorter side and crops the centre, as timm does. It knows one size for both sides, so where the
-    input is not square it is ViT's, which resizes both sides.
+    CLIPImageProcessor resizes the shorter side and crops the center, like timm. It has only one size for both sides, so
+    ViTImageProcessor, which resizes each side, is used for inputs that are not square.
     """
     channels, height, width = pretrained_cfg['input_size']
     common = dict(
@@ -31,7 +31,7 @@ def create_image_processor(pretrained_cfg: Dict[str, Any]):
 
 
 def read_data_config(processor: Dict[str, Any], channels: int) -> Dict[str, Any]:
-    """timm's `input_size`, `mean`, `std`, `interpolation` and `crop_pct` of a preprocessor_config.json."""
+    """Return timm's `input_size`, `mean`, `std`, `interpolation` and `crop_pct` for a preprocessor_config.json."""
     size = processor['size']
     crop = processor.get('crop_size') if processor.get('do_center_crop', True) else None
     edge = size.get('shortest_edge')

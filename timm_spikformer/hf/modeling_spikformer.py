@@ -1,7 +1,7 @@
-"""transformers classes around the timm model: Spikformer and Spikformer V2, https://arxiv.org/abs/2401.02020.
+"""transformers classes for Spikformer and Spikformer V2, https://arxiv.org/abs/2401.02020.
 
-Each holds a `timm_spikformer.Spikformer` and stores its weights under timm's names, so that a folder or a repository
-loads in timm too.
+Each class wraps a `timm_spikformer.Spikformer` and saves its weights under timm's names, so that timm can load the same
+folder or repository.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
-from ..spikformer import Spikformer  # and not from network: it registers the models, in remote code too
+from ..spikformer import Spikformer  # not from network: this module registers the models, also in remote code
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [
@@ -38,14 +38,14 @@ __all__ = [
 
 def _create_timm_model(config: SpikformerConfig, num_classes: int = 0) -> Spikformer:
     model = Spikformer(**config.to_timm_args(num_classes))
-    # as timm's factory leaves a model, so that timm can resolve its data config and save it
+    # attributes that timm's factory sets, from which timm resolves the data config and saves the model
     values = config.to_dict()
     model.pretrained_cfg = model.default_cfg = {**values['pretrained_cfg'], 'architecture': values['architecture']}
     update_model_args(model, **values['model_args'])
     return model
 
 
-# From the names in a file, which are timm's, to the names in memory.
+# From the names in a file, which are timm's, to the names in the transformers model
 _CONVERSIONS = [PrefixChange(prefix_to_add='timm_model')]
 _MAE_CONVERSIONS = [
     WeightRenaming(r'^(stem|blocks)\.', r'mae.encoder.\1.'),
@@ -56,7 +56,7 @@ register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_
 
 
 class SpikformerPreTrainedModel(PreTrainedModel):
-    """Initialization, loading and saving. Weights are stored under timm's names; both namings can be loaded."""
+    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load."""
     config: SpikformerConfig
     config_class = SpikformerConfig
     base_model_prefix = 'timm_model'
@@ -66,7 +66,7 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     model_tags = ['timm', 'snn', 'spikformer']
     _no_split_modules = ['SpikingConvStage', 'SpikingPatchStage', 'SpikingBlock', 'Block']
-    # half precision is not enough for running statistics; num_batches_tracked is an integer and stays one
+    # running statistics need more than half precision; num_batches_tracked remains an integer
     _keep_in_fp32_modules_strict = ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var']
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)(head|decoder)\.']
     _conversions = _CONVERSIONS
@@ -74,9 +74,9 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight.dtype in (torch.float16, torch.bfloat16):
-                m.float()  # transformers does so when it loads a model, not when it creates one
+                m.float()  # transformers does this when it loads a model, but not when it creates one
         super().post_init()
-        # accelerate's FSDP raises for a class of which the model has no module
+        # accelerate's FSDP raises an error if the model has no module of a listed class
         classes = {type(m).__name__ for m in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in classes]
         # save under timm's names even if the model was not loaded from a file
@@ -95,7 +95,7 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Use the timm model's own checkpointing, which does not update BN statistics when it recomputes."""
         if every_n_layers != 1:
-            raise ValueError(f'every_n_layers must be 1, got {every_n_layers}: all layers are checkpointed, or none.')
+            raise ValueError(f'every_n_layers must be 1, got {every_n_layers}: all or no layers are checkpointed.')
         self.encoder.set_grad_checkpointing(enable)
 
     @property
@@ -109,16 +109,16 @@ class SpikformerPreTrainedModel(PreTrainedModel):
         return self.timm_model
 
     def set_time_steps(self, time_steps: int) -> None:
-        """Present images for another number of time steps, and record it in the configuration."""
+        """Set the number of time steps for images, in the model and in the configuration."""
         self.encoder.set_time_steps(time_steps)
         self.config.time_steps = self.encoder.time_steps
 
     def _config_fields_to_update(self) -> Tuple[str, ...]:
-        """Fields of the configuration that methods of the timm model can change."""
+        """Return the fields of the configuration that methods of the timm model can change."""
         return 'time_steps', 'image_size'
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Save weights and configuration; includes changes made through the methods of the timm model."""
+        """Save the weights and the configuration, including changes made by methods of the timm model."""
         fields = SpikformerConfig.fields_from_timm(self.encoder)
         for name in self._config_fields_to_update():
             if name != 'image_size' or to_2tuple(self.config.image_size) != to_2tuple(fields[name]):
@@ -140,20 +140,20 @@ class SpikformerPreTrainedModel(PreTrainedModel):
     def _check_no_attentions(self, output_attentions: Optional[bool]) -> None:
         if output_attentions:
             raise ValueError(
-                'output_attentions is not supported: spiking attention has no softmax, and computes q (k^T v) without '
-                'a matrix of attention weights.')
+                'output_attentions is not supported: spiking attention has no softmax and can be computed as '
+                'q (k^T v), without a matrix of attention weights.')
 
     def _check_no_mask(self, kwargs: Dict[str, Any]) -> None:
-        """Refuse a mask, which `**kwargs` would ignore."""
+        """Raise a ValueError if a mask is given, which `**kwargs` would ignore."""
         given = [name for name in ('bool_masked_pos', 'noise') if kwargs.get(name) is not None]
         if given:
             raise ValueError(
-                f'{type(self).__name__} does not take {given[0]}: there is no mask token to put in place of masked '
-                f'patches. Use SpikformerForMaskedImageModeling, whose encoder sees the visible patches only; its '
-                f'hidden_states are their features.')
+                f'{type(self).__name__} does not support {given[0]}: it has no mask token to replace masked patches. '
+                f'Use SpikformerForMaskedImageModeling, which encodes only visible patches and returns their features '
+                f'as hidden_states.')
 
     def _to_maps(self, x: Tensor, pixel_values: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` of all patches to maps `[B, D, H, W]`."""
+        """Convert tokens `[B, N, D]` of all patches to maps `[B, D, H, W]`."""
         p = self.config.patch_size
         return x.transpose(1, 2).unflatten(2, (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p))
 
@@ -162,10 +162,10 @@ class SpikformerPreTrainedModel(PreTrainedModel):
 
 
 class SpikformerModel(SpikformerPreTrainedModel):
-    """Encoder without a classifier; its output is the mean over time of the last block's.
+    """Encoder without a classifier; returns the output of the last block, averaged over time.
 
-    `bool_masked_pos` is refused. ViTModel and SwinModel replace masked patches by a mask token; this model has none, as
-    its pre-training removes masked patches. `SpikformerForMaskedImageModeling` encodes with a mask.
+    `bool_masked_pos` is not supported. ViTModel and SwinModel replace masked patches with a mask token; this model has
+    none, because its pre-training removes masked patches. Use `SpikformerForMaskedImageModeling` to encode with a mask.
     """
 
     def __init__(self, config: SpikformerConfig):
@@ -184,11 +184,11 @@ class SpikformerModel(SpikformerPreTrainedModel):
         """
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
-            output_hidden_states: Return the outputs of the stem and of each block.
+            output_hidden_states: Return the outputs of the stem and of each block, `[B, N, D]`.
 
         Returns:
-            `last_hidden_state` `[B, N, D]`, in row-major order of patches; `pooler_output` `[B, D]`, pooled as
-            `global_pool` says, `[B, 2 * D]` for `'catavgmax'`, None for `''`; `hidden_states`. All are means over time.
+            `last_hidden_state` `[B, N, D]`, in row-major order of patches; `pooler_output` `[B, D]`, pooled according
+            to `global_pool` (`[B, 2 * D]` for `'catavgmax'`, None for `''`); `hidden_states`. All are means over time.
 
         Raises:
             ValueError: `bool_masked_pos` or `output_attentions` is given.
@@ -216,7 +216,7 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         super().__init__(config)
         if config.num_labels and not config.global_pool:
             raise ValueError(
-                f"global_pool must name a pooling for a classifier of {config.num_labels} labels, got ''. Load the "
+                f"A classifier of {config.num_labels} labels requires a pooling type, got global_pool=''. Load the "
                 f"model with global_pool='avg'.")
         self.num_labels = config.num_labels
         self.timm_model = _create_timm_model(config, config.num_labels)
@@ -226,7 +226,7 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         return *super()._config_fields_to_update(), 'num_labels', 'global_pool'
 
     def _check_labels(self, labels: Tensor) -> None:
-        """Check the range of labels on a CPU; on a GPU it would synchronize, and CUDA has its own assertion."""
+        """Check the range of labels on CPU. On a GPU, the check would synchronize, and CUDA has its own assertion."""
         if self.num_labels == 1 or labels.dtype not in (torch.int64, torch.int32) or labels.device.type != 'cpu':
             return
         if labels.ndim == 1 and len(labels) and (labels.max() >= self.num_labels or labels.min() < -100):
@@ -235,7 +235,7 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
                 f'the model with num_labels=N to give it a classifier of N classes.')
 
     def forward_steps(self, pixel_values: Tensor) -> Tensor:
-        """Logits after each time step, `[T, B, num_labels]`; in eval mode the last are those of `forward`."""
+        """Return the logits after each time step, `[T, B, num_labels]`; in eval mode, the last equal `forward`'s."""
         return self.timm_model.forward_steps(pixel_values.to(self.dtype))
 
     @can_return_tuple
@@ -250,8 +250,8 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         """
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
-            labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression,
-                where `num_labels` is 1.
+            labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression
+                if `num_labels` is 1.
             output_hidden_states: Return the outputs of the stem and of each block, `[B, N, D]`.
         """
         self._check_no_attentions(output_attentions)
@@ -280,9 +280,11 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
 @dataclass
 class SpikformerMaskedImageModelingOutput(ModelOutput):
     """
+    Output of [`SpikformerForMaskedImageModeling`].
+
     Args:
         loss: Scalar, mean squared error over the masked patches.
-        reconstruction: `[B, C, H, W]`, predictions for all patches; normalized with `norm_pix_loss`, as the target.
+        reconstruction: `[B, C, H, W]`, predictions for all patches; normalized like the target with `norm_pix_loss`.
         mask: `[B, N]`, 1 for masked patches, else 0.
         hidden_states: Outputs of the stem and of each block for the visible patches, `[B, N', D]`.
     """
@@ -334,12 +336,12 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
         """
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
-            bool_masked_pos: Mask of patches or of larger square units, `[B, number]`, 1 or True for masked ones; their
-                number must be the same in every image.
-            noise: One value per unit, `[B, number]`; the units of the highest values are masked. By default the mask
+            bool_masked_pos: Mask of patches or of larger square units, `[B, units]`, 1 or True for masked units. All
+                images must have the same number of masked units.
+            noise: One value per unit, `[B, units]`; the units with the highest values are masked. By default the mask
                 is random.
-            output_hidden_states: Return the outputs of the stem and of each block, for the visible patches only.
-            return_loss: Ignored, the loss is always returned. Trainer looks for an argument of this name.
+            output_hidden_states: Return the outputs of the stem and each block for visible patches, `[B, N', D]`.
+            return_loss: Ignored: the loss is always returned. Trainer checks for an argument with this name.
         """
         self._check_no_attentions(output_attentions)
         take_blocks = self._wants_hidden_states(output_hidden_states)
@@ -373,7 +375,7 @@ class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
         """
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
-            output_hidden_states: Return the maps of all four stages too.
+            output_hidden_states: Also return the maps of all four stages.
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)

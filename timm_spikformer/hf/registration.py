@@ -1,8 +1,8 @@
-"""Registers the classes with transformers' Auto classes, as soon as, and only if, somebody imports those.
+"""Register the classes with transformers' Auto classes when the modules of the Auto classes are imported.
 
-Importing transformers' modeling code takes seconds, which a user of timm has no use for. So each of the three modules
-that hold the Auto classes is followed by a registration of its own: at once if it has been imported, else by a finder
-on `sys.meta_path` that does nothing but call back after the import.
+Importing transformers' modeling code takes seconds, and timm users do not need it. Therefore, each of the three modules
+that define the Auto classes has a registration function. It is called immediately if the module has been imported, and
+otherwise after the import, by a finder on `sys.meta_path`.
 """
 import importlib.abc
 import importlib.util
@@ -50,7 +50,7 @@ _AFTER_IMPORT = {
 
 
 class _CallAfterImport(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and follows its execution by a call."""
+    """Finder that delegates to the other finders, and calls a function after a module has been executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Optional[ModuleType] = None) -> Any:
         callback = _AFTER_IMPORT.get(name)
@@ -74,7 +74,7 @@ class _CallAfterImport(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Register now with what has been imported, and later with the rest."""
+    """Register with the Auto classes that have been imported, and with the others when they are imported."""
     for name, callback in _AFTER_IMPORT.items():
         if name in sys.modules:
             callback(sys.modules[name])

@@ -1,4 +1,4 @@
-"""The code of the models beside their weights, for those who load with `trust_remote_code` and have no plugin."""
+"""Save the code of the models next to the weights, for `trust_remote_code=True` without this package installed."""
 import json
 import re
 from pathlib import Path
@@ -17,24 +17,24 @@ _AUTO_MAP = {
 
 
 def save_remote_code(folder: Union[str, Path]) -> None:
-    """Copy the full code into a folder that `save_pretrained` has written, and name it in its config.json.
+    """Copy the full code into a folder written by `save_pretrained`, and refer to it in the config.json.
 
-    transformers loads code from one folder without packages, so the copies lie side by side: `kernels/lif.py` becomes
-    `kernels_lif.py`. If the plugin is imported, its own classes are used instead of the copies.
+    transformers loads code from one folder without subpackages, so the copies are renamed: `kernels/lif.py` becomes
+    `kernels_lif.py`. If `timm_spikformer` is imported, its own classes are used instead of the copies.
 
     Raises:
-        ValueError: The folder holds no config.json of a Spikformer.
+        ValueError: The folder contains no config.json of a Spikformer.
     """
     folder = Path(folder)
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     if config.get('model_type') != 'spikformer':
-        raise ValueError(f'{folder} holds no config.json of model_type spikformer. Write it with save_pretrained.')
+        raise ValueError(f'{folder} contains no config.json of model_type spikformer. Write it with save_pretrained.')
     for name, source in remote_sources().items():
         (folder / name).write_text(source, encoding='utf-8')
     config['auto_map'] = _AUTO_MAP
     processor = folder / 'preprocessor_config.json'
-    if processor.is_file():  # in a local folder of timm, transformers looks for this in config.json only
+    if processor.is_file():  # for a local folder in timm's format, transformers reads this only from config.json
         config['image_processor_type'] = json.loads(processor.read_text(encoding='utf-8'))['image_processor_type']
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
@@ -42,7 +42,7 @@ def save_remote_code(folder: Union[str, Path]) -> None:
 
 
 def remote_sources() -> Dict[str, str]:
-    """Return the modeling code and all modules of the package that it imports, by file name, in one flat folder."""
+    """Return the source of the modeling code and of all modules that it imports, by file name in one folder."""
     sources: Dict[str, str] = {}
     waiting = list(_ENTRY_POINTS)
     while waiting:

@@ -17,15 +17,15 @@ _logger = logging.getLogger(__name__)
 class FiringRateCallback(TrainerCallback):
     """Add firing rates to Trainer's log, and warn about layers that are silent or saturated.
 
-    The rate, spikes per neuron and time step, is that of the training step that is logged: `firing_rate` is the mean
-    over layers, and `firing_rate/NAME` that of one layer.
+    Rates (spikes per neuron and time step) are those of the logged training step: `firing_rate` is the mean over
+    layers, `firing_rate/NAME` the rate of one layer.
     """
 
     def __init__(self, silent: float = 0.001, saturated: float = 0.9, log_layers: bool = True):
         """
         Args:
             silent: Rate below which a layer is reported as silent.
-            saturated: Rate above which it is reported as saturated.
+            saturated: Rate above which a layer is reported as saturated.
             log_layers: Log the rate of each layer, not only the mean.
         """
         if not 0. <= silent < saturated <= 1.:
@@ -57,7 +57,7 @@ class FiringRateCallback(TrainerCallback):
         added = {'firing_rate': self.monitor.mean}
         if self.log_layers:
             added.update({f'firing_rate/{name}': rate for name, rate in rates.items()})
-        logs.update(added)  # for the callbacks that report
+        logs.update(added)  # for reporting callbacks
         state.log_history[-1].update(added)
         for name, rate in rates.items():
             if rate < self.silent or rate > self.saturated:
@@ -73,16 +73,16 @@ class FiringRateCallback(TrainerCallback):
 class SpikformerTrainer(Trainer):
     """Trainer with timm's parameter groups and, across GPUs, synchronized BN.
 
-    Stock Trainer applies weight decay to BN, whose names it does not recognize as those of a norm, and has neither
-    layer decay nor a conversion to SyncBatchNorm.
+    transformers' Trainer applies weight decay to BN, because it does not recognize the parameter names as those of a
+    norm, and supports neither layer decay nor SyncBatchNorm.
     """
 
     def __init__(self, *args, layer_decay: Optional[float] = None, sync_bn: bool = True, **kwargs):
         """
         Args:
-            layer_decay: Factor of the learning rate from each layer to the one before, for fine-tuning; the whole stem
-                is layer 0.
-            sync_bn: Convert BN to SyncBatchNorm if there are several processes with a GPU each.
+            layer_decay: Ratio of the learning rate of each layer to that of the next layer, for fine-tuning; the whole
+                stem is layer 0. None for no layer decay.
+            sync_bn: Convert BN to SyncBatchNorm if there are several processes, each with a GPU.
         """
         super().__init__(*args, **kwargs)
         self.layer_decay = layer_decay
@@ -106,9 +106,12 @@ def parameter_groups(
         learning_rate: Optional[float] = None,
         layer_decay: Optional[float] = None,
 ) -> list:
-    """Return parameter groups for an optimizer: no weight decay of BN, norms, biases and the mask token.
+    """Return parameter groups for an optimizer, without weight decay for BN, norms, biases and the mask token.
 
-    With `layer_decay`, they are timm's groups, each with a learning rate of its own.
+    With `layer_decay`, these are timm's layer groups, each with its own learning rate.
+
+    Raises:
+        ValueError: `layer_decay` is given without `learning_rate`, or for a model with a decoder.
     """
     if layer_decay is None:
         no_decay = {name for name, _ in model.named_parameters() if name.endswith('mask_token')}

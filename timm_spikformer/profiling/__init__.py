@@ -1,4 +1,4 @@
-"""Firing rates, operations and energy of a Spikformer: `profile` returns a `Profile`, other functions display it."""
+"""Firing rates, operations and energy of a Spikformer: `profile` returns a `Profile`; other functions display it."""
 from ..lazy import import_on_demand
 
 # Imported on demand, because `profile` does not need the dependencies for drawing

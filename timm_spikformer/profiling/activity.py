@@ -128,7 +128,7 @@ def record_activity(
     try:
         for name in layers:
             keep_spikes(name)
-        if mae is None:  # the encoder of a masked autoencoder sees only some of the tokens
+        if mae is None:  # the encoder of a masked autoencoder processes only visible tokens
             for i, block in enumerate(encoder.blocks):
                 keep_attention(f'blocks.{i}', block.attn)
         with unchanged(encoder, time_steps):

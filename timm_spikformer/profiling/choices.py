@@ -9,7 +9,7 @@ CHOICES = {
     },
     'fan_out': {
         'dense': 'operations are the mean input times the dense operations, including zero padding',
-        'exact': 'each input counts once per weight that it is multiplied by, which are fewer at image borders',
+        'exact': 'each input counts once per weight that it is multiplied by; there are fewer at image borders',
     },
     'first_conv': {
         'once': 'the first convolution of an image runs once, in multiply-accumulates',

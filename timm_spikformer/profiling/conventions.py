@@ -10,7 +10,7 @@ __all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
 
 @dataclass(frozen=True)
 class Conventions:
-    """What counts as an operation.
+    """Conventions for counting operations.
 
     The defaults follow the formula of Spikformer, https://arxiv.org/abs/2209.15425. A layer with spiking input does
     (mean input) * T * (dense multiply-accumulates) accumulates. The first convolution and the classifier have
@@ -37,7 +37,7 @@ class Conventions:
         neuron: 'free', or 'mac'.
 
     Raises:
-        ValueError: An option does not have such a value.
+        ValueError: The value of an option is not in `CHOICES`.
     """
     residual: str = 'sum'
     fan_out: str = 'dense'
@@ -122,7 +122,7 @@ def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
         cost: Key of `COST_MODELS`, picojoules (multiply-accumulate, accumulate), or a `CostModel`.
 
     Raises:
-        ValueError: There is no such name, there are not two values, or a value is negative or not finite.
+        ValueError: The name is unknown, the number of values is not two, or a value is negative or not finite.
     """
     if isinstance(cost, CostModel):
         return cost

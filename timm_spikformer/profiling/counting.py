@@ -50,7 +50,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Profile of one layer: a convolution or linear layer with its neurons, or the two attention products with theirs.
+    """Profile of one layer: a convolution or linear layer with its neurons, or the attention products with theirs.
 
     All lists have one entry per time step.
 
@@ -171,6 +171,7 @@ class Profile:
 
     @cached_property
     def layers(self) -> List[LayerProfile]:
+        """Profiles of the layers in execution order."""
         auto, dense = (self.times.get(mode, {}) for mode in ('auto', 'dense'))
         return [
             dataclasses.replace(
@@ -287,7 +288,7 @@ class Profile:
 
     @cached_property
     def groups(self) -> Dict[str, Totals]:
-        """Totals of the groups stem, attention, mlp and head, as far as the model has them."""
+        """Totals of those of the groups stem, attention, mlp and head that the model has."""
         groups = {name: [x for x in self.layers if x.group == name] for name in GROUPS}
         return {name: self._sum(layers) for name, layers in groups.items() if layers}
 
@@ -375,12 +376,12 @@ def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool
     if y is None or y.ndim != 1 or y.is_floating_point():
         if accuracy:
             what = 'no labels' if y is None else f'labels {list(y.shape)} of {y.dtype}'
-            raise ValueError(f'Accuracy was asked for, and the data has {what}. Expected a class index for each image.')
+            raise ValueError(f'Accuracy was requested, but the data has {what}. Expected a class index for each image.')
         return None
     if len(y) and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(
-            f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. With '
-            f'accuracy=False they are ignored.')
+            f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. Use '
+            f'accuracy=False to ignore them.')
     return y
 
 
@@ -440,7 +441,7 @@ def profile(
     is_mae = any(isinstance(m, SpikformerMAE) for m in model.modules())
     predictions = _Predictions() if encoder.num_classes > 0 else None
     if accuracy and predictions is None:
-        raise ValueError('Accuracy was asked for, and the model has no classifier.')
+        raise ValueError('Accuracy was requested, but the model has no classifier.')
     conventions, cost = conventions or Conventions(), cost_model(cost)
     recorder = Recorder(encoder, by_channel=is_mae)
     device = next(encoder.parameters()).device
@@ -453,12 +454,12 @@ def profile(
             is_sequence = x.ndim == 5
             steps = x.shape[1] if is_sequence else encoder.time_steps
             if is_sequence and time_steps is not None and steps != time_steps:
-                raise ValueError(f'time_steps is {time_steps}, and the sequences have {steps} time steps of their own.')
+                raise ValueError(f'time_steps is {time_steps}, but the sequences have {steps} time steps. Omit it.')
             if kind not in (None, (is_sequence, steps)):
                 raise ValueError(
-                    f'Expected images alone, or sequences of the same number of time steps; got '
+                    f'Expected only images, or only sequences with the same number of time steps; got '
                     f'{"a sequence" if is_sequence else "images"} of {steps} after '
-                    f'{"a sequence" if kind[0] else "images"} of {kind[1]}.')
+                    f'{"a sequence" if kind[0] else "images"} of {kind[1]} time steps.')
             kind = is_sequence, steps
             if predictions is not None:
                 y = _check_labels(y, encoder.num_classes, accuracy)
@@ -470,7 +471,7 @@ def profile(
             recorder.output = None
             images += len(x)
     if images == 0:
-        raise ValueError('There is no data: the loader has given no images.')
+        raise ValueError('There is no data: the loader returned no images.')
     tallies = list(recorder.tallies.values())
     name = getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__)
     result = Profile(

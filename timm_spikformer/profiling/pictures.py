@@ -16,11 +16,11 @@ from .counting import Profile
 
 __all__ = ['PICTURES', 'render', 'render_probabilities', 'to_dark']
 
-PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # that `render` may return
+PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # keys of `render`
 
 _COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
 _INK = {False: '#24292f', True: '#d8dee4'}
-_MAX_IMAGES = 4  # per row, so that figures fit the screen of a phone
+_MAX_IMAGES = 4  # per row, so that figures fit on the screen of a phone
 
 
 def _style(dark: bool) -> Dict[str, object]:
@@ -177,7 +177,7 @@ def _attention(activity: Activity) -> Figure:
 def _reconstructions(activity: Activity) -> Figure:
     rows = [[_to_numpy(image) for image in images[:_MAX_IMAGES]]
             for images in (activity.images, activity.masked, activity.reconstructed)]
-    return _grid(rows, ['images', 'what the encoder sees', 'masked patches reconstructed'], [[], [], []])
+    return _grid(rows, ['images', 'visible patches', 'masked patches reconstructed'], [[], [], []])
 
 
 def _draw(

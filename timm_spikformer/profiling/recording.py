@@ -26,7 +26,7 @@ _aten = torch.ops.aten
 
 
 def _per_step(x: Tensor) -> Tensor:
-    """Sum `[T, ...]` over all dimensions but time; return float64 on the CPU. Exact: float32 sums only channels."""
+    """Sum `[T, ...]` over all dimensions but time, in float64 on the CPU; only channels are summed in float32."""
     x = x.sum(2 if x.ndim == 5 else -1, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.flatten(1).to('cpu').double().sum(1)
 
@@ -241,7 +241,7 @@ class Recorder:
         """
         self.encoder = encoder
         self.tallies: Dict[str, Tally] = {}
-        self.output: Optional[Tensor] = None  # of the last block for the last batch, [T, B, N, C]
+        self.output: Optional[Tensor] = None  # output of the last block for the last batch, [T, B, N, C]
         self._layers = _layers(encoder)
         self._counter = _ProductCounter()
         for i, (name, m) in enumerate(self._layers.items()):

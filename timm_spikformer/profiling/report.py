@@ -63,7 +63,7 @@ def _time(milliseconds: Optional[float]) -> str:
 def create_console() -> Console:
     """Create a rich console for the standard output. If it is not a terminal, the width is 140 so that all columns fit.
 
-    Markup is disabled, so that brackets in paths are printed as they are.
+    Markup is disabled, so that brackets in paths are printed literally.
     """
     options: Dict[str, Any] = dict(markup=False, highlight=False, emoji=False)
     console = Console(**options)
@@ -71,7 +71,7 @@ def create_console() -> Console:
 
 
 def _encodable(console: Console, text: str) -> str:
-    """Replace the micro sign by u if the encoding of the console does not have it."""
+    """Replace the micro sign with u if the encoding of the console does not have it."""
     try:
         text.encode(console.encoding)
         return text
@@ -157,7 +157,7 @@ def _how(profile: Profile) -> List[str]:
     lines = [
         f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
         f'({cost.name}; {cost.source}). '
-        + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights that is read and of membranes that is read or '
+        + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights read and of membrane potentials read or '
            f'written.' if cost.memory_pj_per_byte else 'Arithmetic only, without memory access.'),
     ]
     lines += [f'{name.replace("_", " ")} = {getattr(profile.conventions, name)}: {meaning}.'
@@ -251,7 +251,10 @@ def write_report(
 
     Args:
         folder: Output folder. The files of an earlier report are replaced; other files are left alone.
-        profiles: See `to_html`, also for the other arguments.
+        profiles: See `to_html`.
+        activity: See `to_html`.
+        data: See `to_html`.
+        notes: See `to_html`.
 
     Returns:
         The path of index.html.

@@ -122,7 +122,7 @@ def _parse_cost(text: str) -> CostModel:
 
 
 def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
-    """Load the model; append remarks for the report to `notes`."""
+    """Load the model; append notes for the report to `notes`."""
     name = args.model
     is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
     if is_registered:
@@ -139,7 +139,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
             return _Loaded(model.eval(), data_config(model), None)
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as e:
-        raise ValueError(f'{e} Give weights with --checkpoint, or take random ones with --calibrate.') from e
+        raise ValueError(f'{e} Specify weights with --checkpoint, or use random weights with --calibrate.') from e
     return _Loaded(model.eval(), data_config(model), model.pretrained_cfg.get('label_names'))
 
 
@@ -147,7 +147,7 @@ def _read_checkpoint(path: str, name: str) -> Checkpoint:
     checkpoint = read_checkpoint(path, name)
     found = checkpoint.encoder.pretrained_cfg['architecture']
     if found != name.split('.')[0]:
-        raise ValueError(f'{path} holds a {found}, but the given model is {name}.')
+        raise ValueError(f'{path} contains a {found}, but the given model is {name}.')
     return checkpoint
 
 
@@ -156,7 +156,7 @@ def _loaded(checkpoint: Checkpoint) -> _Loaded:
 
 
 def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:
-    """Map the labels to the class indices of the model; return whether accuracy can be computed, and note why not."""
+    """Map the labels to the class indices of the model; return whether accuracy can be computed, else note why not."""
     if not encoder.num_classes or any(isinstance(m, SpikformerMAE) for m in loaded.model.modules()):
         return images, False
     try:
@@ -167,5 +167,5 @@ def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str
     if loaded.labels is None or images.classes is None:
         whose = 'The model' if loaded.labels is None else 'The dataset'
         notes.append(
-            f'{whose} does not name its classes: accuracy assumes the same class order in the model and the dataset.')
+            f'{whose} has no class names: accuracy assumes the same class order in the model and the dataset.')
     return images, True

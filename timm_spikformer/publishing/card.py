@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
-import jinja2  # noqa: F401  needed by ModelCard, which would fail only after the measurements
+import jinja2  # noqa: F401  required by ModelCard; without this import, it would fail only after the measurements
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
@@ -81,18 +81,18 @@ def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoin
         raise ValueError(f'{path} cannot be read: {e}. {expected}.') from e
     rows = rows if isinstance(rows, list) else [rows]
     if not rows or not all(isinstance(row, dict) and row.get('model') for row in rows):
-        raise ValueError(f'{path} has no rows, or one that does not say of which model it is. {expected}.')
+        raise ValueError(f'{path} has no rows, or a row without a model name. {expected}.')
     mine = [row for row in rows if _is_row_of(row, checkpoint)]
     if len(mine) != 1:
         what = 'more than one row' if mine else 'no row'
         models = ', '.join(sorted({str(row.get('checkpoint') or row['model'])[:100] for row in rows})[:5])
         source = '' if checkpoint.source is None else f', read from {checkpoint.source}'
         raise ValueError(
-            f'{path} has {what} of this checkpoint, a {checkpoint.name}{source}; its rows are of {models}. Expected '
-            f'one row that names this file or folder, or, without one, exactly this model.')
+            f'{path} has {what} for this checkpoint, a {checkpoint.name}{source}; its rows are for {models}. Expected '
+            f'one row with this file or folder or, if a row contains no path, with exactly this model name.')
     row = mine[0]
     if row.get('error') not in (None, ''):
-        raise ValueError(f'{path} says that this checkpoint could not be measured: {row["error"]}.')
+        raise ValueError(f'{path} reports an error for this checkpoint: {row["error"]}.')
     values = {
         key: _read_accuracy(path, key, row[key]) for key in ('top1', 'top5') if row.get(key) not in (None, '')}
     if 'top1' not in values:
@@ -172,8 +172,8 @@ def render_card(
     if is_mae:
         task, auto_class = 'image-feature-extraction', 'AutoModelForMaskedImageModeling'
         summary = (
-            f'{version}, a spiking vision transformer, pre-trained without labels as a masked autoencoder: a spiking '
-            f'encoder and an artificial decoder. Fine-tune it before use.')
+            f'{version}, a spiking vision transformer, pre-trained without labels as a masked autoencoder with a '
+            f'spiking encoder and an ANN decoder. Fine-tune it before use.')
     elif encoder.num_classes:
         task, auto_class = 'image-classification', 'AutoModelForImageClassification'
         summary = (

@@ -49,7 +49,7 @@ def run_publish(args: argparse.Namespace) -> None:
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-spikformer convert`."""
     add = parser.add_argument
-    add('checkpoint', help="the V1 authors' .pth.tar, or a state dict of spikingjelly's Spikformer")
+    add('checkpoint', help="checkpoint of the authors' V1 code (.pth.tar), or state dict of spikingjelly's Spikformer")
     add('--output', required=True, metavar='DIR', help='folder to write')
     add('--model', metavar='NAME', help='model name (default: the registered model with the same tensors)')
     add('--model-kwargs', nargs='+', metavar='KEY=VALUE', help=_MODEL_KWARGS)
@@ -62,7 +62,7 @@ def run_convert(args: argparse.Namespace) -> None:
     converted = convert(
         args.checkpoint, args.output, args.model, read_labels(args.labels), parse_kwargs(args.model_kwargs))
     print('\n'.join(converted.report))
-    print(f'{converted.model}, every tensor accounted for, written to {args.output}')
+    print(f'{converted.model}: all tensors were mapped; written to {args.output}')
 
 
 def read_labels(path: Optional[str]) -> Optional[List[str]]:
@@ -76,11 +76,11 @@ def read_labels(path: Optional[str]) -> Optional[List[str]]:
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, ValueError) as e:
-        raise ValueError(f'The labels cannot be read: {e}. Expected UTF-8 text, one name on each line.') from e
+        raise ValueError(f'The labels cannot be read: {e}. Expected UTF-8 text, one name per line.') from e
     labels = text.rstrip('\n').split('\n')  # not splitlines(), which also splits at other characters
     empty = next((i for i, label in enumerate(labels) if not label.strip()), None)
     if empty is not None:
-        raise ValueError(f'Line {empty + 1} of {path} is empty. Expected one name on each line.')
+        raise ValueError(f'Line {empty + 1} of {path} is empty. Expected one name per line.')
     return labels
 
 
@@ -98,7 +98,7 @@ def parse_kwargs(items: Optional[List[str]]) -> Optional[Dict[str, Any]]:
         if not separator or not key.isidentifier():
             raise ValueError(f'--model-kwargs: {item!r} is not KEY=VALUE.')
         if key in kwargs:
-            raise ValueError(f'--model-kwargs: {key} is there twice.')
+            raise ValueError(f'--model-kwargs: {key} occurs twice.')
         try:
             kwargs[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""Convert checkpoints of the V1 authors' code and of spikingjelly, with a report of how each tensor is mapped."""
+"""Convert checkpoints of the authors' V1 code and of spikingjelly, with a report of how each tensor is mapped."""
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -24,7 +24,7 @@ def _report(conversion: Conversion) -> List[str]:
     lines = []
     for target, sources in conversion.sources.items():
         lines.append(f'{target} <- {", ".join(sources) or "zeros: the checkpoint has none"}')
-    lines += [f'(unused) <- {name}: declared by V1 and never called' for name in conversion.unused]
+    lines += [f'(unused) <- {name}: declared by V1 but never used' for name in conversion.unused]
     return lines
 
 
@@ -46,8 +46,8 @@ def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Di
         names = [name for sources in left_over for name in sources]
         some = ', '.join((names or sorted(missing))[:5])
         raise ValueError(
-            f'{path} is not a whole checkpoint of {name}: {len(names)} of its tensors are left over, {len(missing)} '
-            f'of the model are missing ({some}). Nothing was written.')
+            f'{path} is not a complete checkpoint of {name}: {len(names)} tensors are unexpected and {len(missing)} '
+            f'are missing ({some}). Nothing was written.')
     return conversion
 
 
@@ -61,9 +61,9 @@ def _find_model(path: Path, state_dict: Dict[str, Any]) -> str:
             continue
         fitting.append(name)
     if len(fitting) != 1:
-        what = f'could be of {" or ".join(fitting)}' if fitting else 'is of none of the registered models'
+        what = f'could be {" or ".join(fitting)}' if fitting else 'matches none of the registered models'
         raise ValueError(
-            f'{path} {what}. Name the model with --model, and its arguments that differ with --model-kwargs.')
+            f'{path} {what}. Specify the model with --model, and arguments that differ with --model-kwargs.')
     return fitting[0]
 
 
@@ -77,22 +77,22 @@ def convert(
     """Convert a checkpoint file to a folder that timm and transformers load.
 
     Args:
-        path: `.pth.tar` file of the V1 authors' code, or a state dict of spikingjelly or of this package.
+        path: `.pth.tar` file of the authors' V1 code, or a state dict of spikingjelly or of this package.
         output: Folder to write; see `folders.write_folder`.
         model: Name of the model; by default, the only registered model with the same tensors.
         labels: Class names in order.
         model_kwargs: Arguments of the model for a variant without a registered name; `model` is required then.
 
     Raises:
-        ValueError: The file would run code when opened, its tensors do not match those of the model, or `output` may
-            not be overwritten.
+        ValueError: The file would run code when opened, its tensors do not match those of the model, or `output`
+            contains files that must not be overwritten.
         RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'There is no file {path}.')
     if model_kwargs and model is None:
-        raise ValueError('--model-kwargs needs --model, the registered name that they differ from.')
+        raise ValueError('--model-kwargs requires --model, the registered name of the model that they modify.')
     state_dict = find_state_dict(path, read_tensors(path))
     check_tensors(path, state_dict)
     model = model or _find_model(path, state_dict)

@@ -98,12 +98,12 @@ def save_folder(
         checkpoint: Checkpoint to save.
         folder: Output folder. Only files that the same command wrote there for the same architecture are replaced; see
             `folders.write_folder`.
-        inputs: Files that the checkpoint was read from; the folder may not contain them.
+        inputs: Files that the checkpoint was read from; the folder must not contain them.
         is_live: Whether at least one neuron of the encoder must fire, see `verify_folder`.
         command: Name of the command, for the manifest of the folder.
 
     Raises:
-        ValueError: The folder may not be overwritten.
+        ValueError: The folder contains files that must not be overwritten.
         RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
     kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
@@ -151,7 +151,7 @@ def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: boo
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     if not torch.equal(loaded.forward_features(x) if is_mae else loaded(x), expected):
-        raise RuntimeError(_differs('outputs', 'timm', 'Its arguments cannot all be expressed in a config.json.'))
+        raise RuntimeError(_differs('outputs', 'timm', 'A config.json cannot represent all of its arguments.'))
     _compare_tensors(loaded, encoder, 'timm', skip_head=is_mae)
     read_back = data_config(loaded)
     for key in DATA_KEYS:
@@ -194,5 +194,5 @@ def _plain(value: object) -> object:
 
 
 def _differs(what: str, library: str, detail: str = '') -> str:
-    return (f'The written folder has other {what} in {library} than the original model, so it is discarded. '
+    return (f'The written folder has different {what} in {library} than the original model, so it is discarded. '
             f'{detail}').rstrip()

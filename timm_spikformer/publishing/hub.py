@@ -56,25 +56,25 @@ def check_repo(repo: str, what: str = 'a repository') -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ValueError(f'{repo!r} is not a name of {what}. Expected ORG/NAME. {e}') from e
+        raise ValueError(f'{repo!r} is not a valid name of {what}. Expected ORG/NAME. {e}') from e
     if '/' not in repo:
-        raise ValueError(f'{repo!r} does not say whose repository it is. Expected ORG/NAME.')
+        raise ValueError(f'{repo!r} contains no organization or user. Expected ORG/NAME.')
 
 
 def check_dataset_id(dataset: str) -> None:
-    """Raise a ValueError if a dataset id is not `ORG/NAME`, or `NAME` as some old datasets of the Hub have it."""
+    """Raise a ValueError if a dataset id is not `ORG/NAME`, or `NAME` as for some old datasets on the Hub."""
     try:
         validate_repo_id(dataset)
     except HFValidationError as e:
-        raise ValueError(f'{dataset!r} is not an id of a dataset on the Hub. Expected ORG/NAME. {e}') from e
+        raise ValueError(f'{dataset!r} is not a valid id of a Hub dataset. Expected ORG/NAME. {e}') from e
 
 
 def check_license(license: str) -> None:
     """Raise a ValueError if the Hub does not accept a license identifier."""
     if license not in LICENSES:
         raise ValueError(
-            f"A license of the weights is required, by an identifier of the Hub such as 'apache-2.0', 'cc-by-nc-4.0' "
-            f"or, for one that has none, 'other'; got {license!r}.")
+            f"The license of the weights must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', or "
+            f"'other' if it has none, got {license!r}.")
 
 
 def check_token(api: HfApi) -> None:
@@ -89,7 +89,7 @@ def check_token(api: HfApi) -> None:
         try:
             api.whoami()
         except LocalTokenNotFoundError as e:
-            raise ValueError('There is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.') from e
+            raise ValueError('There is no Hub token. Log in with `hf auth login`, or set HF_TOKEN.') from e
         except HfHubHTTPError as e:
             if e.response.status_code == 401:
                 raise ValueError(
@@ -116,7 +116,7 @@ def inspect(
         tag: Tag to create, which must not exist yet.
 
     Raises:
-        ValueError: The repository holds another model, is public although `private` is True, or has the tag already.
+        ValueError: The repository contains another model, is public although `private` is True, or already has the tag.
         RuntimeError: The Hub cannot be reached or returns an error.
     """
     with _explained():
@@ -130,7 +130,7 @@ def inspect(
             raise ValueError(
                 f'The repository {repo} is public. Make it private in its settings, or publish without --private.')
         if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo).tags}:
-            raise ValueError(f'The repository {repo} has a tag {tag!r} already. Choose another.')
+            raise ValueError(f'The repository {repo} already has a tag {tag!r}. Choose another.')
         try:
             head = info.sha if revision is None else api.model_info(repo, revision=revision).sha
         except RevisionNotFoundError:  # the branch will be created from the main branch
@@ -140,7 +140,7 @@ def inspect(
         found = None if config is None else config.get('architecture') or config.get('model_type') or 'another model'
         if found not in (None, architecture):
             raise ValueError(
-                f'The repository {repo} holds {found}, and this is a {architecture}. Choose another name.')
+                f'The repository {repo} contains {found}, but this is a {architecture}. Choose another name.')
         return Target(head, _read_manifest(api, repo, at))
 
 
@@ -196,7 +196,7 @@ def _read_json(api: HfApi, repo: str, name: str, revision: Optional[str]) -> Opt
         raise ValueError(f'{name} of the repository {repo} is not JSON, so its model cannot be identified. Choose '
                          f'another name.') from e
     if not isinstance(content, dict):
-        raise ValueError(f'{name} of the repository {repo} is not that of a model. Choose another name.')
+        raise ValueError(f'{name} of the repository {repo} is not a JSON object. Choose another name.')
     return content
 
 
@@ -211,7 +211,7 @@ def _read_manifest(api: HfApi, repo: str, revision: Optional[str]) -> List[str]:
 
 @contextmanager
 def _explained(repo: Optional[str] = None) -> Iterator[None]:
-    """Turn errors of the Hub and of the network into a ValueError or a RuntimeError that says what to do.
+    """Convert errors of the Hub and of the network to a ValueError or a RuntimeError that states what to do.
 
     Args:
         repo: Repository of the upload; by default, nothing is uploaded.
@@ -223,7 +223,7 @@ def _explained(repo: Optional[str] = None) -> Iterator[None]:
     except HfHubHTTPError as e:
         if repo is not None and e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
-        raise RuntimeError(f'{start or "The Hub does not answer as it should: "}{_first_line(e)} {advice}') from e
+        raise RuntimeError(f'{start or "The Hub returned an error: "}{_first_line(e)} {advice}') from e
     except (HTTPError, OSError, RuntimeError) as e:  # uploads of huggingface_hub raise RuntimeError
         raise RuntimeError(f'{start or "The Hub cannot be reached: "}{_first_line(e)} {advice}') from e
     except ValueError as e:

@@ -137,9 +137,9 @@ def _check_arguments(
     for id in (*(train_datasets or ()), *((dataset.id,) if dataset else ())):
         hub.check_dataset_id(id)
     if (results is not None or eval_data is not None) and dataset is None:
-        raise ValueError('A result needs the dataset that it was measured on; name it with --dataset.')
+        raise ValueError('A result requires the dataset that it was measured on; specify it with --dataset.')
     if dry_run and output is None:
-        raise ValueError('A dry run needs an output folder; name it with --output.')
+        raise ValueError('A dry run requires an output folder; specify it with --output.')
 
 
 @contextlib.contextmanager
@@ -178,15 +178,15 @@ def _read(
 
 
 def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Profile, str, Result]:
-    """Return profile, description of the images, and accuracy of a checkpoint on the test images in a folder."""
+    """Return the profile of a checkpoint on the test images in a folder, their description, and the accuracy."""
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
         raise ValueError('The model has no classifier, so accuracy cannot be measured. Publish without --eval-data.')
     images = match_classes(_test_images(checkpoint, folder), checkpoint.labels, encoder.num_classes)
     if dataset.split not in (None, images.split):
         raise ValueError(
-            f'The test images in {folder} are of the split {images.split!r}, and --split is {dataset.split!r}. '
-            f'Omit --split, or name a folder with that split.')
+            f'The test images in {folder} are the split {images.split!r}, but --split is {dataset.split!r}. '
+            f'Omit --split, or use a folder with that split.')
     dataset = dataset._replace(split=images.split)
     if checkpoint.labels is None and images.classes is not None:
         set_labels(checkpoint, images.classes)
@@ -214,16 +214,16 @@ def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
         if train.digest() == digest:
             return test
     raise ValueError(
-        f'{folder} has no test split, and nothing proves that the checkpoint was not trained on its images. Give data '
-        f'with a test split: DIR/test/CLASS/*.png or DIR/test.parquet. Without one, a tenth is held out only for a '
+        f'{folder} has no test split, and the checkpoint may have been trained on its images. Use data with a test '
+        f'split: DIR/test/CLASS/*.png or DIR/test.parquet. Without a test split, held-out images are used only for a '
         f'checkpoint of `timm-spikformer demo` and the data that it was trained on.')
 
 
 def _check_texts(folder: Path) -> None:
-    """Raise a RuntimeError if a text file to be published contains a path of this machine."""
+    """Raise a RuntimeError if a text file to be published contains a local path."""
     for path in folder.rglob('*'):
         if path.suffix in ('.md', '.json', '.yaml'):
             text = path.read_text(encoding='utf-8')
             found = re.search(r'(?<![\w:/.])/(home|root|tmp|Users|mnt|data|work|scratch)/[^\s"\']+', text)
             if found:
-                raise RuntimeError(f'{path.name} contains a path of this machine, {found.group()}. Remove it first.')
+                raise RuntimeError(f'{path.name} contains a local path, {found.group()}. Remove it first.')

@@ -3,8 +3,8 @@
     python make_slice.py DIR [--output .]
     python make_slice.py DIR --full --output OUTPUT
 
-DIR contains `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`. The slice is the first 600 training and the first 100
-test images of each class, in their original order. Every run writes the same bytes.
+DIR contains `{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`. The slice consists of the first 600 training images and
+the first 100 test images of each class, in their original order. Every run writes the same bytes.
 """
 import argparse
 import gzip
