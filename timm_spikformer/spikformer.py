@@ -210,14 +210,14 @@ def test_spikformer_v2(pretrained: bool = False, **kwargs) -> Spikformer:
 
 @register_model
 def spikformer_8_384(pretrained: bool = False, **kwargs) -> Spikformer:
-    """Spikformer-8-384 (V1), 16.81 M parameters."""
+    """Spikformer-8-384 (V1), 16.82 M parameters."""
     model_args = dict(stem='sps', embed_dim=384, depth=8, num_heads=8)
     return _create_spikformer('spikformer_8_384', pretrained, model_args, kwargs)
 
 
 @register_model
 def spikformer_8_512(pretrained: bool = False, **kwargs) -> Spikformer:
-    """Spikformer-8-512 (V1), 29.68 M parameters."""
+    """Spikformer-8-512 (V1), 29.69 M parameters."""
     model_args = dict(stem='sps', embed_dim=512, depth=8, num_heads=8)
     return _create_spikformer('spikformer_8_512', pretrained, model_args, kwargs)
 
