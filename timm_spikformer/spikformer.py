@@ -79,9 +79,9 @@ default_cfgs = generate_default_cfgs({
             'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
         **_FASHION_MNIST,
     ),
+    'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_64_patch4_32.mae_fashion_mnist': _cfg(
         file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'), **{**_FASHION_MNIST, 'num_classes': 0}),
-    'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
 
