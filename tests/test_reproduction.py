@@ -171,10 +171,11 @@ def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, m
         p.numel() for p in timm.create_model(run.cell.model, num_classes=10, embed_dim=16).parameters())
 
 
-@pytest.mark.parametrize('name', ['mae', 'tuned'])
-def test_interrupted_run_gives_same_result(name, study, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name, fixed_bn', [('mae', 0.), ('tuned', 0.), ('tuned', 0.5)])
+def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monkeypatch):
     """Interrupt each epoch except the last one, also while the initial weights are trained."""
     cell = study.protocol.cells[name]
+    cell.recipe['fixed_bn'] = fixed_bn
     run = Run(cell, 0, 0, len(cell.tries) == 1)
     expected = study.execute(run)
     shutil.rmtree(study.checkpoints)

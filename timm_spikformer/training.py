@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
         beta2: Second beta of AdamW.
         layer_decay: Factor of the learning rate from each layer to the one below; None for no layer decay.
         warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak.
+        fixed_bn: Fraction of the updates, at the end, that use fixed BN statistics: see `train`.
         ema_decay: Decay of the moving average of the weights; training returns the averaged weights.
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
     beta2: float = 0.999
     layer_decay: Optional[float] = None
     warmup_epochs: float = 0.5
+    fixed_bn: float = 0.
     ema_decay: float = 0.99
     hflip: float = 0.
     augmentation: Mapping[str, Any] = {}
@@ -182,6 +184,11 @@ def train(
 ) -> Trained:
     """Train a model, and write a checkpoint after every epoch.
 
+    After training, BN statistics are computed from 10,000 images. With few time steps, their exact values matter: where
+    all pixels of a background have one value, a small shift makes all of them fire or none. In training, batches differ
+    in it. `recipe.fixed_bn` therefore computes the statistics before the last updates, and these use them in place of
+    those of the batch, so that the weights adapt to the statistics that inference uses. This is the project's choice.
+
     Args:
         model: Model to train.
         objective: Function that returns the loss and the logits.
@@ -216,6 +223,8 @@ def train(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
             trained_with)
     callback.on_start(start_epoch)
+    num_updates = recipe.epochs * len(loader)
+    first_fixed = num_updates - round(recipe.fixed_bn * num_updates)  # first update with fixed BN statistics
 
     with FiringRateMonitor(model) as monitor:
         monitor.enabled = False
@@ -223,9 +232,12 @@ def train(
             epoch_start = time.time()
             random_seed(recipe.seed, rank=epoch)  # makes a resumed run equal to an uninterrupted one
             losses, top1 = AverageMeter(), AverageMeter()
-            model.train()
+            _set_train_mode(model, has_fixed_bn=epoch * len(loader) > first_fixed)
             for i, (x, y) in enumerate(loader):
                 update = epoch * len(loader) + i
+                if update == first_fixed:
+                    _compute_bn(model, images, config, recipe)
+                    _set_train_mode(model, has_fixed_bn=True)
                 scheduler.step_update(update)
                 if i % 20 == 0:
                     monitor.reset()
@@ -254,8 +266,28 @@ def train(
                 checkpoint, kind, epoch=epoch, history=history, seconds=seconds_before + time.time() - start,
                 trained_with=trained_with, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
                 optimizer=optimizer.state_dict())
-    # the averaged running statistics lag behind the weights: with them, many neurons would not fire
-    random_seed(recipe.seed)
-    update_bn(
-        make_loader(images.take(_BN_IMAGES, recipe.seed), config, recipe.batch_size, device), ema.module, device)
+    if recipe.fixed_bn:
+        for averaged, fixed in zip(_norms(ema.module), _norms(model)):
+            for name, buffer in fixed.named_buffers():
+                averaged.get_buffer(name).copy_(buffer)
+    else:  # the averaged running statistics lag behind the weights: with them, many neurons would not fire
+        _compute_bn(ema.module, images, config, recipe)
     return Trained(ema.module, history, seconds_before + time.time() - start)
+
+
+def _norms(model: nn.Module) -> List[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _set_train_mode(model: nn.Module, has_fixed_bn: bool) -> None:
+    model.train()
+    if has_fixed_bn:
+        for m in _norms(model):
+            m.eval()
+
+
+def _compute_bn(model: nn.Module, images: Images, config: Dict[str, Any], recipe: Recipe) -> None:
+    """Compute BN statistics from images without augmentation."""
+    random_seed(recipe.seed)
+    device = next(model.parameters()).device
+    update_bn(make_loader(images.take(_BN_IMAGES, recipe.seed), config, recipe.batch_size, device), model, device)
