@@ -106,7 +106,14 @@ class Protocol(NamedTuple):
     def digest(self, run: Run) -> str:
         """Return a digest of everything that determines the trained weights. A try and a final run may share one."""
         config = {**run.config(), 'held_out': self.held_out[run.cell.dataset]}
+        if run.cell.init is not None:
+            config['initial'] = self._settings(self.cells[run.cell.init])
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _settings(self, cell: Cell) -> Dict[str, Any]:
+        """Return everything that determines the weights of a cell, except the seed."""
+        initial = None if cell.init is None else self._settings(self.cells[cell.init])
+        return {**Run(cell, 0, 0, True).config(), 'recipe': cell.recipe, 'tries': cell.tries, 'initial': initial}
 
 
 def read_protocol(path: Path = PROTOCOL) -> Protocol:

@@ -120,6 +120,14 @@ def test_bad_protocols(change, message, tmp_path):
         read_protocol(path)
 
 
+def test_changed_pretraining_invalidates_results_that_start_from_it(study):
+    cells, digest = study.protocol.cells, study.protocol.digest
+    tuned, scratch = (Run(cells[name], 0, 0, True) for name in ('tuned', 'scratch'))
+    before = digest(tuned), digest(scratch)
+    cells['mae'].recipe['epochs'] += 1
+    assert digest(tuned) != before[0] and digest(scratch) == before[1]
+
+
 def test_doubled_epochs_double_the_warmup(study):
     recipe = study.protocol.cells['scratch'].recipe_of(1)
     assert recipe['epochs'] == 6 and recipe['warmup_epochs'] == 0.5
