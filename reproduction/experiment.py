@@ -1,6 +1,5 @@
 """Execution of one run of the study: train, evaluate, and write the result to a JSON file."""
 import json
-import os
 import platform
 import subprocess
 import time
@@ -14,35 +13,32 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_spikformer
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.demo.pictures import reconstruction_loss
+from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import hold_folder
 from timm_spikformer.images import make_loader
+from timm_spikformer.pretrained import SHIPPED
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
-from timm_spikformer.temporaries import create_temporary
 from timm_spikformer.training import Callback, Recipe, Trained, classify, evaluate, reconstruct, train
 
 from .data import Data, read_data
+from .files import write
 from .models import SoftmaxAttention, create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 
-__all__ = ['SHIPPED', 'Study', 'write_json']
+__all__ = ['Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
-SHIPPED = Path(timm_spikformer.__file__).parent / 'assets' / 'weights'  # weights included in the package
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with create_temporary(path, path.parent) as partial:
-        partial.write_text(json.dumps(values, indent=1) + '\n', encoding='utf-8')
-        os.replace(partial, path)
+    write(path, (json.dumps(values, indent=1) + '\n').encode())
 
 
 def _commit() -> str:
@@ -59,12 +55,8 @@ def _commit() -> str:
 
 
 def _machine() -> Dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if os.path.isfile('/proc/cpuinfo'):
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), cpu)
     return dict(
-        cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+        cpu=cpu_name(), threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
         timm=timm.__version__)
 
 
@@ -222,24 +214,27 @@ class Study(NamedTuple):
         return result
 
 
+@torch.no_grad()
+def _count_macs(model: nn.Module, data: Data) -> float:
+    """Return the dense multiply-accumulates of a model for one image."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *data.config['input_size']))
+    return counter.get_total_flops() / 2
+
+
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
     """Return the number of parameters, and operations and energy per validation image by the papers' conventions."""
     images = data.validation.spread(_PROFILED_IMAGES)
     parameters = sum(p.numel() for p in model.parameters())
     if not any(isinstance(m, Spikformer) for m in model.modules()):
-        x = torch.zeros(1, *data.config['input_size'])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x)
-        macs = counter.get_total_flops() / 2
+        macs = _count_macs(model, data)
         return dict(
             parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
             energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
     result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
     operations = {}
     if isinstance(model, SpikformerMAE):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, *data.config['input_size']))
-        operations['total_macs'] = counter.get_total_flops() / 2  # including the decoder
+        operations['total_macs'] = _count_macs(model, data)  # including the decoder
     totals = result.totals
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():

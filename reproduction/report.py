@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -12,13 +11,12 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from timm_spikformer.temporaries import create_temporary
-
 from .experiment import Study
+from .files import write
 from .protocol import Cell, Protocol
 from .statistics import Difference, Summary, paired_difference, summarize
 
-__all__ = ['render', 'write_report']
+__all__ = ['write_report']
 
 FOLDER = Path(__file__).parent
 TEMPLATE = 'report.md.jinja'
@@ -30,7 +28,6 @@ class Row(NamedTuple):
     """A cell, and the results of its final runs in the order of the seeds."""
     cell: Cell
     results: List[Dict[str, Any]]
-    num_tries: int
 
     @property
     def is_complete(self) -> bool:
@@ -46,8 +43,7 @@ class Row(NamedTuple):
         return values
 
     def summary(self, *keys: str) -> Optional[Summary]:
-        values = [value for value in self.values(*keys) if value is not None] if self.results else []
-        return summarize(values) if values else None
+        return summarize(self.values(*keys)) if self.results else None
 
     @property
     def recipe(self) -> str:
@@ -66,22 +62,12 @@ class Comparison(NamedTuple):
     second: Row
     difference: Optional[Difference]
 
-    @property
-    def verdict(self) -> str:
-        d = self.difference
-        if d is None:
-            return 'runs are missing'
-        if not d.is_shown:
-            return 'no difference is shown'
-        return 'higher' if d.mean > 0 else 'lower'
-
 
 def _rows(study: Study) -> Dict[str, Row]:
     rows = {}
     for name, cell in study.protocol.cells.items():
         results = [study.result(run) for run in study.final_runs(cell)]
-        num_tries = sum(study.result(run) is not None for run in study.tries(cell))
-        rows[name] = Row(cell, [result for result in results if result is not None], num_tries)
+        rows[name] = Row(cell, [result for result in results if result is not None])
     return rows
 
 
@@ -110,9 +96,8 @@ def _machines(rows: Dict[str, Row]) -> List[str]:
     return [f'{name} ({count} runs)' for name, count in sorted(found.items())]
 
 
-def render(study: Study) -> str:
+def _render(study: Study, rows: Dict[str, Row]) -> str:
     """Return the text of README.md."""
-    rows = _rows(study)
     questions = []
     for name, question in study.protocol.questions.items():
         questions.append(dict(
@@ -169,18 +154,11 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
     return figure
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with create_temporary(path, path.parent) as partial:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-
-
 def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
     """Write README.md and figures/ to a folder."""
     study = Study(protocol, runs, runs, runs)
     rows = _rows(study)
-    _write(output / 'README.md', render(study).encode())
+    write(output / 'README.md', _render(study, rows).encode())
     with matplotlib.rc_context(_SVG):
         figures = {'energy': _energy_figure(rows)}
         if protocol.label_curves:
@@ -188,4 +166,4 @@ def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
         for name, figure in figures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format='svg', metadata={'Date': None})
-            _write(output / 'figures' / f'{name}.svg', buffer.getvalue())
+            write(output / 'figures' / f'{name}.svg', buffer.getvalue())

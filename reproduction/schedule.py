@@ -49,11 +49,12 @@ def next_jobs(
                 continue
             job: Optional[Job] = Job(run)
             if cell.init is not None and not study.has_weights(run):
-                initial = [r for r in study.final_runs(cells[cell.init]) if r.seed == run.seed]
-                if not initial or study.result(initial[0]) is None:
+                is_chosen = study.chosen(cells[cell.init]) is not None
+                initial = study.initial_run(run) if is_chosen else None
+                if initial is None or study.result(initial) is None:
                     job = None  # a job above must finish first
-                elif not study.has_weights(initial[0]):
-                    job = Job(initial[0], weights_only=True)
+                elif not study.has_weights(initial):
+                    job = Job(initial, weights_only=True)
             if job is not None:
                 jobs.setdefault(study.protocol.digest(job.run), job)
     return list(jobs.values())

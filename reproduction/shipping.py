@@ -1,7 +1,6 @@
 """Export of trained weights from the study to the package."""
 import hashlib
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any, Dict
@@ -11,11 +10,11 @@ import timm
 import yaml
 
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
-from timm_spikformer.pretrained import SHA256_FILE
-from timm_spikformer.temporaries import create_temporary
+from timm_spikformer.pretrained import SHA256_FILE, SHIPPED, read_digests
 
 from .data import DATASETS
-from .experiment import SHIPPED, Study
+from .experiment import Study
+from .files import write
 from .models import AUTOENCODER
 from .protocol import Run
 
@@ -31,7 +30,7 @@ def ship(study: Study, folder: Path = SHIPPED) -> None:
     Raises:
         ValueError: The result of one of these runs is missing.
     """
-    digests = _read_digests(folder)
+    digests = read_digests(folder)
     for cell in study.protocol.cells.values():
         if cell.ships is None:
             continue
@@ -40,15 +39,9 @@ def ship(study: Study, folder: Path = SHIPPED) -> None:
             raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
         data = _weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
-        _write(folder / f'{cell.ships}.safetensors', data)
-        _write(folder / f'{cell.ships}.yaml', _note(finals[0], study.result(finals[0])).encode())
-    _write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
-
-
-def _read_digests(folder: Path) -> Dict[str, str]:
-    path = folder / SHA256_FILE
-    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
-    return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
+        write(folder / f'{cell.ships}.safetensors', data)
+        write(folder / f'{cell.ships}.yaml', _note(finals[0], study.result(finals[0])).encode())
+    write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
 def _weights(study: Study, run: Run) -> bytes:
@@ -72,9 +65,3 @@ def _note(run: Run, result: Dict[str, Any]) -> str:
     # nested values as text, because the model card shows a table
     note.update({key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in recipe.items()})
     return yaml.safe_dump(note, sort_keys=False)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with create_temporary(path, path.parent) as partial:
-        partial.write_bytes(content)
-        os.replace(partial, path)

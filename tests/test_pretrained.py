@@ -43,9 +43,9 @@ def test_accuracy_of_shipped_weights(monkeypatch):
 
 
 def test_damaged_weights_raise(monkeypatch, tmp_path):
-    for path in pretrained._SHIPPED.iterdir():
+    for path in pretrained.SHIPPED.iterdir():
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
+    monkeypatch.setattr(pretrained, 'SHIPPED', tmp_path)
     digest = hashlib.sha256((tmp_path / f'{SHIPPED}.safetensors').read_bytes()).hexdigest()
     cfg = dict(file=pretrained.shipped_weights(SHIPPED))
     timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=cfg)
@@ -67,7 +67,7 @@ def test_autoencoder_from_shipped_weights(monkeypatch, tmp_path):
     file = tmp_path / f'{name}.safetensors'
     save_file(mae.state_dict(), file, dict(format='pt', autoencoder=json.dumps(args)))
     (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
-    monkeypatch.setattr(pretrained, '_SHIPPED', tmp_path)
+    monkeypatch.setattr(pretrained, 'SHIPPED', tmp_path)
     registry = timm.models._registry
     monkeypatch.setitem(
         registry._model_pretrained_cfgs, name,

@@ -34,11 +34,12 @@ from timm.models import (
 )
 
 __all__ = [
-    'cfg_to_train', 'check_hub', 'check_shipped', 'download', 'locate_weights', 'set_hub_namespace', 'shipped_weights']
+    'cfg_to_train', 'check_hub', 'check_shipped', 'download', 'locate_weights', 'read_digests', 'set_hub_namespace',
+    'shipped_weights']
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
-_SHIPPED = Path(__file__).parent / 'assets' / 'weights'
+SHIPPED = Path(__file__).parent / 'assets' / 'weights'
 SHA256_FILE = 'SHA256SUMS'  # digests of the files in that folder, in the format of sha256sum
 _WITHOUT_WEIGHTS = 'untrained'  # tag of models that are never published
 
@@ -49,8 +50,15 @@ _namespace: Optional[str] = None
 
 def shipped_weights(name: str) -> Optional[str]:
     """Return the path of the shipped weights of `name`, `MODEL.TAG`; None if this copy of the code has none."""
-    path = _SHIPPED / f'{name}.safetensors'
+    path = SHIPPED / f'{name}.safetensors'
     return str(path) if path.is_file() else None
+
+
+def read_digests(folder: Path) -> Dict[str, str]:
+    """Return the digests in the SHA256SUMS file of a folder by file name; empty if there is no such file."""
+    path = folder / SHA256_FILE
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
 
 
 def check_shipped(file: str) -> None:
@@ -59,9 +67,7 @@ def check_shipped(file: str) -> None:
     Raises:
         RuntimeError: The digest is not the expected one.
     """
-    sums = _SHIPPED / SHA256_FILE
-    lines = sums.read_text(encoding='utf-8').splitlines() if sums.is_file() else []
-    expected = {name: digest for digest, name in (line.split('  ', 1) for line in lines)}.get(os.path.basename(file))
+    expected = read_digests(SHIPPED).get(os.path.basename(file))
     if _sha256(file) != expected:
         raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
 

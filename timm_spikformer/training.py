@@ -106,9 +106,8 @@ def raise_bn_bias(model: nn.Module) -> None:
     At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
     at least 2. About 2 % of the neurons do; with this bias, 10 %. This is the project's own choice.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.constant_(module.bias, _BN_BIAS)
+    for module in _norms(model):
+        nn.init.constant_(module.bias, _BN_BIAS)
 
 
 @torch.no_grad()

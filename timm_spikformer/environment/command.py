@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Tuple
 from ..errors import requirement
 from ..version import __version__
 
-__all__ = ['Row', 'add_arguments', 'read_rows', 'run']
+__all__ = ['Row', 'add_arguments', 'cpu_name', 'read_rows', 'run']
 
 DESCRIPTION = 'Print versions, devices, kernels and settings, for bug reports. It contains no tokens.'
 
@@ -70,7 +70,7 @@ def read_rows() -> Iterator[Row]:
 def _facts() -> Iterator[Tuple[str, str, Callable[[], Any]]]:
     yield 'System', 'Python', lambda: f'{platform.python_version()} ({platform.python_implementation()})'
     yield 'System', 'OS', platform.platform
-    yield 'System', 'CPU', _cpu
+    yield 'System', 'CPU', cpu_name
     yield 'System', 'CPUs', _count_cpus
     for name in PACKAGES:
         yield 'Packages', name, lambda name=name: _describe_package(name)
@@ -121,7 +121,8 @@ def _hide_home(text: str) -> str:
 
 # -- system
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the model of the CPU as far as the system states it."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Linux
         for line in Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines():
