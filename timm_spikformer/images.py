@@ -151,9 +151,11 @@ class Images(Dataset):
     def select(self, indices: Any, split: Optional[str] = None) -> 'Images':
         """Return the subset of the images at `indices`, with its split renamed to `split` if given."""
         indices = np.asarray(indices, dtype=np.int64)
-        return Images(
-            self.source, None if self.labels is None else self.labels[indices], self.classes, self.name,
-            self.split if split is None else split, self._indices[indices])
+        selected = copy.copy(self)
+        selected.labels = None if self.labels is None else self.labels[indices]
+        selected.split = self.split if split is None else split
+        selected._indices = self._indices[indices]
+        return selected
 
     def spread(self, count: int) -> 'Images':
         """Return at most `count` images, evenly spaced."""
@@ -195,6 +197,22 @@ class Images(Dataset):
             with self.source.open(int(i)) as stream:
                 total.update(hashlib.sha256(stream.read()).digest() + int(label).to_bytes(8, 'big'))
         return total.hexdigest()
+
+    def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
+        """Create a timm data loader, see `make_loader`; this sets `mode` and `transform`.
+
+        Args:
+            config: timm's data config.
+            batch_size: Number of images per batch.
+            use_prefetcher: Whether timm's prefetcher moves batches to a GPU.
+            options: Further arguments of timm's `create_loader`.
+        """
+        channels = config['input_size'][0]
+        modes = {1: 'L', 3: 'RGB'}
+        if channels not in modes:
+            raise ValueError(f'The model has {channels} input channels, but images have 1 or 3.')
+        self.mode = modes[channels]
+        return create_loader(self, batch_size=batch_size, use_prefetcher=use_prefetcher, **config, **options)
 
     def _ranked(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`."""
@@ -476,10 +494,10 @@ def make_loader(
         hflip: float = 0.5,
         **augmentation: Any,
 ):
-    """Create a timm data loader for images.
+    """Create a timm data loader for images or event sequences.
 
     Args:
-        images: Images to load.
+        images: Images or event sequences to load.
         config: timm's data config, see `data_config`.
         batch_size: Number of images per batch.
         device: Device of the model; for CUDA, timm's prefetcher moves batches with labels there.
@@ -493,23 +511,16 @@ def make_loader(
     Raises:
         ValueError: The number of input channels in `config` is not 1 or 3.
     """
-    channels = config['input_size'][0]
-    modes = {1: 'L', 3: 'RGB'}
-    if channels not in modes:
-        raise ValueError(f'The model has {channels} input channels, but images have 1 or 3.')
-    images = copy.copy(images)
-    images.mode = modes[channels]
     device = torch.device(device)
-    return create_loader(
-        images,
-        batch_size=batch_size,
+    return copy.copy(images).create_loader(
+        config,
+        batch_size,
+        use_prefetcher=device.type == 'cuda' and images.labels is not None,
+        device=device,
         is_training=augment,
         hflip=hflip,
         num_workers=0,
         persistent_workers=False,
-        use_prefetcher=device.type == 'cuda' and images.labels is not None,
-        device=device,
-        **config,
         **{**_NO_AUGMENTATION, **augmentation},
     )
 

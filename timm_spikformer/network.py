@@ -304,7 +304,7 @@ class Spikformer(nn.Module):
             taken.append(mean_over_time(x))
         return x, taken
 
-    def _forward_maps(self, x: Tensor) -> Tensor:
+    def forward_maps(self, x: Tensor) -> Tensor:
         """Run the stem and the blocks on `[B, C, H, W]` or `[B, T, C, H, W]`; return `[T, B, D, H / p, W / p]`."""
         x, time_steps = self._present(x)
         return self._encode_maps(self.stem(x, time_steps))
@@ -405,29 +405,31 @@ class Spikformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features `[B, D, H / p, W / p]` of images `[B, C, H, W]` or sequences `[B, T, C, H, W]`."""
-        return mean_over_time(self._forward_maps(x))
+        return mean_over_time(self.forward_maps(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     @torch.jit.ignore
-    def classify_steps(self, x: Tensor) -> Tensor:
-        """Return the logits after each time step, `[T, B, K]`, given the features at each step, `[T, B, D, H, W]`."""
-        return torch.stack([self.forward_head(x[:t].mean(0)) for t in range(1, len(x) + 1)])
+    def classify_steps(self, x: Tensor, cumulative: bool = True) -> Tensor:
+        """Return the logits `[T, B, K]` given the features at each time step, `[T, B, D, H, W]`: see `forward_steps`."""
+        steps = [x[:t].mean(0) for t in range(1, len(x) + 1)] if cumulative else x.unbind(0)
+        return torch.stack([self.forward_head(features) for features in steps])
 
     @torch.jit.ignore
-    def forward_steps(self, x: Tensor) -> Tensor:
-        """Return the logits after each time step, `[T, B, num_classes]`.
-
-        In eval mode, a step does not depend on later steps: the logits after t steps equal those of `forward` with
-        `time_steps=t`.
+    def forward_steps(self, x: Tensor, cumulative: bool = True) -> Tensor:
+        """Return logits for each time step, `[T, B, num_classes]`.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
+            cumulative: Return the logits after each time step, computed from the mean of all features so far. In eval
+                mode, a step does not depend on later steps: the logits after t steps equal those of `forward` with
+                `time_steps=t`. If False, return the logits of each single time step, from the features of this step, as
+                required by `TETLoss`; with average pooling, their mean equals the logits of `forward`.
         """
         if carried_membranes() is not None:
             raise ValueError('forward_steps cannot be called within CarriedMembranes: call the model itself.')
-        return self.classify_steps(self._forward_maps(x))
+        return self.classify_steps(self.forward_maps(x), cumulative)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)

@@ -23,11 +23,13 @@ from transformers.utils import can_return_tuple
 
 from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
+from ..sequences import mean_over_time
 from ..spikformer import Spikformer  # not from network: this module registers the models, also in remote code
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [
     'SpikformerBackbone',
+    'SpikformerClassifierOutput',
     'SpikformerForImageClassification',
     'SpikformerForMaskedImageModeling',
     'SpikformerMaskedImageModelingOutput',
@@ -208,6 +210,17 @@ class SpikformerModel(SpikformerPreTrainedModel):
         )
 
 
+@dataclass
+class SpikformerClassifierOutput(ImageClassifierOutput):
+    """
+    Output of [`SpikformerForImageClassification`].
+
+    Args:
+        step_logits: `[T, B, num_labels]`, logits of each single time step, with `output_step_logits`.
+    """
+    step_logits: Optional[Tensor] = None
+
+
 class SpikformerForImageClassification(SpikformerPreTrainedModel):
     """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head."""
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)decoder\.']
@@ -234,9 +247,9 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
                 f'labels must be less than num_labels={self.num_labels}, got {labels.min()} to {labels.max()}. Load '
                 f'the model with num_labels=N to give it a classifier of N classes.')
 
-    def forward_steps(self, pixel_values: Tensor) -> Tensor:
-        """Return the logits after each time step, `[T, B, num_labels]`; in eval mode, the last equal `forward`'s."""
-        return self.timm_model.forward_steps(pixel_values.to(self.dtype))
+    def forward_steps(self, pixel_values: Tensor, cumulative: bool = True) -> Tensor:
+        """Return logits for each time step, `[T, B, num_labels]`: see `Spikformer.forward_steps`."""
+        return self.timm_model.forward_steps(pixel_values.to(self.dtype), cumulative)
 
     @can_return_tuple
     def forward(
@@ -245,23 +258,32 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
             labels: Optional[Tensor] = None,
             output_hidden_states: Optional[bool] = None,
             output_attentions: Optional[bool] = None,
+            output_step_logits: bool = False,
             **kwargs,
-    ) -> Union[Tuple, ImageClassifierOutput]:
+    ) -> Union[Tuple, SpikformerClassifierOutput]:
         """
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
             labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression
                 if `num_labels` is 1.
             output_hidden_states: Return the outputs of the stem and of each block, `[B, N, D]`.
+            output_step_logits: Return the logits of each single time step, `[T, B, num_labels]`, for `TETLoss`. Cannot
+                be combined with hidden states.
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
         take_blocks = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
-        hidden_states = None
+        hidden_states, step_logits = None, None
+        if take_blocks and output_step_logits:
+            raise ValueError('output_hidden_states and output_step_logits cannot be combined.')
         if take_blocks:
             x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=True)
             logits = self.timm_model.forward_head(self._to_maps(x, pixel_values))
+        elif output_step_logits:
+            maps = self.timm_model.forward_maps(pixel_values)
+            step_logits = self.timm_model.classify_steps(maps, cumulative=False)
+            logits = self.timm_model.forward_head(mean_over_time(maps))
         else:
             logits = self.timm_model(pixel_values)
 
@@ -270,10 +292,11 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
             if not torch.compiler.is_compiling():
                 self._check_labels(labels)
             loss = self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutput(
+        return SpikformerClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=tuple(hidden_states) if take_blocks else None,
+            step_logits=step_logits,
         )
 
 

@@ -77,18 +77,37 @@ class SpikformerTrainer(Trainer):
     norm, and supports neither layer decay nor SyncBatchNorm.
     """
 
-    def __init__(self, *args, layer_decay: Optional[float] = None, sync_bn: bool = True, **kwargs):
+    def __init__(
+            self,
+            *args,
+            layer_decay: Optional[float] = None,
+            sync_bn: bool = True,
+            step_loss: Optional[nn.Module] = None,
+            **kwargs,
+    ):
         """
         Args:
             layer_decay: Ratio of the learning rate of each layer to that of the next layer, for fine-tuning; the whole
                 stem is layer 0. None for no layer decay.
             sync_bn: Convert BN to SyncBatchNorm if there are several processes, each with a GPU.
+            step_loss: Loss on the logits of each time step, such as `TETLoss`, for a `SpikformerForImageClassification`
+                in place of the loss on the logits after all steps.
         """
         super().__init__(*args, **kwargs)
         self.layer_decay = layer_decay
+        self.step_loss = step_loss
         if sync_bn and self.args.world_size > 1 and self.args.device.type == 'cuda':
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self.model_wrapped = self.model
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.step_loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop('labels')
+        outputs = dict(model(**inputs, output_step_logits=True))
+        loss = self.step_loss(outputs.pop('step_logits'), labels)
+        return (loss, {'loss': loss, **outputs}) if return_outputs else loss
 
     def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -1,0 +1,159 @@
+"""Datasets of event sequences, and their loaders."""
+import copy
+import inspect
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..arguments import check_integer
+from ..images import Images
+from .frames import integrate, resize
+from .simulated import simulate_events
+from .transforms import SequenceTransform
+
+__all__ = ['EventSequences', 'SimulatedSource', 'create_loader']
+
+# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences, with the values
+# that switch them off. train.py always passes a crop scale, a ratio and a color jitter, so these are ignored.
+_IMAGE_AUGMENTATION = dict(
+    auto_augment=None, num_aug_splits=0, grayscale_prob=0., gaussian_blur_prob=0., input_size_choices=None)
+
+
+class SimulatedSource:
+    """Frames of simulated events from grayscale images, computed whenever they are read: see `simulate_events`.
+
+    Args:
+        images: Images to simulate events from, in the order of this source.
+        time_steps: Number of frames per sequence.
+        split_by: 'number' or 'time', see `integrate`.
+        size: Height and width of the images in pixels.
+    """
+
+    def __init__(self, images: Images, time_steps: int, split_by: str, size: Tuple[int, int]):
+        self.images = copy.copy(images)
+        self.images.mode, self.images.transform, self.images.labels = 'L', None, None
+        self.time_steps = time_steps
+        self.split_by = split_by
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def files(self) -> Sequence[Any]:
+        return self.images.source.files
+
+    def name(self, i: int) -> str:
+        return self.images.filename(i)
+
+    def frames(self, i: int) -> np.ndarray:
+        """Return the event counts of one image, `[T, 2, H, W]`."""
+        image = np.asarray(self.images[i], dtype=np.float32) / 255.
+        return integrate(simulate_events(image), self.time_steps, self.size, self.split_by)
+
+
+def _collate(batch: List[Tuple[Tensor, int]]) -> List[Tensor]:
+    """Return a batch of pairs as `[frames [B, T, C, H, W], labels [B]]`.
+
+    Raises:
+        ValueError: The sequences have different numbers of time steps or sizes. They are not padded, because frames
+            without events would change the mean over time.
+    """
+    shapes = {tuple(frames.shape) for frames, _ in batch}
+    if len(shapes) > 1:
+        raise ValueError(
+            f'All sequences of a batch must have the same shape [T, C, H, W], got {sorted(shapes)}. Split the events '
+            f'into a fixed number of time steps, or use batches of one sequence.')
+    return default_collate(batch)
+
+
+class _Preprocessing(NamedTuple):
+    """Resize, augment and normalize a sequence of event counts, `[T, C, H, W]`."""
+    size: Tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    augmentation: Optional[SequenceTransform]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = resize(x, self.size)
+        if self.augmentation is not None:
+            x = self.augmentation(x)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+
+class EventSequences(Images):
+    """Sequences of event frames of one split, and their labels.
+
+    An item is a pair (frames, label). The frames are a float32 tensor `[T, 2, H, W]` of event counts per time step,
+    polarity and pixel; polarity 1 is ON (brighter). Sequences are selected and split like images.
+
+    Args:
+        source: Source of the frames: `frames(i)` returns counts `[T, 2, H, W]`, `name(i)` the location of a sequence as
+            text, and `files` contains the paths of all files.
+        labels: Class indices `[N]`.
+        classes: Class names in the order of the class indices.
+        name: Display name of the dataset.
+        split: Name of the split, see `Images`.
+
+    >>> from timm_spikformer.images import read_splits
+    >>> images = read_splits()['test']
+    >>> source = SimulatedSource(images, time_steps=4, split_by='number', size=(28, 28))
+    >>> sequences = EventSequences(source, images.labels, images.classes, 'Fashion-MNIST (simulated events)', 'test')
+    >>> frames, label = sequences[0]
+    >>> frames.shape, sequences.classes[label]
+    (torch.Size([4, 2, 28, 28]), 'Ankle boot')
+    """
+    roll = 0  # largest random shift in pixels for training, see `SequenceTransform`
+
+    def _decode(self, i: int) -> Tensor:
+        return torch.from_numpy(self.source.frames(int(self._indices[i])).astype(np.float32))
+
+    def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
+        """Create a loader of pairs (frames `[B, T, 2, H, W]`, labels `[B]`): see `create_loader`."""
+        return create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
+
+
+def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
+    """Create a loader of event sequences with the arguments of `timm.data.create_loader`.
+
+    Frames are resized to `input_size` and normalized by `mean` and `std`. Of the augmentation, `hflip` and `vflip` are
+    used, `re_prob` is the probability of erasing a square, and `dataset.roll` the largest shift: see `SequenceTransform`.
+    Crops and color jitter, which train.py always requests, are not applied.
+
+    Args:
+        dataset: Event sequences.
+        args: See timm.
+        kwargs: See timm.
+
+    Raises:
+        ValueError: timm's prefetcher is requested, which requires 8-bit images; augmentation is requested that has no
+            counterpart for event sequences; or `input_size` does not have 2 channels.
+    """
+    bound = inspect.signature(timm.data.loader.create_loader).bind(dataset, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given['use_prefetcher']:
+        raise ValueError(
+            "timm's prefetcher supports only 8-bit images, not event sequences. Add --no-prefetcher (in a YAML file: "
+            'no_prefetcher: true).')
+    for name, value in _IMAGE_AUGMENTATION.items():
+        if given[name] != value:
+            raise ValueError(
+                f'{name}={given[name]!r} applies only to images. For event sequences, use hflip, vflip, reprob, and '
+                f'roll in the name of the dataset.')
+    channels, *size = given['input_size']
+    if channels != 2:
+        raise ValueError(
+            f'Event frames have 2 channels, one per polarity, but the model has {channels} input channels. Create it '
+            f'with in_chans=2 (timm scripts: --in-chans 2).')
+    given['collate_fn'] = given['collate_fn'] or _collate
+    loader = timm.data.loader.create_loader(*bound.args, **bound.kwargs)
+    is_augmented = given['is_training'] and not given['no_aug']
+    augmentation = SequenceTransform(given['hflip'], given['vflip'], dataset.roll, given['re_prob']) if is_augmented else None
+    dataset.transform = _Preprocessing(tuple(size), given['mean'], given['std'], augmentation)
+    return loader

@@ -1,0 +1,133 @@
+"""Event datasets by name, for timm's scripts and the command line: `events/NAME?time_steps=16&split_by=number`."""
+from typing import Any, Dict, NamedTuple, Optional
+from urllib.parse import parse_qsl
+
+import timm.data
+from torch.utils.data import Dataset
+
+from ..arguments import check_integer
+from ..images import read_splits
+from .dataset import EventSequences, SimulatedSource, create_loader
+from .frames import SPLIT_BY
+from .transforms import SequenceMixup
+
+__all__ = ['EventName', 'SIMULATED', 'install', 'is_event_name', 'parse_name', 'read_event_splits']
+
+_PREFIX = 'events/'
+SIMULATED = 'simulated_fashion_mnist'
+_SIMULATED_SIZE = (28, 28)
+# timm's names of splits
+_TRAIN, _TEST = ('train', 'training'), ('test', 'val', 'valid', 'validation', 'eval', 'evaluation')
+
+
+class EventName(NamedTuple):
+    """Name of an event dataset, with the options after its question mark.
+
+    Args:
+        dataset: Name of the dataset.
+        time_steps: Number of frames per sequence.
+        split_by: 'number': each frame has the same number of events; 'time': each frame has the same duration.
+        roll: Largest random shift for training in pixels.
+    """
+    dataset: str
+    time_steps: int = 16
+    split_by: str = 'number'
+    roll: int = 0
+
+
+def is_event_name(name: Optional[str]) -> bool:
+    """Return whether a name of timm's `--dataset` belongs to an event dataset."""
+    return (name or '').lower().startswith(_PREFIX)
+
+
+def parse_name(name: str) -> EventName:
+    """Parse the name of an event dataset.
+
+    Raises:
+        ValueError: There is no such dataset, or an option is unknown or has an invalid value.
+
+    >>> parse_name('events/cifar10_dvs?time_steps=10')
+    EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', roll=0)
+    """
+    from .readers import DATASETS
+    dataset, _, query = name[len(_PREFIX):].partition('?')
+    known = (*DATASETS, SIMULATED)
+    if dataset not in known:
+        raise ValueError(f'There is no event dataset {dataset!r}, expected one of {", ".join(known)}.')
+    options: Dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        pairs = [(query, '')]
+    for key, value in pairs:
+        if key not in EventName._fields[1:]:
+            raise ValueError(
+                f'{name}: unknown option {key!r}. Expected {", ".join(EventName._fields[1:])}, for example '
+                f'{_PREFIX}{dataset}?time_steps=16&split_by=number.')
+        options[key] = int(value) if value.isdecimal() else value
+    parsed = EventName(dataset, **options)
+    check_integer('time_steps', parsed.time_steps, 1)
+    check_integer('roll', parsed.roll, 0)
+    if parsed.split_by not in SPLIT_BY:
+        raise ValueError(f'split_by must be one of {", ".join(SPLIT_BY)}, got {parsed.split_by!r}.')
+    return parsed
+
+
+def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, EventSequences]:
+    """Return the splits 'train' and 'test' of an event dataset.
+
+    Args:
+        name: Name with options, such as `events/dvs128_gesture?time_steps=16`.
+        folder: Folder with the original files of the dataset. For `events/simulated_fashion_mnist`, a folder with
+            images of 28x28 pixels; by default the Fashion-MNIST images that are shipped with the package.
+
+    Raises:
+        ValueError: The name is invalid, or the folder does not contain the dataset.
+    """
+    parsed = parse_name(name)
+    if parsed.dataset == SIMULATED:
+        return {
+            split: EventSequences(
+                SimulatedSource(images, parsed.time_steps, parsed.split_by, _SIMULATED_SIZE),
+                images.labels, images.classes, f'{images.name} (simulated events)', split)
+            for split, images in read_splits(folder or None).items()
+        }
+    from .cache import CachedSource
+    from .readers import DATASETS, read_recordings
+    if not folder:
+        raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
+    return {
+        split: EventSequences(
+            CachedSource(recordings, parsed.time_steps, parsed.split_by), recordings.labels, recordings.classes,
+            DATASETS[parsed.dataset].title, split)
+        for split, recordings in read_recordings(parsed.dataset, folder).items()
+    }
+
+
+def _create_dataset(name: str, root: Optional[str] = None, split: str = 'validation', *args: Any, **kwargs: Any):
+    """Replacement for `timm.data.create_dataset` that also creates event datasets."""
+    if not is_event_name(name):
+        return _timm_create_dataset(name, root, split, *args, **kwargs)
+    splits = read_event_splits(name, root)
+    wanted = 'train' if split in _TRAIN else 'test' if split in _TEST else split
+    if wanted not in splits:
+        raise ValueError(f'{name} has no split {split!r}, expected one of {", ".join(splits)}.')
+    dataset = splits[wanted]
+    dataset.roll = parse_name(name).roll
+    return dataset
+
+
+def _create_loader(dataset: Dataset, *args: Any, **kwargs: Any):
+    """Replacement for `timm.data.create_loader` that also loads event datasets."""
+    is_events = isinstance(dataset, EventSequences)
+    return (create_loader if is_events else _timm_create_loader)(dataset, *args, **kwargs)
+
+
+_timm_create_dataset, _timm_create_loader = timm.data.create_dataset, timm.data.create_loader
+
+
+def install() -> None:
+    """Make the functions that timm's scripts import from `timm.data` accept event datasets."""
+    timm.data.create_dataset = _create_dataset
+    timm.data.create_loader = _create_loader
+    timm.data.Mixup = SequenceMixup
