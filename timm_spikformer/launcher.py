@@ -11,6 +11,8 @@ import sys
 import types
 from typing import Any, Dict
 
+from .event_data.names import install
+
 __all__ = ['run_script']
 
 _VARIABLE = 'TIMM_SPIKFORMER_SCRIPT'  # path of the script, for child processes
@@ -19,6 +21,8 @@ _MODULE = 'timm_spikformer.launcher'
 
 def run_script(path: str, name: str) -> Dict[str, Any]:
     """Execute a script as the module `name`, which remains the main module; return its globals.
+
+    The script can use event datasets by name: see `event_data/names.py`.
 
     Args:
         path: Path of the script.
@@ -30,6 +34,7 @@ def run_script(path: str, name: str) -> Dict[str, Any]:
     module.__dict__.update(
         __file__=path, __builtins__=__builtins__, __spec__=importlib.machinery.ModuleSpec(_MODULE, None))
     os.environ[_VARIABLE] = os.path.abspath(path)
+    install()
     if name == '__main__':
         sys.modules['__main__'] = sys.modules['__mp_main__'] = module  # children pickle objects of `__mp_main__`
     exec(code, module.__dict__)

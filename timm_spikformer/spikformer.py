@@ -64,6 +64,7 @@ _FASHION_MNIST = dict(
 
 # In the authors' code, frames are event counts, which are passed to the network without normalization.
 _CIFAR10_DVS = dict(num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.))
+_DVS128_GESTURE = {**_CIFAR10_DVS, 'num_classes': 11}
 
 # Without `file`, weights are loaded from the repository with the same name in the Hub namespace that the user has set.
 default_cfgs = generate_default_cfgs({
@@ -83,6 +84,7 @@ default_cfgs = generate_default_cfgs({
     'spikformer_v2_2_64_patch4_32.mae_fashion_mnist': _cfg(
         file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'), **{**_FASHION_MNIST, 'num_classes': 0}),
     'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
+    'spikformer_v2_2_256_patch16_128.dvs128_gesture': _cfg(**_DVS128_GESTURE),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
 
     'spikformer_8_384.in1k': _cfg_v1(),
@@ -90,6 +92,7 @@ default_cfgs = generate_default_cfgs({
     'spikformer_8_768.in1k': _cfg_v1(),
     'spikformer_4_384_patch4_32.cifar10': _cfg_v1(**_CIFAR10),
     'spikformer_2_256_patch16_128.cifar10_dvs': _cfg_v1(**_CIFAR10_DVS),
+    'spikformer_2_256_patch16_128.dvs128_gesture': _cfg_v1(**_DVS128_GESTURE),
 })
 
 

@@ -20,13 +20,15 @@ from torch.optim.swa_utils import update_bn
 
 from .folders import write_file
 from .images import Images, make_loader
+from .losses import TETLoss
 from .monitor import FiringRateMonitor
 
-__all__ = ['Callback', 'Recipe', 'Trained', 'classify', 'evaluate', 'raise_bn_bias', 'reconstruct', 'train']
+__all__ = ['Callback', 'Recipe', 'Trained', 'classify', 'classify_steps', 'evaluate', 'raise_bn_bias', 'reconstruct', 'train']
 
 # Function of (model, images, labels) that returns the loss and the logits, or None without logits
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
 
+_tet_loss = TETLoss(label_smoothing=0.1)
 _BN_BIAS = 0.7
 _BN_IMAGES = 10_000  # images from which BN statistics are recomputed after training
 
@@ -95,6 +97,12 @@ def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
     return F.cross_entropy(logits.float(), y, label_smoothing=0.1), logits
 
 
+def classify_steps(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return the TET loss with label smoothing of 0.1, see `TETLoss`, and the logits."""
+    logits = model.forward_steps(x, cumulative=False)
+    return _tet_loss(logits, y), logits.mean(0)
+
+
 def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
     """Return the loss of a masked autoencoder."""
     return model(x).loss, None
@@ -114,10 +122,11 @@ def raise_bn_bias(model: nn.Module) -> None:
 def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
     """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
     model.eval()
+    device = next(model.parameters()).device
     top1 = AverageMeter()
     with FiringRateMonitor(model) as monitor:
         for x, y in loader:
-            top1.update(accuracy(model(x), y)[0].item(), len(x))
+            top1.update(accuracy(model(x.to(device)), y.to(device))[0].item(), len(x))
     return top1.avg, monitor.rates
 
 
@@ -242,7 +251,7 @@ def train(
                     monitor.reset()
                     monitor.enabled = True
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
-                    loss, logits = objective(model, x.contiguous(memory_format=torch.channels_last), y)
+                    loss, logits = objective(model, _to_device(x, device), y.to(device))
                 monitor.enabled = False
                 if not loss.isfinite():
                     raise ValueError(
@@ -272,6 +281,11 @@ def train(
     else:  # the averaged running statistics lag behind the weights: with them, many neurons would not fire
         _compute_bn(ema.module, images, config, recipe)
     return Trained(ema.module, history, seconds_before + time.time() - start)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move images or sequences to a device, images in channels-last layout; timm's prefetcher has moved images."""
+    return x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
 
 
 def _norms(model: nn.Module) -> List[nn.Module]:

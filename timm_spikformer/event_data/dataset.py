@@ -15,7 +15,7 @@ from .frames import integrate, resize
 from .simulated import simulate_events
 from .transforms import SequenceTransform
 
-__all__ = ['EventSequences', 'SimulatedSource', 'create_loader']
+__all__ = ['EventSequences', 'SimulatedSource', 'collate', 'create_loader']
 
 # Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences, with the values
 # that switch them off. train.py always passes a crop scale, a ratio and a color jitter, so these are ignored.
@@ -51,12 +51,15 @@ class SimulatedSource:
         return self.images.filename(i)
 
     def frames(self, i: int) -> np.ndarray:
-        """Return the event counts of one image, `[T, 2, H, W]`."""
+        """Return the event counts of one image, `[T, 2, H, W]`: zeros if the image is constant."""
         image = np.asarray(self.images[i], dtype=np.float32) / 255.
-        return integrate(simulate_events(image), self.time_steps, self.size, self.split_by)
+        events = simulate_events(image)
+        if not len(events.t):
+            return np.zeros((self.time_steps, 2, *self.size), dtype=np.uint8)
+        return integrate(events, self.time_steps, self.size, self.split_by)
 
 
-def _collate(batch: List[Tuple[Tensor, int]]) -> List[Tensor]:
+def collate(batch: List[Tuple[Tensor, int]]) -> List[Tensor]:
     """Return a batch of pairs as `[frames [B, T, C, H, W], labels [B]]`.
 
     Raises:
@@ -79,7 +82,7 @@ class _Preprocessing(NamedTuple):
     augmentation: Optional[SequenceTransform]
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = resize(x, self.size)
+        x = torch.from_numpy(resize(x.numpy(), self.size))
         if self.augmentation is not None:
             x = self.augmentation(x)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -132,7 +135,7 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
 
     Raises:
         ValueError: timm's prefetcher is requested, which requires 8-bit images; augmentation is requested that has no
-            counterpart for event sequences; or `input_size` does not have 2 channels.
+            counterpart for event sequences; or `input_size`, `mean` or `std` does not have 2 channels.
     """
     bound = inspect.signature(timm.data.loader.create_loader).bind(dataset, *args, **kwargs)
     bound.apply_defaults()
@@ -151,7 +154,12 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
         raise ValueError(
             f'Event frames have 2 channels, one per polarity, but the model has {channels} input channels. Create it '
             f'with in_chans=2 (timm scripts: --in-chans 2).')
-    given['collate_fn'] = given['collate_fn'] or _collate
+    for name in ('mean', 'std'):
+        if len(given[name]) != channels:
+            raise ValueError(
+                f'{name} must have one value per polarity, got {given[name]}. Event counts are usually not normalized: '
+                f'mean 0 and std 1 (timm scripts: --mean 0 0 --std 1 1).')
+    given['collate_fn'] = given['collate_fn'] or collate
     loader = timm.data.loader.create_loader(*bound.args, **bound.kwargs)
     is_augmented = given['is_training'] and not given['no_aug']
     augmentation = SequenceTransform(given['hflip'], given['vflip'], dataset.roll, given['re_prob']) if is_augmented else None

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import check_integer
 from ..images import read_splits
+from .catalog import DATASETS
 from .dataset import EventSequences, SimulatedSource, create_loader
 from .frames import SPLIT_BY
 from .transforms import SequenceMixup
@@ -49,7 +50,6 @@ def parse_name(name: str) -> EventName:
     >>> parse_name('events/cifar10_dvs?time_steps=10')
     EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', roll=0)
     """
-    from .readers import DATASETS
     dataset, _, query = name[len(_PREFIX):].partition('?')
     known = (*DATASETS, SIMULATED)
     if dataset not in known:
@@ -93,7 +93,7 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
             for split, images in read_splits(folder or None).items()
         }
     from .cache import CachedSource
-    from .readers import DATASETS, read_recordings
+    from .readers import read_recordings
     if not folder:
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
     return {

@@ -1,0 +1,148 @@
+"""Train a `SpikformerForImageClassification` on event sequences with Trainer.
+
+The counterpart of transformers' run_image_classification.py for event cameras. All arguments of `TrainingArguments` are
+accepted, and a JSON file with arguments in place of options:
+
+    python -m timm_spikformer.hf.run_event_classification --do_train --do_eval --output_dir DIR \
+        --dataset_name "events/dvs128_gesture?time_steps=16" --data_dir FOLDER --model spikformer_2_256_patch16_128
+"""
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+import timm
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..event_data.dataset import EventSequences, collate
+from ..event_data.names import parse_name, read_event_splits
+from ..event_data.transforms import SequenceTransform
+from ..losses import TETLoss
+from ..pretrained import cfg_to_train
+from .configuration_spikformer import SpikformerConfig, label_maps
+from .event_processing import SpikformerEventProcessor
+from .modeling_spikformer import SpikformerForImageClassification
+from .trainer import FiringRateCallback, SpikformerTrainer
+
+__all__ = ['DataArguments', 'ModelArguments', 'main']
+
+
+@dataclass
+class DataArguments:
+    """Arguments of the dataset and of augmentation."""
+    dataset_name: str = field(metadata={'help': 'Name such as events/cifar10_dvs?time_steps=16&split_by=number.'})
+    data_dir: Optional[str] = field(default=None, metadata={'help': 'Folder with the original files of the dataset.'})
+    hflip: float = field(default=0., metadata={'help': 'Probability of a horizontal flip in training.'})
+    erase_prob: float = field(default=0., metadata={'help': 'Probability of erasing a square in training.'})
+    max_train_samples: Optional[int] = field(default=None, metadata={'help': 'Use only so many training sequences.'})
+    max_eval_samples: Optional[int] = field(default=None, metadata={'help': 'Use only so many test sequences.'})
+
+
+@dataclass
+class ModelArguments:
+    """Arguments of the model and of the loss."""
+    model: str = field(
+        default='spikformer_2_256_patch16_128',
+        metadata={'help': 'Name of a registered model, which is initialized randomly, or a folder or a Hub repository '
+                          'with a pre-trained model.'})
+    loss: str = field(
+        default='mean',
+        metadata={'help': 'mean: cross-entropy of the mean of the logits over time; tet: TETLoss.',
+                  'choices': ['mean', 'tet']})
+
+
+class _Samples(Dataset):
+    """Preprocessed sequences as inputs of the model."""
+
+    def __init__(self, sequences: EventSequences, processor: SpikformerEventProcessor):
+        self.sequences = sequences
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, i: int) -> Dict[str, Any]:
+        frames, label = self.sequences[i]
+        return dict(pixel_values=self.processor(frames, return_tensors='pt')['pixel_values'][0], labels=label)
+
+
+def _collate(batch: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    pixel_values, labels = collate([(sample['pixel_values'], sample['labels']) for sample in batch])
+    return dict(pixel_values=pixel_values, labels=labels)
+
+
+def _compute_accuracy(prediction: Any) -> Dict[str, float]:
+    return {'accuracy': float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _create_model(name: str, splits: Dict[str, EventSequences], time_steps: int) -> SpikformerForImageClassification:
+    """Create a model for the classes and the frames of a dataset."""
+    train = splits['train']
+    labels = dict(num_labels=len(train.classes), **label_maps(train.classes))
+    if os.path.isdir(name) or '/' in name:
+        model = SpikformerForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    else:
+        cfg = dict(mean=(0., 0.), std=(1., 1.), input_size=(2, *cfg_to_train(name).input_size[1:]))
+        timm_model = timm.create_model(
+            name, in_chans=2, img_size=cfg['input_size'][1:], time_steps=time_steps, pretrained_cfg_overlay=cfg)
+        model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm_model, **labels))
+    if model.config.num_channels != 2:
+        raise ValueError(
+            f'Event frames have 2 channels, one per polarity, but {name} has {model.config.num_channels} input '
+            f'channels.')
+    return model
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    is_file = len(sys.argv) == 2 and sys.argv[1].endswith('.json')
+    model_args, data_args, args = (
+        parser.parse_json_file(sys.argv[1]) if is_file else parser.parse_args_into_dataclasses())
+    set_seed(args.seed)
+    name = parse_name(data_args.dataset_name)
+    splits = read_event_splits(data_args.dataset_name, data_args.data_dir)
+    model = _create_model(model_args.model, splits, name.time_steps)
+    size = model.config.image_size
+    processor = SpikformerEventProcessor(
+        size=(size, size) if isinstance(size, int) else size, sensor_size=splits['train'].source.size,
+        time_steps=name.time_steps, split_by=name.split_by)
+    train, test = splits['train'], splits['test']
+    if data_args.max_train_samples is not None:
+        train = train.take(data_args.max_train_samples, args.seed)
+    if data_args.max_eval_samples is not None:
+        test = test.take(data_args.max_eval_samples, args.seed)
+    train.transform = SequenceTransform(
+        hflip=data_args.hflip, roll=name.roll, erase_prob=data_args.erase_prob)
+    trainer = SpikformerTrainer(
+        model=model,
+        args=args,
+        train_dataset=_Samples(train, processor),
+        eval_dataset=_Samples(test, processor),
+        data_collator=_collate,
+        processing_class=processor,
+        compute_metrics=_compute_accuracy,
+        callbacks=[FiringRateCallback(log_layers=False)],
+        step_loss=TETLoss() if model_args.loss == 'tet' else None,
+    )
+    if args.do_train:
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint is None and os.path.isdir(args.output_dir):
+            checkpoint = get_last_checkpoint(args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics('train', result.metrics)
+        trainer.save_metrics('train', result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics('eval', metrics)
+        trainer.save_metrics('eval', metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == '__main__':
+    main()
