@@ -1,0 +1,1 @@
+"""Datasets of event cameras: readers, frames of event counts, and a cache of frames."""
