@@ -1,0 +1,145 @@
+"""Events of one recording, and their integration into frames of event counts."""
+from typing import NamedTuple, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..arguments import check_integer
+
+__all__ = ['Events', 'SPLIT_BY', 'check_events', 'check_size', 'integrate', 'resize', 'sort_events']
+
+SPLIT_BY = ('number', 'time')
+
+
+class Events(NamedTuple):
+    """Events of one recording, in the order of time: four integer arrays `[N]`.
+
+    The origin of the coordinates is the upper left pixel.
+
+    Args:
+        t: Time stamps in microseconds, ascending; equal time stamps are allowed.
+        x: Columns, from 0 to W - 1.
+        y: Rows, from 0 to H - 1.
+        p: Polarities: 1 (ON) where the pixel became brighter, 0 (OFF) where it became darker.
+    """
+    t: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    p: np.ndarray
+
+
+def check_events(events: Events, size: Tuple[int, int]) -> None:
+    """Check that events form a recording of a sensor. The order of time is not checked.
+
+    Args:
+        size: Height and width of the sensor.
+
+    Raises:
+        ValueError: There are no events; the arrays are not integer arrays of one length; or an event is outside of the
+            sensor or has another polarity than 0 or 1.
+    """
+    arrays = {name: getattr(events, name) for name in Events._fields}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            got = f'{array.dtype} {list(array.shape)}' if isinstance(array, np.ndarray) else type(array).__name__
+            raise ValueError(f'{name} of the events must be an integer NumPy array [N], got {got}.')
+    if len({len(array) for array in arrays.values()}) > 1:
+        lengths = ', '.join(f'{name} {len(array)}' for name, array in arrays.items())
+        raise ValueError(f't, x, y and p of the events must have one length, got {lengths}.')
+    if not len(events.t):
+        raise ValueError('There are no events.')
+    height, width = size
+    for name, limit in (('x', width), ('y', height), ('p', 2)):
+        low, high = int(arrays[name].min()), int(arrays[name].max())
+        if low < 0 or high >= limit:
+            hint = ' Convert polarities of -1 and 1 with (p > 0).' if name == 'p' else ''
+            raise ValueError(
+                f'{name} of the events must be from 0 to {limit - 1} for a sensor of {height}x{width} pixels, got '
+                f'{low} to {high}.{hint}')
+
+
+def check_size(size: Tuple[int, int]) -> Tuple[int, int]:
+    """Validate a height and width in pixels and return them as integers.
+
+    Raises:
+        ValueError: They are not two integers of at least 1.
+    """
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f'size must be (height, width), got {size!r}.') from None
+    return check_integer('height', height, 1), check_integer('width', width, 1)
+
+
+def sort_events(events: Events) -> Events:
+    """Return the events in the order of time; events with equal time stamps keep their order."""
+    if np.all(events.t[1:] >= events.t[:-1]):
+        return events
+    order = np.argsort(events.t, kind='stable')
+    return Events(*(array[order] for array in events))
+
+
+def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: str = 'number') -> np.ndarray:
+    """Count the events of each step, polarity and pixel. Every event is counted exactly once.
+
+    The steps are those of spikingjelly's `integrate_events_by_fixed_frames_number`, which V1 uses. It raises an error
+    in 'time' mode for a step without events; here, such a step is a frame of zeros.
+
+    Args:
+        events: Events of one recording, in the order of time.
+        time_steps: Number of frames T.
+        size: Height H and width W of the sensor.
+        split_by: 'number' for steps of N // T events each, or 'time' for steps of (t[-1] - t[0]) // T microseconds each
+            (at least 1). The last step takes the rest: with fewer events than steps, 'number' puts all of them there.
+
+    Returns:
+        Counts `[T, 2, H, W]`, channel 0 OFF and channel 1 ON, in the smallest of uint8, uint16, uint32 and uint64 that
+        holds the largest count. Convert them to float32 before arithmetic.
+
+    Raises:
+        ValueError: See `check_events`; the time stamps do not ascend; or another argument is invalid.
+    """
+    time_steps = check_integer('time_steps', time_steps, 1)
+    height, width = size = check_size(size)
+    if split_by not in SPLIT_BY:
+        raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
+    check_events(events, size)
+    if np.any(events.t[1:] < events.t[:-1]):  # not np.diff, which wraps for unsigned integers
+        raise ValueError('The time stamps of the events must ascend. Use sort_events.')
+    t, x, y, p = (array.astype(np.int64) for array in events)
+    inner = np.arange(1, time_steps)
+    if split_by == 'number':
+        starts = inner * (len(t) // time_steps)
+    else:
+        starts = np.searchsorted(t, t[0] + inner * max((t[-1] - t[0]) // time_steps, 1))
+    step = np.repeat(np.arange(time_steps), np.diff(starts, prepend=0, append=len(t)))  # [N]
+    position = ((step * 2 + p) * height + y) * width + x
+    counts = np.bincount(position, minlength=time_steps * 2 * height * width)
+    return counts.reshape(time_steps, 2, height, width).astype(np.min_scalar_type(counts.max()))
+
+
+def resize(frames: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Resize frames by bilinear interpolation, with antialiasing.
+
+    V1 keeps the 128x128 pixels of CIFAR10-DVS. TET and later work resize them to 48x48 in this way (`Resize` of
+    torchvision on PIL images), which averages pixels instead of adding them, also for integer factors. Values therefore
+    stay in the range of the counts, and the sum of a frame is divided by the ratio of the areas.
+
+    Args:
+        frames: Counts `[T, C, H, W]`.
+        size: New height and width.
+
+    Returns:
+        Frames `[T, C, *size]`, float32. They are the counts if the size is unchanged.
+
+    Raises:
+        ValueError: The frames do not have four dimensions, or the size is invalid.
+    """
+    size = check_size(size)
+    if np.ndim(frames) != 4:
+        raise ValueError(f'frames must have the shape [T, C, H, W], got {list(np.shape(frames))}.')
+    frames = np.asarray(frames, dtype=np.float32)
+    if frames.shape[2:] == size:
+        return frames
+    return F.interpolate(torch.from_numpy(frames), size, mode='bilinear', antialias=True).numpy()
