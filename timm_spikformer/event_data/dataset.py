@@ -17,10 +17,9 @@ from .transforms import SequenceTransform
 
 __all__ = ['EventSequences', 'SimulatedSource', 'collate', 'create_loader']
 
-# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences, with the values
-# that switch them off. train.py always passes a crop scale, a ratio and a color jitter, so these are ignored.
-_IMAGE_AUGMENTATION = dict(
-    auto_augment=None, num_aug_splits=0, grayscale_prob=0., gaussian_blur_prob=0., input_size_choices=None)
+# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. Those that train.py
+# passes by default, a crop scale and ratio and a color jitter, are not in this list and have no effect.
+_IMAGE_AUGMENTATION = ('auto_augment', 'num_aug_splits', 'grayscale_prob', 'gaussian_blur_prob', 'input_size_choices')
 
 
 class SimulatedSource:
@@ -144,8 +143,8 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
         raise ValueError(
             "timm's prefetcher supports only 8-bit images, not event sequences. Add --no-prefetcher (in a YAML file: "
             'no_prefetcher: true).')
-    for name, value in _IMAGE_AUGMENTATION.items():
-        if given[name] != value:
+    for name in _IMAGE_AUGMENTATION:
+        if given[name]:
             raise ValueError(
                 f'{name}={given[name]!r} applies only to images. For event sequences, use hflip, vflip, reprob, and '
                 f'roll in the name of the dataset.')

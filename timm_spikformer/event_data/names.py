@@ -2,6 +2,7 @@
 from typing import Any, Dict, NamedTuple, Optional
 from urllib.parse import parse_qsl
 
+import numpy as np
 import timm.data
 from torch.utils.data import Dataset
 
@@ -28,11 +29,13 @@ class EventName(NamedTuple):
         dataset: Name of the dataset.
         time_steps: Number of frames per sequence.
         split_by: 'number': each frame has the same number of events; 'time': each frame has the same duration.
+        split: How to split a dataset into train and test, see `read_recordings`; '' for its default.
         roll: Largest random shift for training in pixels.
     """
     dataset: str
     time_steps: int = 16
     split_by: str = 'number'
+    split: str = ''
     roll: int = 0
 
 
@@ -48,7 +51,7 @@ def parse_name(name: str) -> EventName:
         ValueError: There is no such dataset, or an option is unknown or has an invalid value.
 
     >>> parse_name('events/cifar10_dvs?time_steps=10')
-    EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', roll=0)
+    EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', split='', roll=0)
     """
     dataset, _, query = name[len(_PREFIX):].partition('?')
     known = (*DATASETS, SIMULATED)
@@ -98,9 +101,9 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
     return {
         split: EventSequences(
-            CachedSource(recordings, parsed.time_steps, parsed.split_by), recordings.labels, recordings.classes,
-            DATASETS[parsed.dataset].title, split)
-        for split, recordings in read_recordings(parsed.dataset, folder).items()
+            CachedSource(recordings, parsed.time_steps, parsed.split_by), np.asarray(recordings.labels),
+            recordings.classes, DATASETS[parsed.dataset].title, split)
+        for split, recordings in read_recordings(parsed.dataset, folder, parsed.split or None).items()
     }
 
 
