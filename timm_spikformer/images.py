@@ -142,11 +142,15 @@ class Images(Dataset):
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file names, the file sizes, the labels and the indices of the selected images."""
         digest = hashlib.sha256()
-        for path in self.source.files:
-            digest.update(os.fsencode(f'{os.path.basename(path)} {os.path.getsize(path)}\n'))
+        self._identify_source(digest)
         for values in (self._indices, self.labels):
             digest.update(b'' if values is None else values.astype('<i8').tobytes())
         return digest.hexdigest()
+
+    def _identify_source(self, digest: Any) -> None:
+        """Update a hash with what identifies the source."""
+        for path in self.source.files:
+            digest.update(os.fsencode(f'{os.path.basename(path)} {os.path.getsize(path)}\n'))
 
     def select(self, indices: Any, split: Optional[str] = None) -> 'Images':
         """Return the subset of the images at `indices`, with its split renamed to `split` if given."""

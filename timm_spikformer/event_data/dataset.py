@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..arguments import check_integer
 from ..images import Images
+from .cache import cache_frames
 from .frames import integrate, resize
 from .simulated import simulate_events
 from .transforms import SequenceTransform
 
-__all__ = ['EventSequences', 'SimulatedSource', 'collate', 'create_loader']
+__all__ = ['EventSequences', 'RecordedSource', 'SimulatedSource', 'collate', 'create_loader']
 
 # Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. Those that train.py
 # passes by default, a crop scale and ratio and a color jitter, are not in this list and have no effect.
@@ -42,12 +42,12 @@ class SimulatedSource:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def files(self) -> Sequence[Any]:
-        return self.images.source.files
-
     def name(self, i: int) -> str:
         return self.images.filename(i)
+
+    def fingerprint(self) -> str:
+        """Return a text that identifies the images and the settings."""
+        return f'simulated {self.images.fingerprint()} {self.time_steps} {self.split_by} {self.size}'
 
     def frames(self, i: int) -> np.ndarray:
         """Return the event counts of one image, `[T, 2, H, W]`: zeros if the image is constant."""
@@ -56,6 +56,46 @@ class SimulatedSource:
         if not len(events.t):
             return np.zeros((self.time_steps, 2, *self.size), dtype=np.uint8)
         return integrate(events, self.time_steps, self.size, self.split_by)
+
+
+class RecordedSource:
+    """Frames of recordings, which are cached in one memory-mapped file: see `cache_frames`.
+
+    Args:
+        recordings: Recordings of one split, from `read_recordings` or `from_tonic`.
+        time_steps: Number of frames per sequence.
+        split_by: 'number' or 'time', see `integrate`.
+    """
+
+    def __init__(self, recordings: Any, time_steps: int, split_by: str):
+        self.recordings = recordings
+        self.time_steps = time_steps
+        self.split_by = split_by
+        self.size = recordings.size
+        self._frames: Optional[np.ndarray] = None
+        self._open()
+
+    def _open(self) -> np.ndarray:
+        if self._frames is None:
+            self._frames = cache_frames(self.recordings, None, self.time_steps, split_by=self.split_by)
+        return self._frames
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**vars(self), '_frames': None}  # pickling a memory map for another process would copy its contents
+
+    def __len__(self) -> int:
+        return len(self.recordings)
+
+    def name(self, i: int) -> str:
+        return self.recordings.names()[i]
+
+    def fingerprint(self) -> str:
+        """Return a text that identifies the recordings and the settings."""
+        return f'{self.recordings.fingerprint()} {self.time_steps} {self.split_by}'
+
+    def frames(self, i: int) -> np.ndarray:
+        """Return the event counts of one recording, `[T, 2, H, W]`."""
+        return self._open()[i]
 
 
 def collate(batch: List[Tuple[Tensor, int]]) -> List[Tensor]:
@@ -95,8 +135,8 @@ class EventSequences(Images):
     polarity and pixel; polarity 1 is ON (brighter). Sequences are selected and split like images.
 
     Args:
-        source: Source of the frames: `frames(i)` returns counts `[T, 2, H, W]`, `name(i)` the location of a sequence as
-            text, and `files` contains the paths of all files.
+        source: Source of the frames, a `RecordedSource` or a `SimulatedSource`: `frames(i)` returns counts
+            `[T, 2, H, W]`, `name(i)` the location of a sequence, and `fingerprint()` a text that identifies the source.
         labels: Class indices `[N]`.
         classes: Class names in the order of the class indices.
         name: Display name of the dataset.
@@ -111,6 +151,9 @@ class EventSequences(Images):
     (torch.Size([4, 2, 28, 28]), 'Ankle boot')
     """
     roll = 0  # largest random shift in pixels for training, see `SequenceTransform`
+
+    def _identify_source(self, digest: Any) -> None:
+        digest.update(self.source.fingerprint().encode())
 
     def _decode(self, i: int) -> Tensor:
         return torch.from_numpy(self.source.frames(int(self._indices[i])).astype(np.float32))

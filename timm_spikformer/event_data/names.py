@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ..arguments import check_integer
 from ..images import read_splits
 from .catalog import DATASETS
-from .dataset import EventSequences, SimulatedSource, create_loader
+from .dataset import EventSequences, RecordedSource, SimulatedSource, create_loader
 from .frames import SPLIT_BY
 from .transforms import SequenceMixup
 
@@ -95,13 +95,12 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
                 images.labels, images.classes, f'{images.name} (simulated events)', split)
             for split, images in read_splits(folder or None).items()
         }
-    from .cache import CachedSource
     from .readers import read_recordings
     if not folder:
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
     return {
         split: EventSequences(
-            CachedSource(recordings, parsed.time_steps, parsed.split_by), np.asarray(recordings.labels),
+            RecordedSource(recordings, parsed.time_steps, parsed.split_by), np.asarray(recordings.labels),
             recordings.classes, DATASETS[parsed.dataset].title, split)
         for split, recordings in read_recordings(parsed.dataset, folder, parsed.split or None).items()
     }

@@ -1,7 +1,7 @@
 """Register the classes with transformers' Auto classes when the modules of the Auto classes are imported.
 
-Importing transformers' modeling code takes seconds, and timm users do not need it. Therefore, each of the three modules
-that define the Auto classes has a registration function. It is called immediately if the module has been imported, and
+Importing transformers' modeling code takes seconds, and timm users do not need it. Therefore, each of the modules that
+define the Auto classes has a registration function. It is called immediately if the module has been imported, and
 otherwise after the import, by a finder on `sys.meta_path`.
 """
 import importlib.abc
@@ -42,10 +42,17 @@ def _register_image_processor(auto: ModuleType) -> None:
     )
 
 
+def _register_feature_extractor(auto: ModuleType) -> None:
+    from .configuration_spikformer import SpikformerConfig
+    from .event_processing import SpikformerEventProcessor
+    auto.AutoFeatureExtractor.register(SpikformerConfig, SpikformerEventProcessor, exist_ok=True)
+
+
 _AFTER_IMPORT = {
     f'{_AUTO}configuration_auto': _register_config,
     f'{_AUTO}modeling_auto': _register_models,
     f'{_AUTO}image_processing_auto': _register_image_processor,
+    f'{_AUTO}feature_extraction_auto': _register_feature_extractor,
 }
 
 

@@ -1,0 +1,137 @@
+"""Event sequences in transformers: the processor, losses on single steps, and the training script."""
+import json
+import sys
+
+import event_files
+import numpy as np
+import pytest
+import timm
+import torch
+from transformers import AutoFeatureExtractor, Trainer, TrainingArguments
+
+import timm_spikformer
+from timm_spikformer.event_data.frames import Events, integrate, resize
+from timm_spikformer.hf import run_event_classification
+from timm_spikformer.hf.event_processing import SpikformerEventProcessor
+from timm_spikformer.losses import TETLoss
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*recordings of .*:UserWarning')
+
+
+@pytest.fixture
+def processor() -> SpikformerEventProcessor:
+    return SpikformerEventProcessor(
+        size=(32, 32), sensor_size=(34, 34), time_steps=4, image_mean=(0.5, 0.25), image_std=(2., 4.))
+
+
+def test_processor(processor):
+    events = [event_files.random_events((34, 34), count, seed=count) for count in (50, 80)]
+    pixel_values = processor(events, return_tensors='pt')['pixel_values']
+    assert pixel_values.shape == (2, 4, 2, 32, 32) and pixel_values.dtype == torch.float32
+    mean, std = (np.array(v, dtype=np.float32).reshape(2, 1, 1) for v in ((0.5, 0.25), (2., 4.)))
+    expected = (resize(integrate(events[1], 4, (34, 34)), (32, 32)) - mean) / std
+    np.testing.assert_array_equal(pixel_values[1], expected)
+    for same in (events[1]._asdict(), integrate(events[1], 4, (34, 34))):
+        np.testing.assert_array_equal(processor(same)['pixel_values'][0], expected)
+
+
+def test_processor_is_saved_and_loaded(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = SpikformerEventProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    model = timm.create_model('test_spikformer_v2', in_chans=2)
+    timm_spikformer.SpikformerConfig.from_timm(model).save_pretrained(tmp_path)
+    assert type(AutoFeatureExtractor.from_pretrained(tmp_path)) is SpikformerEventProcessor
+
+
+EVENTS = event_files.random_events((34, 34))
+
+
+@pytest.mark.parametrize('sample, message', [
+    ([], 'no samples'),
+    ([np.zeros((4, 2, 8, 8)), np.zeros((5, 2, 8, 8))], r'same number of time steps, got \[4, 5\]'),
+    (np.zeros((4, 3, 8, 8)), 'one channel per polarity'),
+    (np.zeros((2, 8, 8)), 'one channel per polarity'),
+    ({'t': EVENTS.t, 'x': EVENTS.x, 'y': EVENTS.y}, 'p is missing'),
+    (EVENTS._replace(x=EVENTS.x + 34), 'x of the events must be from 0 to 33'),
+    (Events(*(a[:0] for a in EVENTS)), 'There are no events'),
+])
+def test_processor_refuses_invalid_samples(processor, sample, message):
+    with pytest.raises(ValueError, match=message):
+        processor(sample)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(split_by='frames'), dict(image_std=(1., 0.)), dict(image_mean=(0.,)), dict(size=32), dict(size=(0, 32))])
+def test_processor_refuses_invalid_arguments(kwargs):
+    with pytest.raises(ValueError):
+        SpikformerEventProcessor(**kwargs)
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    model = timm.create_model('test_spikformer_v2', in_chans=2, num_classes=10)
+    return timm_spikformer.SpikformerForImageClassification(timm_spikformer.SpikformerConfig.from_timm(model))
+
+
+def test_step_logits(classifier):
+    x, labels = torch.rand(3, 5, 2, 32, 32), torch.tensor([0, 1, 2])
+    classifier.train()
+    output = classifier(x, labels=labels, output_step_logits=True)
+    assert output.step_logits.shape == (5, 3, 10)
+    torch.testing.assert_close(output.step_logits.mean(0), output.logits)
+    assert classifier(x).step_logits is None
+    with pytest.raises(ValueError, match='cannot be combined'):
+        classifier(x, output_step_logits=True, output_hidden_states=True)
+
+
+def test_trainer_uses_the_loss_on_steps(classifier, tmp_path):
+    x, labels = 3 * torch.rand(8, 3, 2, 32, 32), torch.arange(8)
+    data = [dict(pixel_values=frames, labels=label) for frames, label in zip(x, labels)]
+    args = TrainingArguments(
+        tmp_path, per_device_train_batch_size=8, per_device_eval_batch_size=8, max_steps=1, report_to=[], use_cpu=True)
+    trainer = timm_spikformer.SpikformerTrainer(
+        classifier, args, train_dataset=data, eval_dataset=data, step_loss=TETLoss(weight=0.1))
+    trainer.train()
+    classifier.eval()
+    with torch.no_grad():
+        expected = TETLoss(weight=0.1)(classifier.forward_steps(x, cumulative=False), labels)
+        logits = classifier(x).logits
+    prediction = trainer.predict(data)
+    assert prediction.metrics['test_loss'] == pytest.approx(expected.item(), rel=1e-4)
+    np.testing.assert_allclose(prediction.predictions, logits, rtol=1e-4, atol=1e-5)
+    assert Trainer.compute_loss is not timm_spikformer.SpikformerTrainer.compute_loss
+
+
+@pytest.mark.parametrize('loss', ['mean', 'tet'])
+def test_training_script(loss, tmp_path, monkeypatch):
+    event_files.write_n_mnist(tmp_path / 'data', per_class=1)
+    arguments = dict(
+        dataset_name='events/n_mnist?time_steps=3&roll=2', data_dir=str(tmp_path / 'data'), model='test_spikformer_v2',
+        loss=loss, hflip=0.5, erase_prob=0.5, output_dir=str(tmp_path / 'output'), do_train=True, do_eval=True,
+        num_train_epochs=2, per_device_train_batch_size=5, use_cpu=True, report_to=[], save_strategy='epoch')
+    (tmp_path / 'arguments.json').write_text(json.dumps(arguments))
+    monkeypatch.setattr(sys, 'argv', ['run_event_classification', str(tmp_path / 'arguments.json')])
+    run_event_classification.main()
+    metrics = json.loads((tmp_path / 'output' / 'all_results.json').read_text())
+    assert 0 <= metrics['eval_accuracy'] <= 1 and metrics['train_loss'] > 0
+
+    model = timm_spikformer.SpikformerForImageClassification.from_pretrained(tmp_path / 'output')
+    assert model.config.id2label[3] == '3' and model.config.num_channels == 2
+    processor = SpikformerEventProcessor.from_pretrained(tmp_path / 'output')
+    assert (processor.sensor_size, processor.size, processor.time_steps) == ([34, 34], [64, 64], 3)
+    in_timm = timm.create_model(f'local-dir:{tmp_path / "output"}', pretrained=True)
+    data = timm.data.resolve_data_config(model=in_timm)
+    assert (data['input_size'], data['mean'], data['std']) == ((2, 64, 64), [0., 0.], [1., 1.])
+
+
+def test_training_script_refuses_a_model_of_images(tmp_path, monkeypatch):
+    event_files.write_n_mnist(tmp_path / 'data', per_class=1)
+    timm_spikformer.SpikformerForImageClassification(
+        timm_spikformer.SpikformerConfig.from_timm('test_spikformer_v2')).save_pretrained(tmp_path / 'images')
+    monkeypatch.setattr(sys, 'argv', [
+        'run_event_classification', '--dataset_name', 'events/n_mnist', '--data_dir', str(tmp_path / 'data'), '--model',
+        str(tmp_path / 'images'), '--output_dir', str(tmp_path / 'output'), '--use_cpu', '--report_to', 'none'])
+    with pytest.raises(ValueError, match='has 3 input channels'):
+        run_event_classification.main()
