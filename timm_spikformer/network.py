@@ -12,8 +12,8 @@ from ._timm import feature_take_indices, update_model_args, update_model_input_s
 from .arguments import check_integer, check_pooling, check_positive, check_rate
 from .checkpoints import check_keys, checkpoint_filter_fn
 from .layers import SpikingBlock, SpikingBlocks
-from .masking import Visible
-from .neurons import carried_membranes
+from .masking import VisibleTokens
+from .neurons import get_stateful_inference
 from .recompute import checkpoint_with_bn
 from .sequences import check_time_steps, mean_over_time, to_time_major
 from .stems import STEMS
@@ -256,14 +256,14 @@ class Spikformer(nn.Module):
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
-    def _present(self, x: Tensor) -> Tuple[Tensor, int]:
+    def _prepare_input(self, x: Tensor) -> Tuple[Tensor, int]:
         """Check the input, put time first and return the number of time steps: see `to_time_major`."""
         time_steps = self.time_steps
         if not torch.jit.is_scripting():
-            carried = carried_membranes()
-            if carried is not None:
-                carried.check_input(x)
-                time_steps = carried.time_steps
+            stateful = get_stateful_inference()
+            if stateful is not None:
+                stateful.check_input(x)
+                time_steps = stateful.time_steps
         return to_time_major(x, time_steps, self.in_chans, self.patch_size)
 
     @torch.jit.ignore
@@ -284,7 +284,7 @@ class Spikformer(nn.Module):
         Returns:
             The last output `[T, B, C', H', W']`, and the means over time of the selected outputs
         """
-        taken: List[Tensor] = []
+        outputs: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing:
@@ -292,21 +292,21 @@ class Spikformer(nn.Module):
                 else:
                     x = stage(x, time_steps)
                 if i < self.num_levels - 1 and i in take_indices:
-                    taken.append(mean_over_time(x))
-        return x, taken
+                    outputs.append(mean_over_time(x))
+        return x, outputs
 
     @torch.jit.ignore
-    def _forward_each_block(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+    def _forward_blocks(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """Run the encoder blocks on tokens `[T, B, N, C]`; return the means over time of the input and each output."""
-        taken = [mean_over_time(x)]
+        outputs = [mean_over_time(x)]
         for block in self.blocks:
             x = checkpoint_with_bn(block, x) if self.grad_checkpointing else block(x)
-            taken.append(mean_over_time(x))
-        return x, taken
+            outputs.append(mean_over_time(x))
+        return x, outputs
 
     def _forward_maps(self, x: Tensor) -> Tensor:
         """Run the stem and the blocks on `[B, C, H, W]` or `[B, T, C, H, W]`; return `[T, B, D, H / p, W / p]`."""
-        x, time_steps = self._present(x)
+        x, time_steps = self._prepare_input(x)
         return self._encode_maps(self.stem(x, time_steps))
 
     def _encode_maps(self, x: Tensor) -> Tensor:
@@ -322,31 +322,31 @@ class Spikformer(nn.Module):
             self,
             x: Tensor,
             visible: Optional[Tensor] = None,
-            take_blocks: bool = False,
+            return_hidden_states: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Return features as tokens in raster order, and optionally the outputs of the stem and of each block.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
             visible: Indices of the visible tokens, `[B, N']`, in increasing order. Masked tokens do not influence them.
-            take_blocks: Return the outputs of the stem and of each block
+            return_hidden_states: Return the outputs of the stem and of each block
         Returns:
             Features `[B, N, D]`, or `[B, N', D]` of visible tokens, and the list of outputs; all are means over time
         """
-        grid: Optional[Visible] = None
-        x, time_steps = self._present(x)
+        grid: Optional[VisibleTokens] = None
+        x, time_steps = self._prepare_input(x)
         if visible is not None:
             grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         x = self.stem(x, time_steps, grid)
         x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
         if visible is not None:
             x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
-        taken: List[Tensor] = []
-        if take_blocks:
-            x, taken = self._forward_each_block(x)
+        outputs: List[Tensor] = []
+        if return_hidden_states:
+            x, outputs = self._forward_blocks(x)
         else:
             x = self.blocks(x)
-        return mean_over_time(x), taken
+        return mean_over_time(x), outputs
 
     def forward_intermediates(
             self,
@@ -373,7 +373,7 @@ class Spikformer(nn.Module):
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         take_indices, max_index = feature_take_indices(self.num_levels, indices)
         num_levels = max_index + 1 if stop_early else len(self.stem.stages)
-        x, time_steps = self._present(x)
+        x, time_steps = self._prepare_input(x)
         x, intermediates = self._forward_stages(x, time_steps, num_levels, take_indices)
         if num_levels == self.num_levels:
             x = self._encode_maps(x)
@@ -425,8 +425,8 @@ class Spikformer(nn.Module):
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
         """
-        if carried_membranes() is not None:
-            raise ValueError('forward_steps cannot be called within CarriedMembranes: call the model itself.')
+        if get_stateful_inference() is not None:
+            raise ValueError('forward_steps cannot be called within StatefulInference: call the model itself.')
         return self.classify_steps(self._forward_maps(x))
 
     def forward(self, x: Tensor) -> Tensor:

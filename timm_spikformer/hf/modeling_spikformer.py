@@ -195,16 +195,16 @@ class SpikformerModel(SpikformerPreTrainedModel):
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
-        x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=take_blocks)
+        x, hidden_states = self.timm_model.forward_tokens(pixel_values, return_hidden_states=return_hidden_states)
         pooled = None
         if self.config.global_pool:
             pooled = self.timm_model.head.global_pool(self._to_maps(x, pixel_values))
         return BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=pooled,
-            hidden_states=tuple(hidden_states) if take_blocks else None,
+            hidden_states=tuple(hidden_states) if return_hidden_states else None,
         )
 
 
@@ -256,11 +256,11 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
         hidden_states = None
-        if take_blocks:
-            x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=True)
+        if return_hidden_states:
+            x, hidden_states = self.timm_model.forward_tokens(pixel_values, return_hidden_states=True)
             logits = self.timm_model.forward_head(self._to_maps(x, pixel_values))
         else:
             logits = self.timm_model(pixel_values)
@@ -273,7 +273,7 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(hidden_states) if take_blocks else None,
+            hidden_states=tuple(hidden_states) if return_hidden_states else None,
         )
 
 
@@ -344,13 +344,13 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
             return_loss: Ignored: the loss is always returned. Trainer checks for an argument with this name.
         """
         self._check_no_attentions(output_attentions)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
-        output = self.mae(pixel_values.to(self.dtype), bool_masked_pos, noise, take_blocks=take_blocks)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
+        output = self.mae(pixel_values.to(self.dtype), bool_masked_pos, noise, return_hidden_states)
         return SpikformerMaskedImageModelingOutput(
             loss=output.loss,
             reconstruction=output.reconstruction,
             mask=output.mask.float(),
-            hidden_states=tuple(output.hidden_states) if take_blocks else None,
+            hidden_states=tuple(output.hidden_states) if return_hidden_states else None,
         )
 
 

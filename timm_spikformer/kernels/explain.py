@@ -7,7 +7,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .events import EventRecord, observe_events
+from .events import EventRecord, set_event_observer
 
 __all__ = ['KernelGroup', 'KernelReport', 'explain_kernels', 'time_layers']
 
@@ -115,11 +115,11 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     times: Dict[str, float] = {}
     if x is not None:
         with _in_eval_mode(model):
-            before = observe_events(lambda record: records.__setitem__(record.layer.weight, record))
+            before = set_event_observer(lambda record: records.__setitem__(record.layer.weight, record))
             try:
                 model(x)
             finally:
-                observe_events(before)
+                set_event_observer(before)
         times = time_layers(model, x)
     report = KernelReport()
     for name, module in model.named_modules():

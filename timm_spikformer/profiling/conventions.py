@@ -8,6 +8,7 @@ from .choices import CHOICES
 
 __all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
 
+
 @dataclass(frozen=True)
 class Conventions:
     """Conventions for counting operations.
@@ -96,7 +97,7 @@ class CostModel:
 _HOROWITZ = '45 nm, Horowitz 2014, https://doi.org/10.1109/ISSCC.2014.6757323, as in spikingjelly'
 
 
-def _of_spikingjelly() -> Dict[str, CostModel]:
+def _spikingjelly_cost_models() -> Dict[str, CostModel]:
     models = {}
     for name in ('fp32', 'fp16', 'int8'):
         costs = getattr(SimpleEnergyCostConfig, name)()
@@ -112,7 +113,7 @@ def _of_spikingjelly() -> Dict[str, CostModel]:
     return models
 
 
-COST_MODELS: Dict[str, CostModel] = _of_spikingjelly()
+COST_MODELS: Dict[str, CostModel] = _spikingjelly_cost_models()
 
 
 def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
