@@ -11,7 +11,12 @@ __all__ = ['AnytimeOutput', 'predict_anytime']
 
 
 class AnytimeOutput(NamedTuple):
-    """Prediction for each sample, at the time step at which it stopped."""
+    """Prediction for each sample, at the time step at which it stopped.
+
+    >>> output = AnytimeOutput(torch.zeros(2, 10), steps=torch.tensor([1, 4]), time_steps=4)
+    >>> output.skipped_fraction
+    0.375
+    """
     logits: Tensor  # [B, num_classes]
     steps: Tensor  # [B], number of time steps computed for each sample
     time_steps: int  # maximum number of time steps

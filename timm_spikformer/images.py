@@ -92,6 +92,13 @@ class Images(Dataset):
         split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or the name that `hold_out` gives to
             held-out images, such as 'held-out tenth of train'.
         indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
+
+    >>> images = read_splits()['test']
+    >>> images.description, len(images.sample_evenly(10))
+    ('1,000 images of Fashion-MNIST, test split', 10)
+    >>> image, label = images[0]
+    >>> image.size, images.classes[label]
+    ((28, 28), 'Ankle boot')
     """
 
     def __init__(

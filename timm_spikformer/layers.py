@@ -76,6 +76,10 @@ class SpikingSelfAttention(nn.Module):
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or the scale is not positive.
+
+    >>> attn = SpikingSelfAttention(dim=16, num_heads=2)
+    >>> attn(torch.rand(4, 2, 9, 16)).shape
+    torch.Size([4, 2, 9, 16])
     """
 
     def __init__(
@@ -127,6 +131,10 @@ class SpikingMLP(nn.Module):
         dim: C.
         hidden_dim: Width of the hidden layer.
         drop: Dropout rate of the spikes of both layers.
+
+    >>> spikes = SpikingMLP(dim=16, hidden_dim=64)(torch.rand(4, 2, 9, 16))
+    >>> spikes.shape, bool(((spikes == 0) | (spikes == 1)).all())
+    (torch.Size([4, 2, 9, 16]), True)
     """
 
     def __init__(
@@ -154,7 +162,12 @@ class SpikingMLP(nn.Module):
 
 
 class TimeSharedDropPath(nn.Module):
-    """Stochastic depth on `[T, B, ...]` that keeps or drops the branch of a sample at all time steps together."""
+    """Stochastic depth on `[T, B, ...]` that keeps or drops the branch of a sample at all time steps together.
+
+    >>> branch = TimeSharedDropPath(0.5)(torch.ones(4, 8, 1))
+    >>> torch.equal(branch, branch[:1].expand(4, -1, -1))  # equal at all time steps
+    True
+    """
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()
@@ -176,6 +189,10 @@ class SpikingBlock(nn.Module):
         attn_scale: Scale of `q k^T v`.
         proj_drop: Dropout rate of the spikes of attention and MLP.
         drop_path: Stochastic depth rate.
+
+    >>> block = SpikingBlock(dim=16, num_heads=2)
+    >>> block(torch.zeros(4, 2, 9, 16)).unique().tolist()  # no spikes in, no spikes out
+    [0.0]
     """
 
     def __init__(
@@ -238,7 +255,12 @@ def _norm_and_fire(
 
 
 class SpikingBlocks(nn.Sequential):
-    """Sequence of encoder blocks, `[T, B, N, C] -> [T, B, N, C]`."""
+    """Sequence of encoder blocks, `[T, B, N, C] -> [T, B, N, C]`.
+
+    >>> blocks = SpikingBlocks(SpikingBlock(16, num_heads=2), SpikingBlock(16, num_heads=2))
+    >>> len(blocks), blocks(torch.rand(4, 2, 9, 16)).shape
+    (2, torch.Size([4, 2, 9, 16]))
+    """
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(*blocks)
@@ -336,6 +358,10 @@ class ConvBNLIF(_Unit):
         out_chs: Number of output channels.
         kernel_size: Kernel size. With an odd size, the padding keeps the resolution at stride 1.
         stride: Stride.
+
+    >>> unit = ConvBNLIF(3, 8, kernel_size=2, stride=2)
+    >>> unit(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    torch.Size([4, 2, 8, 16, 16])
     """
     layer_name = 'conv'
 
@@ -397,6 +423,9 @@ class LinearBNLIF(_Unit):
         in_features: C.
         out_features: C'.
         bias: Whether the linear layer has a bias.
+
+    >>> LinearBNLIF(16, 32)(torch.rand(4, 2, 9, 16)).shape
+    torch.Size([4, 2, 9, 32])
     """
     layer_name = 'linear'
 

@@ -126,7 +126,14 @@ class MAEDecoder(nn.Module):
 
 
 class SpikformerMAEOutput(NamedTuple):
-    """Output of a `SpikformerMAE`."""
+    """Output of a `SpikformerMAE`.
+
+    >>> import timm
+    >>> mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=1))
+    >>> output = mae(torch.rand(2, 3, 64, 64), return_hidden_states=True)
+    >>> output.loss.ndim, output.mask.shape, output.hidden_states[0].shape
+    (0, torch.Size([2, 16]), torch.Size([2, 4, 64]))
+    """
     loss: Tensor  # scalar: mean squared error over the masked patches
     reconstruction: Tensor  # [B, C, H, W], predictions for all patches; normalized if `norm_pix_loss` is True
     mask: Tensor  # [B, N] bool, True for masked patches

@@ -47,6 +47,12 @@ class Spikformer(nn.Module):
     identical at all steps and computed once. For event or video input `[B, T, C, H, W]`, T is taken from the input.
     Weights depend on neither T nor the image size, which may be any multiple of the patch size. Membrane potentials are
     local to one forward call: there is no state to reset.
+
+    >>> import timm
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True, time_steps=2).eval()
+    >>> images = torch.zeros(3, 3, 28, 28)
+    >>> model(images).shape, model.forward_features(images).shape, model.forward_steps(images).shape
+    (torch.Size([3, 10]), torch.Size([3, 64, 7, 7]), torch.Size([2, 3, 10]))
     """
 
     def __init__(

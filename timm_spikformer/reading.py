@@ -56,7 +56,11 @@ _LOAD_ERROR = 'The weights in {} cannot be loaded into the model of its config.j
 
 @dataclass
 class TrainingRecord:
-    """How a model was trained, if its checkpoint records it: the command, and the arguments by name."""
+    """How a model was trained, if its checkpoint records it: the command, and the arguments by name.
+
+    >>> TrainingRecord('timm-spikformer demo --epochs=5', {'epochs': 5}).args['epochs']
+    5
+    """
     command: str
     args: Dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +78,11 @@ class Checkpoint:
             written on saving.
         source: File or folder that the checkpoint was read from.
         name: Name passed to `timm.create_model`, with the tag of the weights if there is one.
+
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    >>> checkpoint = checkpoint_from_model(model)
+    >>> checkpoint.name, checkpoint.data_config['input_size']
+    ('spikformer_v2_2_64_patch4_32.fashion_mnist', (3, 28, 28))
     """
     model: Union[Spikformer, SpikformerMAE]
     data_config: Dict[str, Any]

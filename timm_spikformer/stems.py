@@ -155,6 +155,10 @@ class SpikingConvStem(_Stem):
 
     Each stage has one residual block of ratio 4; there is no pooling and no position embedding. This is inferred from
     the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
+
+    >>> stem = SpikingConvStem(in_chans=3, embed_dim=64, patch_size=4)
+    >>> stem.strides, stem(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    ([1, 1, 2, 2], torch.Size([4, 2, 64, 8, 8]))
     """
     stage_cls = SpikingConvStage
 
@@ -163,6 +167,10 @@ class SpikingPatchSplitting(_Stem):
     """Spiking Patch Splitting (SPS) of V1, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
     Pooling follows the neuron, as in the authors' code. The last stage ends with V1's conditional position embedding.
+
+    >>> stem = SpikingPatchSplitting(in_chans=3, embed_dim=64, patch_size=4)
+    >>> stem.widths, stem(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    ([8, 16, 32, 64], torch.Size([4, 2, 64, 8, 8]))
     """
     stage_cls = SpikingPatchStage
 

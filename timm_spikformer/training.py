@@ -47,6 +47,10 @@ class Recipe(NamedTuple):
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
         seed: Random seed.
+
+    >>> recipe = Recipe(epochs=10, lr=1e-2, batch_size=32, augmentation=dict(auto_augment='rand-m9-n2'))
+    >>> recipe._replace(seed=1).seed, recipe.ema_decay
+    (1, 0.99)
     """
     epochs: int
     lr: float
@@ -63,7 +67,14 @@ class Recipe(NamedTuple):
 
 
 class Callback:
-    """Base class of callbacks for `train`. Its methods do nothing."""
+    """Base class of callbacks for `train`. Its methods do nothing.
+
+    >>> class PrintLoss(Callback):
+    ...     def on_epoch(self, epoch, model, record):
+    ...         print(f'epoch {epoch}: loss {record["loss"]:.2f}')
+    >>> PrintLoss().on_epoch(0, nn.Identity(), dict(loss=0.5))
+    epoch 0: loss 0.50
+    """
 
     def on_start(self, epoch: int) -> None:
         """Called before the first epoch that runs; `epoch` is greater than 0 for a resumed run."""
@@ -83,6 +94,17 @@ class TrainingResult(NamedTuple):
         history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
             `seconds`, and entries added by the callback.
         seconds: Training time in seconds, including the time before an interruption.
+
+    >>> import tempfile, timm
+    >>> from timm_spikformer.images import read_splits, training_data_config
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', time_steps=1, img_size=28)
+    >>> images, config = read_splits()['train'].sample_stratified(32, seed=0), training_data_config()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = train(
+    ...         model, classify, images, config, Recipe(epochs=1, lr=1e-3, batch_size=16), Path(folder, 'last.pth.tar'),
+    ...         'Example', 'example', {})
+    >>> len(result.history), sorted(result.history[0])
+    (1, ['accuracy', 'firing_rate', 'loss', 'seconds'])
     """
     model: nn.Module
     history: List[Dict[str, Any]]

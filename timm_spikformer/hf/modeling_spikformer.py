@@ -56,7 +56,13 @@ register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_
 
 
 class SpikformerPreTrainedModel(PreTrainedModel):
-    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load."""
+    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load.
+
+    >>> model = SpikformerModel(SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    >>> model.set_time_steps(2)
+    >>> model.config.time_steps, isinstance(model, SpikformerPreTrainedModel)
+    (2, True)
+    """
     config: SpikformerConfig
     config_class = SpikformerConfig
     base_model_prefix = 'timm_model'
@@ -166,6 +172,11 @@ class SpikformerModel(SpikformerPreTrainedModel):
 
     `bool_masked_pos` is not supported. ViTModel and SwinModel replace masked patches with a mask token; this model has
     none, because its pre-training removes masked patches. Use `SpikformerForMaskedImageModeling` to encode with a mask.
+
+    >>> model = SpikformerModel(SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    >>> output = model(torch.rand(2, 3, 32, 32))
+    >>> output.last_hidden_state.shape, output.pooler_output.shape
+    (torch.Size([2, 4, 64]), torch.Size([2, 64]))
     """
 
     def __init__(self, config: SpikformerConfig):
@@ -209,7 +220,14 @@ class SpikformerModel(SpikformerPreTrainedModel):
 
 
 class SpikformerForImageClassification(SpikformerPreTrainedModel):
-    """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head."""
+    """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head.
+
+    >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_labels=10)
+    >>> model = SpikformerForImageClassification(config)
+    >>> output = model(torch.rand(2, 3, 32, 32), labels=torch.tensor([3, 7]))
+    >>> output.logits.shape, output.loss.ndim
+    (torch.Size([2, 10]), 0)
+    """
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)decoder\.']
 
     def __init__(self, config: SpikformerConfig):
@@ -287,6 +305,10 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
         reconstruction: `[B, C, H, W]`, predictions for all patches; normalized like the target with `norm_pix_loss`.
         mask: `[B, N]`, 1 for masked patches, else 0.
         hidden_states: Outputs of the stem and of each block for the visible patches, `[B, N', D]`.
+
+    >>> output = SpikformerMaskedImageModelingOutput(loss=torch.tensor(0.5), mask=torch.ones(2, 4))
+    >>> list(output.keys())
+    ['loss', 'mask']
     """
     loss: Optional[Tensor] = None
     reconstruction: Optional[Tensor] = None
@@ -295,7 +317,13 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
 
 
 class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
-    """Masked autoencoder for self-supervised pre-training; `mae` is a `timm_spikformer.SpikformerMAE`."""
+    """Masked autoencoder for self-supervised pre-training; `mae` is a `timm_spikformer.SpikformerMAE`.
+
+    >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, decoder_hidden_size=32)
+    >>> output = SpikformerForMaskedImageModeling(config)(torch.rand(2, 3, 64, 64))
+    >>> output.reconstruction.shape, output.mask.sum(1).tolist()
+    (torch.Size([2, 3, 64, 64]), [12.0, 12.0])
+    """
     _conversions = _MAE_CONVERSIONS
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)head\.']
 
@@ -355,7 +383,13 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
 
 
 class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
-    """Feature maps of the stages of the stem and of the encoder, averaged over time, for dense prediction."""
+    """Feature maps of the stages of the stem and of the encoder, averaged over time, for dense prediction.
+
+    >>> config = SpikformerConfig(
+    ...     hidden_size=64, num_hidden_layers=1, num_attention_heads=4, out_features=['stage2', 'stage4'])
+    >>> [maps.shape for maps in SpikformerBackbone(config)(torch.rand(1, 3, 64, 64)).feature_maps]
+    [torch.Size([1, 16, 16, 16]), torch.Size([1, 64, 4, 4])]
+    """
     has_attentions = False
 
     def __init__(self, config: SpikformerConfig):

@@ -15,7 +15,13 @@ _REPEATS = 3  # number of timed calls
 
 
 class KernelGroup(NamedTuple):
-    """A group of modules that a kernel can replace."""
+    """A group of modules that a kernel can replace.
+
+    >>> import timm
+    >>> group = explain_kernels(timm.create_model('test_spikformer_v2'))[2]
+    >>> group.module, group.group, group.runs_as
+    ('stem.stages.0.down', 'bn + lif: one pass', 'kernel')
+    """
     module: str  # name of the module that contains the group
     group: str  # what the kernel computes
     runs_as: str  # 'kernel' or 'modules'
@@ -25,7 +31,13 @@ class KernelGroup(NamedTuple):
 
 
 class KernelReport(List[KernelGroup]):
-    """A list of the groups of a model, printed as a table."""
+    """A list of the groups of a model, printed as a table.
+
+    >>> import timm
+    >>> report = explain_kernels(timm.create_model('test_spikformer_v2'))
+    >>> str(report).split()[:5]
+    ['module', 'group', 'runs', 'as', 'reason']
+    """
 
     def __str__(self) -> str:
         head = ['module', 'group', 'runs as', 'reason']

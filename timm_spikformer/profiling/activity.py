@@ -26,6 +26,12 @@ class Activity:
         attention: For each block, the attention that each token receives, `[n, H / patch_size, W / patch_size]`.
         masked: For a masked autoencoder, the images with masked patches gray, `[n, C, H, W]`.
         reconstructed: For a masked autoencoder, the images with masked patches reconstructed, `[n, C, H, W]`.
+
+    >>> import timm
+    >>> model = timm.create_model('test_spikformer_v2', time_steps=2)
+    >>> activity = record_activity(model, torch.rand(1, 3, 64, 64), layers=['blocks.0.mlp.fc1'])
+    >>> activity.rasters['blocks.0.mlp.fc1'].shape, activity.attention['blocks.0'].shape
+    (torch.Size([1, 2, 64]), torch.Size([1, 4, 4]))
     """
     images: Tensor
     rasters: Dict[str, Tensor] = field(default_factory=dict)

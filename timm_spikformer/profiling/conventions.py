@@ -39,6 +39,9 @@ class Conventions:
 
     Raises:
         ValueError: The value of an option is not in `CHOICES`.
+
+    >>> Conventions(residual='mac').describe()['bn']
+    'BN is folded into the weights and costs nothing'
     """
     residual: str = 'sum'
     fan_out: str = 'dense'
@@ -75,6 +78,10 @@ class CostModel:
 
     Raises:
         ValueError: An energy is negative or not finite.
+
+    >>> cost = CostModel('mine', mac_pj=4.6, ac_pj=0.9)
+    >>> cost.energy_mj(macs=0, acs=1e9, memory_bytes=0)
+    0.9
     """
     name: str
     mac_pj: float

@@ -38,6 +38,11 @@ class Totals:
             in spikingjelly's simple energy model. The default cost model and most others ignore it.
         energy_mj: Energy of the spiking network in millijoules.
         ann_energy_mj: Energy of the ANN in millijoules.
+
+    >>> import timm
+    >>> totals = profile(timm.create_model('test_spikformer_v2'), torch.rand(2, 3, 64, 64)).totals
+    >>> totals.dense_macs > totals.macs > 0, totals.energy_mj > 0
+    (True, True)
     """
     parameters: int
     dense_macs: float
@@ -73,6 +78,12 @@ class LayerProfile:
         ann_energy_mj: Energy of the dense multiply-accumulates of one time step in millijoules.
         milliseconds: Measured time per image in milliseconds, see `measure_times`; None if it was not measured.
         dense_milliseconds: The same, without event-driven products.
+
+    >>> import timm
+    >>> result = profile(timm.create_model('test_spikformer_v2', time_steps=2), torch.rand(2, 3, 64, 64))
+    >>> layer = result.layer('blocks.0.mlp.fc2')
+    >>> layer.group, layer.input, len(layer.firing_rate)
+    ('mlp', 'spikes', 2)
     """
     name: str
     group: str
@@ -108,6 +119,11 @@ class StepProfile:
         agreement: Fraction of the images with the same prediction as after the last step.
         confidence: Mean of the highest class probability.
         accuracy: Fraction of the images that are classified correctly; None without labels.
+
+    >>> import timm
+    >>> steps = profile(timm.create_model('test_spikformer_v2', time_steps=2), torch.rand(2, 3, 64, 64)).steps
+    >>> [step.step for step in steps], steps[-1].agreement
+    ([1, 2], 1.0)
     """
     step: int
     energy_mj: float
@@ -145,6 +161,13 @@ class Profile:
         conventions: Conventions for counting operations.
         cost: Energy per operation.
         times: Measured milliseconds per image by kernel mode, 'auto' or 'dense' (no event-driven products), and layer.
+
+    >>> import timm
+    >>> result = profile(timm.create_model('test_spikformer_v2'), torch.rand(2, 3, 64, 64))
+    >>> result.time_steps, list(result.groups)
+    (4, ['stem', 'attention', 'mlp', 'head'])
+    >>> result.with_conventions('int8').totals.energy_mj < result.totals.energy_mj
+    True
     """
     model: str
     time_steps: int

@@ -38,14 +38,23 @@ _CITATIONS = {
 
 
 class Dataset(NamedTuple):
-    """Dataset of a result: its id on the Hub, its name, and the split; None for the split of the evaluated images."""
+    """Dataset of a result: its id on the Hub, its name, and the split; None for the split of the evaluated images.
+
+    >>> Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')._replace(split='train').split
+    'train'
+    """
     id: str
     name: str
     split: Optional[str] = None
 
 
 class AccuracyResult(NamedTuple):
-    """An accuracy in percent, the dataset, and the tool that measured it."""
+    """An accuracy in percent, the dataset, and the tool that measured it.
+
+    >>> result = AccuracyResult('Top-1 accuracy', 86.8, Dataset('org/data', 'Data', 'test'), "timm's validate.py")
+    >>> list(results_files([result], date='2026-01-31'))
+    ['.eval_results/image-classification.yaml']
+    """
     name: str
     value: float
     dataset: Dataset

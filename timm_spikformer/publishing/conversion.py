@@ -15,7 +15,16 @@ __all__ = ['ConversionResult', 'convert']
 
 
 class ConversionResult(NamedTuple):
-    """Result of `convert`: the model name, and a report with one line per tensor."""
+    """Result of `convert`: the model name, and a report with one line per tensor.
+
+    >>> import tempfile, torch
+    >>> model = timm.create_model('test_spikformer_v2')
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(model.state_dict(), Path(folder, 'weights.pth'))
+    ...     result = convert(Path(folder, 'weights.pth'), Path(folder, 'converted'), model='test_spikformer_v2')
+    >>> result.model, result.report[0]
+    ('test_spikformer_v2', 'stem.stages.0.down.conv.weight <- stem.stages.0.down.conv.weight')
+    """
     model: str
     report: List[str]
 

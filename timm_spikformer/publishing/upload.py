@@ -27,7 +27,15 @@ __all__ = ['PublishResult', 'publish']
 
 
 class PublishResult(NamedTuple):
-    """Result of `publish`: the output folder, if any, and the URL and commit hash of the upload, if any."""
+    """Result of `publish`: the output folder, if any, and the URL and commit hash of the upload, if any.
+
+    >>> import tempfile, timm
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = publish(model, 'org/name', 'mit', output=Path(folder, 'model'), dry_run=True)
+    >>> result.folder.name, result.url
+    ('model', None)
+    """
     folder: Optional[Path]
     url: Optional[str] = None
     commit: Optional[str] = None
