@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision.transforms import v2
 
-from timm_spikformer.images import make_loader, read_splits, training_config
+from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.training import classify
 
 from .images import open_photographs, photographs
@@ -52,7 +52,8 @@ def _compare(title: str, model: Source, loaders: Dict[str, Source], rounds: int)
 def _demo(quick: bool) -> Dict[str, object]:
     """Compare the demo's loader with its training on all labels."""
     name = 'spikformer_v2_2_64_patch4_32'
-    loader = make_loader(read_splits()['train'].take(320 if quick else 6000, 0), training_config(), 32, augment=True)
+    images = read_splits()['train'].sample_stratified(320 if quick else 6000, seed=0)
+    loader = make_loader(images, training_data_config(), 32, augment=True)
     x, y = next(iter(loader))
     x = x.contiguous(memory_format=torch.channels_last)
     model = timm.create_model(name, time_steps=1, img_size=x.shape[-2:]).to(memory_format=torch.channels_last).train()

@@ -44,10 +44,10 @@ def energies(result: Profile) -> Dict[str, float]:
     found = {'as in the papers': result.totals.energy_mj}
     for option, choices in CHOICES.items():
         for value in list(choices)[1:]:
-            found[f'{option} = {value}'] = result.under(**{option: value}).totals.energy_mj
-    found["as in spikingjelly's counters"] = result.under(**SPIKINGJELLY).totals.energy_mj
+            found[f'{option} = {value}'] = result.with_conventions(**{option: value}).totals.energy_mj
+    found["as in spikingjelly's counters"] = result.with_conventions(**SPIKINGJELLY).totals.energy_mj
     for cost in ('fp16', 'int8', 'int32'):
-        found[f'cost = {cost}'] = result.under(cost).totals.energy_mj
+        found[f'cost = {cost}'] = result.with_conventions(cost).totals.energy_mj
     found['dense ANN'] = result.totals.ann_energy_mj
     return found
 

@@ -68,8 +68,8 @@ def measure_layer(in_chs: int, out_chs: int, size: int, kernel_size: int, rate: 
         times = interleave(dict(
             dense=lambda: layer(x),
             product=lambda: events.convolve(layer, x, events.read_events(layer, x)),
-            fused=lambda: events.fire_events(layer, bn, _Neuron(), x, events.read_events(layer, x), 4),
-            fused_bytes=lambda: events.fire_events(layer, bn, _Neuron(), x, counted, 4, True),
+            fused=lambda: events.convolve_norm_lif(layer, bn, _Neuron(), x, events.read_events(layer, x), 4),
+            fused_bytes=lambda: events.convolve_norm_lif(layer, bn, _Neuron(), x, counted, 4, True),
             dense_gradient=dense_gradient,
             gradient=lambda: events.weight_gradient(counted, grad, layer.weight),
         ), rounds)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.layers import ConvBNLIF
-from timm_spikformer.masking import Visible
+from timm_spikformer.masking import VisibleTokens
 
 from .images import photographs
 from .measure import interleave, ratio
@@ -22,7 +22,7 @@ from .measure import interleave, ratio
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 
-def _pixels_of(visible: Visible, n: int, H: int, W: int) -> Tensor:
+def _pixels_of(visible: VisibleTokens, n: int, H: int, W: int) -> Tensor:
     """Return the indices of the visible pixels among the `n * B * H * W` pixels of a map, in increasing order."""
     ids, _, width = visible
     B, p = ids.shape[0], W // width
@@ -31,7 +31,7 @@ def _pixels_of(visible: Visible, n: int, H: int, W: int) -> Tensor:
     return mask.repeat(n, 1, 1).flatten().nonzero().flatten()
 
 
-def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: Visible) -> Tensor:
+def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: VisibleTokens) -> Tensor:
     """Apply a layer as SparK does: convolve whole maps, normalize visible pixels, and set masked pixels to 0."""
     B = x.shape[1]
     x = layer.conv(x.flatten(0, 1))
@@ -43,7 +43,7 @@ def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: Visible)
     return layer.lif(x.unflatten(0, (-1, B)).expand(time_steps, -1, -1, -1, -1))
 
 
-def _dense_stage(stage: nn.Module, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+def _dense_stage(stage: nn.Module, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
     if x.shape[2] == 3:  # the image
         _, B, _, H, W = x.shape
         keep = torch.zeros(B * H * W).index_fill(0, _pixels_of(visible, 1, H, W), 1.)

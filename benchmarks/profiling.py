@@ -46,7 +46,7 @@ def _anytime(count: int, rounds: int) -> Dict[str, object]:
     The model was trained with one time step, so its BN statistics are computed again.
     """
     model = timm.create_model(DEMO, pretrained=True, time_steps=4)
-    x, y = next(iter(make_loader(read_splits()['test'].spread(count), data_config(model), count)))
+    x, y = next(iter(make_loader(read_splits()['test'].sample_evenly(count), data_config(model), count)))
     update_bn([x], model)
     model.eval()
     results: Dict[str, object] = {}
@@ -58,9 +58,9 @@ def _anytime(count: int, rounds: int) -> Dict[str, object]:
             dict(forward=lambda: _forward(model, x), anytime=lambda c=confidence: predict_anytime(model, x, c)), rounds)
         taken = ratio(times['anytime'], times['forward'])
         accuracy = (out.logits.argmax(1) == y).float().mean().item()
-        print(f'    stopping at {confidence:.0%}: {100 * accuracy:.1f} %, {out.saving:.0%} of the steps saved, '
-              f'{taken} of the time')
-        results[f'{confidence}'] = dict(accuracy=accuracy, saving=out.saving, time=taken._asdict())
+        print(f'    stopping at {confidence:.0%}: {100 * accuracy:.1f} %, {out.skipped_fraction:.0%} of the steps '
+              f'skipped, {taken} of the time')
+        results[f'{confidence}'] = dict(accuracy=accuracy, saving=out.skipped_fraction, time=taken._asdict())
     return results
 
 

@@ -11,12 +11,12 @@ import timm
 
 from timm_spikformer import SpikformerConfig
 from timm_spikformer.hf.image_processing import create_image_processor
-from timm_spikformer.pretrained import cfg_to_train
+from timm_spikformer.pretrained import get_training_cfg
 
 
 def write(name: str, folder: Path, **kwargs) -> None:
     """Write the two files of an untrained model; existing files are replaced after both are complete."""
-    cfg = cfg_to_train(name)
+    cfg = get_training_cfg(name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # the training scripts read the labels from the dataset

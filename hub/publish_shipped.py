@@ -12,7 +12,7 @@ import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
-from timm_spikformer.reading import Training, from_model, set_labels
+from timm_spikformer.reading import TrainingRecord, checkpoint_from_model, set_labels
 
 # Evaluation data, its description, and the license of the weights (that of Fashion-MNIST)
 MEASURED_ON = {
@@ -29,11 +29,11 @@ def main() -> None:
     args = parser.parse_args()
     for name, (data, dataset, license) in MEASURED_ON.items():
         model = timm.create_model(name, pretrained=True)
-        checkpoint = from_model(model)
+        checkpoint = checkpoint_from_model(model)
         set_labels(checkpoint, model.pretrained_cfg['label_names'])
         training = yaml.safe_load(Path(model.pretrained_cfg['file']).with_suffix('.yaml').read_text())
         training.pop('test_accuracy', None)  # the card has the one that is measured now
-        checkpoint.training = Training(training.pop('command'), training)
+        checkpoint.training = TrainingRecord(training.pop('command'), training)
         published = publish(
             checkpoint, f'{args.organization}/{name}', license, eval_data=data, dataset=dataset,
             output=Path(args.output) / name, dry_run=args.dry_run)

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
-from timm_spikformer.folders import hold_folder
+from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader
-from timm_spikformer.pretrained import SHIPPED
+from timm_spikformer.pretrained import WEIGHTS_FOLDER
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
-from timm_spikformer.training import Callback, Recipe, Trained, classify, evaluate, reconstruct, train
+from timm_spikformer.training import Callback, Recipe, TrainingResult, classify, evaluate, reconstruct, train
 
 from .data import Data, read_data
 from .files import write
@@ -145,7 +145,7 @@ class Study(NamedTuple):
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
         """Return the file in the package with the weights that a run has trained; None if there is none."""
-        path = SHIPPED / f'{run.cell.ships}.safetensors'
+        path = WEIGHTS_FOLDER / f'{run.cell.ships}.safetensors'
         if not (run.is_final and run.seed == 0 and path.is_file()):
             return None
         with safetensors.safe_open(path, 'pt') as f:
@@ -161,7 +161,7 @@ class Study(NamedTuple):
         dataset = run.cell.dataset
         return read_data(self.data, dataset, self.protocol.held_out[dataset])
 
-    def train(self, run: Run, data: Data) -> Trained:
+    def train(self, run: Run, data: Data) -> TrainingResult:
         """Train the weights of a run, or load them if they exist already."""
         cell, config = run.cell, run.config()
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
@@ -171,11 +171,11 @@ class Study(NamedTuple):
         objective = classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct
-        images = data.train if cell.labels is None else data.train.take(cell.labels, run.seed)
+        images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
-        with hold_folder(folder):
+        with lock_folder_for_run(folder):
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
@@ -224,7 +224,7 @@ def _count_macs(model: nn.Module, data: Data) -> float:
 
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
     """Return the number of parameters, and operations and energy per validation image by the papers' conventions."""
-    images = data.validation.spread(_PROFILED_IMAGES)
+    images = data.validation.sample_evenly(_PROFILED_IMAGES)
     parameters = sum(p.numel() for p in model.parameters())
     if not any(isinstance(m, Spikformer) for m in model.modules()):
         macs = _count_macs(model, data)

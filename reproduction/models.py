@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.layers import SpikingSelfAttention
 from timm_spikformer.spikformer import Spikformer
-from timm_spikformer.training import raise_bn_bias
+from timm_spikformer.training import init_bn_bias
 
 __all__ = ['AUTOENCODER', 'NoAttention', 'SoftmaxAttention', 'create', 'create_autoencoder']
 
@@ -63,7 +63,7 @@ def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
                 block.attn = NoAttention()
             elif config['attention'] == 'softmax':
                 block.attn = SoftmaxAttention(model.embed_dim, attn.num_heads, attn_scale=attn.scale)
-        raise_bn_bias(model)
+        init_bn_bias(model)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -10,7 +10,7 @@ import timm
 import yaml
 
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
-from timm_spikformer.pretrained import SHA256_FILE, SHIPPED, read_digests
+from timm_spikformer.pretrained import SHA256_FILE, WEIGHTS_FOLDER, read_digests
 
 from .data import DATASETS
 from .experiment import Study
@@ -21,7 +21,7 @@ from .protocol import Run
 __all__ = ['ship']
 
 
-def ship(study: Study, folder: Path = SHIPPED) -> None:
+def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
     """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
 
     The weights are from the final run with seed 0. Missing weights are trained. The YAML file contains the training

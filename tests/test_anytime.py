@@ -8,9 +8,9 @@ from conftest import calibrate
 from spikingjelly.activation_based import neuron as sj_neuron
 from torch import nn
 
-from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime, record_membranes
+from timm_spikformer import LIF, SpikformerForImageClassification, predict_anytime, record_membrane_potentials
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.neurons import CarriedMembranes
+from timm_spikformer.neurons import StatefulInference
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_carried_membranes_give_same_spikes_as_whole_sequence(model, sequences, 
     handles = [
         m.register_forward_hook(lambda m, args, out, name=name: parts[name].append(out))
         for name, m in neurons.items()]
-    carried = CarriedMembranes(model)
+    stateful = StatefulInference(model)
     for part in sequences.split((1, 2, 1), dim=1):
-        logits = carried(part)
+        logits = stateful(part)
     for handle in handles:
         handle.remove()
     for name in neurons:
@@ -82,18 +82,18 @@ def test_carried_membranes_give_same_spikes_as_whole_sequence(model, sequences, 
 
 @torch.no_grad()
 def test_keep_selects_membranes_of_samples(model, sequences):
-    keep = torch.tensor([3, 11, 4])
-    carried = CarriedMembranes(model)
-    first = carried(sequences[:, :2])
-    carried.keep(keep)
-    second = carried(sequences[keep, 2:])
-    carried = CarriedMembranes(model)
-    torch.testing.assert_close(carried(sequences[keep, :2]), first[keep])
-    torch.testing.assert_close(carried(sequences[keep, 2:]), second)
-    carried = CarriedMembranes(model)
-    carried(sequences[:, :1])
+    kept = torch.tensor([3, 11, 4])
+    stateful = StatefulInference(model)
+    first = stateful(sequences[:, :2])
+    stateful.select_samples(kept)
+    second = stateful(sequences[kept, 2:])
+    stateful = StatefulInference(model)
+    torch.testing.assert_close(stateful(sequences[kept, :2]), first[kept])
+    torch.testing.assert_close(stateful(sequences[kept, 2:]), second)
+    stateful = StatefulInference(model)
+    stateful(sequences[:, :1])
     with pytest.raises(ValueError, match='Expected inputs of one shape'):
-        carried(sequences[:4, 1:2])
+        stateful(sequences[:4, 1:2])
 
 
 @torch.no_grad()
@@ -108,9 +108,9 @@ def test_predict_anytime(model, images, sequences, kernels):
             reached = (confidence[:, i] >= threshold).nonzero().flatten().tolist() + [3]
             assert out.steps[i] == reached[0] + 1
             torch.testing.assert_close(out.logits[i], steps[out.steps[i] - 1, i], rtol=1e-4, atol=1e-5)
-        assert out.saving == pytest.approx(1 - out.steps.float().mean().item() / 4)
+        assert out.skipped_fraction == pytest.approx(1 - out.steps.float().mean().item() / 4)
         everything = predict_anytime(model, x, 1.)
-        assert torch.equal(everything.logits, steps[-1]) and everything.saving == 0
+        assert torch.equal(everything.logits, steps[-1]) and everything.skipped_fraction == 0
         assert predict_anytime(model, x, 1e-6).steps.tolist() == [1] * 16
     assert model.time_steps == 4
 
@@ -234,7 +234,7 @@ def test_data_parallel_is_rejected(model, images):
 @torch.no_grad()
 def test_empty_batch(model, images):
     out = predict_anytime(model, images[:0])
-    assert out.logits.shape == (0, 10) and out.steps.shape == (0,) and out.saving == 0.
+    assert out.logits.shape == (0, 10) and out.steps.shape == (0,) and out.skipped_fraction == 0.
 
 
 class Encode(nn.Module):
@@ -255,7 +255,7 @@ class LastStep(Encode):
 
 @pytest.mark.parametrize('wrap, message', [
     (Encode, 'changes the number of time steps of its input, from an image to 4'),
-    (LastStep, 'forward_steps cannot be called within CarriedMembranes'),
+    (LastStep, 'forward_steps cannot be called within StatefulInference'),
 ])
 def test_wrappers_that_change_time_steps_are_rejected(model, images, wrap, message):
     with pytest.raises(ValueError, match=message):
@@ -269,5 +269,5 @@ def test_bn_without_running_statistics_is_rejected(model, images):
 
 
 def test_record_membranes_rejects_carried_membranes(model, images):
-    with record_membranes(model), pytest.raises(ValueError, match='does not support CarriedMembranes'):
+    with record_membrane_potentials(model), pytest.raises(ValueError, match='does not support StatefulInference'):
         predict_anytime(model, images)

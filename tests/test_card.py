@@ -4,7 +4,7 @@ import timm
 import torch
 
 from timm_spikformer.publishing.card import Dataset, read_results
-from timm_spikformer.reading import from_model, read_checkpoint
+from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
 
 DATASET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')
 
@@ -33,7 +33,7 @@ def small():
 ])
 def test_results_of_validate_py(name, text, small, tmp_path):
     """The row of the checkpoint is found by its file or by its model."""
-    checkpoint = from_model(small)
+    checkpoint = checkpoint_from_model(small)
     checkpoint.source = tmp_path / 'model_best.pth.tar'
     (tmp_path / name).write_text(text.replace('SOURCE', str(checkpoint.source)).replace('LONG', 'a' * 5000))
     assert [(r.name, r.value) for r in read_results(tmp_path / name, DATASET, checkpoint)] == [
@@ -75,7 +75,7 @@ def test_results_of_validate_py(name, text, small, tmp_path):
 def test_bad_results(name, text, message, small, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_results(tmp_path / name, DATASET, from_model(small))
+        read_results(tmp_path / name, DATASET, checkpoint_from_model(small))
 
 
 def test_results_with_tag_require_same_tag(small, tmp_path):

@@ -181,20 +181,20 @@ def test_only_value_errors_raised_by_package_are_explained():
     check_repository_parts.__code__ = check_repository_parts.__code__.replace(co_filename=errors.__file__)
     with pytest.raises(ValueError) as info:
         parse_kwargs(['x'])
-    assert errors.explain(info.value) == "--model-kwargs: 'x' is not KEY=VALUE."
+    assert errors.user_message(info.value) == "--model-kwargs: 'x' is not KEY=VALUE."
     with pytest.raises(AttributeError) as info:
         parse_kwargs([3])
-    assert errors.explain(info.value) is None
+    assert errors.user_message(info.value) is None
     with pytest.raises(ValueError) as info:
         check_repository_parts('one')
-    assert errors.explain(info.value) is None
+    assert errors.user_message(info.value) is None
 
 
 def test_requirement_returns_declared_bounds():
     # The order of the bounds depends on the build back end.
-    assert sorted(errors.requirement('transformers').removeprefix('transformers').split(',')) == ['<6', '>=5.18']
-    assert errors.requirement('yaml').startswith('pyyaml>=') and errors.requirement('nothing') == 'nothing'
-    assert errors.requirement('torch').startswith('torch>=')  # not torchvision
+    assert sorted(errors.pip_requirement('transformers').removeprefix('transformers').split(',')) == ['<6', '>=5.18']
+    assert errors.pip_requirement('yaml').startswith('pyyaml>=') and errors.pip_requirement('nothing') == 'nothing'
+    assert errors.pip_requirement('torch').startswith('torch>=')  # not torchvision
 
 
 # -- terminals

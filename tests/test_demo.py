@@ -21,7 +21,7 @@ from timm_spikformer import cli, training
 from timm_spikformer.demo.linear import fit_linear
 from timm_spikformer.demo.progress import Progress, Stage
 from timm_spikformer.folders import MANIFEST
-from timm_spikformer.images import make_loader, read_splits, train_test, training_config
+from timm_spikformer.images import make_loader, read_splits, select_train_test, training_data_config
 from timm_spikformer.training import Recipe
 
 TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labeled', '40',
@@ -55,8 +55,8 @@ def saved_weights(output: Path) -> bytes:
 
 def test_linear_classifier_matches_scikit_learn():
     """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels, scaled to 0 to 1, gives 83.6 %."""
-    train, test = train_test(read_splits())
-    accuracy = fit_linear(train, test, training_config(), torch.device('cpu'))
+    train, test = select_train_test(read_splits())
+    accuracy = fit_linear(train, test, training_data_config(), torch.device('cpu'))
     assert accuracy == pytest.approx(83.6, abs=0.3)
 
 
@@ -73,7 +73,7 @@ def test_results_and_saved_model(finished, folder):
     model = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     assert model.num_classes == 2
     assert model.pretrained_cfg['label_names'] == ['class_0', 'class_1']
-    loader = make_loader(read_splits(folder)['test'], training_config('test_spikformer_v2'), 8)
+    loader = make_loader(read_splits(folder)['test'], training_data_config('test_spikformer_v2'), 8)
     accuracy, rates = training.evaluate(model, loader)
     assert accuracy == results['accuracy'] and rates == pytest.approx(results['firing_rates'])
 
@@ -313,10 +313,10 @@ def test_resume_rejects_changed_checkpoint(finished, tmp_path):
     ({'model': 3}, 'Expected state_dict'),
 ], ids=repr)
 def test_load_checkpoint_rejects_other_runs(state, message, tmp_path):
-    path, model, trained_with = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}
+    path, model, run_config = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}
     history = [{'loss': 0.1}]
-    good = {'epoch': 0, 'history': history, 'seconds': 0.5, 'trained_with': trained_with, 'model': model.state_dict()}
-    arguments = path, torch.device('cpu'), {'model': model}, 3, trained_with
+    good = {'epoch': 0, 'history': history, 'seconds': 0.5, 'trained_with': run_config, 'model': model.state_dict()}
+    arguments = path, torch.device('cpu'), {'model': model}, 3, run_config
     torch.save(good, path)
     assert training.load_checkpoint(*arguments) == (1, history, 0.5)
     torch.save({**good, **state} if isinstance(state, dict) and 'state_dict' not in state else state, path)
@@ -362,7 +362,7 @@ def test_resume_rejects_other_arguments_or_data(finished, folder, tmp_path):
 def test_progress_covers_all_stages(monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     stages = [Stage('a', 'A', Recipe(2, 0.1, 8)), Stage('b', 'B', Recipe(1, 0.1, 8), cost=0.5)]
-    images = read_splits()['test'].spread(20)
+    images = read_splits()['test'].sample_evenly(20)
     total = sum(stage.work(images) for stage in stages)
     assert total == 2 * 16 + 0.5 * 16
     with Progress(total) as progress:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, SpikformerMAE
-from timm_spikformer.images import make_loader, read_splits, training_config
+from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
 NORMS = ('BatchNorm1d', 'BatchNorm2d', 'SyncBatchNorm', 'FrozenBatchNorm2d')
@@ -210,7 +210,7 @@ def test_folding_changes_few_spikes_of_trained_model():
     """Compare spikes on 250 images. A changed spike changes currents in later layers, and possibly further spikes."""
     name = 'spikformer_v2_2_64_patch4_32'
     model = timm.create_model(name, pretrained=True).eval()
-    x, _ = next(iter(make_loader(read_splits()['test'], training_config(), 250)))
+    x, _ = next(iter(make_loader(read_splits()['test'], training_data_config(), 250)))
     (logits, spikes), (folded_logits, folded_spikes) = (spikes_of(m, x) for m in (model, reparameterize_model(model)))
     flipped = sum((a != b).sum().item() for a, b in zip(spikes, folded_spikes))
     assert flipped <= 1e-5 * sum(s.numel() for s in spikes)

@@ -17,7 +17,7 @@ from timm_spikformer import folders
 from timm_spikformer.folders import (
     MANIFEST,
     check_output,
-    hold_folder,
+    lock_folder_for_run,
     manifest_files,
     remove_files,
     write_file,
@@ -94,11 +94,11 @@ def test_rejected_folders(name, message, tmp_path, monkeypatch):
 def test_add_to_foreign_folder(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     (tmp_path / 'dir').mkdir()
-    write(tmp_path, {'a': '1'}, add=True)
+    write(tmp_path, {'a': '1'}, allow_other_files=True)
     assert read(tmp_path) == {'a': '1', 'notes.txt': 'mine'}
     for name in ('notes.txt', 'notes.txt/a', 'dir'):
         with pytest.raises(ValueError, match='(notes.txt|dir) was not written by|is not a folder, but'):
-            write(tmp_path, {name: 'x'}, add=True)
+            write(tmp_path, {name: 'x'}, allow_other_files=True)
     (tmp_path / 'a').unlink()
     (tmp_path / 'a').symlink_to('notes.txt')
     with pytest.raises(ValueError, match='a has been changed since'):
@@ -124,7 +124,7 @@ def test_bad_manifests(text, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / MANIFEST).write_text(text)
     with pytest.raises(ValueError, match='is not a manifest of timm-spikformer'):
-        write(tmp_path / 'out', {'a': '1'}, add=True)
+        write(tmp_path / 'out', {'a': '1'}, allow_other_files=True)
     assert read(tmp_path) == {'victim': 'x'} and (tmp_path / 'out' / MANIFEST).read_text() == text
 
 
@@ -133,7 +133,10 @@ def test_manifest_that_is_a_link_is_rejected(tmp_path):
     (tmp_path / 'theirs.json').write_text('{"files": {}}')
     for target in (tmp_path / 'theirs.json', 'nowhere'):
         (tmp_path / 'out' / MANIFEST).symlink_to(target)
-        for context in (write_folder(tmp_path / 'out', 'test', add=True), write_file(tmp_path / 'out' / 'a', 'test')):
+        for context in (
+                write_folder(tmp_path / 'out', 'test', allow_other_files=True),
+                write_file(tmp_path / 'out' / 'a', 'test'),
+        ):
             with pytest.raises(ValueError, match='is not a manifest of timm-spikformer'), context:
                 pass
         assert os.listdir(tmp_path / 'out') == [MANIFEST]
@@ -148,7 +151,7 @@ def test_files_of_another_kind_are_not_replaced(tmp_path):
     for refused in (
             lambda: write(out, {'config.json': '2'}, kind='config a'),
             lambda: write(out, {'config.json': '2', 'model.safetensors': '2'}, kind='convert b'),
-            lambda: write(out, {'other': '2'}, kind='profile', add=True),
+            lambda: write(out, {'other': '2'}, kind='profile', allow_other_files=True),
             lambda: write_file(out / 'other', 'demo').__enter__(),
             lambda: remove_files(out, ['config.json', 'model.safetensors'], 'demo')):
         with pytest.raises(ValueError, match='out contains a model that `timm-spikformer convert a` wrote. Choose an'):
@@ -165,7 +168,7 @@ def test_manifests_without_a_kind(tmp_path):
     out = tmp_path / 'out'
 
     def write_old():
-        write(out, {'config.json': '1', 'model.safetensors': '1'}, add=True)
+        write(out, {'config.json': '1', 'model.safetensors': '1'}, allow_other_files=True)
         content = json.loads((out / MANIFEST).read_text())
         del content['kind']
         (out / MANIFEST).write_text(json.dumps(content))
@@ -180,16 +183,16 @@ def test_manifests_without_a_kind(tmp_path):
     assert json.loads((out / MANIFEST).read_text())['kind'] == 'new'
     remove_files(out, ['config.json', 'model.safetensors'], 'new')
     write_old()
-    check_output(out, 'other', names=['config.json', 'model.safetensors', 'more'], add=True)
+    check_output(out, 'other', names=['config.json', 'model.safetensors', 'more'], allow_other_files=True)
     remove_files(out, ['config.json', 'model.safetensors', 'more'], 'other')
     assert os.listdir(out) == []
 
 
 def test_check_output_with_names_of_files(tmp_path):
     (tmp_path / 'results.json').write_text('mine')
-    check_output(tmp_path, 'test', add=True, names=['other'])
+    check_output(tmp_path, 'test', allow_other_files=True, names=['other'])
     with pytest.raises(ValueError, match='results.json was not written by timm-spikformer'):
-        check_output(tmp_path, 'test', add=True, names=['other', 'results.json'])
+        check_output(tmp_path, 'test', allow_other_files=True, names=['other', 'results.json'])
 
 
 def test_output_inside_or_around_data_is_rejected(tmp_path, monkeypatch):
@@ -224,8 +227,8 @@ def test_full_disk(tmp_path):
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from timm_spikformer_cli import load_light
-        folders = load_light('folders')
+        from timm_spikformer_cli import load_standalone
+        folders = load_standalone('folders')
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         out = Path(sys.argv[1])
@@ -266,7 +269,7 @@ def test_write_file_and_remove_files(tmp_path):
     assert read(tmp_path) == {'results.json': '3', 'notes.txt': 'mine'}
     remove_files(tmp_path, ['results.json', 'notes.txt', 'nothing'], 'test')
     assert os.listdir(tmp_path) == ['notes.txt']
-    write(tmp_path, {'a': '1'}, add=True)
+    write(tmp_path, {'a': '1'}, allow_other_files=True)
     (tmp_path / 'a').write_text('edited')
     with pytest.raises(ValueError, match='a has been changed since'):
         remove_files(tmp_path, ['a'], 'test')
@@ -292,8 +295,8 @@ def test_killed_run_can_be_repeated(tmp_path):
     (out / 'notes.txt').write_text('mine')
     code = """
         import os, sys
-        from timm_spikformer_cli import load_light
-        folders = load_light('folders')
+        from timm_spikformer_cli import load_standalone
+        folders = load_standalone('folders')
         with folders.write_folder(sys.argv[1], 'test') as temporary:
             for name in 'abc':
                 (temporary / name).write_text('2')
@@ -319,8 +322,8 @@ def test_only_temporaries_of_killed_runs_are_removed(tmp_path):
     code = """
         import os, sys, time
         from pathlib import Path
-        from timm_spikformer_cli import load_light
-        folders = load_light('folders')
+        from timm_spikformer_cli import load_standalone
+        folders = load_standalone('folders')
         out = Path(sys.argv[1])
         with folders.write_folder(out, 'test') as temporary, folders.write_file(out.parent / 'a.json', 'test') as file:
             for path in (temporary / 'x', file):
@@ -355,13 +358,13 @@ def test_only_temporaries_of_killed_runs_are_removed(tmp_path):
 def test_hold_folder(tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / f'{PREFIX}lock').write_text('')  # left by a killed process
-    with hold_folder(tmp_path / 'out'):
+    with lock_folder_for_run(tmp_path / 'out'):
         with pytest.raises(ValueError, match='Another run of timm-spikformer is writing to .*out. Wait until it ends'):
-            hold_folder(tmp_path / 'out').__enter__()
+            lock_folder_for_run(tmp_path / 'out').__enter__()
         with write_file(tmp_path / 'out' / 'a', 'test') as partial:  # by the run that holds the folder
             partial.write_text('1')
     assert read(tmp_path) == {'out/a': '1'}
-    with pytest.raises(KeyError), hold_folder(tmp_path / 'x' / 'y'):
+    with pytest.raises(KeyError), lock_folder_for_run(tmp_path / 'x' / 'y'):
         raise KeyError
     assert os.listdir(tmp_path) == ['out']
 
@@ -396,7 +399,7 @@ class Failure(Exception):
     pass
 
 
-def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_factory):
+def check_writer(foreign, first, later, second, allow_other_files, fail_at, kind, tmp_path_factory):
     root = tmp_path_factory.mktemp('writer')
     out = root / 'out'
     put_files(out, foreign)
@@ -404,7 +407,7 @@ def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_fac
                      for files in (first, second))
     owned = {}
     try:
-        write(out, first, add=add)
+        write(out, first, allow_other_files=allow_other_files)
         owned = first
     except ValueError:
         assert read(root) == {f'out/{name}': text for name, text in read(out).items()}
@@ -426,7 +429,7 @@ def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_fac
         for owner, name in PATCHED:
             patch.setattr(owner, name, failing(getattr(owner, name)))
         try:
-            write(out, second, add=add)
+            write(out, second, allow_other_files=allow_other_files)
             written = True
         except (ValueError, kind):
             written = False
@@ -441,7 +444,7 @@ def check_writer(foreign, first, later, second, add, fail_at, kind, tmp_path_fac
 
 
 ARGUMENTS = dict(
-    foreign=FILES, first=FILES, later=FILES, second=FILES, add=st.booleans(),
+    foreign=FILES, first=FILES, later=FILES, second=FILES, allow_other_files=st.booleans(),
     fail_at=st.integers(min_value=0, max_value=40), kind=st.sampled_from([OSError, KeyboardInterrupt, Failure]))
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 

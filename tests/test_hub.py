@@ -17,7 +17,7 @@ from loopback_hub import Fault, File, LoopbackHub, Repo, User
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.publishing import save_folder
 from timm_spikformer.publishing.folder import example_images
-from timm_spikformer.reading import from_model, set_labels
+from timm_spikformer.reading import checkpoint_from_model, set_labels
 
 REPO = 'me/spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -67,7 +67,7 @@ def shipped(tmp_path_factory):
     """A folder with the included weights in `model`, and images and their logits and features in `expected.pt`."""
     folder = tmp_path_factory.mktemp('shipped')
     model = timm.create_model(REPO.split('/')[1], pretrained=True).eval()
-    checkpoint = from_model(model)
+    checkpoint = checkpoint_from_model(model)
     set_labels(checkpoint, model.pretrained_cfg['label_names'])
     save_folder(checkpoint, folder / 'model')
     x = example_images(checkpoint)
@@ -376,7 +376,7 @@ def test_thousand_named_classes(hub, client, images):
         torch.save((images[:1], model(images[:1]), None), client.folder / 'expected.pt')
     names = [f'{chr(97 + i % 26)} {i}' for i in range(1000)]
     (client.folder / 'labels.txt').write_text('\n'.join(names) + '\n')
-    save_folder(from_model(model), client.folder / 'model')
+    save_folder(checkpoint_from_model(model), client.folder / 'model')
     client.publish('model', '--repo', 'me/thousand', '--labels', 'labels.txt')
     out = client.run(LOADERS + """
     import timm, timm_spikformer
@@ -424,7 +424,7 @@ def test_publish_without_permission(hub, client, shipped):
 def test_repository_of_other_model_or_with_existing_tag(hub, client, shipped, images):
     torch.manual_seed(0)
     other = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
-    save_folder(from_model(other), client.folder / 'other')
+    save_folder(checkpoint_from_model(other), client.folder / 'other')
     client.publish('other', '--repo', REPO, '--tag', 'v1')
     before = dict(hub.repos[REPO].branches)
     out = client.run(FAULTS + """
@@ -602,7 +602,7 @@ def test_masked_autoencoder_loads_into_classifier(hub, client, images):
     torch.manual_seed(0)
     encoder = timm.create_model('test_spikformer_v2', num_classes=0, time_steps=1)
     mae = calibrate(SpikformerMAE(encoder, 0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), images)
-    save_folder(from_model(mae), client.folder / 'mae')
+    save_folder(checkpoint_from_model(mae), client.folder / 'mae')
     client.publish('mae', '--repo', 'me/mae')
     torch.save((images, mae.encoder.forward_features(images), None), client.folder / 'expected.pt')
     client.run(LOADERS + """

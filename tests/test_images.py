@@ -24,9 +24,9 @@ from timm_spikformer.images import (
     make_loader,
     match_classes,
     read_splits,
-    sample_images,
-    train_test,
-    training_config,
+    select_profiling_split,
+    select_train_test,
+    training_data_config,
 )
 
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.)
@@ -240,7 +240,7 @@ def test_missing_folder(tmp_path):
 
 def test_images_without_labels(tmp_path):
     write_tree(tmp_path, '1.png', '2.png')
-    images = sample_images(read_splits(tmp_path, labels=False))
+    images = select_profiling_split(read_splits(tmp_path, labels=False))
     assert images.labels is None and len(images) == 2
     (x,) = list(make_loader(images, CONFIG, 4))
     assert x.shape == (2, 3, 32, 32)
@@ -250,51 +250,51 @@ def test_images_without_labels(tmp_path):
 
 def test_tenth_is_held_out_without_test_split(tmp_path):
     write_tree(tmp_path, *(f'{name}/{i}.png' for name in 'ab' for i in range(20)), 'c/1.png')
-    train, test = train_test(read_splits(tmp_path), seed=3)
+    train, test = select_train_test(read_splits(tmp_path), seed=3)
     assert (len(train), len(test)) == (37, 4)
     assert test.split == 'held-out tenth' and test.description == f'4 images of {tmp_path.name}, held-out tenth'
     assert not {*relative(train, tmp_path)} & {*relative(test, tmp_path)}
     assert np.bincount(test.labels).tolist() == [2, 2] and 'c/1.png' in relative(train, tmp_path)
-    again = train_test(read_splits(tmp_path), seed=3)[1]
+    again = select_train_test(read_splits(tmp_path), seed=3)[1]
     assert relative(again, tmp_path) == relative(test, tmp_path)
-    assert relative(train_test(read_splits(tmp_path), seed=4)[1], tmp_path) != relative(test, tmp_path)
-    assert sample_images(read_splits(tmp_path)).description == f'41 images of {tmp_path.name}'
+    assert relative(select_train_test(read_splits(tmp_path), seed=4)[1], tmp_path) != relative(test, tmp_path)
+    assert select_profiling_split(read_splits(tmp_path)).description == f'41 images of {tmp_path.name}'
 
 
 def test_tenth_of_training_split_is_held_out(tmp_path):
     write_tree(tmp_path, *(f'train/{name}/{i}.png' for name in 'ab' for i in range(3)))
-    train, test = train_test(read_splits(tmp_path))
+    train, test = select_train_test(read_splits(tmp_path))
     assert test.split == 'held-out tenth of train' and (len(train), len(test)) == (4, 2)
 
 
 def test_test_split_is_preferred_to_validation_split(tmp_path):
     write_tree(tmp_path, *(f'{split}/{name}/1.png' for split in ('train', 'val', 'test') for name in 'ab'))
     splits = read_splits(tmp_path)
-    assert train_test(splits)[1].split == sample_images(splits).split == 'test'
+    assert select_train_test(splits)[1].split == select_profiling_split(splits).split == 'test'
     del splits['test']
-    assert train_test(splits)[1].split == sample_images(splits).split == 'validation'
+    assert select_train_test(splits)[1].split == select_profiling_split(splits).split == 'validation'
 
 
 def test_classes_with_one_image_raise(tmp_path):
     write_tree(tmp_path, 'a/1.png', 'b/1.png')
     with pytest.raises(ValueError, match='no class has 2 images'):
-        train_test(read_splits(tmp_path))
+        select_train_test(read_splits(tmp_path))
 
 
 def test_single_class_raises(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/a/2.png')
     with pytest.raises(ValueError, match='all have the same class'):
-        train_test(read_splits(tmp_path))
+        select_train_test(read_splits(tmp_path))
 
 
 def test_take_is_stratified(tmp_path):
     write_tree(tmp_path, *(f'{c:03}x/{i}.png' for c in range(30) for i in range(2 if c else 20)))
     images = read_splits(tmp_path)['all']
-    few = images.take(39, seed=0)
+    few = images.sample_stratified(39, seed=0)
     assert np.bincount(few.labels).tolist() == [10] + 29 * [1]
-    assert relative(few, tmp_path) == relative(images.take(39, seed=0), tmp_path)
-    assert len(images.take(10, seed=0)) == 10  # fewer images than classes
-    assert images.take(1000, seed=0) is images
+    assert relative(few, tmp_path) == relative(images.sample_stratified(39, seed=0), tmp_path)
+    assert len(images.sample_stratified(10, seed=0)) == 10  # fewer images than classes
+    assert images.sample_stratified(1000, seed=0) is images
 
 
 def test_test_split_has_class_indices_of_training_split(tmp_path):
@@ -355,7 +355,7 @@ def test_parquet_in_shards(tmp_path):
     splits = read_splits(tmp_path)
     assert splits['train'].labels.tolist() == [0, 1, 1, 1, 2, 1] and len(splits['validation']) == 1
     assert splits['train'].filename(5) == f'{tmp_path}/train-00002-of-00003.parquet, row 1'
-    assert train_test(splits)[1].classes == ['0', '1', '2']
+    assert select_train_test(splits)[1].classes == ['0', '1', '2']
     (tmp_path / 'train-00001-of-00003.parquet').unlink()
     with pytest.raises(ValueError, match='contains 2 parquet files of the split train, .* one of 3'):
         read_splits(tmp_path)
@@ -363,7 +363,7 @@ def test_parquet_in_shards(tmp_path):
 
 def test_parquet_file_with_any_name(tmp_path):
     write_parquet(tmp_path / 'birds.parquet', [png()] * 20, [0, 1] * 10)
-    train, test = train_test(read_splits(tmp_path))
+    train, test = select_train_test(read_splits(tmp_path))
     assert (len(train), len(test), test.split) == (18, 2, 'held-out tenth')
     write_parquet(tmp_path / 'train.parquet', [png()], [0])
     with pytest.raises(ValueError, match='contains files named after splits, but also birds.parquet'):
@@ -383,7 +383,7 @@ def test_parquet_file_with_any_name(tmp_path):
 def test_bad_labels(labels, type, message, tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, labels, type)
     with pytest.raises(ValueError, match=message):
-        train_test(read_splits(tmp_path))
+        select_train_test(read_splits(tmp_path))
 
 
 def test_label_outside_named_classes_raises(tmp_path):
@@ -396,11 +396,11 @@ def test_class_names_in_one_split_only(tmp_path):
     """The names are used for both splits, if the numbers of classes are equal."""
     write_parquet(tmp_path / 'train.parquet', [png()] * 2, [1, 0])
     write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 1], features=FEATURES)
-    train, test = train_test(read_splits(tmp_path))
+    train, test = select_train_test(read_splits(tmp_path))
     assert train.classes == test.classes == ['x', 'y'] and train.labels.tolist() == [1, 0]
     write_parquet(tmp_path / 'train.parquet', [png()] * 3, [0, 1, 2])
     with pytest.raises(ValueError, match="there are 3 classes without names, but .* test split has 2 classes: 'x', "):
-        train_test(read_splits(tmp_path))
+        select_train_test(read_splits(tmp_path))
 
 
 def test_duplicate_class_names_raise(tmp_path):
@@ -440,7 +440,7 @@ def test_test_label_missing_in_training_split_raises(tmp_path):
     write_parquet(tmp_path / 'train.parquet', [png()] * 2, [0, 1])
     write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 2])
     with pytest.raises(ValueError, match='there is a label 2, expected 0 to 1'):
-        train_test(read_splits(tmp_path))
+        select_train_test(read_splits(tmp_path))
 
 
 @pytest.mark.parametrize('content, message', [
@@ -520,14 +520,14 @@ def test_error_names_unreadable_image(content, message, tmp_path):
 # -- loaders
 
 def test_shipped_images():
-    train, test = train_test(read_splits())
+    train, test = select_train_test(read_splits())
     assert (len(train), len(test)) == (6000, 1000) and test.description == '1,000 images of Fashion-MNIST, test split'
     assert train.classes == test.classes and train.classes[0] == 'T-shirt/top'
     assert set(np.bincount(train.labels)) == {600} and set(np.bincount(test.labels)) == {100}
     theirs = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))
     assert test.labels.tolist() == theirs['label']
     assert all(np.array_equal(test[i][0], theirs[i]['image'].convert('RGB')) for i in (0, 500, 999))
-    x, y = next(iter(make_loader(test, training_config(), 100)))
+    x, y = next(iter(make_loader(test, training_data_config(), 100)))
     assert x.shape == (100, 3, 28, 28) and y.tolist() == test.labels[:100].tolist()
     assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
 
@@ -545,4 +545,5 @@ def test_loader_does_not_change_images(tmp_path):
     images = read_splits(write_tree(tmp_path, 'a/1.png', 'b/2.png'))['all']
     list(make_loader(images, CONFIG, 2, augment=True))
     assert images.transform is None and isinstance(images[0][0], Image.Image)
-    assert isinstance(images.spread(1)[0][1], int) and torch.is_tensor(next(iter(make_loader(images, CONFIG, 2)))[0])
+    assert isinstance(images.sample_evenly(1)[0][1], int)
+    assert torch.is_tensor(next(iter(make_loader(images, CONFIG, 2)))[0])

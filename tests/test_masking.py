@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from timm_spikformer import use_kernels
-from timm_spikformer.masking import apply_to_patches, conv3x3_of_patches, patches_to_maps, visible_patches, with_halo
+from timm_spikformer.masking import add_halo, apply_to_patches, conv3x3_of_patches, patches_to_maps, visible_patches
 
 
 @pytest.mark.parametrize('p', [1, 2, 4, 8])
@@ -25,7 +25,7 @@ def test_convolution_of_patches_matches_masked_maps(p, n):
     out = conv3x3_of_patches(patches, weight, visible).unflatten(0, (n, -1))
     torch.testing.assert_close(patches_to_maps(out, visible), dense)
     assert torch.equal(patches_to_maps(patches, visible), maps * seen)
-    assert with_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
+    assert add_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
 
     grad = torch.randn_like(dense)
     expected = torch.autograd.grad(dense, (maps, weight), grad)
@@ -41,7 +41,7 @@ def test_masked_pixels_are_not_read():
     maps[..., 2:4, 6:8] = 1.
     patches = visible_patches(maps, visible)
     assert torch.equal(patches, torch.ones(1, 3, 2, 2, 2))
-    assert with_halo(patches, visible).isfinite().all()
+    assert add_halo(patches, visible).isfinite().all()
 
 
 @pytest.mark.parametrize('p', [2, 4])

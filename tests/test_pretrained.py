@@ -19,7 +19,7 @@ import timm_spikformer
 from timm_spikformer import SpikformerMAE, pretrained
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
-from timm_spikformer.training import evaluate, raise_bn_bias
+from timm_spikformer.training import evaluate, init_bn_bias
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 
@@ -27,7 +27,7 @@ SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 @pytest.fixture
 def namespace(monkeypatch):
     """Return `set_hub_namespace`, without network access; the namespace is reset after the test."""
-    monkeypatch.setattr(pretrained, '_listed', lambda namespace: None)
+    monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: None)
     yield timm_spikformer.set_hub_namespace
     timm_spikformer.set_hub_namespace(None)
 
@@ -43,9 +43,9 @@ def test_accuracy_of_shipped_weights(monkeypatch):
 
 
 def test_damaged_weights_raise(monkeypatch, tmp_path):
-    for path in pretrained.SHIPPED.iterdir():
+    for path in pretrained.WEIGHTS_FOLDER.iterdir():
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(pretrained, 'SHIPPED', tmp_path)
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     digest = hashlib.sha256((tmp_path / f'{SHIPPED}.safetensors').read_bytes()).hexdigest()
     cfg = dict(file=pretrained.shipped_weights(SHIPPED))
     timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=cfg)
@@ -61,13 +61,13 @@ def test_autoencoder_from_shipped_weights(monkeypatch, tmp_path):
     name, args = 'test_spikformer_v2.mae_test', dict(
         mask_ratio=0.25, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=2), **args)
-    raise_bn_bias(mae.encoder)
+    init_bn_bias(mae.encoder)
     x = torch.rand(8, 3, 64, 64)
     calibrate(mae, x)
     file = tmp_path / f'{name}.safetensors'
     save_file(mae.state_dict(), file, dict(format='pt', autoencoder=json.dumps(args)))
     (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
-    monkeypatch.setattr(pretrained, 'SHIPPED', tmp_path)
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     registry = timm.models._registry
     monkeypatch.setitem(
         registry._model_pretrained_cfgs, name,
@@ -111,7 +111,7 @@ def test_default_namespace_is_unset():
 def test_list_pretrained_with_namespace(namespace, monkeypatch):
     namespace('org')
     assert timm.list_pretrained('*spikformer*') == [SHIPPED]  # nothing in the cache
-    monkeypatch.setattr(pretrained, '_listed', lambda namespace: {
+    monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: {
         'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
     namespace('org@v1')
     assert timm.list_pretrained('*spikformer*') == [SHIPPED, 'spikformer_v2_8_512.in1k']

@@ -92,8 +92,8 @@ def test_counts_match_explicit_loops(tiny, images):
     with torch.no_grad():
         tiny(x)
     result = profile(tiny, x, conventions=Conventions(**EXACT))
-    by_nonzero = result.under(residual='nonzero')
-    mean = result.under(fan_out='dense')
+    by_nonzero = result.with_conventions(residual='nonzero')
+    mean = result.with_conventions(fan_out='dense')
 
     for name, (m, layer_input) in inputs.items():
         layer = result.layer(name if name == 'head.fc' else name.rpartition('.')[0])
@@ -115,7 +115,7 @@ def test_counts_match_explicit_loops(tiny, images):
     qk, kv = attention_by_hand(q, k, v)
     N, d = q.shape[-2:]
     assert N < d  # so that (q k^T) v is the cheaper order
-    coincident = result.under(attention='coincidence').layer('blocks.0.attn')
+    coincident = result.with_conventions(attention='coincidence').layer('blocks.0.attn')
     assert coincident.dense_macs == 2 * N * N * 16
     assert sum(coincident.acs) * len(x) == qk + v.sum().item() * N
     assert sum(result.layer('blocks.0.attn').acs) * len(x) == pytest.approx((q.sum() + v.sum()).item() * N)
@@ -134,12 +134,12 @@ def test_both_orders_of_attention(images):
         rates = result.layer('blocks.0.attn').operand_rates[name]
         assert rates == pytest.approx(x.flatten(1).mean(1).tolist(), rel=1e-5)
     for order, pairs, first, second, fan_out in (('qk', qk, q, v, 16), ('cheaper', kv, k, q, 4)):
-        layer = result.under(attention_order=order, attention='coincidence').layer('blocks.0.attn')
+        layer = result.with_conventions(attention_order=order, attention='coincidence').layer('blocks.0.attn')
         assert layer.dense_macs == 2 * 16 * 64 * fan_out
         assert sum(layer.acs) * 2 == pytest.approx(pairs + second.sum().item() * fan_out)
-        layer = result.under(attention_order=order).layer('blocks.0.attn')
+        layer = result.with_conventions(attention_order=order).layer('blocks.0.attn')
         assert sum(layer.acs) * 2 == pytest.approx((first.sum() + second.sum()).item() * fan_out)
-    assert sum(result.under(attention='none').layer('blocks.0.attn').acs) == 0
+    assert sum(result.with_conventions(attention='none').layer('blocks.0.attn').acs) == 0
 
 
 @pytest.mark.parametrize('name, total, stem, linears, attention', [
@@ -207,7 +207,7 @@ def test_memory_matches_simple_model_of_spikingjelly(images):
     result = profile(model, images[:2], cost='fp32-memory', conventions=Conventions(
         residual='mac', fan_out='exact', first_conv='each_step'))
     # spikingjelly's layers have no biases
-    biases = sum(4 * 4 * tally.outputs for tally in result._tallies if tally.has_bias and tally.group != 'head')
+    biases = sum(4 * 4 * x.output_numel for x in result._layer_counts if x.has_bias and x.group != 'head')
     assert 2 * result.totals.memory_bytes - biases == pytest.approx(counts['memory_access_bytes'])
     t = result.totals
     assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs + 24.96 * t.memory_bytes) * 1e-9)
@@ -350,19 +350,19 @@ def test_batches_are_accumulated(model, images):
 def test_memory_is_constant(images):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2'), images)
-    held = {}
+    bytes_after = {}
 
     def data():
         for i in range(100):
             if i in (50, 99):
                 gc.collect()
-                held[i] = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+                bytes_after[i] = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
             yield images[:4] * (0.5 + i / 100)
 
     profile(model, images)  # warm-up: one-time allocations
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert profile(model, data()).images == 400
-    assert held[50] == held[99]
+    assert bytes_after[50] == bytes_after[99]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
 
 
@@ -473,22 +473,22 @@ def test_energy_and_conventions(model, images):
     assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs) * 1e-9)
     assert t.ann_energy_mj == pytest.approx(4.6e-9 * t.dense_macs)
     assert sum(x.energy_mj for x in result.groups.values()) == pytest.approx(t.energy_mj)
-    assert result.under('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
-    assert result.under((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
-    assert result.under(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
+    assert result.with_conventions('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
+    assert result.with_conventions((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
+    assert result.with_conventions(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
     assert profile(model, images, cost='fp16').totals.energy_mj == pytest.approx((1.5 * t.macs + 0.4 * t.acs) * 1e-9)
     assert set(COST_MODELS) == {'fp32', 'fp32-memory', 'fp16', 'int8', 'int32'}
-    changed = {name: result.under(**{name: value}).totals
+    changed = {name: result.with_conventions(**{name: value}).totals
                for name, choices in CHOICES.items() for value in list(choices)[1:]}
     for name, totals in changed.items():
         if name != 'attention_order' or model.blocks[0].attn.num_heads > 2:  # N < d: 'qk' is the cheaper order
             assert totals != t, name
     outputs = sum(x.numel() for x in _outputs(model, images[:1]))
-    assert result.under(neuron='mac').totals.macs - t.macs == outputs
-    per_step = result.under(first_conv='each_step').totals.macs - t.macs
+    assert result.with_conventions(neuron='mac').totals.macs - t.macs == outputs
+    per_step = result.with_conventions(first_conv='each_step').totals.macs - t.macs
     assert per_step == 3 * result.layers[0].dense_macs
-    assert result.under(first_conv='ac').layers[0].acs == [result.layers[0].dense_macs] * 4
-    with_bn = result.under(bn='mac').totals.macs - t.macs
+    assert result.with_conventions(first_conv='ac').layers[0].acs == [result.layers[0].dense_macs] * 4
+    with_bn = result.with_conventions(bn='mac').totals.macs - t.macs
     assert with_bn == outputs - sum(x.numel() for x in _outputs(model, images[:1], 'attn_lif')) - 3 / 4 * next(
         iter(_outputs(model, images[:1]))).numel()
 
@@ -534,7 +534,7 @@ def test_csv(model, images):
     (lambda m, x: profile(m, x, cost='fp64'), "no cost model 'fp64'"),
     (lambda m, x: profile(m, x, cost=(-1., 0.)), 'not negative'),
     (lambda m, x: profile(m, x).layer('blocks.7'), "no layer 'blocks.7'"),
-    (lambda m, x: profile(m, x).under(residual='max'), "residual must be one of 'sum'"),
+    (lambda m, x: profile(m, x).with_conventions(residual='max'), "residual must be one of 'sum'"),
     (lambda m, x: profile(nn.Linear(3, 3), x), 'Expected a Spikformer'),
     (lambda m, x: profile(timm.create_model('test_vit'), x), 'Got a VisionTransformer'),
 ])

@@ -36,7 +36,7 @@ from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import convert, publish, read_checkpoint
 from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.publishing.folder import example_images
-from timm_spikformer.reading import from_model, timm_part
+from timm_spikformer.reading import checkpoint_from_model, unwrap_timm_model
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 DATASET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (1,000 images)', 'test')
@@ -73,7 +73,7 @@ def dry_run(checkpoint, folder, **kwargs):
 @torch.no_grad()
 def assert_all_loaders(folder, expected, labels=None):
     """Check that all loaders give logits that are bit-equal to those of `expected`, and that its neurons fire."""
-    x = example_images(from_model(expected))
+    x = example_images(checkpoint_from_model(expected))
     logits = expected(x)
     by_timm = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     by_auto = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -164,7 +164,7 @@ def test_masked_autoencoder(small, images, tmp_path):
 def test_model_without_classifier(small, tmp_path):
     small.reset_classifier(0)
     folder = dry_run(small, tmp_path / 'out')
-    x = example_images(from_model(small))
+    x = example_images(checkpoint_from_model(small))
     with torch.no_grad():
         assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), small(x))
     assert read_checkpoint(folder).model.num_classes == 0
@@ -239,7 +239,7 @@ def state_of(model):
 def test_model_and_random_state_of_caller_are_unchanged(wrap, small, tmp_path):
     """Mode, tensors, hooks and random state are unchanged, and hooks are not called."""
     model = wrap(small)
-    inner = timm_part(model).train()
+    inner = unwrap_timm_model(model).train()
     calls = []
     inner.blocks[0].register_forward_hook(lambda *args: calls.append(1))
     inner.register_forward_pre_hook(lambda *args: calls.append(1))
@@ -337,7 +337,7 @@ def test_global_pool_of_train_py_is_used(small, tmp_path):
     expected = timm.create_model('test_spikformer_v2', num_classes=10, global_pool='max', time_steps=2)
     expected.load_state_dict(small.state_dict())
     expected.eval()
-    x = example_images(from_model(small))
+    x = example_images(checkpoint_from_model(small))
     with torch.no_grad():
         assert torch.equal(read_checkpoint(path).model(x), expected(x)) and not torch.equal(expected(x), small(x))
     assert_all_loaders(dry_run(path, tmp_path / 'out'), expected)

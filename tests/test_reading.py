@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from timm_spikformer import cli
 from timm_spikformer.publishing import convert, publish
-from timm_spikformer.reading import from_model, read_checkpoint
+from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
 
 NAME = 'test_spikformer_v2'
 WEIGHT, COUNTER = 'blocks.0.mlp.fc1.linear.weight', 'blocks.0.mlp.fc1.bn.num_batches_tracked'
@@ -102,7 +102,7 @@ def test_model_with_complex_weights(small):
     model = timm.create_model(NAME, num_classes=10)
     model.head.fc.weight.data = model.head.fc.weight.data + 1j
     with pytest.raises(ValueError, match='The model contains head.fc.weight in torch.complex64'):
-        from_model(model)
+        checkpoint_from_model(model)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -169,10 +169,10 @@ def test_num_classes_and_in_chans_in_training_arguments(state_dict, tmp_path):
 
 
 def test_batch_size_is_reduced_for_large_images(small):
-    checkpoint = from_model(small)
-    assert checkpoint.batch_size(8) == 8 and checkpoint.batch_size(64) == 64
+    checkpoint = checkpoint_from_model(small)
+    assert checkpoint.limit_batch_size(8) == 8 and checkpoint.limit_batch_size(64) == 64
     checkpoint.data_config['input_size'] = (3, 6400, 6400)
-    assert checkpoint.batch_size(8) == 1
+    assert checkpoint.limit_batch_size(8) == 1
 
 
 # -- folders

@@ -261,7 +261,7 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
 
     shutil.rmtree(study.checkpoints)
     assert not study.has_weights(run)
-    monkeypatch.setattr(experiment, 'SHIPPED', folder)
+    monkeypatch.setattr(experiment, 'WEIGHTS_FOLDER', folder)
     assert study.has_weights(run) and not study.has_weights(study.final_runs(cell)[1])
     tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
     study.train(tuned, study.read_data(tuned))

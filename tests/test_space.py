@@ -24,7 +24,7 @@ from timm_spikformer.images import SHIPPED_MODEL, data_config, make_loader, read
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
 from timm_spikformer.profiling import profile, record_activity
 from timm_spikformer.publishing import save_folder
-from timm_spikformer.reading import from_model
+from timm_spikformer.reading import checkpoint_from_model
 
 gr = pytest.importorskip('gradio')
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def mae():
 @pytest.fixture(scope='module')
 def mae_folder(mae, tmp_path_factory):
     folder = tmp_path_factory.mktemp('mae') / 'mae'
-    save_folder(from_model(mae), folder)
+    save_folder(checkpoint_from_model(mae), folder)
     return str(folder)
 
 
@@ -139,7 +139,7 @@ def test_a_registered_tag_is_enough(picture, mae, mae_tag, mae_folder):
 
 def test_weights_that_are_no_autoencoder(mae_tag, tmp_path):
     model = timm.create_model(SHIPPED_MODEL, pretrained=True)
-    save_folder(from_model(model), tmp_path / 'classifier')
+    save_folder(checkpoint_from_model(model), tmp_path / 'classifier')
     with pytest.raises(ValueError, match='holds a Spikformer, expected a masked autoencoder'):
         app.build(str(tmp_path / 'classifier'))
     save_file(model.state_dict(), tmp_path / f'{mae_tag}.safetensors')

@@ -7,7 +7,7 @@ from spikingjelly.activation_based.monitor import GradOutputMonitor, InputMonito
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, record_membranes
+from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, record_membrane_potentials
 
 
 @pytest.mark.parametrize('wrap', [
@@ -64,7 +64,7 @@ def test_membranes_match_spikingjelly(model, images, training):
     if not hasattr(model.stem.stages[3], 'contract'):
         layers = ['stem.stages.2.proj.lif', 'blocks.1.mlp.fc2.lif']
     currents = InputMonitor(model, LIF)
-    with record_membranes(model, layers) as membranes:
+    with record_membrane_potentials(model, layers) as membranes:
         model(images)
         model(images[:3])
     currents.remove_hooks()
@@ -81,7 +81,7 @@ def test_membranes_match_spikingjelly(model, images, training):
 
 
 def test_membranes_of_all_layers_before_the_reset(model, images):
-    with record_membranes(model, before_reset=True) as membranes:
+    with record_membrane_potentials(model, before_reset=True) as membranes:
         with torch.no_grad():
             model(images)
     assert list(membranes) == [name for name, m in model.named_modules() if isinstance(m, LIF)]
@@ -92,7 +92,7 @@ def test_membranes_of_all_layers_before_the_reset(model, images):
 
 def test_unknown_layer_raises(model):
     with pytest.raises(ValueError, match=r"no neuron layer 'blocks.7.lif'.*stem.stages.0"):
-        with record_membranes(model, ['blocks.7.lif']):
+        with record_membrane_potentials(model, ['blocks.7.lif']):
             pass
 
 

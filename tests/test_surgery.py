@@ -67,7 +67,7 @@ def event_driven_in_double():
             monkeypatch.setattr(events, name, value)
         monkeypatch.setattr(products, 'convolve', lambda layer, x, counted: dense(layer, counted))
         monkeypatch.setattr(products, 'weight_gradient', weight_gradient)
-        monkeypatch.setattr(layers, 'fire_events', fire)
+        monkeypatch.setattr(layers, 'convolve_norm_lif', fire)
         yield
 
 

@@ -4,8 +4,8 @@ import torch
 from timm.utils import random_seed
 from torch.optim.swa_utils import update_bn
 
-from timm_spikformer.images import make_loader, read_splits, training_config
-from timm_spikformer.training import Callback, Recipe, classify, evaluate, raise_bn_bias, train
+from timm_spikformer.images import make_loader, read_splits, training_data_config
+from timm_spikformer.training import Callback, Recipe, classify, evaluate, init_bn_bias, train
 
 
 def norms(model):
@@ -16,8 +16,8 @@ def run(tmp_path, **recipe):
     """Train a small model for 2 epochs of 3 updates; return the result, the images, and BN's modes at each update."""
     random_seed(0)
     model = timm.create_model('spikformer_v2_2_64_patch4_32', num_classes=10, img_size=28, embed_dim=16)
-    raise_bn_bias(model)
-    images, modes = read_splits()['train'].take(96, seed=0), []
+    init_bn_bias(model)
+    images, modes = read_splits()['train'].sample_stratified(96, seed=0), []
 
     class Modes(Callback):
         def on_step(self, epoch, num_images, loss):
@@ -25,7 +25,7 @@ def run(tmp_path, **recipe):
             assert model.training and model.head.fc.training
 
     result = train(
-        model, classify, images, training_config(), Recipe(2, 1e-2, 32, **recipe), tmp_path / 'x.pth.tar', 'Test',
+        model, classify, images, training_data_config(), Recipe(2, 1e-2, 32, **recipe), tmp_path / 'x.pth.tar', 'Test',
         'test', {}, callback=Modes())
     return result, images, modes
 
@@ -38,7 +38,7 @@ def test_fixed_bn(tmp_path):
     for name, buffer in result.model.named_buffers():
         assert torch.equal(buffer, trained_at_the_end[name]), name
     assert {m.num_batches_tracked.item() for m in norms(result.model)} == {3}
-    _, rates = evaluate(result.model, make_loader(images, training_config(), 32))
+    _, rates = evaluate(result.model, make_loader(images, training_data_config(), 32))
     assert min(rates.values()) > 0
 
 
@@ -46,6 +46,6 @@ def test_statistics_are_computed_after_training_by_default(tmp_path):
     result, images, modes = run(tmp_path)
     assert modes == [{True}] * 6
     before = {name: buffer.clone() for name, buffer in result.model.named_buffers()}
-    update_bn(make_loader(images, training_config(), 32), result.model)
+    update_bn(make_loader(images, training_data_config(), 32), result.model)
     for name, buffer in result.model.named_buffers():
         torch.testing.assert_close(buffer, before[name])

@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_spikformer import LIF, lif, record_membranes, use_kernels
+from timm_spikformer import LIF, lif, record_membrane_potentials, use_kernels
 from timm_spikformer.neurons import lif_plain
 
 pytestmark = pytest.mark.usefixtures('kernels')
@@ -114,7 +114,7 @@ def test_recomputation_uses_same_kernels_as_forward(double, observe, when):
     @contextlib.contextmanager
     def observed():
         if observe == 'membranes':
-            with record_membranes(model):
+            with record_membrane_potentials(model):
                 yield
         elif observe == 'flops':
             with FlopCounterMode(display=False):

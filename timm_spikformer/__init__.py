@@ -4,9 +4,9 @@ from .hf.registration import register as _register_with_transformers
 from .kernels import explain_kernels, get_kernels, set_kernels, use_kernels
 from .lazy import import_on_demand
 from .masked_autoencoder import SpikformerMAE
-from .neurons import LIF, CarriedMembranes, lif, membrane_potentials, record_membranes
+from .neurons import LIF, StatefulInference, lif, membrane_potentials, record_membrane_potentials
 from .pretrained import set_hub_namespace
-from .pretrained import use_environment as _use_environment
+from .pretrained import set_hub_namespace_from_environment as _set_hub_namespace_from_environment
 from .spikformer import Spikformer
 from .version import __version__ as __version__
 
@@ -23,7 +23,7 @@ _ON_DEMAND = {
 }
 
 __all__ = [
-    'CarriedMembranes',
+    'StatefulInference',
     'LIF',
     'Spikformer',
     'SpikformerMAE',
@@ -32,7 +32,7 @@ __all__ = [
     'lif',
     'membrane_potentials',
     'predict_anytime',
-    'record_membranes',
+    'record_membrane_potentials',
     'set_hub_namespace',
     'set_kernels',
     'use_kernels',
@@ -48,4 +48,4 @@ def __dir__() -> list:
 
 
 _register_with_transformers()
-_use_environment()
+_set_hub_namespace_from_environment()

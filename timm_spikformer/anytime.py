@@ -5,19 +5,24 @@ import torch
 from torch import Tensor, nn
 
 from .network import find_spikformer
-from .neurons import CarriedMembranes
+from .neurons import StatefulInference
 
 __all__ = ['AnytimeOutput', 'predict_anytime']
 
 
 class AnytimeOutput(NamedTuple):
-    """Prediction for each sample, at the time step at which it stopped."""
+    """Prediction for each sample, at the time step at which it stopped.
+
+    >>> output = AnytimeOutput(torch.zeros(2, 10), steps=torch.tensor([1, 4]), time_steps=4)
+    >>> output.skipped_fraction
+    0.375
+    """
     logits: Tensor  # [B, num_classes]
     steps: Tensor  # [B], number of time steps computed for each sample
     time_steps: int  # maximum number of time steps
 
     @property
-    def saving(self) -> float:
+    def skipped_fraction(self) -> float:
         """Fraction of the time steps that were not computed, in [0, 1)."""
         if len(self.steps) == 0:
             return 0.
@@ -72,12 +77,12 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
     time_steps = x.shape[1] if is_sequence else encoder.time_steps
     if time_steps == 0:
         raise ValueError(f'Expected sequences of at least one time step, got shape {list(x.shape)}.')
-    carried = CarriedMembranes(model)
+    stateful = StatefulInference(model)
     remaining = torch.arange(len(x), device=x.device)
     steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
     logits = None
     for t in range(time_steps):
-        out = _logits_of(carried(x[:, t:t + 1] if is_sequence else x))
+        out = _logits_of(stateful(x[:, t:t + 1] if is_sequence else x))
         if logits is None:
             logits = torch.empty_like(out)
         logits[remaining] = out
@@ -88,5 +93,5 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
         if not is_below.all():
             below = is_below.nonzero().squeeze(1)
             x, remaining = x[below], remaining[below]
-            carried.keep(below)
+            stateful.select_samples(below)
     return AnytimeOutput(logits, steps, time_steps)

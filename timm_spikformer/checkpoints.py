@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    'DIGEST_ARG', 'TRAINING_FILE', 'Conversion', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict',
+    'DIGEST_ARG', 'TRAINING_FILE', 'ConvertedStateDict', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict',
 ]
 
 TRAINING_FILE = 'training_args.yaml'  # stored next to the weights; contains the training arguments
@@ -36,7 +36,7 @@ _UNUSED_KEY = re.compile(r'^(block\.\d+\.norm[12]\.(weight|bias)|norm\.(weight|b
 _FIRST_KEY = re.compile(r'^((?:[^.]+\.)*?)(?:stem\.stages|patch_embed)\.')
 
 
-class Conversion(NamedTuple):
+class ConvertedStateDict(NamedTuple):
     """A converted state dict, and the source of each tensor.
 
     Attributes:
@@ -132,7 +132,7 @@ def _fuse_qkv(state_dict: Dict[str, Tensor], sources: Dict[str, List[str]]) -> D
     return out
 
 
-def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversion:
+def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> ConvertedStateDict:
     """Convert a state dict like `checkpoint_filter_fn`, and also return the source of each tensor."""
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
@@ -173,7 +173,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Conversi
         _check_scale(origin, model)
         if _of_encoder(out) == _of_encoder(model_state):
             _check_strides(origin, model)
-    return Conversion(out, sources, unused)
+    return ConvertedStateDict(out, sources, unused)
 
 
 def _of_encoder(keys: Iterable[str]) -> set:

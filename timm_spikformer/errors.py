@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Optional
 
-__all__ = ['explain', 'requirement']
+__all__ = ['pip_requirement', 'user_message']
 
 _PACKAGE = Path(__file__).parent
 # libraries whose exceptions are about files, external data or the network
@@ -33,26 +33,26 @@ _HINTS = {
 }
 
 
-def explain(error: BaseException) -> Optional[str]:
+def user_message(error: BaseException) -> Optional[str]:
     """Return the message about an exception to show to the user, or None if the exception is a bug."""
     if isinstance(error, ImportError):
         return _explain_import(error)
     if _is_out_of_memory(error):
         return (f'There is not enough memory: {_first_line(error)} Use a smaller batch size, fewer time steps, a '
                 f'smaller model or image, or another device.')
-    if _comes_from_network(error):
+    if _is_network_error(error):
         return (f'The Hub cannot be reached: {_first_line(error)} Check the network, or set HF_HUB_OFFLINE=1 to use '
                 f'what has been downloaded before.')
     if isinstance(error, OSError):
         return _explain_os_error(error)
-    if _is_of_libraries(error) or isinstance(error, (UnicodeError, EOFError)):
+    if _is_library_error(error) or isinstance(error, (UnicodeError, EOFError)):
         return f'Data cannot be read: {_first_line(error)} ({type(error).__name__})'
-    if isinstance(error, (ValueError, RuntimeError)) and _is_raised_here(error):
+    if isinstance(error, (ValueError, RuntimeError)) and _is_raised_by_package(error):
         return str(error)
     return None
 
 
-def requirement(module: str) -> str:
+def pip_requirement(module: str) -> str:
     """Return the pip requirement for a module, with the version range that this package declares."""
     name = {'PIL': 'pillow', 'yaml': 'pyyaml'}.get(module, module)
     try:
@@ -61,9 +61,10 @@ def requirement(module: str) -> str:
         declared = []
     wanted = name.replace('_', '-').lower()
     for text in declared:
-        bare = text.partition(';')[0].strip()
-        if bare[:len(wanted)].replace('_', '-').lower() == wanted and not bare[len(wanted):len(wanted) + 1].isalnum():
-            return bare
+        requirement = text.partition(';')[0].strip()
+        has_prefix = requirement[:len(wanted)].replace('_', '-').lower() == wanted
+        if has_prefix and not requirement[len(wanted):len(wanted) + 1].isalnum():
+            return requirement
     return name
 
 
@@ -72,8 +73,8 @@ def _explain_import(error: ImportError) -> Optional[str]:
     if not module or module.startswith(('timm_spikformer', '_timm_spikformer')):
         return None
     if isinstance(error, ModuleNotFoundError) and module == error.name:
-        return f'{module} is required here but is not installed. Run: pip install "{requirement(module)}"'
-    return f'{_first_line(error)} The installed version is not supported. Run: pip install "{requirement(module)}"'
+        return f'{module} is required here but is not installed. Run: pip install "{pip_requirement(module)}"'
+    return f'{_first_line(error)} The installed version is not supported. Run: pip install "{pip_requirement(module)}"'
 
 
 def _explain_os_error(error: OSError) -> str:
@@ -93,13 +94,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and _is_out_of_memory(error.__cause__)
 
 
-def _comes_from_network(error: BaseException) -> bool:
+def _is_network_error(error: BaseException) -> bool:
     names = {f'{c.__module__.partition(".")[0]}.{c.__name__}' for c in type(error).__mro__}
     return isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, BrokenPipeError) or bool(
         names & {'httpx.TransportError', 'huggingface_hub.OfflineModeIsEnabled'})
 
 
-def _is_of_libraries(error: BaseException) -> bool:
+def _is_library_error(error: BaseException) -> bool:
     return any(c.__module__.partition('.')[0] in _LIBRARIES for c in type(error).__mro__)
 
 
@@ -109,7 +110,7 @@ def _first_line(error: BaseException) -> str:
     return text if text.endswith('.') else f'{text}.'
 
 
-def _is_raised_here(error: BaseException) -> bool:
+def _is_raised_by_package(error: BaseException) -> bool:
     """Return whether a `raise` statement in this package raised the error, rather than a library that it called."""
     trace = error.__traceback__
     if trace is None:

@@ -17,10 +17,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from .temporaries import PREFIX, create_temporary, discard, hold, lock, new_folders, remove_stale, temporary_path
+from .temporaries import (
+    PREFIX,
+    create_folders,
+    create_temporary,
+    discard,
+    lock,
+    lock_for_run,
+    remove_stale,
+    temporary_path,
+)
 
 __all__ = [
-    'MANIFEST', 'check_file', 'check_output', 'hold_folder', 'manifest_files', 'remove_files', 'write_file',
+    'MANIFEST', 'check_file', 'check_output', 'lock_folder_for_run', 'manifest_files', 'remove_files', 'write_file',
     'write_folder', 'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
@@ -42,7 +51,7 @@ def check_output(
         kind: str,
         inputs: Iterable[PathLike] = (),
         data: Iterable[PathLike] = (),
-        add: bool = False,
+        allow_other_files: bool = False,
         names: Iterable[str] = (),
 ) -> Path:
     """Check that writing to a folder would overwrite only files that this package wrote. Nothing is written.
@@ -53,7 +62,8 @@ def check_output(
         inputs: Files and folders that the command reads; the folder must not be or contain one of them.
         data: Folders that images are read from; the folder must not be inside one of them either, because its files
             would be read as images later.
-        add: Accept a folder that contains other files. By default it must be empty or written by this package.
+        allow_other_files: Accept a folder that contains other files. By default it must be empty or written by this
+            package.
         names: Names of the files that will be written, if known; an existing file of such a name must be listed in the
             manifest.
 
@@ -90,11 +100,11 @@ def check_output(
                 f'folder outside it.')
     if path.is_dir():
         with lock(path):
-            _check_foreign(path, add)
+            _check_no_other_files(path, allow_other_files)
             old, names = _read_manifest(path), [*names]
             _check_kind(path, old, kind, not names or old.files.keys() <= {*names})
             for name in (*old.files, *names):
-                _check_own(path, name, old.files)
+                _check_replaceable(path, name, old.files)
     return path
 
 
@@ -106,7 +116,7 @@ def manifest_files(folder: PathLike) -> List[str]:
 def write_manifest(folder: PathLike, kind: str) -> None:
     """Write a manifest of all files of a folder, for a folder that is uploaded before `write_folder` finishes."""
     folder = Path(folder)
-    _write_manifest(folder, _Manifest(kind, {name: [_digest(folder / name)] for name in _files(folder)}))
+    _write_manifest(folder, _Manifest(kind, {name: [_digest(folder / name)] for name in _list_files(folder)}))
 
 
 @contextmanager
@@ -115,7 +125,7 @@ def write_folder(
         kind: str,
         inputs: Iterable[PathLike] = (),
         data: Iterable[PathLike] = (),
-        add: bool = False,
+        allow_other_files: bool = False,
 ) -> Iterator[Path]:
     """Write a folder completely or not at all.
 
@@ -127,23 +137,23 @@ def write_folder(
         kind: See `check_output`.
         inputs: See `check_output`.
         data: See `check_output`.
-        add: Accept a folder that contains other files. None of them is replaced.
+        allow_other_files: Accept a folder that contains other files. None of them is replaced.
 
     Raises:
         ValueError: See `check_output`; or a file that would be replaced or removed was not written by this package or
             has been changed since.
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
-    path = check_output(folder, kind, inputs, data, add)
-    with new_folders(path.parent):
+    path = check_output(folder, kind, inputs, data, allow_other_files)
+    with create_folders(path.parent):
         # next to the folder, so that it can be renamed; inside it for a mount point, whose parent is on another disk
         with create_temporary(path, path if os.path.ismount(path) else path.parent, is_folder=True) as temporary:
             yield temporary
-            _commit(temporary, path, kind, add)
+            _commit(temporary, path, kind, allow_other_files)
 
 
 @contextmanager
-def hold_folder(folder: PathLike) -> Iterator[None]:
+def lock_folder_for_run(folder: PathLike) -> Iterator[None]:
     """Create a folder for a run that writes individual files to it, and lock out other such runs until the block ends.
 
     After an error, the folder is removed if this call created it and it is empty.
@@ -153,7 +163,7 @@ def hold_folder(folder: PathLike) -> Iterator[None]:
         OSError: Creating the folder failed, for example because its parent is read-only.
     """
     path = Path(os.path.abspath(folder))
-    with new_folders(path), hold(path):
+    with create_folders(path), lock_for_run(path):
         yield
 
 
@@ -201,7 +211,7 @@ def _check_file_kind(path: Path, kind: str) -> Digests:
     """Check a file as `check_file` does, in a locked folder; return the digests of the files of the folder."""
     manifest = _read_manifest(path.parent)
     _check_kind(path.parent, manifest, kind, manifest.files.keys() <= {path.name})
-    _check_own(path.parent, path.name, manifest.files)
+    _check_replaceable(path.parent, path.name, manifest.files)
     return manifest.files
 
 
@@ -216,11 +226,11 @@ def write_new_file(path: PathLike) -> Iterator[Path]:
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
     path = _check_file(path)
-    _check_own(path.parent, path.name, {}, f'{path} already exists. Choose another name, or remove it first.')
+    _check_replaceable(path.parent, path.name, {}, f'{path} already exists. Choose another name, or remove it first.')
     with create_temporary(path, path.parent) as partial:
         yield partial
         with lock(path.parent):
-            _check_own(path.parent, path.name, {}, f'{path} was created in the meantime and is not replaced.')
+            _check_replaceable(path.parent, path.name, {}, f'{path} was created in the meantime and is not replaced.')
             os.replace(partial, path)
             remove_stale(path, path.parent)
 
@@ -254,7 +264,7 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
         manifest, names = _read_manifest(folder), {*names}
         _check_kind(folder, manifest, kind, manifest.files.keys() <= names)
         for name in names & manifest.files.keys():
-            _check_own(folder, name, manifest.files)
+            _check_replaceable(folder, name, manifest.files)
         for name in names & manifest.files.keys():
             (folder / name).unlink(missing_ok=True)
         rest = {name: digests for name, digests in manifest.files.items() if name not in names}
@@ -264,9 +274,9 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
             (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
+def _commit(temporary: Path, folder: Path, kind: str, allow_other_files: bool) -> None:
     """Move the files of the temporary folder into place, or leave the folder as it was."""
-    new = _Manifest(kind, {name: [_digest(temporary / name)] for name in _files(temporary)})
+    new = _Manifest(kind, {name: [_digest(temporary / name)] for name in _list_files(temporary)})
     with lock(folder.parent):
         if not os.path.lexists(folder):
             _write_manifest(temporary, new)
@@ -276,11 +286,11 @@ def _commit(temporary: Path, folder: Path, kind: str, add: bool) -> None:
         with lock(folder):
             if folder.is_symlink() or not folder.is_dir():
                 raise ValueError(f'{folder} was replaced by a file or a symbolic link in the meantime. {_ADVICE}')
-            _check_foreign(folder, add)
+            _check_no_other_files(folder, allow_other_files)
             old = _read_manifest(folder)
             _check_kind(folder, old, kind, old.files.keys() == new.files.keys())
             for name in {*old.files, *new.files}:
-                _check_own(folder, name, old.files)
+                _check_replaceable(folder, name, old.files)
             _replace(temporary, folder, old, new)
             remove_stale(folder, temporary.parent)
 
@@ -314,9 +324,9 @@ def _replace(temporary: Path, folder: Path, old: _Manifest, new: _Manifest) -> N
                 (folder / MANIFEST).unlink()
             elif (backup / MANIFEST).exists():
                 os.replace(backup / MANIFEST, folder / MANIFEST)
-        for made in (*reversed(folders), backup):
+        for new_folder in (*reversed(folders), backup):
             with suppress(OSError):
-                made.rmdir()
+                new_folder.rmdir()
         raise
     discard(backup)
     for parent in sorted({folder / p for name in old.files for p in Path(name).parents if p.name}, reverse=True):
@@ -343,14 +353,15 @@ def _read_manifest(folder: Path) -> _Manifest:
             content = json.loads(path.read_text(encoding='utf-8'))
             kind, files = content.get('kind'), content['files']
             if isinstance(kind, (str, type(None))) and all(
-                    _is_inside(name) and all(isinstance(d, str) for d in digests) for name, digests in files.items()):
+                    _is_path_inside_folder(name) and all(isinstance(d, str) for d in digests)
+                    for name, digests in files.items()):
                 return _Manifest(kind, files)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f'{path} is not a manifest of timm-spikformer, or is damaged. {_ADVICE}')
 
 
-def _is_inside(name: str) -> bool:
+def _is_path_inside_folder(name: str) -> bool:
     return name != MANIFEST and not name.startswith('/') and not re.search(r'[\\\0:]|(^|/)\.{0,2}(/|$)', name)
 
 
@@ -367,25 +378,25 @@ def _write_manifest(folder: Path, manifest: _Manifest) -> None:
             partial.unlink()
 
 
-def _check_foreign(folder: Path, add: bool) -> None:
-    """Raise a ValueError if the folder is not empty and was not written by this package, unless `add` is True."""
+def _check_no_other_files(folder: Path, allow_other_files: bool) -> None:
+    """Raise a ValueError if a folder contains files and no manifest, unless `allow_other_files` is True."""
     _read_manifest(folder)
-    if add or (folder / MANIFEST).exists():
+    if allow_other_files or (folder / MANIFEST).exists():
         return
-    there = sorted(name for name in os.listdir(folder) if not name.startswith(PREFIX))
-    if there:
+    other_files = sorted(name for name in os.listdir(folder) if not name.startswith(PREFIX))
+    if other_files:
         raise ValueError(
-            f'{folder} contains files that timm-spikformer did not write, such as {there[0]!r}. Choose a new or empty '
-            f'folder.')
+            f'{folder} contains files that timm-spikformer did not write, such as {other_files[0]!r}. Choose a new or '
+            f'empty folder.')
 
 
-def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> None:
+def _check_kind(folder: Path, manifest: _Manifest, kind: str, names_match: bool) -> None:
     """Raise a ValueError if the files of a folder were written by another command or for another architecture.
 
     Args:
-        is_same: Whether the file names match this kind; used for manifests without a kind.
+        names_match: Whether the file names match this kind; used for manifests without a kind.
     """
-    if not manifest.files or manifest.kind == kind or (manifest.kind is None and is_same):
+    if not manifest.files or manifest.kind == kind or (manifest.kind is None and names_match):
         return
     has_model = any(name.endswith('.safetensors') for name in manifest.files)
     what = 'a model that' if has_model else f'{min(manifest.files)}, which'
@@ -393,7 +404,7 @@ def _check_kind(folder: Path, manifest: _Manifest, kind: str, is_same: bool) -> 
     raise ValueError(f'{folder} contains {what} {writer} wrote. Choose another folder.')
 
 
-def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
+def _check_replaceable(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
     """Raise a ValueError if `name` exists in the folder and is not a file with one of the digests in `files`."""
     path = folder
     for part in Path(name).parts[:-1]:
@@ -410,7 +421,7 @@ def _check_own(folder: Path, name: str, files: Digests, message: Optional[str] =
             f'{path} has been changed since timm-spikformer wrote it and is not replaced or removed. {_ADVICE}')
 
 
-def _files(folder: Path) -> List[str]:
+def _list_files(folder: Path) -> List[str]:
     """Return the paths, with '/', of all files in a temporary folder."""
     files = [p for p in sorted(folder.rglob('*')) if p.is_symlink() or not p.is_dir()]
     return [p.relative_to(folder).as_posix() for p in files if p != folder / MANIFEST]

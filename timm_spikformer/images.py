@@ -20,11 +20,12 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .pretrained import cfg_to_train
+from .pretrained import get_training_cfg
 
 __all__ = [
     'DATA_KEYS', 'FASHION_MNIST', 'SHIPPED_MODEL', 'Images', 'data_config', 'make_loader', 'match_classes',
-    'read_splits', 'sample_images', 'to_pixels', 'train_test', 'training_config']
+    'read_splits', 'select_profiling_split', 'select_train_test', 'to_pixels', 'training_data_config',
+]
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -39,24 +40,24 @@ _EXPECTED = (
 _EXPECTED_ANY = f'{_EXPECTED[:-1]}, or DIR/*.png without labels.'
 
 
-def data_config(model: nn.Module, **given: Any) -> Dict[str, Any]:
+def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
     """Return timm's data config of a model: `input_size`, `mean`, `std`, `interpolation` and `crop_pct`.
 
     Args:
         model: A timm model.
-        given: Overrides of the model's values, named like the arguments of timm's train.py. If `mean` or `std` does not
-            have one value per input channel, its average is used for all channels.
+        overrides: Replacements of the model's values, named like the arguments of timm's train.py. If `mean` or `std`
+            does not have one value per input channel, its average is used for all channels.
     """
-    config = resolve_data_config(given, model=model)
+    config = resolve_data_config(overrides, model=model)
     for key in ('mean', 'std'):
         if len(config[key]) != config['input_size'][0]:
             config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
     return {key: config[key] for key in DATA_KEYS}
 
 
-def training_config(model: Optional[str] = None) -> Dict[str, Any]:
+def training_data_config(model: Optional[str] = None) -> Dict[str, Any]:
     """Return timm's data config for training a registered model, or that of the shipped images if there is no name."""
-    cfg = timm.get_pretrained_cfg(SHIPPED_MODEL) if model is None else cfg_to_train(model)
+    cfg = timm.get_pretrained_cfg(SHIPPED_MODEL) if model is None else get_training_cfg(model)
     return {key: getattr(cfg, key) for key in DATA_KEYS}
 
 
@@ -91,6 +92,13 @@ class Images(Dataset):
         split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or the name that `hold_out` gives to
             held-out images, such as 'held-out tenth of train'.
         indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
+
+    >>> images = read_splits()['test']
+    >>> images.description, len(images.sample_evenly(10))
+    ('1,000 images of Fashion-MNIST, test split', 10)
+    >>> image, label = images[0]
+    >>> image.size, images.classes[label]
+    ((28, 28), 'Ankle boot')
     """
 
     def __init__(
@@ -161,15 +169,15 @@ class Images(Dataset):
         selected._indices = self._indices[indices]
         return selected
 
-    def spread(self, count: int) -> 'Images':
+    def sample_evenly(self, count: int) -> 'Images':
         """Return at most `count` images, evenly spaced."""
         return self if count >= len(self) else self.select(np.linspace(0, len(self) - 1, count).round())
 
-    def take(self, count: int, seed: int) -> 'Images':
+    def sample_stratified(self, count: int, seed: int) -> 'Images':
         """Return at most `count` images, sampled randomly (`seed`) from each class in proportion to its size."""
         if count >= len(self):
             return self
-        order, rank, sizes = self._ranked(seed)
+        order, rank, sizes = self._rank_within_class(seed)
         share = (rank + 0.5) / sizes[self.labels[order]]  # fraction of the class up to this image
         return self.select(np.sort(order[np.argsort(share, kind='stable')[:count]]))
 
@@ -185,7 +193,7 @@ class Images(Dataset):
         Raises:
             ValueError: Every class has only one image.
         """
-        order, rank, sizes = self._ranked(seed)
+        order, rank, sizes = self._rank_within_class(seed)
         held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(fraction * sizes + 0.5)))
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
@@ -218,7 +226,7 @@ class Images(Dataset):
         self.mode = modes[channels]
         return create_loader(self, batch_size=batch_size, use_prefetcher=use_prefetcher, **config, **options)
 
-    def _ranked(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rank_within_class(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`."""
         order = np.random.default_rng(seed).permutation(len(self))
         sizes = np.bincount(self.labels)
@@ -386,7 +394,7 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
     return Images(_FileSource(paths), np.array([label for _, label in samples]), classes, name, split)
 
 
-def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images]:
+def select_train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images]:
     """Return training images and test images.
 
     The test images come from the test split if there is one, else from the validation split, else from a held-out tenth
@@ -428,7 +436,7 @@ def train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images
     return train, test
 
 
-def sample_images(splits: Dict[str, Images]) -> Images:
+def select_profiling_split(splits: Dict[str, Images]) -> Images:
     """Return images to profile a model on, from the first available split of: test, validation, train, all."""
     return next(splits[split] for split in ('test', 'validation', 'train', 'all') if split in splits)
 

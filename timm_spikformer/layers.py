@@ -19,18 +19,18 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .kernels.events import (
     Events,
-    count_events,
+    convolve_norm_lif,
+    convolve_norm_lif_fallback_reason,
     event_fallback_reason,
-    events_of_bytes,
-    fire_events,
-    fire_fallback_reason,
-    is_small,
+    events_from_bytes,
+    is_too_small,
+    try_read_events,
 )
 from .kernels.lif import norm_lif, norm_lif_fallback_reason
 from .kernels.products import product, product_fallback_reason
-from .kernels.rules import context_fallback_reason, module_fallback_reason, register_class, runs_in_kernel
-from .masking import Visible, apply_to_patches
-from .neurons import LIF, carried_membranes, lif_plain
+from .kernels.rules import context_fallback_reason, module_fallback_reason, record_original_methods, runs_in_kernel
+from .masking import VisibleTokens, apply_to_patches
+from .neurons import LIF, get_stateful_inference, lif_plain
 from .recompute import checkpoint_with_bn
 
 __all__ = [
@@ -76,6 +76,10 @@ class SpikingSelfAttention(nn.Module):
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or the scale is not positive.
+
+    >>> attn = SpikingSelfAttention(dim=16, num_heads=2)
+    >>> attn(torch.rand(4, 2, 9, 16)).shape
+    torch.Size([4, 2, 9, 16])
     """
 
     def __init__(
@@ -127,6 +131,10 @@ class SpikingMLP(nn.Module):
         dim: C.
         hidden_dim: Width of the hidden layer.
         drop: Dropout rate of the spikes of both layers.
+
+    >>> spikes = SpikingMLP(dim=16, hidden_dim=64)(torch.rand(4, 2, 9, 16))
+    >>> spikes.shape, bool(((spikes == 0) | (spikes == 1)).all())
+    (torch.Size([4, 2, 9, 16]), True)
     """
 
     def __init__(
@@ -146,7 +154,7 @@ class SpikingMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            out = fire_both(self.fc1, self.drop1, self.fc2, x, x.shape[0])
+            out = run_pair_event_driven(self.fc1, self.drop1, self.fc2, x, x.shape[0])
             if out is not None:
                 return self.drop2(out)
         x = self.drop1(self.fc1(x))
@@ -154,7 +162,12 @@ class SpikingMLP(nn.Module):
 
 
 class TimeSharedDropPath(nn.Module):
-    """Stochastic depth on `[T, B, ...]` that keeps or drops the branch of a sample at all time steps together."""
+    """Stochastic depth on `[T, B, ...]` that keeps or drops the branch of a sample at all time steps together.
+
+    >>> branch = TimeSharedDropPath(0.5)(torch.ones(4, 8, 1))
+    >>> torch.equal(branch, branch[:1].expand(4, -1, -1))  # equal at all time steps
+    True
+    """
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()
@@ -176,6 +189,10 @@ class SpikingBlock(nn.Module):
         attn_scale: Scale of `q k^T v`.
         proj_drop: Dropout rate of the spikes of attention and MLP.
         drop_path: Stochastic depth rate.
+
+    >>> block = SpikingBlock(dim=16, num_heads=2)
+    >>> block(torch.zeros(4, 2, 9, 16)).unique().tolist()  # no spikes in, no spikes out
+    [0.0]
     """
 
     def __init__(
@@ -225,8 +242,8 @@ def _norm_and_fire(
         return None
     rows = math.prod(batch)
     args = bn, neuron.constants, x, time_steps, rows, lif_plain
-    carried = carried_membranes()
-    if carried is None:
+    stateful = get_stateful_inference()
+    if stateful is None:
         spikes, _ = norm_lif(*args)
         return spikes.unflatten(1, batch)
 
@@ -234,11 +251,16 @@ def _norm_and_fire(
         spikes, membrane = norm_lif(*args, membrane.flatten(0, len(batch) - 1))
         return spikes.unflatten(1, batch), membrane.unflatten(0, batch)
 
-    return carried.fire(neuron, x[:rows].unflatten(0, batch), run)
+    return stateful.run_neuron(neuron, x[:rows].unflatten(0, batch), run)
 
 
 class SpikingBlocks(nn.Sequential):
-    """Sequence of encoder blocks, `[T, B, N, C] -> [T, B, N, C]`."""
+    """Sequence of encoder blocks, `[T, B, N, C] -> [T, B, N, C]`.
+
+    >>> blocks = SpikingBlocks(SpikingBlock(16, num_heads=2), SpikingBlock(16, num_heads=2))
+    >>> len(blocks), blocks(torch.rand(4, 2, 9, 16)).shape
+    (2, torch.Size([4, 2, 9, 16]))
+    """
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(*blocks)
@@ -284,7 +306,7 @@ class _Unit(nn.Module):
             input_steps: int,
             time_steps: int,
             events: Optional[Events] = None,
-            is_fused: bool = False,
+            fused_only: bool = False,
             as_bytes: bool = False,
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """Return the spikes of the unit if one event-driven kernel can compute them; else the product of its layer.
@@ -294,21 +316,21 @@ class _Unit(nn.Module):
             input_steps: S: T, or 1 if all time steps are the same.
             time_steps: T.
             events: The input as events, if they have been counted.
-            is_fused: Compute nothing if no kernel can compute the spikes.
-            as_bytes: Return spikes as bytes: see `fire_events`.
+            fused_only: Compute nothing if no kernel can compute the spikes.
+            as_bytes: Return spikes as bytes: see `convolve_norm_lif`.
 
         Returns:
             The spikes `[T * n, C', ...]` or None, and the product or None.
         """
         layer = getattr(self, self.layer_name)
         if events is None:
-            events = count_events(layer, x)
-        if events is not None and events.are_few and input_steps == time_steps and carried_membranes() is None:
-            if runs_in_kernel(lambda: fire_fallback_reason(layer, self.bn, self.lif, LIF)):
-                spikes = fire_events(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
+            events = try_read_events(layer, x)
+        if events is not None and events.is_sparse and input_steps == time_steps and get_stateful_inference() is None:
+            if runs_in_kernel(lambda: convolve_norm_lif_fallback_reason(layer, self.bn, self.lif, LIF)):
+                spikes = convolve_norm_lif(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
                 if spikes is not None:
                     return spikes, None
-        return None, None if is_fused else product(layer, x, events)
+        return None, None if fused_only else product(layer, x, events)
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
@@ -336,6 +358,10 @@ class ConvBNLIF(_Unit):
         out_chs: Number of output channels.
         kernel_size: Kernel size. With an odd size, the padding keeps the resolution at stride 1.
         stride: Stride.
+
+    >>> unit = ConvBNLIF(3, 8, kernel_size=2, stride=2)
+    >>> unit(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    torch.Size([4, 2, 8, 16, 16])
     """
     layer_name = 'conv'
 
@@ -362,7 +388,7 @@ class ConvBNLIF(_Unit):
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         self.lif = LIF()
 
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         S, B = x.shape[:2]
         if torch.jit.is_scripting():
             x = self.conv(x.flatten(0, 1))
@@ -397,6 +423,9 @@ class LinearBNLIF(_Unit):
         in_features: C.
         out_features: C'.
         bias: Whether the linear layer has a bias.
+
+    >>> LinearBNLIF(16, 32)(torch.rand(4, 2, 9, 16)).shape
+    torch.Size([4, 2, 9, 32])
     """
     layer_name = 'linear'
 
@@ -434,11 +463,11 @@ class LinearBNLIF(_Unit):
         return self._fold(fuse_linear_bn_eval)
 
 
-register_class(ConvBNLIF)
-register_class(LinearBNLIF)
+record_original_methods(ConvBNLIF)
+record_original_methods(LinearBNLIF)
 
 
-def fire_both(
+def run_pair_event_driven(
         first: nn.Module,
         between: Optional[nn.Module],
         second: nn.Module,
@@ -466,14 +495,14 @@ def fire_both(
         return None
     num_dims = 2 if type(first) is ConvBNLIF else 3  # time, batch and, for linear layers, tokens
     rows = x.flatten(0, num_dims - 1)
-    if is_small(getattr(first, first.layer_name), rows):
+    if is_too_small(getattr(first, first.layer_name), rows):
         return None
-    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, is_fused=True, as_bytes=True)
+    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, fused_only=True, as_bytes=True)
     if spikes is None:
         return None
-    events = events_of_bytes(getattr(second, second.layer_name), spikes)
+    events = events_from_bytes(getattr(second, second.layer_name), spikes)
     if events is not None:
-        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events, is_fused=True)
+        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events, fused_only=True)
         if out is not None:
             return out.unflatten(0, x.shape[:num_dims])
     spikes = spikes.float().unflatten(0, x.shape[:num_dims])

@@ -2,7 +2,7 @@
 from importlib import import_module
 from typing import Any, Callable, Dict
 
-from .errors import explain
+from .errors import user_message
 
 __all__ = ['import_on_demand']
 
@@ -20,7 +20,7 @@ def import_on_demand(package: str, modules: Dict[str, str]) -> Callable[[str], A
         try:
             return getattr(import_module(modules[name], package), name)
         except ModuleNotFoundError as e:
-            message = explain(e)
+            message = user_message(e)
             if message is None:
                 raise
             raise ModuleNotFoundError(f'{package}.{name}: {message}', name=e.name) from e

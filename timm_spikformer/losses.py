@@ -1,5 +1,4 @@
 """Losses on the logits of each time step."""
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

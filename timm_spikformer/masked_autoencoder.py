@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .network import Spikformer
-from .pretrained import check_shipped, shipped_weights
+from .pretrained import check_shipped_weights, shipped_weights
 
 __all__ = ['AUTOENCODER_KEY', 'SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
@@ -126,11 +126,18 @@ class MAEDecoder(nn.Module):
 
 
 class SpikformerMAEOutput(NamedTuple):
-    """Output of a `SpikformerMAE`."""
+    """Output of a `SpikformerMAE`.
+
+    >>> import timm
+    >>> mae = SpikformerMAE(timm.create_model('test_spikformer_v2', time_steps=1))
+    >>> output = mae(torch.rand(2, 3, 64, 64), return_hidden_states=True)
+    >>> output.loss.ndim, output.mask.shape, output.hidden_states[0].shape
+    (0, torch.Size([2, 16]), torch.Size([2, 4, 64]))
+    """
     loss: Tensor  # scalar: mean squared error over the masked patches
     reconstruction: Tensor  # [B, C, H, W], predictions for all patches; normalized if `norm_pix_loss` is True
     mask: Tensor  # [B, N] bool, True for masked patches
-    hidden_states: List[Tensor]  # [B, N', D] of visible patches after the stem and each block, if `take_blocks` is True
+    hidden_states: List[Tensor]  # [B, N', D] after the stem and each block; empty unless `return_hidden_states` is True
 
 
 class SpikformerMAE(nn.Module):
@@ -224,7 +231,7 @@ class SpikformerMAE(nn.Module):
         if not file:
             raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
         if file == shipped_weights(name):
-            check_shipped(file)
+            check_shipped_weights(file)
         with safetensors.safe_open(file, 'pt') as f:
             args = (f.metadata() or {}).get(AUTOENCODER_KEY)
         if args is None:
@@ -314,7 +321,7 @@ class SpikformerMAE(nn.Module):
             x: Tensor,
             bool_masked_pos: Optional[Tensor] = None,
             noise: Optional[Tensor] = None,
-            take_blocks: bool = False,
+            return_hidden_states: bool = False,
     ) -> SpikformerMAEOutput:
         """Mask, encode and decode images, and compute the loss. The target of a sequence is its mean over time.
 
@@ -322,14 +329,14 @@ class SpikformerMAE(nn.Module):
             x: See `make_mask`.
             bool_masked_pos: See `make_mask`.
             noise: See `make_mask`.
-            take_blocks: Return the hidden states of the encoder.
+            return_hidden_states: Return the hidden states of the encoder.
 
         Raises:
             ValueError: The input does not fit the encoder, the mask does not fit the input, or the mask covers all
                 units, no unit, or different numbers of units in different images.
         """
         mask, ids = self.make_mask(x, bool_masked_pos, noise)
-        features, hidden_states = self.encoder.forward_tokens(x, ids, take_blocks)
+        features, hidden_states = self.encoder.forward_tokens(x, ids, return_hidden_states)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         pred = self.decoder(features, ids, grid).float()
 

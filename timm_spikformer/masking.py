@@ -19,24 +19,24 @@ from .kernels.products import product
 from .kernels.rules import fallback_reason, runs_in_kernel
 
 __all__ = [
-    'Visible',
+    'VisibleTokens',
+    'add_halo',
     'apply_to_patches',
     'conv3x3_of_patches',
     'patches_to_maps',
     'visible_patches',
-    'with_halo',
 ]
 
 # Indices of the visible tokens of each image, [B, N'], in increasing order; height and width of the grid of all tokens
-Visible = Tuple[Tensor, int, int]
+VisibleTokens = Tuple[Tensor, int, int]
 
 
-def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Return `x[rows]` for a matrix; on CPU, the backward of gather is many times faster than that of indexing."""
     return x.gather(0, rows.unsqueeze(1).expand(-1, x.shape[1]))
 
 
-def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
+def _visible_pixel_indices(visible: VisibleTokens, n: int, p: int) -> Tensor:
     """Return the indices of the visible pixels in n * B flattened maps, token by token: `[n * B * N' * p * p]`."""
     ids, height, width = visible
     H, W = height * p, width * p
@@ -48,27 +48,27 @@ def _visible_rows(visible: Visible, n: int, p: int) -> Tensor:
     return (pixels + torch.arange(pixels.shape[0], device=ids.device).unsqueeze(1) * (H * W)).flatten()
 
 
-def visible_patches(x: Tensor, visible: Visible) -> Tensor:
+def visible_patches(x: Tensor, visible: VisibleTokens) -> Tensor:
     """Return the visible patches of maps: `[n, B, C, H, W] -> [n, B * N', C, p, p]`, where p = W / grid width."""
     n, B, C, H, W = x.shape
     p = W // visible[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
-    patches = _take_rows(pixels, _visible_rows(visible, n, p))
+    patches = _gather_rows(pixels, _visible_pixel_indices(visible, n, p))
     return patches.view(n, -1, p, p, C).permute(0, 1, 4, 2, 3)
 
 
-def patches_to_maps(x: Tensor, visible: Visible) -> Tensor:
+def patches_to_maps(x: Tensor, visible: VisibleTokens) -> Tensor:
     """Return the maps `[n, B, C, H, W]` of patches `[n, B * N', C, p, p]`, with 0 at masked positions."""
     n, _, C, p, _ = x.shape
     ids, height, width = visible
     B, H, W = ids.shape[0], height * p, width * p
-    rows = _visible_rows(visible, n, p)
+    rows = _visible_pixel_indices(visible, n, p)
     pixels = x.permute(0, 1, 3, 4, 2).reshape(-1, C)
     maps = pixels.new_zeros(n * B * H * W, C).scatter(0, rows.unsqueeze(1).expand(-1, C), pixels)
     return maps.view(n, B, H, W, C).permute(0, 1, 4, 2, 3)
 
 
-def _halo_rows(visible: Visible, p: int) -> Tensor:
+def _halo_indices(visible: VisibleTokens, p: int) -> Tensor:
     """Return the indices, among the `M * p * p` visible pixels, of the pixels in and around each visible patch.
 
     Returns:
@@ -78,31 +78,31 @@ def _halo_rows(visible: Visible, p: int) -> Tensor:
     B, N = ids.shape
     M = B * N
     # index of the patch at each position of the grid with a border: M if masked, M + 1 if outside the image
-    place = torch.full((B, height, width), M, dtype=torch.long, device=ids.device)
-    place = F.pad(place, (1, 1, 1, 1), value=M + 1).flatten(1)
-    at = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
-    place = place.scatter(1, at, torch.arange(M, device=ids.device).view(B, N))
+    patch_index = torch.full((B, height, width), M, dtype=torch.long, device=ids.device)
+    patch_index = F.pad(patch_index, (1, 1, 1, 1), value=M + 1).flatten(1)
+    positions = (ids // width + 1) * (width + 2) + ids % width + 1  # [B, N']
+    patch_index = patch_index.scatter(1, positions, torch.arange(M, device=ids.device).view(B, N))
     step = torch.arange(-1, 2, device=ids.device)
-    around = (step.unsqueeze(1) * (width + 2) + step).flatten()  # [9]
-    neighbors = place.gather(1, (at.unsqueeze(2) + around).flatten(1)).view(M, 3, 3)
+    neighbor_offsets = (step.unsqueeze(1) * (width + 2) + step).flatten()  # [9]
+    neighbors = patch_index.gather(1, (positions.unsqueeze(2) + neighbor_offsets).flatten(1)).view(M, 3, 3)
     inside = torch.arange(-1, p + 1, device=ids.device)
-    which = (inside >= p).long() - (inside < 0).long() + 1  # 0, 1, 2: before, in, after the patch
-    source = neighbors[:, which][:, :, which]  # [M, p + 2, p + 2]
+    relative_position = (inside >= p).long() - (inside < 0).long() + 1  # 0, 1, 2: before, in, after the patch
+    source = neighbors[:, relative_position][:, :, relative_position]  # [M, p + 2, p + 2]
     offset = inside.remainder(p)
     rows = source * (p * p) + offset.unsqueeze(1) * p + offset
     return torch.where(source < M, rows, source + (M * p * p - M))
 
 
-def _take_around(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
-    """Return the pixels of patches `[n, M, C, p, p]` at the indices `rows` of `_halo_rows`: `[n * rows.numel(), C]`."""
+def _gather_with_halo(x: Tensor, rows: Tensor, outside: float = 0.) -> Tensor:
+    """Return the pixels of patches `[n, M, C, p, p]` at the indices of `_halo_indices`: `[n * rows.numel(), C]`."""
     n, C = x.shape[0], x.shape[2]
     pixels = x.permute(0, 1, 3, 4, 2).reshape(n, -1, C)
     pixels = torch.cat([pixels, pixels.new_zeros(n, 1, C), pixels.new_full((n, 1, C), outside)], dim=1)
     rows = rows.flatten() + torch.arange(n, device=rows.device).unsqueeze(1) * pixels.shape[1]
-    return _take_rows(pixels.flatten(0, 1), rows.flatten())
+    return _gather_rows(pixels.flatten(0, 1), rows.flatten())
 
 
-def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
+def add_halo(x: Tensor, visible: VisibleTokens, outside: float = 0.) -> Tensor:
     """Return patches with the surrounding pixels, `[n, M, C, p, p] -> [n * M, C, p + 2, p + 2]`.
 
     Args:
@@ -111,14 +111,14 @@ def with_halo(x: Tensor, visible: Visible, outside: float = 0.) -> Tensor:
         outside: Value of pixels outside the image. Masked pixels are 0.
     """
     C, p = x.shape[2], x.shape[-1]
-    pixels = _take_around(x, _halo_rows(visible, p), outside)
+    pixels = _gather_with_halo(x, _halo_indices(visible, p), outside)
     return pixels.view(-1, p + 2, p + 2, C).permute(0, 3, 1, 2)
 
 
 def conv3x3_of_patches(
         x: Tensor,
         weight: Tensor,
-        visible: Visible,
+        visible: VisibleTokens,
         bias: Optional[Tensor] = None,
         groups: int = 1,
 ) -> Tensor:
@@ -138,9 +138,9 @@ def conv3x3_of_patches(
     """
     n, M, C, p, _ = x.shape
     if p > 2 or groups > 1:
-        return F.conv2d(with_halo(x, visible), weight, bias, groups=groups)
-    rows = _halo_rows(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
-    windows = _take_around(x, rows).view(n * M * p * p, 9 * C)
+        return F.conv2d(add_halo(x, visible), weight, bias, groups=groups)
+    rows = _halo_indices(visible, p).unfold(1, 3, 1).unfold(2, 3, 1)  # [M, p, p, 3, 3]
+    windows = _gather_with_halo(x, rows).view(n * M * p * p, 9 * C)
     out = F.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
     return out.view(n * M, p, p, weight.shape[0]).permute(0, 3, 1, 2)
 
@@ -152,7 +152,7 @@ def _without_padding(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional[Tensor]:
+def _apply_to_visible(layer: nn.Module, x: Tensor, visible: VisibleTokens) -> Optional[Tensor]:
     """Compute `apply_to_patches` from the visible patches only; return None if `layer` needs the full maps."""
     classes = nn.Conv2d, nn.MaxPool2d, nn.Identity
     if not runs_in_kernel(lambda: fallback_reason((layer,), (classes,), x)):
@@ -164,10 +164,10 @@ def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional
         args = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
         if args != (3, 2, 1, 1, False, False) or p % 2 != 0:
             return None
-        return F.max_pool2d(with_halo(x, visible, -torch.inf), 3, 2).unflatten(0, (n, -1))
+        return F.max_pool2d(add_halo(x, visible, -torch.inf), 3, 2).unflatten(0, (n, -1))
     args = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     if args == ((3, 3), (1, 1), (1, 1), (1, 1)) and p > 2:
-        out = product(_without_padding(layer), with_halo(x, visible))
+        out = product(_without_padding(layer), add_halo(x, visible))
     elif args == ((3, 3), (1, 1), (1, 1), (1, 1)):
         out = conv3x3_of_patches(x, layer.weight, visible, layer.bias, layer.groups)
     elif args[0] == args[1] and args[2:] == ((0, 0), (1, 1)) and p % args[0][0] == 0 and p % args[0][1] == 0:
@@ -177,7 +177,7 @@ def _apply_to_visible(layer: nn.Module, x: Tensor, visible: Visible) -> Optional
     return out.unflatten(0, (n, -1))
 
 
-def apply_to_patches(layer: nn.Module, x: Tensor, visible: Visible) -> Tensor:
+def apply_to_patches(layer: nn.Module, x: Tensor, visible: VisibleTokens) -> Tensor:
     """Return the visible patches of `layer(maps)`, where maps are 0 at masked positions.
 
     Args:

@@ -12,8 +12,8 @@ from ._timm import feature_take_indices, update_model_args, update_model_input_s
 from .arguments import check_integer, check_pooling, check_positive, check_rate
 from .checkpoints import check_keys, checkpoint_filter_fn
 from .layers import SpikingBlock, SpikingBlocks
-from .masking import Visible
-from .neurons import carried_membranes
+from .masking import VisibleTokens
+from .neurons import get_stateful_inference
 from .recompute import checkpoint_with_bn
 from .sequences import check_time_steps, mean_over_time, to_time_major
 from .stems import STEMS
@@ -47,6 +47,12 @@ class Spikformer(nn.Module):
     identical at all steps and computed once. For event or video input `[B, T, C, H, W]`, T is taken from the input.
     Weights depend on neither T nor the image size, which may be any multiple of the patch size. Membrane potentials are
     local to one forward call: there is no state to reset.
+
+    >>> import timm
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True, time_steps=2).eval()
+    >>> images = torch.zeros(3, 3, 28, 28)
+    >>> model(images).shape, model.forward_features(images).shape, model.forward_steps(images).shape
+    (torch.Size([3, 10]), torch.Size([3, 64, 7, 7]), torch.Size([2, 3, 10]))
     """
 
     def __init__(
@@ -256,14 +262,14 @@ class Spikformer(nn.Module):
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
-    def _present(self, x: Tensor) -> Tuple[Tensor, int]:
+    def _prepare_input(self, x: Tensor) -> Tuple[Tensor, int]:
         """Check the input, put time first and return the number of time steps: see `to_time_major`."""
         time_steps = self.time_steps
         if not torch.jit.is_scripting():
-            carried = carried_membranes()
-            if carried is not None:
-                carried.check_input(x)
-                time_steps = carried.time_steps
+            stateful = get_stateful_inference()
+            if stateful is not None:
+                stateful.check_input(x)
+                time_steps = stateful.time_steps
         return to_time_major(x, time_steps, self.in_chans, self.patch_size)
 
     @torch.jit.ignore
@@ -284,7 +290,7 @@ class Spikformer(nn.Module):
         Returns:
             The last output `[T, B, C', H', W']`, and the means over time of the selected outputs
         """
-        taken: List[Tensor] = []
+        outputs: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
             if i < num_levels:
                 if self.grad_checkpointing:
@@ -292,21 +298,21 @@ class Spikformer(nn.Module):
                 else:
                     x = stage(x, time_steps)
                 if i < self.num_levels - 1 and i in take_indices:
-                    taken.append(mean_over_time(x))
-        return x, taken
+                    outputs.append(mean_over_time(x))
+        return x, outputs
 
     @torch.jit.ignore
-    def _forward_each_block(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+    def _forward_blocks(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """Run the encoder blocks on tokens `[T, B, N, C]`; return the means over time of the input and each output."""
-        taken = [mean_over_time(x)]
+        outputs = [mean_over_time(x)]
         for block in self.blocks:
             x = checkpoint_with_bn(block, x) if self.grad_checkpointing else block(x)
-            taken.append(mean_over_time(x))
-        return x, taken
+            outputs.append(mean_over_time(x))
+        return x, outputs
 
     def forward_maps(self, x: Tensor) -> Tensor:
         """Run the stem and the blocks on `[B, C, H, W]` or `[B, T, C, H, W]`; return `[T, B, D, H / p, W / p]`."""
-        x, time_steps = self._present(x)
+        x, time_steps = self._prepare_input(x)
         return self._encode_maps(self.stem(x, time_steps))
 
     def _encode_maps(self, x: Tensor) -> Tensor:
@@ -322,31 +328,31 @@ class Spikformer(nn.Module):
             self,
             x: Tensor,
             visible: Optional[Tensor] = None,
-            take_blocks: bool = False,
+            return_hidden_states: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Return features as tokens in raster order, and optionally the outputs of the stem and of each block.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
             visible: Indices of the visible tokens, `[B, N']`, in increasing order. Masked tokens do not influence them.
-            take_blocks: Return the outputs of the stem and of each block
+            return_hidden_states: Return the outputs of the stem and of each block
         Returns:
             Features `[B, N, D]`, or `[B, N', D]` of visible tokens, and the list of outputs; all are means over time
         """
-        grid: Optional[Visible] = None
-        x, time_steps = self._present(x)
+        grid: Optional[VisibleTokens] = None
+        x, time_steps = self._prepare_input(x)
         if visible is not None:
             grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         x = self.stem(x, time_steps, grid)
         x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
         if visible is not None:
             x = x.gather(2, visible.unsqueeze(2).expand(x.shape[0], -1, -1, x.shape[3]))
-        taken: List[Tensor] = []
-        if take_blocks:
-            x, taken = self._forward_each_block(x)
+        outputs: List[Tensor] = []
+        if return_hidden_states:
+            x, outputs = self._forward_blocks(x)
         else:
             x = self.blocks(x)
-        return mean_over_time(x), taken
+        return mean_over_time(x), outputs
 
     def forward_intermediates(
             self,
@@ -373,7 +379,7 @@ class Spikformer(nn.Module):
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         take_indices, max_index = feature_take_indices(self.num_levels, indices)
         num_levels = max_index + 1 if stop_early else len(self.stem.stages)
-        x, time_steps = self._present(x)
+        x, time_steps = self._prepare_input(x)
         x, intermediates = self._forward_stages(x, time_steps, num_levels, take_indices)
         if num_levels == self.num_levels:
             x = self._encode_maps(x)
@@ -412,7 +418,7 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def classify_steps(self, x: Tensor, cumulative: bool = True) -> Tensor:
-        """Return the logits `[T, B, K]` given the features at each time step, `[T, B, D, H, W]`: see `forward_steps`."""
+        """Return the logits `[T, B, K]` of the features at each step, `[T, B, D, H, W]`: see `forward_steps`."""
         steps = [x[:t].mean(0) for t in range(1, len(x) + 1)] if cumulative else x.unbind(0)
         return torch.stack([self.forward_head(features) for features in steps])
 
@@ -427,8 +433,8 @@ class Spikformer(nn.Module):
                 `time_steps=t`. If False, return the logits of each single time step, from the features of this step, as
                 required by `TETLoss`; with average pooling, their mean equals the logits of `forward`.
         """
-        if carried_membranes() is not None:
-            raise ValueError('forward_steps cannot be called within CarriedMembranes: call the model itself.')
+        if get_stateful_inference() is not None:
+            raise ValueError('forward_steps cannot be called within StatefulInference: call the model itself.')
         return self.classify_steps(self.forward_maps(x), cumulative)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,16 +16,16 @@ import torch.fx
 from torch import Tensor, nn
 
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
-from .kernels.rules import back_end, context_fallback_reason, register_class, runs_in_kernel
+from .kernels.rules import back_end, context_fallback_reason, record_original_methods, runs_in_kernel
 
 __all__ = [
     'LIF',
-    'CarriedMembranes',
-    'carried_membranes',
+    'StatefulInference',
+    'get_stateful_inference',
     'lif',
     'lif_plain',
     'membrane_potentials',
-    'record_membranes',
+    'record_membrane_potentials',
 ]
 
 
@@ -187,16 +187,16 @@ class LIF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            carried = carried_membranes()
-            if carried is not None:
-                return carried.fire(self, x)
+            stateful = get_stateful_inference()
+            if stateful is not None:
+                return stateful.run_neuron(self, x)
         return lif(x, self.tau, self.v_threshold, self.alpha)
 
     def extra_repr(self) -> str:
         return f'tau={self.tau}, v_threshold={self.v_threshold}, alpha={self.alpha}'
 
 
-register_class(LIF)
+record_original_methods(LIF)
 
 
 @torch.no_grad()
@@ -217,17 +217,17 @@ def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     v = torch.zeros_like(x[0])
-    charged, after = [], []
+    before_reset, after_reset = [], []
     for current in x:
         h = v + (current - v) / tau
         v = h * (h < v_threshold)
-        charged.append(h)
-        after.append(v)
-    return torch.stack(charged), torch.stack(after)
+        before_reset.append(h)
+        after_reset.append(v)
+    return torch.stack(before_reset), torch.stack(after_reset)
 
 
 @contextlib.contextmanager
-def record_membranes(
+def record_membrane_potentials(
         model: nn.Module,
         layers: Optional[Sequence[str]] = None,
         before_reset: bool = False,
@@ -249,7 +249,7 @@ def record_membranes(
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2')
-    >>> with record_membranes(model, ['blocks.0.attn.attn_lif']) as membranes:
+    >>> with record_membrane_potentials(model, ['blocks.0.attn.attn_lif']) as membranes:
     ...     logits = model(torch.rand(2, 3, 64, 64))
     >>> membranes['blocks.0.attn.attn_lif'][0].shape
     torch.Size([4, 2, 16, 64])
@@ -262,10 +262,10 @@ def record_membranes(
     records: Dict[str, List[Tensor]] = {name: [] for name in layers}
 
     def record(name: str, neuron: LIF, x: Tensor) -> None:
-        if carried_membranes() is not None:
-            raise ValueError('record_membranes does not support CarriedMembranes and predict_anytime.')
-        charged, after = membrane_potentials(x, neuron.tau, neuron.v_threshold)
-        records[name].append(charged if before_reset else after)
+        if get_stateful_inference() is not None:
+            raise ValueError('record_membrane_potentials does not support StatefulInference and predict_anytime.')
+        h, v = membrane_potentials(x, neuron.tau, neuron.v_threshold)
+        records[name].append(h if before_reset else v)
 
     with contextlib.ExitStack() as stack:
         for name in layers:
@@ -274,15 +274,15 @@ def record_membranes(
         yield records
 
 
-_carried: ContextVar[Optional['CarriedMembranes']] = ContextVar('carried', default=None)
+_stateful_inference: ContextVar[Optional['StatefulInference']] = ContextVar('stateful', default=None)
 
 
-def carried_membranes() -> Optional['CarriedMembranes']:
-    """Return the active `CarriedMembranes`, or None if there is none."""
-    return None if torch.compiler.is_compiling() else _carried.get()
+def get_stateful_inference() -> Optional['StatefulInference']:
+    """Return the active `StatefulInference`, or None if there is none."""
+    return None if torch.compiler.is_compiling() else _stateful_inference.get()
 
 
-class CarriedMembranes:
+class StatefulInference:
     """Run a model on a sequence in parts, carrying membrane potentials across forward calls.
 
     This object, not the model, holds the state, keyed by the order of neuron calls. A layer that is called several
@@ -299,8 +299,8 @@ class CarriedMembranes:
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2').eval()
     >>> events = torch.rand(1, 4, 3, 32, 32)
-    >>> carried = CarriedMembranes(model)
-    >>> logits = [carried(part) for part in events.split(2, dim=1)]
+    >>> stateful = StatefulInference(model)
+    >>> logits = [stateful(part) for part in events.split(2, dim=1)]
     >>> torch.allclose(logits[-1], model(events))
     True
     """
@@ -308,7 +308,7 @@ class CarriedMembranes:
     def __init__(self, model: nn.Module, time_steps: int = 1):
         self.model = model
         self.time_steps = time_steps
-        _check_steppable(model)
+        _check_can_run_stepwise(model)
         self._states: List[Tuple[Any, ...]] = []
         self._next = 0
         self._input_steps: Optional[int] = None  # T of the sequence passed in, None for images
@@ -317,20 +317,20 @@ class CarriedMembranes:
         """Run the model on the next part: images `[B, C, H, W]` or sequences `[B, t, C, H, W]`."""
         self._next = 0
         self._input_steps = x.shape[1] if x.ndim == 5 else None
-        token = _carried.set(self)
+        token = _stateful_inference.set(self)
         try:
             with torch.no_grad():
                 return self.model(x, **kwargs)
         finally:
-            _carried.reset(token)
+            _stateful_inference.reset(token)
 
-    def keep(self, samples: Tensor) -> None:
+    def select_samples(self, samples: Tensor) -> None:
         """Keep only the state of the samples with the given indices `[b]`."""
         self._states = [(kind, *(t[samples] if torch.is_tensor(t) else t for t in state))
                         for kind, *state in self._states]
 
     @contextlib.contextmanager
-    def _state(self, kind: str) -> Iterator[List[Any]]:
+    def _next_state(self, kind: str) -> Iterator[List[Any]]:
         """Yield the state of the current neuron or mean as a mutable list, empty at the first call."""
         i, self._next = self._next, self._next + 1
         if i < len(self._states) and self._states[i][0] != kind:
@@ -347,28 +347,28 @@ class CarriedMembranes:
                 f'The model cannot be run step by step: a module around the network changes the number of time steps '
                 f'of its input, from {self._input_steps or "an image"} to {num_steps or "an image"}.')
 
-    def fire(
+    def run_neuron(
             self,
             neuron: LIF,
             x: Tensor,
-            run: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]] = None,
+            kernel: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]] = None,
     ) -> Tensor:
         """Return the spikes of a neuron for the next currents, and update its membrane potentials.
 
         Args:
             neuron: The neuron.
-            x: Currents `[T, B, ...]`; with `run`, one time step of the kernel's input, `[B, ...]`.
-            run: Kernel to use, from initial membrane potentials to spikes and final membrane potentials.
+            x: Currents `[T, B, ...]`; with `kernel`, one time step of the kernel's input, `[B, ...]`.
+            kernel: Kernel to use, from initial membrane potentials to spikes and final membrane potentials.
         """
-        shape = x.shape if run is not None else x.shape[1:]
-        with self._state('membrane') as state:
+        shape = x.shape if kernel is not None else x.shape[1:]
+        with self._next_state('membrane') as state:
             if not state:
                 dtype = torch.promote_types(x.dtype, torch.float32)
-                state.append(torch.zeros_like(x if run is not None else x[0], dtype=dtype))
+                state.append(torch.zeros_like(x if kernel is not None else x[0], dtype=dtype))
             if state[0].shape != shape:
                 raise ValueError(f'Expected inputs of one shape, got {list(shape)} after {list(state[0].shape)}.')
-            if run is not None:
-                spikes, state[0] = run(state[0])
+            if kernel is not None:
+                spikes, state[0] = kernel(state[0])
             else:
                 result = _run_kernel(x, neuron.constants, state[0])
                 if result is None:
@@ -378,14 +378,14 @@ class CarriedMembranes:
 
     def mean_over_time(self, x: Tensor) -> Tensor:
         """Add features `[T, B, ...]` and return the running mean over all time steps so far, `[B, ...]`."""
-        with self._state('mean') as state:
+        with self._next_state('mean') as state:
             total = x.sum(0) if not state else state[0] + x.sum(0)
             count = len(x) if not state else state[1] + len(x)
             state[:] = total, count
         return total / count
 
 
-def _check_steppable(model: nn.Module) -> None:
+def _check_can_run_stepwise(model: nn.Module) -> None:
     """Raise a ValueError that names the modules that cannot run in parts."""
     problems = []
     for name, m in model.named_modules():

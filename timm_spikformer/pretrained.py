@@ -34,23 +34,24 @@ from timm.models import (
 )
 
 __all__ = [
-    'cfg_to_train', 'check_hub', 'check_shipped', 'download', 'locate_weights', 'read_digests', 'set_hub_namespace',
-    'shipped_weights']
+    'check_hub_connection', 'check_shipped_weights', 'download', 'get_training_cfg', 'locate_weights', 'read_digests',
+    'set_hub_namespace', 'shipped_weights',
+]
 
 WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
-SHIPPED = Path(__file__).parent / 'assets' / 'weights'
+WEIGHTS_FOLDER = Path(__file__).parent / 'assets' / 'weights'
 SHA256_FILE = 'SHA256SUMS'  # digests of the files in that folder, in the format of sha256sum
-_WITHOUT_WEIGHTS = 'untrained'  # tag of models that are never published
+_UNPUBLISHED_TAG = 'untrained'  # tag of models that are never published
 
-_PATIENCE = 4.  # timeout for an answer from the Hub, in seconds
+_HUB_TIMEOUT = 4.  # timeout for an answer from the Hub, in seconds
 
 _namespace: Optional[str] = None
 
 
 def shipped_weights(name: str) -> Optional[str]:
     """Return the path of the shipped weights of `name`, `MODEL.TAG`; None if this copy of the code has none."""
-    path = SHIPPED / f'{name}.safetensors'
+    path = WEIGHTS_FOLDER / f'{name}.safetensors'
     return str(path) if path.is_file() else None
 
 
@@ -61,18 +62,18 @@ def read_digests(folder: Path) -> Dict[str, str]:
     return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
 
 
-def check_shipped(file: str) -> None:
+def check_shipped_weights(file: str) -> None:
     """Check the digest of a file of shipped weights.
 
     Raises:
         RuntimeError: The digest is not the expected one.
     """
-    expected = read_digests(SHIPPED).get(os.path.basename(file))
+    expected = read_digests(WEIGHTS_FOLDER).get(os.path.basename(file))
     if _sha256(file) != expected:
         raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
 
 
-def cfg_to_train(model: str) -> PretrainedCfg:
+def get_training_cfg(model: str) -> PretrainedCfg:
     """Return the pretrained cfg to train `model` with, which is the first one without shipped weights."""
     return next(cfg for cfg in get_arch_pretrained_cfgs(model).values() if not cfg.file)
 
@@ -89,7 +90,7 @@ def split_revision(repo: str) -> Tuple[str, Optional[str]]:
 
 
 @contextmanager
-def _explained(repo: str, filename: str) -> Iterator[None]:
+def _convert_errors(repo: str, filename: str) -> Iterator[None]:
     """Convert download errors to a RuntimeError that states what to do."""
     repo_id, revision = split_revision(repo)
     try:
@@ -111,7 +112,7 @@ def _explained(repo: str, filename: str) -> Iterator[None]:
         raise RuntimeError(f'{filename} of {repo} could not be downloaded: {e}. Nothing was kept; try again.') from e
 
 
-def check_hub(endpoint: Optional[str] = None) -> None:
+def check_hub_connection(endpoint: Optional[str] = None) -> None:
     """Fail within seconds if the Hub cannot be reached; huggingface_hub itself would retry for up to a minute.
 
     Args:
@@ -121,20 +122,20 @@ def check_hub(endpoint: Optional[str] = None) -> None:
         RuntimeError: The Hub cannot be reached; the message states why.
     """
     endpoint = endpoint or constants.ENDPOINT
-    outcome: List[Optional[BaseException]] = []
+    results: List[Optional[BaseException]] = []
 
-    def ask() -> None:
+    def send_request() -> None:
         try:
-            get_session().head(endpoint, timeout=_PATIENCE)
-            outcome.append(None)
+            get_session().head(endpoint, timeout=_HUB_TIMEOUT)
+            results.append(None)
         except Exception as e:
-            outcome.append(e)
+            results.append(e)
 
     # in a thread, because a DNS lookup has no timeout, and the timeout applies to each address of a host separately
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=send_request, daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
-    error = outcome[0] if outcome else TimeoutError(f'{endpoint} did not answer within {_PATIENCE:g} seconds')
+    thread.join(_HUB_TIMEOUT)
+    error = results[0] if results else TimeoutError(f'{endpoint} did not answer within {_HUB_TIMEOUT:g} seconds')
     if error is not None:
         reason = str(error).strip().splitlines()[0].removesuffix('.') if str(error).strip() else type(error).__name__
         raise RuntimeError(
@@ -151,8 +152,8 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
     """
     repo_id, revision = split_revision(repo)
     if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
-        check_hub()
-    with _explained(repo, filename):
+        check_hub_connection()
+    with _convert_errors(repo, filename):
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()
     # files that the Hub stores by digest, such as weights, have the digest as their name in the cache
@@ -190,7 +191,7 @@ def locate_weights(
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
         if cfg.file and cfg.file == shipped_weights(name):
-            check_shipped(cfg.file)
+            check_shipped_weights(cfg.file)
         return model_args, kwargs
 
     repo = cfg.hf_hub_id or _repository(name)
@@ -207,9 +208,9 @@ def locate_weights(
     cache_dir = kwargs.get('cache_dir')
     kwargs = dict(kwargs)
     if not _is_cached(repo, filename, cache_dir) and not is_offline_mode():
-        check_hub()
+        check_hub_connection()
     if cfg.source != 'hf-hub':  # otherwise timm has already read the config.json of the repository
-        with _explained(repo, 'config.json'):
+        with _convert_errors(repo, 'config.json'):
             repo_cfg, architecture, repo_args = load_model_config_from_hf(repo, cache_dir)
         if architecture != variant:
             raise ValueError(f'The repository {repo} contains the model {architecture}, expected {variant}.')
@@ -222,7 +223,7 @@ def locate_weights(
 
 def _repository(name: str) -> Optional[str]:
     """Return the repository of `name`, `MODEL.TAG`, in the namespace that the user has set, or None."""
-    if _namespace is None or '.' not in name or name.endswith(f'.{_WITHOUT_WEIGHTS}'):
+    if _namespace is None or '.' not in name or name.endswith(f'.{_UNPUBLISHED_TAG}'):
         return None
     organization, revision = split_revision(_namespace)
     return f'{organization}/{name}@{revision}' if revision else f'{organization}/{name}'
@@ -233,10 +234,10 @@ def _is_cached(repo: str, filename: str = WEIGHTS_FILE, cache_dir: Optional[Unio
     return isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str)
 
 
-def _listed(namespace: str) -> Optional[Set[str]]:
+def _list_repos(namespace: str) -> Optional[Set[str]]:
     """Return the repositories of a namespace; None, with a warning, if the Hub cannot be reached."""
     try:
-        check_hub()
+        check_hub_connection()
         return {info.id for info in HfApi().list_models(author=split_revision(namespace)[0])}
     except (RuntimeError, HTTPError, OSError) as e:
         warnings.warn(
@@ -244,7 +245,7 @@ def _listed(namespace: str) -> Optional[Set[str]]:
         return None
 
 
-def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
+def set_hub_namespace(namespace: Optional[str], query_hub: bool = True) -> None:
     """Set the Hub namespace of weights that are not in the package: they are loaded from `NAMESPACE/MODEL.TAG`.
 
     `timm.list_pretrained` then lists the models there. The environment variable TIMM_SPIKFORMER_HUB has the same effect
@@ -252,7 +253,7 @@ def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
 
     Args:
         namespace: Organization or user, with `@REVISION` to pin a branch or tag; None for no namespace.
-        ask_hub: Query the Hub for the models of the namespace. If it cannot be reached within seconds, there is a
+        query_hub: Query the Hub for the models of the namespace. If it cannot be reached within seconds, there is a
             warning, and only models in the cache are listed.
 
     Raises:
@@ -262,13 +263,13 @@ def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
     if namespace is not None and not re.fullmatch(r'[A-Za-z0-9][\w.-]*(@[\w./-]+)?', namespace):
         raise ValueError(f'Expected the name of an organization or user, or NAME@REVISION, got {namespace!r}.')
     _namespace = namespace
-    listed = _listed(namespace) if namespace is not None and ask_hub else None
+    hub_repos = _list_repos(namespace) if namespace is not None and query_hub else None
     for model in list_models(module='spikformer'):
         entry_point = model_entrypoint(model)
         default_cfg = sys.modules[entry_point.__module__].default_cfgs[model]
         for tag, cfg in default_cfg.cfgs.items():
             repo = None if cfg.file else _repository(f'{model}.{tag}')
-            if repo and not (_is_cached(repo) if listed is None else split_revision(repo)[0] in listed):
+            if repo and not (_is_cached(repo) if hub_repos is None else split_revision(repo)[0] in hub_repos):
                 repo = None
             default_cfg.cfgs[tag] = replace(cfg, hf_hub_id=repo)
         default_cfg.is_pretrained = any(cfg.has_weights for cfg in default_cfg.cfgs.values())
@@ -277,8 +278,8 @@ def set_hub_namespace(namespace: Optional[str], ask_hub: bool = True) -> None:
             register_model(entry_point)
 
 
-def use_environment() -> None:
+def set_hub_namespace_from_environment() -> None:
     """Set the namespace from the environment variable TIMM_SPIKFORMER_HUB, without querying the Hub."""
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
-        set_hub_namespace(namespace, ask_hub=False)
+        set_hub_namespace(namespace, query_hub=False)

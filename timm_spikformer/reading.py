@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .hf.configuration_spikformer import SpikformerConfig
 
 __all__ = [
-    'Checkpoint', 'Training', 'check_data_config', 'create', 'create_matching', 'from_model', 'read_checkpoint',
-    'read_source', 'set_labels', 'timm_part',
+    'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'create_from_state_dict',
+    'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels', 'unwrap_timm_model',
 ]
 
 # Arguments of train.py that describe the machine or contain local paths; they are not published
@@ -47,16 +47,20 @@ _PARSING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
 # Arguments of the network that are read from the weights, and arguments that the user may set
-_FROM_WEIGHTS = ('num_classes', 'in_chans')
+_ARGS_FROM_WEIGHTS = ('num_classes', 'in_chans')
 _MODEL_KWARGS = [
-    name for name in inspect.signature(Spikformer).parameters if name not in (*_FROM_WEIGHTS, 'device', 'dtype')]
+    name for name in inspect.signature(Spikformer).parameters if name not in (*_ARGS_FROM_WEIGHTS, 'device', 'dtype')]
 _LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a stem stage for one image: 1 GiB in float32
-_DOES_NOT_LOAD = 'The weights in {} cannot be loaded into the model of its config.json: {}.'
+_LOAD_ERROR = 'The weights in {} cannot be loaded into the model of its config.json: {}.'
 
 
 @dataclass
-class Training:
-    """How a model was trained, if its checkpoint records it: the command, and the arguments by name."""
+class TrainingRecord:
+    """How a model was trained, if its checkpoint records it: the command, and the arguments by name.
+
+    >>> TrainingRecord('timm-spikformer demo --epochs=5', {'epochs': 5}).args['epochs']
+    5
+    """
     command: str
     args: Dict[str, Any] = field(default_factory=dict)
 
@@ -74,11 +78,16 @@ class Checkpoint:
             written on saving.
         source: File or folder that the checkpoint was read from.
         name: Name passed to `timm.create_model`, with the tag of the weights if there is one.
+
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    >>> checkpoint = checkpoint_from_model(model)
+    >>> checkpoint.name, checkpoint.data_config['input_size']
+    ('spikformer_v2_2_64_patch4_32.fashion_mnist', (3, 28, 28))
     """
     model: Union[Spikformer, SpikformerMAE]
     data_config: Dict[str, Any]
     labels: Optional[List[str]] = None
-    training: Optional[Training] = None
+    training: Optional[TrainingRecord] = None
     processor: Optional[Dict[str, Any]] = None
     source: Optional[Path] = None
     name: Optional[str] = None
@@ -97,9 +106,9 @@ class Checkpoint:
             largest = max(largest, encoder.time_steps * width * size)
         return largest
 
-    def batch_size(self, most: int) -> int:
-        """Return a batch size of 1 to `most` for which a stem stage outputs at most 1 GiB, if possible."""
-        return max(1, min(most, _LARGEST_ACTIVATION // max(1, self.activation_size)))
+    def limit_batch_size(self, batch_size: int) -> int:
+        """Return `batch_size`, reduced if necessary so that a stem stage outputs at most 1 GiB; at least 1."""
+        return max(1, min(batch_size, _LARGEST_ACTIVATION // max(1, self.activation_size)))
 
 
 def read_checkpoint(
@@ -133,7 +142,7 @@ def read_checkpoint(
     return checkpoint
 
 
-def read_source(name: str) -> Checkpoint:
+def read_checkpoint_source(name: str) -> Checkpoint:
     """Read a folder `local-dir:DIR` or a Hub repository `hf-hub:ORG/NAME`, in timm's or transformers' format.
 
     Raises:
@@ -183,7 +192,7 @@ def check_data_config(path: object, checkpoint: Checkpoint) -> None:
             f'{_LARGEST_ACTIVATION:,}. Choose a smaller img_size or fewer time_steps.')
 
 
-def create_matching(
+def create_from_state_dict(
         name: str,
         state_dict: Dict[str, Any],
         path: Optional[Path] = None,
@@ -198,7 +207,7 @@ def create_matching(
         path: Checkpoint file with these weights, to load with timm's `load_checkpoint`; by default, `state_dict` is
             loaded.
         ema: Load the averaged weights from `path`.
-        model_kwargs: See `create`.
+        model_kwargs: See `create_registered_model`.
 
     Raises:
         ValueError: The tensors do not match those of the model, or the model does not accept the arguments.
@@ -206,7 +215,7 @@ def create_matching(
     check_model_name(name)
     model_kwargs = model_kwargs or {}
     check_size(path or 'The checkpoint', state_dict, model_kwargs)
-    empty = create(name, model_kwargs, device='meta', num_classes=0)
+    empty = create_registered_model(name, model_kwargs, device='meta', num_classes=0)
     try:
         converted = convert_state_dict(state_dict, empty).state_dict
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
@@ -217,7 +226,8 @@ def create_matching(
         raise ValueError(
             f'The checkpoint is not of a Spikformer: the first convolution is missing, or its shape or that of the '
             f'classifier is wrong. It contains {len(converted)} tensors, first {next(iter(converted), "none")!r}.')
-    model = create(name, model_kwargs, num_classes=0 if head is None else len(head), in_chans=first.shape[1])
+    num_classes = 0 if head is None else len(head)
+    model = create_registered_model(name, model_kwargs, num_classes=num_classes, in_chans=first.shape[1])
     try:
         if path is None:
             model.load_state_dict(converted)
@@ -229,25 +239,25 @@ def create_matching(
     return model.eval()
 
 
-def create(name: str, model_kwargs: Mapping[str, Any], **given: Any) -> Spikformer:
+def create_registered_model(name: str, model_kwargs: Mapping[str, Any], **create_kwargs: Any) -> Spikformer:
     """Create a registered model with arguments from the user or from a file.
 
     Args:
         name: Registered name.
         model_kwargs: Arguments of the network, without `num_classes` and `in_chans`, which are read from the weights.
-        given: Other arguments of `timm.create_model`.
+        create_kwargs: Other arguments of `timm.create_model`.
 
     Raises:
         ValueError: The network does not have such an argument, or does not accept its value.
     """
     for key, value in model_kwargs.items():
-        if key in _FROM_WEIGHTS:
+        if key in _ARGS_FROM_WEIGHTS:
             raise ValueError(f'{key}={value!r} cannot be set: it is read from the weights.')
         if key not in _MODEL_KWARGS or value is None:
             raise ValueError(
                 f'{name} cannot be created with {key}={value!r}. The arguments are {", ".join(_MODEL_KWARGS)}.')
     try:
-        return timm.create_model(name, **model_kwargs, **given)
+        return timm.create_model(name, **model_kwargs, **create_kwargs)
     except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as e:
         raise ValueError(f'{name} cannot be created with {dict(model_kwargs)}: {first_line(e)}.') from e
 
@@ -271,14 +281,14 @@ def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
             raise ValueError(
                 f'The label {name!r} occurs twice, as number {seen[name] + 1} and {i + 1}. Class names must be unique.')
         seen[name] = i
-    checkpoint.labels = None if _are_defaults(labels) else labels
+    checkpoint.labels = None if _are_default_labels(labels) else labels
 
 
-def _are_defaults(labels: Sequence[str]) -> bool:
+def _are_default_labels(labels: Sequence[str]) -> bool:
     return labels == [f'LABEL_{i}' for i in range(len(labels))]
 
 
-def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
+def unwrap_timm_model(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
     """Return the `Spikformer` or `SpikformerMAE` that a module is or wraps.
 
     Args:
@@ -296,7 +306,7 @@ def timm_part(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
     return found
 
 
-def from_model(model: nn.Module) -> Checkpoint:
+def checkpoint_from_model(model: nn.Module) -> Checkpoint:
     """Create a checkpoint from a copy of a model in memory; the model itself is not changed.
 
     Args:
@@ -305,15 +315,15 @@ def from_model(model: nn.Module) -> Checkpoint:
     Raises:
         ValueError: The model is not a Spikformer, or its weights are on the meta device or invalid.
     """
-    timm_part(model)
+    unwrap_timm_model(model)
     check_tensors('The model', model.state_dict())
-    checkpoint = _of_module(_copy(model))
+    checkpoint = _make_checkpoint(_copy_without_hooks(model))
     cfg = getattr(checkpoint.encoder, 'pretrained_cfg', {})
     checkpoint.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
     return checkpoint
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy_without_hooks(model: nn.Module) -> nn.Module:
     """Copy a model without its forward and backward hooks, which may have side effects."""
     memo: Dict[int, Any] = {}
     for module in model.modules():
@@ -323,10 +333,10 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _of_module(model: nn.Module, config: Optional['SpikformerConfig'] = None) -> Checkpoint:
+def _make_checkpoint(model: nn.Module, config: Optional['SpikformerConfig'] = None) -> Checkpoint:
     """Create a checkpoint from a model, which is moved to the CPU and set to eval mode and float32."""
     config = getattr(model, 'config', config)
-    model = timm_part(model)
+    model = unwrap_timm_model(model)
     encoder = model.encoder if isinstance(model, SpikformerMAE) else model
     labels = None
     if config is None:
@@ -335,7 +345,7 @@ def _of_module(model: nn.Module, config: Optional['SpikformerConfig'] = None) ->
         from .hf.configuration_spikformer import ordered_labels
         shown = config.to_dict()['pretrained_cfg']
         names = ordered_labels(config.id2label)
-        if len(names) == encoder.num_classes and not _are_defaults(names):
+        if len(names) == encoder.num_classes and not _are_default_labels(names):
             labels = names
     model = model.eval().to('cpu', torch.float32)
     return Checkpoint(model, {k: shown[k] for k in DATA_KEYS}, labels)
@@ -350,12 +360,12 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     name = name or args.get('model')
     if not isinstance(name, str):
         raise ValueError(f'{path} does not contain the name of its model. Specify it with --model.')
-    trained_with = args.get('model_kwargs') or {}
-    if not isinstance(trained_with, dict):
-        raise ValueError(f'{path} contains model_kwargs={trained_with!r}, expected a dictionary.')
-    trained_with = {'global_pool': args.get('gp'), **trained_with}
-    trained_with = {k: v for k, v in trained_with.items() if k not in _FROM_WEIGHTS and v is not None}
-    model = create_matching(name.split('.')[0], state_dict, path, ema, {**trained_with, **(model_kwargs or {})})
+    saved_kwargs = args.get('model_kwargs') or {}
+    if not isinstance(saved_kwargs, dict):
+        raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
+    saved_kwargs = {'global_pool': args.get('gp'), **saved_kwargs}
+    saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
+    model = create_from_state_dict(name.split('.')[0], state_dict, path, ema, {**saved_kwargs, **(model_kwargs or {})})
     checkpoint = Checkpoint(model, {}, source=path, name=name)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
@@ -367,7 +377,7 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     if args:
         shown = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
         command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
-        checkpoint.training = Training(command, shown)
+        checkpoint.training = TrainingRecord(command, shown)
     return checkpoint
 
 
@@ -423,15 +433,15 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
     model_args = config.get('model_args') or {}
     if not isinstance(model_args, dict) or not isinstance(config.get('pretrained_cfg', {}), dict):
         raise ValueError(f'model_args and pretrained_cfg in {path / "config.json"} must be JSON objects.')
-    unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_FROM_WEIGHTS})
+    unknown = sorted(model_args.keys() - {*_MODEL_KWARGS, *_ARGS_FROM_WEIGHTS})
     if unknown:  # some of these would make timm load another file
         raise ValueError(f'model_args in {path / "config.json"} contains an unknown model argument, {unknown[0]}.')
-    check_size(path, tensors, {**model_args, **{key: config[key] for key in _FROM_WEIGHTS if key in config}})
+    check_size(path, tensors, {**model_args, **{key: config[key] for key in _ARGS_FROM_WEIGHTS if key in config}})
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        checkpoint = _of_module(model)
+        checkpoint = _make_checkpoint(model)
     except _PARSING_ERRORS as e:
-        raise ValueError(_DOES_NOT_LOAD.format(path, first_line(e))) from e
+        raise ValueError(_LOAD_ERROR.format(path, first_line(e))) from e
     labels = config.get('label_names')
     if labels:
         from .hf.configuration_spikformer import ordered_labels
@@ -458,22 +468,22 @@ def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tenso
     try:
         model, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except Exception as e:  # transformers raises errors of many types for a malformed config.json or weights
-        raise ValueError(_DOES_NOT_LOAD.format(path, first_line(e))) from e
-    lacking = sorted({*info['missing_keys'], *info['unexpected_keys']})
-    if lacking:
+        raise ValueError(_LOAD_ERROR.format(path, first_line(e))) from e
+    mismatched = sorted({*info['missing_keys'], *info['unexpected_keys']})
+    if mismatched:
         raise ValueError(
-            f'The weights in {path} do not match the model in its config.json: {len(lacking)} tensors are missing or '
-            f'unexpected, such as {lacking[0]}.')
-    return _of_module(model)
+            f'The weights in {path} do not match the model in its config.json: {len(mismatched)} tensors are missing '
+            f'or unexpected, such as {mismatched[0]}.')
+    return _make_checkpoint(model)
 
 
-def _read_training(path: Path) -> Optional[Training]:
+def _read_training(path: Path) -> Optional[TrainingRecord]:
     """Return how the model of a folder was trained, or None if no file records it."""
     file = path / TRAINING_FILE
     if file.is_file():
         try:
             args = yaml.safe_load(file.read_text(encoding='utf-8'))
-            return Training(str(args.pop('command')), args)
+            return TrainingRecord(str(args.pop('command')), args)
         except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
             raise ValueError(f'{file} does not contain `command: ...` and the arguments of the training: '
                              f'{type(e).__name__} {first_line(e)}. Remove it.') from e
@@ -490,7 +500,7 @@ def _read_training(path: Path) -> Optional[Training]:
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(
             f'{files[0]} is not a valid Trainer state: {type(e).__name__} {first_line(e)}. Remove it.') from e
-    return Training('transformers Trainer', {k: v for k, v in args.items() if v is not None})
+    return TrainingRecord('transformers Trainer', {k: v for k, v in args.items() if v is not None})
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

@@ -6,8 +6,8 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .kernels.products import is_marked, mark_spikes
-from .kernels.rules import Decisions
+from .kernels.products import is_marked_as_spikes, mark_spikes
+from .kernels.rules import KernelDecisions
 from .kernels.switch import get_kernels, use_kernels
 
 __all__ = ['checkpoint_with_bn', 'preserve_bn_statistics']
@@ -36,7 +36,7 @@ class _Recomputation(contextlib.AbstractContextManager):
     It is entered again for each backward pass through the same graph.
     """
 
-    def __init__(self, module: nn.Module, decisions: Decisions):
+    def __init__(self, module: nn.Module, decisions: KernelDecisions):
         self.module = module
         self.decisions = decisions
         self.kernels = get_kernels()
@@ -44,7 +44,7 @@ class _Recomputation(contextlib.AbstractContextManager):
 
     def __enter__(self) -> None:
         self.stack.enter_context(use_kernels(self.kernels))
-        self.stack.enter_context(self.decisions.repeat())
+        self.stack.enter_context(self.decisions.replay())
         self.stack.enter_context(preserve_bn_statistics(self.module))
 
     def __exit__(self, *args: Any) -> None:
@@ -60,7 +60,7 @@ def checkpoint_with_bn(module: nn.Module, *args: Any) -> Tensor:
     """
     if torch.compiler.is_compiling():  # torch.compile does not repeat buffer updates when it recomputes
         return checkpoint(module, *args, use_reentrant=False)
-    are_spikes = [isinstance(arg, Tensor) and is_marked(arg) for arg in args]
+    are_spikes = [isinstance(arg, Tensor) and is_marked_as_spikes(arg) for arg in args]
 
     def call(*args: Any) -> Tensor:
         for arg, is_spikes in zip(args, are_spikes):
@@ -68,6 +68,6 @@ def checkpoint_with_bn(module: nn.Module, *args: Any) -> Tensor:
                 mark_spikes(arg)
         return module(*args)
 
-    decisions = Decisions()
+    decisions = KernelDecisions()
     context_fn = lambda: (decisions.record(), _Recomputation(module, decisions))  # noqa: E731
     return checkpoint(call, *args, use_reentrant=False, context_fn=context_fn)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .arguments import check_integer
 from .kernels.rules import back_end, in_transform
-from .neurons import carried_membranes
+from .neurons import get_stateful_inference
 
 __all__ = ['check_time_steps', 'mean_over_time', 'to_time_major']
 
@@ -54,11 +54,11 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
 
 
 def mean_over_time(x: Tensor) -> Tensor:
-    """Return the mean over time, `[T, ...] -> [...]`; within `CarriedMembranes`, the mean over all steps so far."""
+    """Return the mean over time, `[T, ...] -> [...]`; within `StatefulInference`, the mean over all steps so far."""
     if not torch.jit.is_scripting():
-        carried = carried_membranes()
-        if carried is not None:
-            return carried.mean_over_time(x)
+        stateful = get_stateful_inference()
+        if stateful is not None:
+            return stateful.mean_over_time(x)
     return x.mean(0)
 
 

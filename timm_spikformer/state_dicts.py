@@ -127,17 +127,18 @@ def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, A
     Raises:
         ValueError: The arguments imply more weights.
     """
-    def of(name: str, least: float) -> float:
+    def get_number(name: str, minimum: float) -> float:
         value = args.get(name)
-        return float(min(value, 1e18)) if isinstance(value, (int, float)) and value > least else least
+        return float(min(value, 1e18)) if isinstance(value, (int, float)) and value > minimum else minimum
 
-    width, in_chans = of('embed_dim', 8.), of('in_chans', 1.)
-    hidden = max(width * of('mlp_ratio', 0.) - 1., 0.)
-    needed = of('depth', 0.) * width * (4. * width + 2. * hidden) + of('num_classes', 0.) * width
+    width, in_chans = get_number('embed_dim', 8.), get_number('in_chans', 1.)
+    hidden = max(width * get_number('mlp_ratio', 0.) - 1., 0.)
+    min_values = get_number('depth', 0.) * width * (4. * width + 2. * hidden) + get_number('num_classes', 0.) * width
     if not decoder:
-        needed += 9. * width * width + in_chans * width / 2.  # the last and the first convolution
-    held = sum(value.numel() for value in tensors.values())
+        min_values += 9. * width * width + in_chans * width / 2.  # the last and the first convolution
+    num_values = sum(value.numel() for value in tensors.values())
     given = {key: value for key, value in args.items() if value is not None}
-    if given and needed > held:
+    if given and min_values > num_values:
         raise ValueError(
-            f'{path} describes a model of at least {needed:,.0f} weights by {given}, but there are {held:,} values.')
+            f'{path} describes a model of at least {min_values:,.0f} weights by {given}, but there are {num_values:,} '
+            f'values.')

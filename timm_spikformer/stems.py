@@ -9,8 +9,8 @@ from typing import Iterable, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import ConvBNLIF, fire_both
-from .masking import Visible, apply_to_patches, patches_to_maps, visible_patches
+from .layers import ConvBNLIF, run_pair_event_driven
+from .masking import VisibleTokens, apply_to_patches, patches_to_maps, visible_patches
 from .recompute import checkpoint_with_bn
 
 __all__ = ['SpikingConvStem', 'SpikingPatchSplitting', 'STEMS']
@@ -46,7 +46,7 @@ class _Stage(nn.Module):
     For masked images, the input of `forward_patches` consists of the visible patches, `[T or 1, B * N', C, p, p]`.
     """
 
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         if visible is None:
             return self.forward_patches(x, time_steps)
         return patches_to_maps(self.forward_patches(visible_patches(x, visible), time_steps, visible), visible)
@@ -71,10 +71,10 @@ class SpikingConvStage(_Stage):
         self.expand = ConvBNLIF(out_chs, hidden_chs, **dd)
         self.contract = ConvBNLIF(hidden_chs, out_chs, **dd)
 
-    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         x = self.down(x, time_steps, visible)
         if not torch.jit.is_scripting():
-            out = fire_both(self.expand, None, self.contract, x, time_steps) if visible is None else None
+            out = run_pair_event_driven(self.expand, None, self.contract, x, time_steps) if visible is None else None
             if out is not None:
                 return x + out
         return x + self.contract(self.expand(x, time_steps, visible), time_steps, visible)
@@ -100,7 +100,7 @@ class SpikingPatchStage(_Stage):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
         self.pos_embed = None
 
-    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+    def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         x = self.proj(x, time_steps, visible)
         T = x.shape[0]
         if torch.jit.is_scripting():
@@ -141,7 +141,7 @@ class _Stem(nn.Module):
             for i in range(_NUM_STAGES)
         ])
 
-    def forward(self, x: Tensor, time_steps: int, visible: Optional[Visible] = None) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_with_bn(stage, x, time_steps, visible)
@@ -155,6 +155,10 @@ class SpikingConvStem(_Stem):
 
     Each stage has one residual block of ratio 4; there is no pooling and no position embedding. This is inferred from
     the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
+
+    >>> stem = SpikingConvStem(in_chans=3, embed_dim=64, patch_size=4)
+    >>> stem.strides, stem(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    ([1, 1, 2, 2], torch.Size([4, 2, 64, 8, 8]))
     """
     stage_cls = SpikingConvStage
 
@@ -163,6 +167,10 @@ class SpikingPatchSplitting(_Stem):
     """Spiking Patch Splitting (SPS) of V1, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
     Pooling follows the neuron, as in the authors' code. The last stage ends with V1's conditional position embedding.
+
+    >>> stem = SpikingPatchSplitting(in_chans=3, embed_dim=64, patch_size=4)
+    >>> stem.widths, stem(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
+    ([8, 16, 32, 64], torch.Size([4, 2, 64, 8, 8]))
     """
     stage_cls = SpikingPatchStage
 

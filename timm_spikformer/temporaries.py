@@ -22,7 +22,9 @@ except ImportError:  # Windows: no locks; files left by killed processes are not
     fcntl = None
 
 __all__ = [
-    'PREFIX', 'create_temporary', 'discard', 'hold', 'lock', 'naming', 'new_folders', 'remove_stale', 'temporary_path']
+    'PREFIX', 'create_folders', 'create_temporary', 'discard', 'lock', 'lock_for_run', 'remove_stale',
+    'reraise_with_path', 'temporary_path',
+]
 
 PREFIX = '.timm-spikformer-'  # prefix of the names of temporary files and folders
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -43,7 +45,7 @@ def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Ite
     """Create a temporary file or folder, locked until the block ends, and remove it then if it still exists."""
     path, descriptor = temporary_path(target, parent), None
     try:
-        with naming(target, path):
+        with reraise_with_path(target, path):
             with lock(parent):  # so that no other process finds it before it is locked
                 # not with tempfile, which sets more restrictive permissions than those of other new files
                 if is_folder:
@@ -69,11 +71,11 @@ def remove_stale(target: Path, parent: Path) -> None:
 
 
 @contextmanager
-def new_folders(path: Path) -> Iterator[None]:
+def create_folders(path: Path) -> Iterator[None]:
     """Create a folder and its parents; after an error, remove those that were created here and are empty."""
     created: List[Path] = []
     try:
-        with naming(path):
+        with reraise_with_path(path):
             for p in reversed([p for p in (path, *path.parents) if not p.exists()]):
                 created.insert(0, p)
                 p.mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
+def reraise_with_path(path: Path, temporary: Optional[Path] = None) -> Iterator[None]:
     """Re-raise an OSError with `path` as its file name, instead of that of a temporary file.
 
     An error of safetensors that contains the text "(os error N)" is converted to an OSError as well.
@@ -151,7 +153,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def lock_for_run(folder: Path) -> Iterator[None]:
     """Lock a folder for the whole run; unlike `lock`, it raises an error instead of waiting.
 
     Raises:
@@ -161,8 +163,8 @@ def hold(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / f'{PREFIX}lock'
-    with naming(folder):
-        descriptor = _acquire(path)
+    with reraise_with_path(folder):
+        descriptor = _create_lock_file(path)
     try:
         yield
     finally:
@@ -171,7 +173,7 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int:
+def _create_lock_file(path: Path) -> int:
     """Create and lock a file; return its descriptor. It is not locked if the file system does not support locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -23,7 +23,10 @@ from .images import Images, make_loader
 from .losses import TETLoss
 from .monitor import FiringRateMonitor
 
-__all__ = ['Callback', 'Recipe', 'Trained', 'classify', 'classify_steps', 'evaluate', 'raise_bn_bias', 'reconstruct', 'train']
+__all__ = [
+    'Callback', 'Recipe', 'TrainingResult', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias', 'reconstruct',
+    'train',
+]
 
 # Function of (model, images, labels) that returns the loss and the logits, or None without logits
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
@@ -49,6 +52,10 @@ class Recipe(NamedTuple):
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
         seed: Random seed.
+
+    >>> recipe = Recipe(epochs=10, lr=1e-2, batch_size=32, augmentation=dict(auto_augment='rand-m9-n2'))
+    >>> recipe._replace(seed=1).seed, recipe.ema_decay
+    (1, 0.99)
     """
     epochs: int
     lr: float
@@ -65,7 +72,14 @@ class Recipe(NamedTuple):
 
 
 class Callback:
-    """Base class of callbacks for `train`. Its methods do nothing."""
+    """Base class of callbacks for `train`. Its methods do nothing.
+
+    >>> class PrintLoss(Callback):
+    ...     def on_epoch(self, epoch, model, record):
+    ...         print(f'epoch {epoch}: loss {record["loss"]:.2f}')
+    >>> PrintLoss().on_epoch(0, nn.Identity(), dict(loss=0.5))
+    epoch 0: loss 0.50
+    """
 
     def on_start(self, epoch: int) -> None:
         """Called before the first epoch that runs; `epoch` is greater than 0 for a resumed run."""
@@ -77,7 +91,7 @@ class Callback:
         """Called after each epoch, before its checkpoint is written; may add entries to the record of the epoch."""
 
 
-class Trained(NamedTuple):
+class TrainingResult(NamedTuple):
     """Result of `train`.
 
     Args:
@@ -85,6 +99,17 @@ class Trained(NamedTuple):
         history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
             `seconds`, and entries added by the callback.
         seconds: Training time in seconds, including the time before an interruption.
+
+    >>> import tempfile, timm
+    >>> from timm_spikformer.images import read_splits, training_data_config
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', time_steps=1, img_size=28)
+    >>> images, config = read_splits()['train'].sample_stratified(32, seed=0), training_data_config()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = train(
+    ...         model, classify, images, config, Recipe(epochs=1, lr=1e-3, batch_size=16), Path(folder, 'last.pth.tar'),
+    ...         'Example', 'example', {})
+    >>> len(result.history), sorted(result.history[0])
+    (1, ['accuracy', 'firing_rate', 'loss', 'seconds'])
     """
     model: nn.Module
     history: List[Dict[str, Any]]
@@ -108,13 +133,13 @@ def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
     return model(x).loss, None
 
 
-def raise_bn_bias(model: nn.Module) -> None:
+def init_bn_bias(model: nn.Module) -> None:
     """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
 
     At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
     at least 2. About 2 % of the neurons do; with this bias, 10 %. This is the project's own choice.
     """
-    for module in _norms(model):
+    for module in _bn_layers(model):
         nn.init.constant_(module.bias, _BN_BIAS)
 
 
@@ -143,7 +168,7 @@ def load_checkpoint(
         device: torch.device,
         modules: Dict[str, Any],
         epochs: int,
-        trained_with: Dict[str, Any],
+        run_config: Dict[str, Any],
 ) -> Tuple[int, List[Dict[str, Any]], float]:
     """Load the states of `modules` from a checkpoint.
 
@@ -152,16 +177,16 @@ def load_checkpoint(
 
     Raises:
         ValueError: The file is damaged or belongs to another run: it has more than `epochs` epochs, or its arguments
-            or data differ from `trained_with`.
+            or data differ from `run_config`.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         epoch, history, seconds = state['epoch'], list(state['history']), state['seconds']
         before = dict(state['trained_with'])
-        for name in sorted({*before, *trained_with}):
-            if before.get(name) != trained_with.get(name):
+        for name in sorted({*before, *run_config}):
+            if before.get(name) != run_config.get(name):
                 raise ValueError(
-                    f'it was trained with {name} = {before.get(name)}, but now it is {trained_with.get(name)}.')
+                    f'it was trained with {name} = {before.get(name)}, but now it is {run_config.get(name)}.')
         if type(epoch) is not int or not 0 <= epoch < epochs:
             raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}.')
         if len(history) != epoch + 1:
@@ -186,10 +211,10 @@ def train(
         checkpoint: Path,
         title: str,
         kind: str,
-        trained_with: Dict[str, Any],
+        run_config: Dict[str, Any],
         resume: bool = False,
         callback: Optional[Callback] = None,
-) -> Trained:
+) -> TrainingResult:
     """Train a model, and write a checkpoint after every epoch.
 
     After training, BN statistics are computed from 10,000 images. With few time steps, their exact values matter: where
@@ -206,7 +231,7 @@ def train(
         checkpoint: Path of the checkpoint.
         title: Title of the run for messages.
         kind: Kind of the folder of the checkpoint: see `folders.py`.
-        trained_with: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
+        run_config: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
         resume: Continue from the checkpoint if there is one; a finished run is loaded without training.
         callback: Its methods are called during training.
 
@@ -229,7 +254,7 @@ def train(
     if resume and checkpoint.is_file():
         start_epoch, history, seconds_before = load_checkpoint(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
-            trained_with)
+            run_config)
     callback.on_start(start_epoch)
     num_updates = recipe.epochs * len(loader)
     first_fixed = num_updates - round(recipe.fixed_bn * num_updates)  # first update with fixed BN statistics
@@ -272,15 +297,15 @@ def train(
             history.append(record)
             save_checkpoint(
                 checkpoint, kind, epoch=epoch, history=history, seconds=seconds_before + time.time() - start,
-                trained_with=trained_with, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
+                trained_with=run_config, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
                 optimizer=optimizer.state_dict())
     if recipe.fixed_bn:
-        for averaged, fixed in zip(_norms(ema.module), _norms(model)):
+        for averaged, fixed in zip(_bn_layers(ema.module), _bn_layers(model)):
             for name, buffer in fixed.named_buffers():
                 averaged.get_buffer(name).copy_(buffer)
     else:  # the averaged running statistics lag behind the weights: with them, many neurons would not fire
         _compute_bn(ema.module, images, config, recipe)
-    return Trained(ema.module, history, seconds_before + time.time() - start)
+    return TrainingResult(ema.module, history, seconds_before + time.time() - start)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -288,14 +313,14 @@ def _to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
 
 
-def _norms(model: nn.Module) -> List[nn.Module]:
+def _bn_layers(model: nn.Module) -> List[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def _set_train_mode(model: nn.Module, has_fixed_bn: bool) -> None:
     model.train()
     if has_fixed_bn:
-        for m in _norms(model):
+        for m in _bn_layers(model):
             m.eval()
 
 
@@ -303,4 +328,5 @@ def _compute_bn(model: nn.Module, images: Images, config: Dict[str, Any], recipe
     """Compute BN statistics from images without augmentation."""
     random_seed(recipe.seed)
     device = next(model.parameters()).device
-    update_bn(make_loader(images.take(_BN_IMAGES, recipe.seed), config, recipe.batch_size, device), model, device)
+    images = images.sample_stratified(_BN_IMAGES, recipe.seed)
+    update_bn(make_loader(images, config, recipe.batch_size, device), model, device)

@@ -19,7 +19,7 @@ import yaml
 from conftest import write_images
 from huggingface_hub import ModelCard
 
-from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_config
+from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_data_config
 from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.training import evaluate
@@ -141,7 +141,7 @@ def test_publish_train_py_run(ema, run_script, tmp_path):
     assert card.data.eval_results[0].metric_value == top1 > 30
     assert str(tmp_path) not in card.content and 'sched_on_updates' in card.content
     loaded = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True).eval()
-    measured, rates = evaluate(loaded, make_loader(read_splits()['test'], training_config(), 250))
+    measured, rates = evaluate(loaded, make_loader(read_splits()['test'], training_data_config(), 250))
     assert measured == pytest.approx(top1, abs=0.01) and min(rates.values()) > 0.
 
 

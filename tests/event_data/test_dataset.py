@@ -8,7 +8,7 @@ import timm.data
 import torch
 
 from timm_spikformer.event_data import names
-from timm_spikformer.event_data.dataset import EventSequences, RecordedSource, SimulatedSource, collate, create_loader
+from timm_spikformer.event_data.dataset import EventSequences, collate, create_loader
 from timm_spikformer.event_data.frames import integrate
 from timm_spikformer.event_data.names import EventName, parse_name, read_event_splits
 from timm_spikformer.event_data.readers import read_recordings
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*recordings of .*:UserWarning')
 
 @pytest.fixture
 def simulated() -> EventSequences:
-    return read_event_splits('events/simulated_fashion_mnist?time_steps=3&split_by=time')['test'].take(40, 0)
+    splits = read_event_splits('events/simulated_fashion_mnist?time_steps=3&split_by=time')
+    return splits['test'].sample_stratified(40, 0)
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ def test_erase():
 
 
 @pytest.mark.parametrize('kwargs, name', [
-    (dict(hflip=1.1), 'hflip'), (dict(erase_prob=-0.1), 'erase_prob'), (dict(roll=-1), 'roll'), (dict(roll=0.5), 'roll')])
+    (dict(hflip=1.1), 'hflip'), (dict(erase_prob=-0.1), 'erase_prob'), (dict(roll=-1), 'roll'),
+    (dict(roll=0.5), 'roll')])
 def test_invalid_arguments(kwargs, name):
     with pytest.raises(ValueError, match=name):
         SequenceTransform(**kwargs)

@@ -22,7 +22,7 @@ from timm_spikformer import LIF, SpikformerMAE, explain_kernels, lif, predict_an
 from timm_spikformer.kernels import rules
 from timm_spikformer.kernels.lif import LIFConstants, lif_cuda
 from timm_spikformer.kernels.products import product, to_int8_if_exact
-from timm_spikformer.neurons import CarriedMembranes, lif_plain, membrane_potentials
+from timm_spikformer.neurons import StatefulInference, lif_plain, membrane_potentials
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'Run tests/kernels/test_cuda_path.py instead.'
 
@@ -326,8 +326,8 @@ def test_predict_anytime():
         assert torch.equal(predict_anytime(model, x, 1.).logits, everything.logits)
 
     events = torch.stack([x, x * 0.5, x * 1.5], 1)
-    carried = CarriedMembranes(model)
-    logits = [carried(part) for part in events.split((2, 1), dim=1)]
+    stateful = StatefulInference(model)
+    logits = [stateful(part) for part in events.split((2, 1), dim=1)]
     torch.testing.assert_close(logits[-1], model(events))
 
 

@@ -26,7 +26,7 @@ PREPARE = """
     @torch.no_grad()
     def product():
         events.MIN_MACS = 0
-        counted = events.count_events(layer, x)
+        counted = events.try_read_events(layer, x)
         return 'dense' if counted is None else f'{events.convolve(layer, x, counted).sum():.3f}'
 """
 

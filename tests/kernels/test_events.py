@@ -63,8 +63,8 @@ def make(kind, in_chs, out_chs, height=6, width=10, batch=3, rate=0.2, largest=1
 
 def event_driven(layer, x):
     """Return the product, asserting that it is event-driven."""
-    counted = events.count_events(layer, x)
-    assert counted is not None and counted.are_few
+    counted = events.try_read_events(layer, x)
+    assert counted is not None and counted.is_sparse
     return products.product(layer, x, counted)
 
 
@@ -159,7 +159,7 @@ def test_gradients_that_are_not_finite(kind, bad):
 def test_other_values_are_dense(value):
     layer, x = make('3x3', 16, 16)
     x[1, 2, 3, 3] = value
-    assert events.count_events(layer, x) is None
+    assert events.try_read_events(layer, x) is None
     assert torch.allclose(products.product(layer, x), layer(x), equal_nan=True)
 
 
@@ -193,11 +193,11 @@ def test_units_fire_the_same_spikes(kind, time_steps):
                 x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (time_steps, 2))
                 layer = layer.to(memory_format=torch.channels_last)
             calls = []
-            before = events.observe_events(calls.append)
+            before = events.set_event_observer(calls.append)
             try:
                 result = layer(x, *args)
             finally:
-                events.observe_events(before)
+                events.set_event_observer(before)
             with use_kernels('plain'):
                 expected = layer(x, *args)
             assert calls and 0.1 < expected.mean() < 0.9
@@ -222,9 +222,9 @@ def test_a_dense_input_is_not_event_driven(monkeypatch):
     monkeypatch.setattr(events, 'MAX_DENSITY', {1: 0.4, 2: 0.4, 3: 0.4})
     layer, x = make('3x3', 64, 64, rate=0.6)
     with torch.no_grad():
-        assert not events.count_events(layer, x).are_few
+        assert not events.try_read_events(layer, x).is_sparse
         assert torch.equal(products.product(layer, x), layer(x))  # bit-identical, because the layer is called
-    assert events.count_events(layer, spikes((2, 64, 8, 8), 0.3)).are_few
+    assert events.try_read_events(layer, spikes((2, 64, 8, 8), 0.3)).is_sparse
 
 
 def test_a_model_in_training():
@@ -235,11 +235,11 @@ def test_a_model_in_training():
     assert min(firing_rates(model, x).values()) > 0
     model.train()
     records = []
-    before = events.observe_events(records.append)
+    before = events.set_event_observer(records.append)
     try:
         model(x).square().sum().backward()
     finally:
-        events.observe_events(before)
+        events.set_event_observer(before)
     assert sum(record.reason is None for record in records) > 10
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -337,7 +337,7 @@ def test_spikes_are_saved_as_bits():
 def test_dense_mode(monkeypatch):
     layer, x = make('3x3', 64, 64)
     with use_kernels('dense'), torch.no_grad():
-        assert events.count_events(layer, x) is None
+        assert events.try_read_events(layer, x) is None
         assert torch.equal(products.product(layer, x), layer(x))
 
 
@@ -388,7 +388,7 @@ def test_predictions_of_the_shipped_model():
     images = read_splits()['test']
     x = torch.stack([transform(images[i][0]) for i in range(len(images))])
     records = []
-    before = events.observe_events(records.append)
+    before = events.set_event_observer(records.append)
     try:
         with torch.inference_mode():
             results = torch.cat([model(part) for part in x.split(250)])
@@ -397,7 +397,7 @@ def test_predictions_of_the_shipped_model():
             with use_kernels('plain'):
                 expected = torch.cat([copy.deepcopy(model).double()(part.double()) for part in x.split(250)])
     finally:
-        events.observe_events(before)
+        events.set_event_observer(before)
     assert sum(record.reason is None for record in records) > 20
     for reference in (expected, dense):
         assert (results.argmax(1) != reference.argmax(1)).sum() <= 1

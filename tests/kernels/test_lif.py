@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from timm_spikformer import LIF, layers, use_kernels
-from timm_spikformer.kernels.lif import _norm_of, norm_lif, norm_lif_fallback_reason
+from timm_spikformer.kernels.lif import _bn_statistics, norm_lif, norm_lif_fallback_reason
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
 
@@ -136,7 +136,7 @@ def test_statistics_are_exact_where_the_input_is_nearly_flat():
     torch.manual_seed(0)
     x = torch.randn(40000, 8) * 1e-3 + 100.
     bn = nn.BatchNorm1d(8, momentum=1.)
-    norm = _norm_of(bn, x)
+    norm = _bn_statistics(bn, x)
     torch.testing.assert_close(norm.mean, x.double().mean(0).float(), rtol=1e-7, atol=0.)
     torch.testing.assert_close(bn.running_var, x.double().var(0).float(), rtol=1e-4, atol=0.)
     expected = (x.double().var(0, correction=0) + bn.eps).rsqrt().float()

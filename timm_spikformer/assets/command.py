@@ -33,7 +33,7 @@ def run_recipe(args: argparse.Namespace) -> None:
     if args.name is None:
         _list(recipes, args)
     else:
-        _put_file(_choose(args.name, recipes, 'recipe'), args)
+        _print_or_write(_look_up(args.name, recipes, 'recipe'), args)
 
 
 def run_config(args: argparse.Namespace) -> None:
@@ -44,9 +44,9 @@ def run_config(args: argparse.Namespace) -> None:
     if args.name is None:
         _list(known, args)
         return
-    path = _choose(args.name, known, 'config')
+    path = _look_up(args.name, known, 'config')
     if path.is_file():
-        _put_file(path, args)
+        _print_or_write(path, args)
     elif args.output is None:
         print((path / 'config.json').read_text(encoding='utf-8'), end='')
     else:
@@ -70,13 +70,13 @@ def _list(known: Dict[str, Path], args: argparse.Namespace) -> None:
     print('\n'.join(known))
 
 
-def _choose(name: str, known: Dict[str, Path], kind: str) -> Path:
+def _look_up(name: str, known: Dict[str, Path], kind: str) -> Path:
     if name not in known:
         raise ValueError(f'There is no {kind} {name!r}. Expected one of {", ".join(known)}.')
     return known[name]
 
 
-def _put_file(path: Path, args: argparse.Namespace) -> None:
+def _print_or_write(path: Path, args: argparse.Namespace) -> None:
     """Print or write a file, with the paths of the shipped images adapted to this installation."""
     text = path.read_text(encoding='utf-8').replace(_DATA, f'{_ASSETS.as_posix()}/')
     if args.output is None:

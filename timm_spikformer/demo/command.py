@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     return run_demo(args)
 
 
-def interrupted(args: argparse.Namespace) -> str:
+def interruption_message(args: argparse.Namespace) -> str:
     """Return the message for a user who has interrupted the command."""
     if not os.path.isfile(os.path.join(args.output, SETTINGS)):
         return 'Nothing was written. Run the same command again.'

@@ -21,16 +21,24 @@ from ..devices import choose_device
 from ..folders import (
     check_file,
     check_output,
-    hold_folder,
+    lock_folder_for_run,
     manifest_files,
     remove_files,
     write_file,
     write_folder,
 )
-from ..images import SHIPPED_MODEL, Images, data_config, make_loader, read_splits, train_test, training_config
+from ..images import (
+    SHIPPED_MODEL,
+    Images,
+    data_config,
+    make_loader,
+    read_splits,
+    select_train_test,
+    training_data_config,
+)
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
-from ..training import Objective, Recipe, classify, evaluate, raise_bn_bias, reconstruct, train
+from ..training import Objective, Recipe, classify, evaluate, init_bn_bias, reconstruct, train
 from .command import KIND, SETTINGS, STAGES, add_arguments
 from .linear import fit_linear
 from .pictures import reconstruction_loss, save_predictions, save_reconstructions
@@ -40,9 +48,9 @@ _PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'
 _RESULTS, _MODEL = 'results.json', 'model'
 _CHECKPOINTS = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'finetuning', 'scratch')]
 _FILES = [SETTINGS, *_CHECKPOINTS, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS]
-_OF_THE_CALL = ('resume', 'output', 'device')  # arguments of the current call, which --resume does not restore
-_OF_SUPERVISED_TRAINING = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
-_COST_OF_MASKED = 0.6  # time per image in pre-training, relative to supervised training
+_ARGS_NOT_RESTORED = ('resume', 'output', 'device')  # arguments of the current call, which --resume does not restore
+_TRAINING_ARGS = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
+_PRETRAINING_COST = 0.6  # time per image in pre-training, relative to supervised training
 
 
 def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
@@ -57,16 +65,16 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     output = Path(args.output)
     args.data = args.data and os.path.abspath(args.data)
     if args.resume:
-        _restore(args, output / SETTINGS)
+        _restore_args(args, output / SETTINGS)
         print(f'Resuming the run in {output} with its arguments.')
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     data = [args.data] if args.data else []
-    check_output(output, KIND, data=data, add=True, names=_FILES)
+    check_output(output, KIND, data=data, allow_other_files=True, names=_FILES)
     if 'train' in stages:
         check_output(output / _MODEL, KIND, data=data)
     demo = _Demo(args, output, stages) if {'train', 'pretrain'} & {*stages} else None
-    with hold_folder(output), _tidied(output):
+    with lock_folder_for_run(output), _remove_settings_on_error(output):
         if not args.resume:
             remove_files(output, _FILES, KIND)
             _write_json(output / SETTINGS, vars(args))
@@ -82,7 +90,7 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _tidied(output: Path) -> Iterator[None]:
+def _remove_settings_on_error(output: Path) -> Iterator[None]:
     """After an error, remove the arguments file if it is the only file that the run has written."""
     try:
         yield
@@ -97,7 +105,7 @@ def _write_json(path: Path, values: Dict[str, Any]) -> None:
         partial.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
 
-def _restore(args: argparse.Namespace, settings: Path) -> None:
+def _restore_args(args: argparse.Namespace, settings: Path) -> None:
     """Set the arguments to those of the resumed run; raise a ValueError if one was given a different value."""
     if not settings.is_file():
         raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
@@ -106,7 +114,7 @@ def _restore(args: argparse.Namespace, settings: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     defaults = vars(parser.parse_args([]))
-    expected = defaults.keys() - {*_OF_THE_CALL}
+    expected = defaults.keys() - {*_ARGS_NOT_RESTORED}
     if not expected <= saved.keys():
         raise ValueError(f'{settings} does not contain the arguments of this version. Start without --resume.')
     for name in sorted(expected):
@@ -135,21 +143,21 @@ def _classify_shipped(path: Path) -> Dict[str, Any]:
     """Evaluate the shipped weights on the shipped test images; print and draw the predictions for ten of them."""
     model = timm.create_model(SHIPPED_MODEL, pretrained=True).eval()
     config, test = data_config(model), read_splits()['test']
-    few = test.spread(10)
-    x, y = next(iter(make_loader(few, config, len(few))))
+    examples = test.sample_evenly(10)
+    x, y = next(iter(make_loader(examples, config, len(examples))))
     confidence, predicted = model(x).softmax(-1).max(-1)
-    names = [few.classes[i] for i in predicted]
+    names = [examples.classes[i] for i in predicted]
     print(f'{model.pretrained_cfg["architecture"]} with the shipped weights, on {test.name}')
     print('  predicted      confidence  label')
     for name, share, label in zip(names, confidence, y):
-        print(f'  {name:<13}  {100 * share:8.0f} %  {few.classes[label]}')
+        print(f'  {name:<13}  {100 * share:8.0f} %  {examples.classes[label]}')
     save_predictions(x, names, config, path)
     top1, _ = evaluate(model, make_loader(test, config, 250))
     print(f'  Accuracy {top1:.1f} % on {test.description}. Picture: {path}\n')
     return dict(shipped_accuracy=top1)
 
 
-class _Run(NamedTuple):
+class _TrainingRun(NamedTuple):
     """Settings and images of a training run."""
     stage: Stage
     images: Images
@@ -163,7 +171,7 @@ class _Run(NamedTuple):
                 f'Lower --batch-size.')
 
 
-def _identity(images: Images) -> str:
+def _describe_images(images: Images) -> str:
     return f'{len(images)} images, SHA-256 {images.fingerprint()}'
 
 
@@ -171,22 +179,23 @@ class _Demo:
     """Data, models and training runs of the stages `train` and `pretrain`; the constructor does all checks."""
 
     def __init__(self, args: argparse.Namespace, output: Path, stages: Sequence[str]):
-        self.trained_with = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
+        self.run_config = {name: value for name, value in vars(args).items() if name not in _ARGS_NOT_RESTORED}
         if args.quick:
             args = argparse.Namespace(**{**vars(args), 'epochs': 1, 'pretrain_epochs': 1, 'finetune_epochs': 1})
         self.args = args
         self.output = output
         self.stages = stages
         self.device = torch.device(args.device)
-        self.images, self.test_images = train_test(read_splits(args.data), args.seed)
+        self.images, self.test_images = select_train_test(read_splits(args.data), args.seed)
         self.all_images = self.images
-        self.config = training_config(args.model if args.data else None)
-        self.trained_with.update(
-            {'classes': self.images.classes, 'training images': _identity(self.images),
-             'test images': _identity(self.test_images)})
+        self.config = training_data_config(args.model if args.data else None)
+        self.run_config.update(
+            {'classes': self.images.classes, 'training images': _describe_images(self.images),
+             'test images': _describe_images(self.test_images)})
         if args.quick:
-            self.images, self.test_images = self.images.take(320, args.seed), self.test_images.take(100, args.seed)
-        few = self.images.take(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
+            self.images = self.images.sample_stratified(320, args.seed)
+            self.test_images = self.test_images.sample_stratified(100, args.seed)
+        labeled_images = self.images.sample_stratified(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
 
         def stage(name: str, title: str, epochs: int, cost: float = 1., **kwargs: Any) -> Stage:
             defaults = dict(
@@ -194,13 +203,13 @@ class _Demo:
                 hflip=0.5 if args.data else 0.)  # no flips for Fashion-MNIST, in which all shoes point to the left
             return Stage(name, title, Recipe(epochs, **{**defaults, **kwargs}), cost)
 
-        self.supervised = [_Run(stage('supervised', 'Training', args.epochs), self.images)]
+        self.supervised = [_TrainingRun(stage('supervised', 'Training', args.epochs), self.images)]
         self.self_supervised = [
-            _Run(stage(
+            _TrainingRun(stage(
                 'pretraining', 'Pre-training', args.pretrain_epochs, lr=args.pretrain_lr,
-                batch_size=2 * args.batch_size, beta2=0.95, cost=_COST_OF_MASKED), self.images),
-            _Run(stage('finetuning', 'Fine-tuning', args.finetune_epochs), few),
-            _Run(stage('scratch', 'From scratch', args.finetune_epochs), few),
+                batch_size=2 * args.batch_size, beta2=0.95, cost=_PRETRAINING_COST), self.images),
+            _TrainingRun(stage('finetuning', 'Fine-tuning', args.finetune_epochs), labeled_images),
+            _TrainingRun(stage('scratch', 'From scratch', args.finetune_epochs), labeled_images),
         ]
         for run in (*self.supervised, *self.self_supervised):
             run.check()
@@ -220,7 +229,7 @@ class _Demo:
         model = timm.create_model(
             self.args.model, num_classes=len(self.images.classes), in_chans=C, img_size=(H, W),
             time_steps=self.args.time_steps)
-        raise_bn_bias(model)
+        init_bn_bias(model)
         return model.to(device=self.device, memory_format=torch.channels_last)
 
     def _create_mae(self) -> SpikformerMAE:
@@ -229,12 +238,18 @@ class _Demo:
             decoder_num_heads=2)
         return mae.to(device=self.device, memory_format=torch.channels_last)
 
-    def _train(self, run: _Run, model: nn.Module, objective: Objective, progress: Progress) -> Tuple[nn.Module, float]:
+    def _train(
+            self,
+            run: _TrainingRun,
+            model: nn.Module,
+            objective: Objective,
+            progress: Progress,
+    ) -> Tuple[nn.Module, float]:
         """Return the trained model and the training time in seconds."""
         stage, images = run
         trained = train(
             model, objective, images, self.config, stage.recipe, self.output / stage.checkpoint, stage.title, KIND,
-            self.trained_with, self.args.resume, StageProgress(progress, stage, images))
+            self.run_config, self.args.resume, StageProgress(progress, stage, images))
         return trained.model, trained.seconds
 
     def run(self) -> Dict[str, Any]:
@@ -281,7 +296,7 @@ class _Demo:
         """Save the model and its training arguments for `timm.create_model('local-dir:...')`, and verify the result."""
         model = model.eval().to(memory_format=torch.contiguous_format)  # required by safetensors
         args = self.args
-        training = {name: getattr(args, name) for name in _OF_SUPERVISED_TRAINING}
+        training = {name: getattr(args, name) for name in _TRAINING_ARGS}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
         command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
         if self.test_images.split.startswith('held-out'):  # lets `publish` identify the held-out images

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Tuple
 
-from ..errors import requirement
+from ..errors import pip_requirement
 from ..version import __version__
 
 __all__ = ['Row', 'add_arguments', 'cpu_name', 'read_rows', 'run']
@@ -148,7 +148,7 @@ def _describe_package(name: str) -> str:
         module = _import(name)
     except (Exception, SystemExit) as e:
         if version is None and isinstance(e, ModuleNotFoundError) and e.name == name:
-            return f'not installed. Run: pip install "{requirement(name)}"'
+            return f'not installed. Run: pip install "{pip_requirement(name)}"'
         return f'{version or "without metadata"}, cannot be imported: {_describe_error(e)}'
     return version or str(getattr(module, '__version__', 'unknown version'))
 

@@ -17,8 +17,8 @@ from .transforms import SequenceTransform
 
 __all__ = ['EventSequences', 'RecordedSource', 'SimulatedSource', 'collate', 'create_loader']
 
-# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. Those that train.py
-# passes by default, a crop scale and ratio and a color jitter, are not in this list and have no effect.
+# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. The defaults of
+# train.py, a crop scale and ratio and a color jitter, are not in this list and have no effect.
 _IMAGE_AUGMENTATION = ('auto_augment', 'num_aug_splits', 'grayscale_prob', 'gaussian_blur_prob', 'input_size_choices')
 
 
@@ -167,8 +167,8 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
     """Create a loader of event sequences with the arguments of `timm.data.create_loader`.
 
     Frames are resized to `input_size` and normalized by `mean` and `std`. Of the augmentation, `hflip` and `vflip` are
-    used, `re_prob` is the probability of erasing a square, and `dataset.roll` the largest shift: see `SequenceTransform`.
-    Crops and color jitter, which train.py always requests, are not applied.
+    used, `re_prob` is the probability of erasing a square, and `dataset.roll` the largest shift: see
+    `SequenceTransform`. Crops and color jitter, which train.py always requests, are not applied.
 
     Args:
         dataset: Event sequences.
@@ -203,7 +203,8 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
                 f'mean 0 and std 1 (timm scripts: --mean 0 0 --std 1 1).')
     given['collate_fn'] = given['collate_fn'] or collate
     loader = timm.data.loader.create_loader(*bound.args, **bound.kwargs)
-    is_augmented = given['is_training'] and not given['no_aug']
-    augmentation = SequenceTransform(given['hflip'], given['vflip'], dataset.roll, given['re_prob']) if is_augmented else None
+    augmentation = None
+    if given['is_training'] and not given['no_aug']:
+        augmentation = SequenceTransform(given['hflip'], given['vflip'], dataset.roll, given['re_prob'])
     dataset.transform = _Preprocessing(tuple(size), given['mean'], given['std'], augmentation)
     return loader

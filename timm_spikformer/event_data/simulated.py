@@ -24,7 +24,7 @@ def _path(frames_per_saccade: int, amplitude: float) -> np.ndarray:
 
 
 def _shift(padded: np.ndarray, offset: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return a window `[height, width]` of the padded image at a fractional offset (x, y), by bilinear interpolation."""
+    """Return a window `[height, width]` of an image at a fractional offset (x, y), by bilinear interpolation."""
     x, y = (int(v) for v in np.floor(offset))
     u, v = offset - (x, y)
     window = padded[y:y + height + 1, x:x + width + 1]

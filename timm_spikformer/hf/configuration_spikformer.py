@@ -126,6 +126,10 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         ValueError: Values are inconsistent. A value of the wrong type raises a subclass of ValueError.
+
+    >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=10)
+    >>> config.to_timm_args(num_classes=10)['embed_dim']
+    64
     """
     model_type = 'spikformer'
 

@@ -79,7 +79,8 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
         frames = [self._frames(sample) for sample in samples]
         steps = {len(f) for f in frames}
         if len(steps) != 1:
-            raise ValueError(f'All samples must have the same number of time steps, got {sorted(steps) or "no samples"}.')
+            raise ValueError(
+                f'All samples must have the same number of time steps, got {sorted(steps) or "no samples"}.')
         return BatchFeature({'pixel_values': np.stack(frames)}, tensor_type=return_tensors)
 
     def _frames(self, sample: Sample) -> np.ndarray:

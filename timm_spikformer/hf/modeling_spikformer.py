@@ -58,7 +58,13 @@ register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_
 
 
 class SpikformerPreTrainedModel(PreTrainedModel):
-    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load."""
+    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load.
+
+    >>> model = SpikformerModel(SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    >>> model.set_time_steps(2)
+    >>> model.config.time_steps, isinstance(model, SpikformerPreTrainedModel)
+    (2, True)
+    """
     config: SpikformerConfig
     config_class = SpikformerConfig
     base_model_prefix = 'timm_model'
@@ -168,6 +174,11 @@ class SpikformerModel(SpikformerPreTrainedModel):
 
     `bool_masked_pos` is not supported. ViTModel and SwinModel replace masked patches with a mask token; this model has
     none, because its pre-training removes masked patches. Use `SpikformerForMaskedImageModeling` to encode with a mask.
+
+    >>> model = SpikformerModel(SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    >>> output = model(torch.rand(2, 3, 32, 32))
+    >>> output.last_hidden_state.shape, output.pooler_output.shape
+    (torch.Size([2, 4, 64]), torch.Size([2, 64]))
     """
 
     def __init__(self, config: SpikformerConfig):
@@ -197,16 +208,16 @@ class SpikformerModel(SpikformerPreTrainedModel):
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
-        x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=take_blocks)
+        x, hidden_states = self.timm_model.forward_tokens(pixel_values, return_hidden_states=return_hidden_states)
         pooled = None
         if self.config.global_pool:
             pooled = self.timm_model.head.global_pool(self._to_maps(x, pixel_values))
         return BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=pooled,
-            hidden_states=tuple(hidden_states) if take_blocks else None,
+            hidden_states=tuple(hidden_states) if return_hidden_states else None,
         )
 
 
@@ -222,7 +233,14 @@ class SpikformerClassifierOutput(ImageClassifierOutput):
 
 
 class SpikformerForImageClassification(SpikformerPreTrainedModel):
-    """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head."""
+    """Linear classifier on the pooled tokens, averaged over time; `timm_model` is the timm model with its head.
+
+    >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_labels=10)
+    >>> model = SpikformerForImageClassification(config)
+    >>> output = model(torch.rand(2, 3, 32, 32), labels=torch.tensor([3, 7]))
+    >>> output.logits.shape, output.loss.ndim
+    (torch.Size([2, 10]), 0)
+    """
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)decoder\.']
 
     def __init__(self, config: SpikformerConfig):
@@ -272,13 +290,13 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
         hidden_states, step_logits = None, None
-        if take_blocks and output_step_logits:
+        if return_hidden_states and output_step_logits:
             raise ValueError('output_hidden_states and output_step_logits cannot be combined.')
-        if take_blocks:
-            x, hidden_states = self.timm_model.forward_tokens(pixel_values, take_blocks=True)
+        if return_hidden_states:
+            x, hidden_states = self.timm_model.forward_tokens(pixel_values, return_hidden_states=True)
             logits = self.timm_model.forward_head(self._to_maps(x, pixel_values))
         elif output_step_logits:
             maps = self.timm_model.forward_maps(pixel_values)
@@ -295,7 +313,7 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         return SpikformerClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(hidden_states) if take_blocks else None,
+            hidden_states=tuple(hidden_states) if return_hidden_states else None,
             step_logits=step_logits,
         )
 
@@ -310,6 +328,10 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
         reconstruction: `[B, C, H, W]`, predictions for all patches; normalized like the target with `norm_pix_loss`.
         mask: `[B, N]`, 1 for masked patches, else 0.
         hidden_states: Outputs of the stem and of each block for the visible patches, `[B, N', D]`.
+
+    >>> output = SpikformerMaskedImageModelingOutput(loss=torch.tensor(0.5), mask=torch.ones(2, 4))
+    >>> list(output.keys())
+    ['loss', 'mask']
     """
     loss: Optional[Tensor] = None
     reconstruction: Optional[Tensor] = None
@@ -318,7 +340,13 @@ class SpikformerMaskedImageModelingOutput(ModelOutput):
 
 
 class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
-    """Masked autoencoder for self-supervised pre-training; `mae` is a `timm_spikformer.SpikformerMAE`."""
+    """Masked autoencoder for self-supervised pre-training; `mae` is a `timm_spikformer.SpikformerMAE`.
+
+    >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, decoder_hidden_size=32)
+    >>> output = SpikformerForMaskedImageModeling(config)(torch.rand(2, 3, 64, 64))
+    >>> output.reconstruction.shape, output.mask.sum(1).tolist()
+    (torch.Size([2, 3, 64, 64]), [12.0, 12.0])
+    """
     _conversions = _MAE_CONVERSIONS
     _keys_to_ignore_on_load_unexpected = [r'(^|\.)head\.']
 
@@ -367,18 +395,24 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
             return_loss: Ignored: the loss is always returned. Trainer checks for an argument with this name.
         """
         self._check_no_attentions(output_attentions)
-        take_blocks = self._wants_hidden_states(output_hidden_states)
-        output = self.mae(pixel_values.to(self.dtype), bool_masked_pos, noise, take_blocks=take_blocks)
+        return_hidden_states = self._wants_hidden_states(output_hidden_states)
+        output = self.mae(pixel_values.to(self.dtype), bool_masked_pos, noise, return_hidden_states)
         return SpikformerMaskedImageModelingOutput(
             loss=output.loss,
             reconstruction=output.reconstruction,
             mask=output.mask.float(),
-            hidden_states=tuple(output.hidden_states) if take_blocks else None,
+            hidden_states=tuple(output.hidden_states) if return_hidden_states else None,
         )
 
 
 class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
-    """Feature maps of the stages of the stem and of the encoder, averaged over time, for dense prediction."""
+    """Feature maps of the stages of the stem and of the encoder, averaged over time, for dense prediction.
+
+    >>> config = SpikformerConfig(
+    ...     hidden_size=64, num_hidden_layers=1, num_attention_heads=4, out_features=['stage2', 'stage4'])
+    >>> [maps.shape for maps in SpikformerBackbone(config)(torch.rand(1, 3, 64, 64)).feature_maps]
+    [torch.Size([1, 16, 16, 16]), torch.Size([1, 64, 4, 4])]
+    """
     has_attentions = False
 
     def __init__(self, config: SpikformerConfig):

@@ -21,7 +21,7 @@ from ..event_data.dataset import EventSequences, collate
 from ..event_data.names import parse_name, read_event_splits
 from ..event_data.transforms import SequenceTransform
 from ..losses import TETLoss
-from ..pretrained import cfg_to_train
+from ..pretrained import get_training_cfg
 from .configuration_spikformer import SpikformerConfig, label_maps
 from .event_processing import SpikformerEventProcessor
 from .modeling_spikformer import SpikformerForImageClassification
@@ -85,7 +85,7 @@ def _create_model(name: str, splits: Dict[str, EventSequences], time_steps: int)
     if os.path.isdir(name) or '/' in name:
         model = SpikformerForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
     else:
-        cfg = dict(mean=(0., 0.), std=(1., 1.), input_size=(2, *cfg_to_train(name).input_size[1:]))
+        cfg = dict(mean=(0., 0.), std=(1., 1.), input_size=(2, *get_training_cfg(name).input_size[1:]))
         timm_model = timm.create_model(
             name, in_chans=2, img_size=cfg['input_size'][1:], time_steps=time_steps, pretrained_cfg_overlay=cfg)
         model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm_model, **labels))
@@ -111,9 +111,9 @@ def main() -> None:
         time_steps=name.time_steps, split_by=name.split_by)
     train, test = splits['train'], splits['test']
     if data_args.max_train_samples is not None:
-        train = train.take(data_args.max_train_samples, args.seed)
+        train = train.sample_stratified(data_args.max_train_samples, args.seed)
     if data_args.max_eval_samples is not None:
-        test = test.take(data_args.max_eval_samples, args.seed)
+        test = test.sample_stratified(data_args.max_eval_samples, args.seed)
     train.transform = SequenceTransform(
         hflip=data_args.hflip, roll=name.roll, erase_prob=data_args.erase_prob)
     trainer = SpikformerTrainer(

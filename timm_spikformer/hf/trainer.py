@@ -19,6 +19,21 @@ class FiringRateCallback(TrainerCallback):
 
     Rates (spikes per neuron and time step) are those of the logged training step: `firing_rate` is the mean over
     layers, `firing_rate/NAME` the rate of one layer.
+
+    >>> import tempfile, timm
+    >>> from transformers import PrinterCallback, TrainingArguments
+    >>> from timm_spikformer import SpikformerConfig, SpikformerForImageClassification
+    >>> model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm.create_model('test_spikformer_v2')))
+    >>> examples = [dict(pixel_values=torch.rand(3, 64, 64), labels=0) for _ in range(2)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = TrainingArguments(
+    ...         folder, max_steps=1, logging_steps=1, save_strategy='no', report_to='none', use_cpu=True,
+    ...         disable_tqdm=True)
+    ...     trainer = Trainer(model, args, train_dataset=examples, callbacks=[FiringRateCallback(silent=0.)])
+    ...     trainer.remove_callback(PrinterCallback)
+    ...     output = trainer.train()
+    >>> 0 <= trainer.state.log_history[0]['firing_rate'] < 1
+    True
     """
 
     def __init__(self, silent: float = 0.001, saturated: float = 0.9, log_layers: bool = True):
@@ -75,6 +90,16 @@ class SpikformerTrainer(Trainer):
 
     transformers' Trainer applies weight decay to BN, because it does not recognize the parameter names as those of a
     norm, and supports neither layer decay nor SyncBatchNorm.
+
+    >>> import tempfile, timm
+    >>> from transformers import TrainingArguments
+    >>> from timm_spikformer import SpikformerConfig, SpikformerForImageClassification
+    >>> model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm.create_model('test_spikformer_v2')))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = TrainingArguments(folder, learning_rate=1e-3, report_to='none', use_cpu=True)
+    ...     trainer = SpikformerTrainer(model, args, layer_decay=0.5)
+    >>> [f'{lr:.2e}' for lr in sorted({group['lr'] for group in trainer.create_optimizer().param_groups})]
+    ['1.25e-04', '2.50e-04', '5.00e-04', '1.00e-03']
     """
 
     def __init__(

@@ -65,7 +65,7 @@ def _jit(function: Callable[..., Any], has_cache: bool) -> Any:
 
 
 @functools.cache
-def _announce() -> None:
+def _print_compile_notice() -> None:
     folder = cache_folder()
     kept = f'cached in {folder}' if folder else 'not cached: set NUMBA_CACHE_DIR to a writable folder'
     print(
@@ -88,7 +88,7 @@ class _Loop:
         with _lock:
             if self.compiled is None:
                 if not _is_cached(self.function.__name__):
-                    _announce()
+                    _print_compile_notice()
                 types = tuple(numba.typeof(arg) for arg in args)
                 compiled = _jit(self.function, has_cache=True)
                 try:

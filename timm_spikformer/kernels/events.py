@@ -24,19 +24,19 @@ from .switch import get_kernels
 from .threads import run_in_threads, split_range
 
 __all__ = [
-    'Events',
     'EventRecord',
+    'Events',
     'convolve',
-    'count_events',
+    'convolve_norm_lif',
+    'convolve_norm_lif_fallback_reason',
     'event_fallback_reason',
-    'events_of_bytes',
-    'fire_events',
-    'fire_fallback_reason',
-    'is_small',
-    'observe_events',
+    'events_from_bytes',
+    'is_too_small',
     'pack_events',
     'read_events',
     'restore_input',
+    'set_event_observer',
+    'try_read_events',
     'unpack_events',
     'weight_gradient',
 ]
@@ -55,10 +55,10 @@ CHANNEL_MULTIPLE = 8  # divides the number of input channels: the loops read 8 b
 DTYPE = torch.float32
 
 _CLASSES = ((nn.Conv2d, nn.Linear),)
-_PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
+_MAX_TILE_PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
 _NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
-_FLOAT = {'dtype': torch.float32, 'device': 'cpu'}  # whatever PyTorch's defaults are
-_LIMIT = 1e30  # upper bound for sums of absolute weights, so that no intermediate result overflows
+_CPU_FLOAT32 = {'dtype': torch.float32, 'device': 'cpu'}  # whatever PyTorch's defaults are
+_MAX_MAGNITUDE = 1e30  # upper bound for sums of absolute weights, so that no intermediate result overflows
 
 
 class Shape(NamedTuple):
@@ -95,7 +95,7 @@ class Events(NamedTuple):
         return self.total / self.values.numel()
 
     @property
-    def are_few(self) -> bool:
+    def is_sparse(self) -> bool:
         """Whether the input is sparse enough for an event-driven product."""
         return self.dense_reason is None
 
@@ -109,7 +109,7 @@ class Events(NamedTuple):
 
 
 class EventRecord(NamedTuple):
-    """Record of one call of a layer, as passed to the observer set by `observe_events`."""
+    """Record of one call of a layer, as passed to the observer set by `set_event_observer`."""
     layer: nn.Module
     density: Optional[float]  # events per input value; None if they were not counted
     reason: Optional[str]  # why the product is not event-driven; None if it is
@@ -118,7 +118,7 @@ class EventRecord(NamedTuple):
 _observer: ContextVar[Optional[Callable[[EventRecord], None]]] = ContextVar('observer', default=None)
 
 
-def observe_events(observer: Optional[Callable[[EventRecord], None]]) -> Optional[Callable[[EventRecord], None]]:
+def set_event_observer(observer: Optional[Callable[[EventRecord], None]]) -> Optional[Callable[[EventRecord], None]]:
     """Set or, with None, remove the function that receives a record of every product; return the previous one.
 
     The setting applies to the current thread or asyncio task.
@@ -172,7 +172,7 @@ def _min_macs() -> int:
     return MIN_MACS_IN_TRAINING if torch.is_grad_enabled() else MIN_MACS
 
 
-def is_small(layer: nn.Module, x: Tensor) -> bool:
+def is_too_small(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a product is certainly too small to be faster event-driven; a cheap check that runs first."""
     if type(x) is not Tensor or type(layer) not in _CLASSES[0]:
         return False
@@ -186,7 +186,7 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes
     Args:
         layer: The layer.
         x: Input of the layer. If None, the input is not checked.
-        is_bytes: Whether `x` is spikes that `fire_events` returned as bytes.
+        is_bytes: Whether `x` is spikes that `convolve_norm_lif` returned as bytes.
     """
     reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
     if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
@@ -203,7 +203,7 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes
     return reason or unavailable_reason()
 
 
-def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
+def try_read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     """Convert the input of a layer to events; None if no event-driven kernel supports the layer or its values.
 
     Args:
@@ -212,7 +212,7 @@ def count_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     """
     if torch.compiler.is_compiling():
         return None
-    if is_small(layer, x):
+    if is_too_small(layer, x):
         _observe(layer, None, 'too small to be faster')
         return None
     reason = event_fallback_reason(layer, x)
@@ -263,8 +263,8 @@ def _as_shape(values: Tensor, shape: Shape) -> Tensor:
     return values.reshape(shape.N, shape.H, shape.W, shape.C).contiguous()
 
 
-def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
-    """Return spikes from `fire_events(..., as_bytes=True)` as events of the next layer; None if it must run densely.
+def events_from_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
+    """Return spikes from `convolve_norm_lif(..., as_bytes=True)` as events of a layer; None if it must run densely.
 
     Args:
         layer: Convolution or linear layer.
@@ -275,7 +275,7 @@ def events_of_bytes(layer: nn.Module, x: Tensor) -> Optional[Events]:
     if runs_in_kernel(lambda: reason):
         shape = _shape(layer, x)
         values = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-        total = int(np.count_nonzero(_flat(x).view(bool)))
+        total = int(np.count_nonzero(_flat_view(x).view(bool)))
         events = Events(_as_shape(values, shape), shape, total, 1)
         reason = events.dense_reason
     _observe(layer, events, reason)
@@ -312,32 +312,32 @@ def restore_input(events: Events, is_linear: bool) -> Tensor:
 _buffers = threading.local()
 
 
-def _scratch(n: int) -> Tensor:
+def _scratch_buffer(n: int) -> Tensor:
     """Return an uninitialized float32 buffer `[n]`, reused by the next call in this thread to avoid page faults."""
     buffer = getattr(_buffers, 'buffer', None)
     if buffer is None or len(buffer) < n:
         with torch.inference_mode(False):
-            buffer = _buffers.buffer = torch.empty(n, **_FLOAT)
+            buffer = _buffers.buffer = torch.empty(n, **_CPU_FLOAT32)
     return buffer[:n]
 
 
-def _pack(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
+def _pack_weights(weight: Tensor, shape: Shape, largest: int) -> Optional[Tensor]:
     """Return the weights in the layout of the loops; None if they are not finite or so large that sums may overflow."""
     loops = load_loops()
     size = shape.kernel_size
     chunk = min(loops.largest_chunk(size), shape.C)
     num_blocks = -(-shape.OC // loops.BLOCK)
-    packed = _scratch(num_blocks * -(-shape.C // chunk) * (size * size * chunk + 1) * loops.BLOCK)
+    packed = _scratch_buffer(num_blocks * -(-shape.C // chunk) * (size * size * chunk + 1) * loops.BLOCK)
     weight = weight.detach()
     flat = (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).reshape(-1).numpy()  # [OC, k, k, C]
-    limit = _LIMIT / (size * size * shape.C * largest)
-    is_fine = run_in_threads(loops.pack_weights, [
+    limit = _MAX_MAGNITUDE / (size * size * shape.C * largest)
+    are_valid = run_in_threads(loops.pack_weights, [
         (flat, shape.OC, shape.C, size * size, chunk, start, stop, limit, packed.numpy())
         for start, stop in split_range(num_blocks, 1, None if len(packed) > 1 << 19 else 1)])
-    return packed if all(is_fine) else None
+    return packed if all(are_valid) else None
 
 
-def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
+def _split_work(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
     """Divide tiles, and blocks if there are few tiles, into work items `(tile0, tile1, block0, block1)` for threads."""
     num_threads = torch.get_num_threads()
     if num_threads == 1:
@@ -347,13 +347,13 @@ def _items(num_tiles: int, num_blocks: int) -> List[Tuple[int, int, int, int]]:
     return [(*tile, *block) for tile in tiles for block in blocks]
 
 
-def _flat(x: Tensor) -> Any:
+def _flat_view(x: Tensor) -> Any:
     """Return a flat NumPy view of the memory of a tensor, from its first to its last element."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
     return x.resolve_neg().as_strided((span,), (1,)).numpy()
 
 
-def _run(
+def _run_convolve(
         events: Events,
         packed: Tensor,
         time_steps: int,
@@ -375,7 +375,7 @@ def _run(
     N, H, W, C, OC, size, padding, _ = shape
     B = N // T
     out_height, out_width = shape.out_size
-    tile_rows = min(out_height, max(1, _PAIRS // (out_width * T)))
+    tile_rows = min(out_height, max(1, _MAX_TILE_PAIRS // (out_width * T)))
     num_tiles = B * -(-out_height // tile_rows)
     num_blocks = -(-OC // loops.BLOCK)
     missing = (0, num_blocks * loops.BLOCK - OC)
@@ -383,13 +383,13 @@ def _run(
     is_fused = scale is not None
     scale = nn.functional.pad(scale, missing) if is_fused else shift
     is_bytes = out.dtype == torch.uint8
-    outputs = _NO_FLOATS if is_bytes else _flat(out), _flat(out) if is_bytes else _NO_BYTES
+    outputs = _NO_FLOATS if is_bytes else _flat_view(out), _flat_view(out) if is_bytes else _NO_BYTES
     run_in_threads(loops.convolve, [
         (events.values.view(-1).numpy(), packed.numpy(), T, B, H, W, C, OC, size, padding,
          min(loops.largest_chunk(size), C), tile_rows, *item, max(1, events.largest), *outputs, *out.stride(), is_fused,
          scale.numpy(), shift.numpy(), np.float32(tau), np.float32(v_threshold), loops.BYTE_INDICES,
          loops.BYTE_COUNTS)
-        for item in _items(num_tiles, num_blocks)])
+        for item in _split_work(num_tiles, num_blocks)])
 
 
 def _empty_output(
@@ -399,7 +399,7 @@ def _empty_output(
         as_bytes: bool = False,
 ) -> Tuple[Tensor, Tensor]:
     """Return an uninitialized output in the memory format that the layer would use, and a view `[N, H', W', OC]`."""
-    options = {**_FLOAT, 'dtype': torch.uint8} if as_bytes else _FLOAT
+    options = {**_CPU_FLOAT32, 'dtype': torch.uint8} if as_bytes else _CPU_FLOAT32
     if type(layer) is nn.Linear:
         out = torch.empty(shape.H, shape.OC, **options)
         return out, out[None, :, None]
@@ -418,16 +418,16 @@ def convolve(layer: nn.Module, x: Tensor, events: Events) -> Optional[Tensor]:
         x: Input of the layer, `[n, C, H, W]` or `[n, C]`.
         events: `x` as events, from `read_events`.
     """
-    packed = _pack(layer.weight, events.shape, max(1, events.largest))
+    packed = _pack_weights(layer.weight, events.shape, max(1, events.largest))
     if packed is None:
         return None
     out, view = _empty_output(layer, x, events.shape)
-    bias = torch.zeros(events.shape.OC, **_FLOAT) if layer.bias is None else layer.bias.detach()
-    _run(events, packed, 1, view, None, bias)
+    bias = torch.zeros(events.shape.OC, **_CPU_FLOAT32) if layer.bias is None else layer.bias.detach()
+    _run_convolve(events, packed, 1, view, None, bias)
     return out
 
 
-def fire_events(
+def convolve_norm_lif(
         layer: nn.Module,
         bn: nn.Module,
         neuron: nn.Module,
@@ -443,33 +443,33 @@ def fire_events(
         bn: BatchNorm in eval mode, or `nn.Identity`.
         neuron: A neuron that has an attribute `constants`, see `lif.LIFConstants`.
         x: Input of the layer, `[T * n, ...]`.
-        events: `x` as events, from `read_events` or `events_of_bytes`.
+        events: `x` as events, from `read_events` or `events_from_bytes`.
         time_steps: T.
-        as_bytes: Return uint8, in channels-last format, for `events_of_bytes`.
+        as_bytes: Return uint8, in channels-last format, for `events_from_bytes`.
 
     Returns:
         Spikes, `[T * n, ...]`.
     """
     shape = events.shape
     tau, v_threshold, _ = neuron.constants
-    scale, shift = torch.ones(shape.OC, **_FLOAT), torch.zeros(shape.OC, **_FLOAT)
+    scale, shift = torch.ones(shape.OC, **_CPU_FLOAT32), torch.zeros(shape.OC, **_CPU_FLOAT32)
     if type(bn) is not nn.Identity:
         scale = bn.weight * (bn.running_var.double() + bn.eps).rsqrt().float()
         shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
     if layer.bias is not None:
         shift = torch.addcmul(shift, layer.bias, scale)
     scale, shift = scale.detach().contiguous(), shift.detach().contiguous()
-    if not float(scale.abs().amax()) * _LIMIT + float(shift.abs().amax()) < 1e38:
+    if not float(scale.abs().amax()) * _MAX_MAGNITUDE + float(shift.abs().amax()) < 1e38:
         return None
-    packed = _pack(layer.weight, shape, max(1, events.largest))
+    packed = _pack_weights(layer.weight, shape, max(1, events.largest))
     if packed is None:
         return None
     out, view = _empty_output(layer, x, shape, as_bytes)
-    _run(events, packed, time_steps, view, scale, shift, tau, v_threshold)
+    _run_convolve(events, packed, time_steps, view, scale, shift, tau, v_threshold)
     return out
 
 
-def fire_fallback_reason(
+def convolve_norm_lif_fallback_reason(
         layer: nn.Module,
         bn: nn.Module,
         neuron: nn.Module,
@@ -495,7 +495,7 @@ def fire_fallback_reason(
         reason = 'the constants of the neuron are not numbers'
     elif reason is None:
         tau, v_threshold, _ = neuron.constants
-        if not 1. < tau < _LIMIT or not abs(v_threshold) < _LIMIT:
+        if not 1. < tau < _MAX_MAGNITUDE or not abs(v_threshold) < _MAX_MAGNITUDE:
             reason = f'the neuron has tau={tau}, v_threshold={v_threshold}'
     return reason
 
@@ -512,15 +512,15 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
     N, H, W, C, OC, size, padding, block = events.shape
     grad = grad.permute(0, 2, 3, 1) if grad.ndim == 4 else grad[None, :, None]
     border = size - 1
-    tile_rows = min(H, max(1, _PAIRS // W))
-    tile_images = min(N, max(1, _PAIRS // (tile_rows * W)))
+    tile_rows = min(H, max(1, _MAX_TILE_PAIRS // W))
+    tile_images = min(N, max(1, _MAX_TILE_PAIRS // (tile_rows * W)))
     num_blocks = -(-OC // loops.BLOCK)
     if (tile_rows + border) * (W + border) * tile_images >= 1 << 16:  # indices of pixels have 16 bits
         return None
-    out = torch.zeros(num_blocks, size, size, C, loops.BLOCK, **_FLOAT)
+    out = torch.zeros(num_blocks, size, size, C, loops.BLOCK, **_CPU_FLOAT32)
     num_threads = torch.get_num_threads()
     are_finite = run_in_threads(loops.weight_gradient, [
-        (events.values.view(-1).numpy(), _flat(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images,
+        (events.values.view(-1).numpy(), _flat_view(grad), *grad.stride(), N, H, W, C, OC, size, padding, tile_images,
          tile_rows, 8 * start, 8 * stop, max(1, events.largest), out.view(-1).numpy(), loops.BYTE_INDICES,
          loops.BYTE_COUNTS)
         for start, stop in split_range(C // 8, 1, 1 if num_threads == 1 else 2 * num_threads)])
@@ -528,8 +528,8 @@ def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Te
         return None
     is_direct = weight.ndim == 2 or weight.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-    result = torch.empty(weight.shape, memory_format=memory_format, **_FLOAT)
+    result = torch.empty(weight.shape, memory_format=memory_format, **_CPU_FLOAT32)
     run_in_threads(loops.unpack_weights, [
-        (out.view(-1).numpy(), OC, C, size * size, start, stop, _flat(result))
+        (out.view(-1).numpy(), OC, C, size * size, start, stop, _flat_view(result))
         for start, stop in split_range(num_blocks, 1)])
     return result if is_direct else result.contiguous()

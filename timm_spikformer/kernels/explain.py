@@ -7,7 +7,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .events import EventRecord, observe_events
+from .events import EventRecord, set_event_observer
 
 __all__ = ['KernelGroup', 'KernelReport', 'explain_kernels', 'time_layers']
 
@@ -15,7 +15,13 @@ _REPEATS = 3  # number of timed calls
 
 
 class KernelGroup(NamedTuple):
-    """A group of modules that a kernel can replace."""
+    """A group of modules that a kernel can replace.
+
+    >>> import timm
+    >>> group = explain_kernels(timm.create_model('test_spikformer_v2'))[2]
+    >>> group.module, group.group, group.runs_as
+    ('stem.stages.0.down', 'bn + lif: one pass', 'kernel')
+    """
     module: str  # name of the module that contains the group
     group: str  # what the kernel computes
     runs_as: str  # 'kernel' or 'modules'
@@ -25,7 +31,13 @@ class KernelGroup(NamedTuple):
 
 
 class KernelReport(List[KernelGroup]):
-    """A list of the groups of a model, printed as a table."""
+    """A list of the groups of a model, printed as a table.
+
+    >>> import timm
+    >>> report = explain_kernels(timm.create_model('test_spikformer_v2'))
+    >>> str(report).split()[:5]
+    ['module', 'group', 'runs', 'as', 'reason']
+    """
 
     def __str__(self) -> str:
         head = ['module', 'group', 'runs as', 'reason']
@@ -115,11 +127,11 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     times: Dict[str, float] = {}
     if x is not None:
         with _in_eval_mode(model):
-            before = observe_events(lambda record: records.__setitem__(record.layer.weight, record))
+            before = set_event_observer(lambda record: records.__setitem__(record.layer.weight, record))
             try:
                 model(x)
             finally:
-                observe_events(before)
+                set_event_observer(before)
         times = time_layers(model, x)
     report = KernelReport()
     for name, module in model.named_modules():

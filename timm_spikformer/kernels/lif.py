@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from .products import mark_spikes
 from .rules import back_end, fallback_reason, is_batched
 
-__all__ = ['LIFConstants', 'fire', 'lif_cpu', 'lif_cuda', 'supports_lif_cuda', 'norm_lif', 'norm_lif_fallback_reason']
+__all__ = [
+    'LIFConstants',
+    'compute_spikes',
+    'lif_cpu',
+    'lif_cuda',
+    'norm_lif',
+    'norm_lif_fallback_reason',
+    'supports_lif_cuda',
+]
 
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 19  # values per time step and chunk; a few such buffers fit the last-level cache
@@ -36,7 +44,7 @@ class LIFConstants(NamedTuple):
         return all(type(value) in (float, int) and (math.isinf(value) or abs(value) < 3e38) for value in self)
 
 
-class Norm(NamedTuple):
+class BNStatistics(NamedTuple):
     """Normalization by BatchNorm, `(x - mean) * invstd * weight + bias`; mean and invstd are `[C]`.
 
     `from_batch`: whether mean and invstd are computed from the input (train mode), so gradients flow through them.
@@ -68,7 +76,7 @@ def _mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _norm_of(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> Norm:
+def _bn_statistics(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> BNStatistics:
     """Return the normalization that BatchNorm applies to `[n, C]`. In train mode, update its running statistics."""
     n, dtype = len(rows), rows.dtype
     mean, var = bn.running_mean, bn.running_var
@@ -81,10 +89,14 @@ def _norm_of(bn: nn.Module, rows: Tensor, has_grad: bool = True) -> Norm:
         bn.running_var.data.lerp_((var * (n / (n - 1))).to(dtype), momentum)
     invstd = (var.double() + bn.eps).rsqrt()
     # a copy for backward, because a later forward in train mode updates the running statistics in place
-    return Norm(mean.to(dtype, copy=has_grad), invstd.to(dtype), bn.eps, bn.training)
+    return BNStatistics(mean.to(dtype, copy=has_grad), invstd.to(dtype), bn.eps, bn.training)
 
 
-def _affine(weight: Optional[Tensor], bias: Optional[Tensor], norm: Optional[Norm]) -> Optional[Tuple[Tensor, Tensor]]:
+def _affine(
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        norm: Optional[BNStatistics],
+) -> Optional[Tuple[Tensor, Tensor]]:
     """Return the normalization as scale and shift, `[C]` each; None without normalization."""
     if norm is None:
         return None
@@ -102,7 +114,7 @@ def _chunks(x: Tensor, time_steps: int) -> Iterator[Tuple[slice, Tensor]]:
         yield slice(start, stop), buffers[:, :stop - start]
 
 
-def _charge(
+def _compute_membranes(
         x: Tensor,
         affine: Optional[Tuple[Tensor, Tensor]],
         constants: LIFConstants,
@@ -143,7 +155,7 @@ def _charge(
         last = h
 
 
-def fire(
+def compute_spikes(
         x: Tensor,
         constants: LIFConstants,
         time_steps: int,
@@ -167,7 +179,7 @@ def fire(
     spikes = x.new_empty(time_steps, *x.shape[1:])
     threshold = -constants.v_threshold
     for rows, buffers in _chunks(x, time_steps):
-        _charge(x[:, rows], affine, constants, buffers, None if membrane is None else membrane[rows])
+        _compute_membranes(x[:, rows], affine, constants, buffers, None if membrane is None else membrane[rows])
         charged = buffers[:time_steps]
         for t in range(time_steps):
             torch.le(charged[t], threshold, out=spikes[t, rows])
@@ -181,20 +193,20 @@ def fire(
     return spikes
 
 
-def _fire_normed(
+def _compute_normed_spikes(
         x: Tensor,
         weight: Optional[Tensor],
         bias: Optional[Tensor],
-        norm: Optional[Norm],
+        norm: Optional[BNStatistics],
         time_steps: int,
         constants: LIFConstants,
         *membranes: Tensor,
 ) -> Tensor:
-    """Normalize the currents, then return their spikes: see `fire`."""
+    """Normalize the currents, then return their spikes: see `compute_spikes`."""
     affine = _affine(weight, bias, norm)
     # batch statistics are finite only if all values of the batch are finite
     is_finite = norm is not None and norm.from_batch and math.isfinite(torch.dot(*affine).item())
-    return fire(x, constants, time_steps, affine, *membranes, is_finite=is_finite)
+    return compute_spikes(x, constants, time_steps, affine, *membranes, is_finite=is_finite)
 
 
 class _LIFFunction(torch.autograd.Function):
@@ -206,19 +218,19 @@ class _LIFFunction(torch.autograd.Function):
             x: Tensor,
             weight: Optional[Tensor],
             bias: Optional[Tensor],
-            norm: Optional[Norm],
+            norm: Optional[BNStatistics],
             time_steps: int,
             constants: LIFConstants,
             plain: Callable[..., Tensor],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.norm, ctx.time_steps, ctx.constants, ctx.plain = norm, time_steps, constants, plain
-        return _fire_normed(x, weight, bias, norm, time_steps, constants)
+        return _compute_normed_spikes(x, weight, bias, norm, time_steps, constants)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         if torch.is_grad_enabled() or is_batched(grad):  # double backward or batched gradients
-            grads = _replay(ctx, grad)
+            grads = _recompute_grads(ctx, grad)
         else:
             grads = _backward(*ctx.saved_tensors, ctx.norm, ctx.time_steps, ctx.constants, grad)
         return *grads, None, None, None, None
@@ -228,7 +240,7 @@ def _backward(
         x: Tensor,
         weight: Optional[Tensor],
         bias: Optional[Tensor],
-        norm: Optional[Norm],
+        norm: Optional[BNStatistics],
         time_steps: int,
         constants: LIFConstants,
         grad: Tensor,
@@ -243,7 +255,7 @@ def _backward(
         offset = -norm.mean * norm.invstd
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     for rows, buffers in _chunks(x, time_steps):
-        _charge(x[:, rows], affine, constants, buffers)
+        _compute_membranes(x[:, rows], affine, constants, buffers)
         sig, not_reset = buffers[-2:]
         for t in range(time_steps - 1, -1, -1):  # current gradients overwrite membrane potentials
             h = buffers[t]
@@ -277,7 +289,7 @@ def _backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _replay(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+def _recompute_grads(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """Return the gradients of `_backward` by differentiating `plain`, for double backward and batched gradients."""
     x, weight, bias = ctx.saved_tensors
     norm, needed = ctx.norm, ctx.needs_input_grad[:3]
@@ -323,11 +335,11 @@ def lif_cpu(
         if torch.is_grad_enabled():
             spikes = _LIFFunction.apply(flat, None, None, None, len(x), constants, plain)
         else:
-            spikes = fire(flat, constants, len(x))
+            spikes = compute_spikes(flat, constants, len(x))
         return spikes.view(rows.shape).permute(inverse), None
     membrane = membrane.permute([d - 1 for d in order[1:]])
     new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
-    spikes = fire(
+    spikes = compute_spikes(
         flat, constants, len(x), membrane=membrane.reshape(-1, 1), new_membrane=new_membrane.view(-1, 1))
     return spikes.view(rows.shape).permute(inverse), new_membrane.permute([d - 1 for d in inverse[1:]])
 
@@ -433,17 +445,18 @@ def norm_lif(
     """
     rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
     flat = rows.reshape(-1, rows.shape[-1])
-    norm = _norm_of(bn, flat, torch.is_grad_enabled())
+    norm = _bn_statistics(bn, flat, torch.is_grad_enabled())
     shape = (time_steps, batch_size, *rows.shape[1:])
     currents = flat.view(-1, flat.shape[0] // (len(x) // batch_size), flat.shape[1])
     new_membrane = None
     args = currents, bn.weight, bn.bias, norm, time_steps, constants
     if membrane is None:
-        spikes = _LIFFunction.apply(*args, plain) if torch.is_grad_enabled() else _fire_normed(*args)
+        spikes = _LIFFunction.apply(*args, plain) if torch.is_grad_enabled() else _compute_normed_spikes(*args)
     else:
         membrane = membrane if x.ndim == 2 else membrane.permute(0, 2, 3, 1)
         new_membrane = torch.empty_like(membrane, memory_format=torch.contiguous_format)
-        spikes = _fire_normed(*args, membrane.reshape(currents.shape[1:]), new_membrane.view(currents.shape[1:]))
+        row_shape = currents.shape[1:]
+        spikes = _compute_normed_spikes(*args, membrane.reshape(row_shape), new_membrane.view(row_shape))
         new_membrane = new_membrane if x.ndim == 2 else new_membrane.permute(0, 3, 1, 2)
     spikes = spikes.view(shape)
     return (spikes if x.ndim == 2 else spikes.permute(0, 1, 4, 2, 3)), new_membrane

@@ -7,10 +7,10 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .events import Events, convolve, count_events, pack_events, restore_input, unpack_events, weight_gradient
+from .events import Events, convolve, pack_events, restore_input, try_read_events, unpack_events, weight_gradient
 from .rules import back_end, fallback_reason, is_batched, runs_in_kernel
 
-__all__ = ['is_marked', 'mark_spikes', 'product', 'to_int8_if_exact', 'product_fallback_reason']
+__all__ = ['is_marked_as_spikes', 'mark_spikes', 'product', 'product_fallback_reason', 'to_int8_if_exact']
 
 _CHUNK = 1 << 16  # number of values checked at a time
 _CLASSES = ((nn.Conv2d, nn.Linear),)
@@ -23,7 +23,7 @@ def mark_spikes(spikes: Tensor) -> Tensor:
     return spikes
 
 
-def is_marked(x: Tensor) -> bool:
+def is_marked_as_spikes(x: Tensor) -> bool:
     """Return whether `x` is the unchanged output of a neuron, or a view of it."""
     if x.is_inference():
         return False
@@ -37,7 +37,7 @@ def to_int8_if_exact(x: Tensor) -> Optional[Tensor]:
     check would synchronize with the host, so only tensors marked by `mark_spikes` are converted.
     """
     if back_end(x) != 'cpu':
-        return x.to(torch.int8) if is_marked(x) else None
+        return x.to(torch.int8) if is_marked_as_spikes(x) else None
     x_bytes = torch.empty_like(x, dtype=torch.int8)
     size = max(1, _CHUNK // max(1, x[0].numel()))
     buffer = torch.empty_like(x[:size])
@@ -69,7 +69,7 @@ class _ProductOfBytes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        _refuse_double_backward()
+        _check_no_double_backward()
         x_bytes, weight = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         grads = _dense_backward(
@@ -114,7 +114,7 @@ class _EventProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        _refuse_double_backward()
+        _check_no_double_backward()
         packed, weight = ctx.saved_tensors
         events = unpack_events(packed, ctx.events)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -133,7 +133,7 @@ def _conv_args(layer: nn.Module) -> Tuple[Any, ...]:
     return (layer.stride, layer.padding, layer.dilation, layer.groups) if type(layer) is nn.Conv2d else ()
 
 
-def _refuse_double_backward() -> None:
+def _check_no_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'Double backward (create_graph=True) is not supported for layers that save their input as int8. '
@@ -168,11 +168,11 @@ def product(layer: nn.Module, x: Tensor, events: Optional[Events] = None) -> Ten
     Args:
         layer: Convolution or linear layer. Any other module is called as is.
         x: Input of the layer, `[n, C, H, W]` or `[n, C]`.
-        events: Result of `count_events(layer, x)`, if already computed.
+        events: Result of `try_read_events(layer, x)`, if already computed.
     """
     if events is None:
-        events = count_events(layer, x)
-    if events is not None and events.are_few:
+        events = try_read_events(layer, x)
+    if events is not None and events.is_sparse:
         with torch.no_grad():
             out = convolve(layer, x, events)
         if out is not None:

@@ -17,17 +17,16 @@ from torch.utils._device import DeviceContext
 from .switch import get_kernels
 
 __all__ = [
-    'Decisions',
-    'runs_in_kernel',
-
     'BACK_ENDS',
+    'KernelDecisions',
     'back_end',
+    'context_fallback_reason',
+    'fallback_reason',
     'in_transform',
     'is_batched',
-    'register_class',
-    'fallback_reason',
-    'context_fallback_reason',
     'module_fallback_reason',
+    'record_original_methods',
+    'runs_in_kernel',
 ]
 
 # Device type -> kernel back end. On other device types the modules are called. spikingjelly's kernels support CUDA but
@@ -36,27 +35,27 @@ BACK_ENDS = {'cpu': 'cpu'} if torch.version.hip else {'cpu': 'cpu', 'cuda': 'cud
 
 _METHODS = ('forward', '_conv_forward', '_check_input_dim')
 # names that are in an instance's __dict__ only if user code has set them
-_REPLACED = frozenset((
+_INSTANCE_OVERRIDES = frozenset((
     *_METHODS, '_call_impl', '_wrapped_call_impl', '_compiled_call_impl',
     'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'))
-_CALL = nn.Module.__call__
+_ORIGINAL_CALL = nn.Module.__call__
 _GLOBAL_HOOKS = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,
     torch_module._global_backward_pre_hooks,
     torch_module._global_backward_hooks,
 )
-_originals: Dict[type, Tuple[Tuple[str, Callable], ...]] = {}
+_original_methods: Dict[type, Tuple[Tuple[str, Callable], ...]] = {}
 
 
-def register_class(cls: type) -> type:
+def record_original_methods(cls: type) -> type:
     """Record the methods of a class that a kernel implements, so that later replacements are detected."""
-    _originals[cls] = tuple((name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name))
+    _original_methods[cls] = tuple((name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name))
     return cls
 
 
 for _cls in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.Identity):
-    register_class(_cls)
+    record_original_methods(_cls)
 
 
 def back_end(x: Tensor) -> str:
@@ -64,7 +63,7 @@ def back_end(x: Tensor) -> str:
     return BACK_ENDS.get(x.device.type, '')
 
 
-class Decisions:
+class KernelDecisions:
     """The kernel decisions of one forward pass, which gradient checkpointing repeats when it recomputes the pass."""
 
     def __init__(self) -> None:
@@ -81,7 +80,7 @@ class Decisions:
             _decisions.reset(token)
 
     @contextlib.contextmanager
-    def repeat(self) -> Iterator[None]:
+    def replay(self) -> Iterator[None]:
         """Repeat the recorded decisions within a `with` block."""
         self._position = 0
         with self.record():
@@ -98,7 +97,7 @@ class Decisions:
         return self._decisions[self._position - 1]
 
 
-_decisions: ContextVar[Optional[Decisions]] = ContextVar('decisions', default=None)
+_decisions: ContextVar[Optional[KernelDecisions]] = ContextVar('decisions', default=None)
 
 
 def runs_in_kernel(reason: Callable[[], Optional[str]]) -> bool:
@@ -141,7 +140,7 @@ def context_fallback_reason() -> Optional[str]:
             return 'a TorchFunctionMode is active'
     if any(_GLOBAL_HOOKS):
         return 'global module hooks are registered'
-    if nn.Module.__call__ is not _CALL:
+    if nn.Module.__call__ is not _ORIGINAL_CALL:
         return 'nn.Module.__call__ has been replaced'
     return None
 
@@ -174,9 +173,9 @@ def module_fallback_reason(m: nn.Module, classes: Tuple[type, ...]) -> Optional[
     if (attributes['_forward_hooks'] or attributes['_forward_pre_hooks']
             or attributes['_backward_hooks'] or attributes['_backward_pre_hooks']):
         return f'{cls.__name__} has hooks'
-    if not _REPLACED.isdisjoint(attributes):
+    if not _INSTANCE_OVERRIDES.isdisjoint(attributes):
         return f'a method, parameter or buffer of the {cls.__name__} has been replaced'
-    for name, original in _originals.get(cls, ()):
+    for name, original in _original_methods.get(cls, ()):
         if getattr(cls, name) is not original:
             return f'{cls.__name__}.{name} has been replaced'
     for tensors in (attributes['_parameters'], attributes['_buffers']):

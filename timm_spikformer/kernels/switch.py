@@ -10,13 +10,13 @@ VARIABLE = 'TIMM_SPIKFORMER_KERNELS'
 _MODES = ('auto', 'dense', 'plain')
 
 
-def _check(mode: str, source: str) -> str:
+def _check_mode(mode: str, source: str) -> str:
     if mode not in _MODES:
         raise ValueError(f"{source} must be 'auto', 'dense' or 'plain', got {mode!r}.")
     return mode
 
 
-_default = _check(os.environ.get(VARIABLE) or 'auto', VARIABLE)
+_default = _check_mode(os.environ.get(VARIABLE) or 'auto', VARIABLE)
 _override: ContextVar[Optional[str]] = ContextVar('kernels', default=None)
 
 
@@ -45,7 +45,7 @@ def set_kernels(mode: str) -> None:
     >>> set_kernels('auto')
     """
     global _default
-    _default = _check(mode, 'mode')
+    _default = _check_mode(mode, 'mode')
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def use_kernels(mode: str) -> Iterator[None]:
     ...     get_kernels()
     'plain'
     """
-    token = _override.set(_check(mode, 'mode'))
+    token = _override.set(_check_mode(mode, 'mode'))
     try:
         yield
     finally:

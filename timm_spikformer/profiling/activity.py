@@ -9,7 +9,7 @@ from ..layers import SpikingSelfAttention
 from ..masked_autoencoder import SpikformerMAE
 from ..neurons import LIF
 from ..spikformer import Spikformer, find_spikformer
-from .counting import unchanged
+from .counting import preserve_state
 
 __all__ = ['Activity', 'check_layers', 'default_layers', 'record_activity']
 
@@ -26,6 +26,12 @@ class Activity:
         attention: For each block, the attention that each token receives, `[n, H / patch_size, W / patch_size]`.
         masked: For a masked autoencoder, the images with masked patches gray, `[n, C, H, W]`.
         reconstructed: For a masked autoencoder, the images with masked patches reconstructed, `[n, C, H, W]`.
+
+    >>> import timm
+    >>> model = timm.create_model('test_spikformer_v2', time_steps=2)
+    >>> activity = record_activity(model, torch.rand(1, 3, 64, 64), layers=['blocks.0.mlp.fc1'])
+    >>> activity.rasters['blocks.0.mlp.fc1'].shape, activity.attention['blocks.0'].shape
+    (torch.Size([1, 2, 64]), torch.Size([1, 4, 4]))
     """
     images: Tensor
     rasters: Dict[str, Tensor] = field(default_factory=dict)
@@ -109,29 +115,29 @@ def record_activity(
         m, s = (torch.tensor(v if len(v) in (1, images.shape[1]) else [sum(v) / len(v)]) for v in (mean, std))
         return (images.float().cpu() * s.view(-1, 1, 1) + m.view(-1, 1, 1)).clamp(0, 1)
 
-    shown = x.mean(1) if x.ndim == 5 else x
-    activity = Activity(to_pixels(shown))
+    displayed = x.mean(1) if x.ndim == 5 else x
+    activity = Activity(to_pixels(displayed))
     handles = []
 
-    def keep_spikes(name: str) -> None:
+    def record_spikes(name: str) -> None:
         def hook(m: nn.Module, args: Tuple, spikes: Tensor) -> None:
             flat = spikes.reshape(len(spikes), n, -1)
             at = torch.linspace(0, flat.shape[2] - 1, min(_NUM_NEURONS, flat.shape[2]), device=flat.device).long()
             activity.rasters[name] = flat[:, :, at].transpose(0, 1).cpu()
         handles.append(neurons[name].register_forward_hook(hook))
 
-    def keep_attention(name: str, attn: SpikingSelfAttention) -> None:
+    def record_attention(name: str, attn: SpikingSelfAttention) -> None:
         def hook(m: nn.Module, args: Tuple, qkv: Tensor) -> None:
             activity.attention[name] = _attention_map(qkv, attn.num_heads, grid)
         handles.append(attn.qkv.register_forward_hook(hook))
 
     try:
         for name in layers:
-            keep_spikes(name)
+            record_spikes(name)
         if mae is None:  # the encoder of a masked autoencoder processes only visible tokens
             for i, block in enumerate(encoder.blocks):
-                keep_attention(f'blocks.{i}', block.attn)
-        with unchanged(encoder, time_steps):
+                record_attention(f'blocks.{i}', block.attn)
+        with preserve_state(encoder, time_steps):
             if mae is None:
                 model(x)
             else:

@@ -18,6 +18,19 @@ class ProfileCallback(TrainerCallback):
 
     Firing rate and energy (mJ per image) are added to Trainer's log; details and pictures are written to TensorBoard.
     All processes run the profile because the data loader is shared; only the main process writes to TensorBoard.
+
+    >>> import tempfile, timm, torch
+    >>> from transformers import PrinterCallback, Trainer, TrainingArguments
+    >>> from timm_spikformer import SpikformerConfig, SpikformerForImageClassification
+    >>> model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm.create_model('test_spikformer_v2')))
+    >>> examples = [dict(pixel_values=torch.rand(3, 64, 64), labels=0) for _ in range(2)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = TrainingArguments(folder, report_to='none', use_cpu=True, disable_tqdm=True)
+    ...     trainer = Trainer(model, args, eval_dataset=examples, callbacks=[ProfileCallback(max_batches=1)])
+    ...     trainer.remove_callback(PrinterCallback)
+    ...     metrics = trainer.evaluate()
+    >>> metrics['profile/energy_mj'] > 0
+    True
     """
 
     def __init__(self, max_batches: int = 4, tb_writer: Any = None, **options: Any):

@@ -8,6 +8,7 @@ from .choices import CHOICES
 
 __all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
 
+
 @dataclass(frozen=True)
 class Conventions:
     """Conventions for counting operations.
@@ -38,6 +39,9 @@ class Conventions:
 
     Raises:
         ValueError: The value of an option is not in `CHOICES`.
+
+    >>> Conventions(residual='mac').describe()['bn']
+    'BN is folded into the weights and costs nothing'
     """
     residual: str = 'sum'
     fan_out: str = 'dense'
@@ -74,6 +78,10 @@ class CostModel:
 
     Raises:
         ValueError: An energy is negative or not finite.
+
+    >>> cost = CostModel('mine', mac_pj=4.6, ac_pj=0.9)
+    >>> cost.energy_mj(macs=0, acs=1e9, memory_bytes=0)
+    0.9
     """
     name: str
     mac_pj: float
@@ -96,7 +104,7 @@ class CostModel:
 _HOROWITZ = '45 nm, Horowitz 2014, https://doi.org/10.1109/ISSCC.2014.6757323, as in spikingjelly'
 
 
-def _of_spikingjelly() -> Dict[str, CostModel]:
+def _spikingjelly_cost_models() -> Dict[str, CostModel]:
     models = {}
     for name in ('fp32', 'fp16', 'int8'):
         costs = getattr(SimpleEnergyCostConfig, name)()
@@ -112,7 +120,7 @@ def _of_spikingjelly() -> Dict[str, CostModel]:
     return models
 
 
-COST_MODELS: Dict[str, CostModel] = _of_spikingjelly()
+COST_MODELS: Dict[str, CostModel] = _spikingjelly_cost_models()
 
 
 def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:

@@ -15,7 +15,7 @@ from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
-from .recording import Recorder, Tally
+from .recording import LayerCounts, Recorder
 
 __all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
 
@@ -38,6 +38,11 @@ class Totals:
             in spikingjelly's simple energy model. The default cost model and most others ignore it.
         energy_mj: Energy of the spiking network in millijoules.
         ann_energy_mj: Energy of the ANN in millijoules.
+
+    >>> import timm
+    >>> totals = profile(timm.create_model('test_spikformer_v2'), torch.rand(2, 3, 64, 64)).totals
+    >>> totals.dense_macs > totals.macs > 0, totals.energy_mj > 0
+    (True, True)
     """
     parameters: int
     dense_macs: float
@@ -73,6 +78,12 @@ class LayerProfile:
         ann_energy_mj: Energy of the dense multiply-accumulates of one time step in millijoules.
         milliseconds: Measured time per image in milliseconds, see `measure_times`; None if it was not measured.
         dense_milliseconds: The same, without event-driven products.
+
+    >>> import timm
+    >>> result = profile(timm.create_model('test_spikformer_v2', time_steps=2), torch.rand(2, 3, 64, 64))
+    >>> layer = result.layer('blocks.0.mlp.fc2')
+    >>> layer.group, layer.input, len(layer.firing_rate)
+    ('mlp', 'spikes', 2)
     """
     name: str
     group: str
@@ -108,6 +119,11 @@ class StepProfile:
         agreement: Fraction of the images with the same prediction as after the last step.
         confidence: Mean of the highest class probability.
         accuracy: Fraction of the images that are classified correctly; None without labels.
+
+    >>> import timm
+    >>> steps = profile(timm.create_model('test_spikformer_v2', time_steps=2), torch.rand(2, 3, 64, 64)).steps
+    >>> [step.step for step in steps], steps[-1].agreement
+    ([1, 2], 1.0)
     """
     step: int
     energy_mj: float
@@ -125,15 +141,15 @@ class _Predictions:
 
     def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
         """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
-        confidence, said = logits.float().softmax(-1).cpu().max(-1)
-        self.agreement = self.agreement + (said == said[-1]).sum(1)
+        confidence, predicted = logits.float().softmax(-1).cpu().max(-1)
+        self.agreement = self.agreement + (predicted == predicted[-1]).sum(1)
         self.confidence = self.confidence + confidence.double().sum(1)
-        self.correct = None if y is None or self.correct is None else self.correct + (said == y.cpu()).sum(1)
+        self.correct = None if y is None or self.correct is None else self.correct + (predicted == y.cpu()).sum(1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Result of `profile`. `under` applies other conventions or another cost model without running the model again.
+    """Result of `profile`. `with_conventions` applies other conventions or energies without running the model again.
 
     Args:
         model: Name of the architecture.
@@ -145,6 +161,13 @@ class Profile:
         conventions: Conventions for counting operations.
         cost: Energy per operation.
         times: Measured milliseconds per image by kernel mode, 'auto' or 'dense' (no event-driven products), and layer.
+
+    >>> import timm
+    >>> result = profile(timm.create_model('test_spikformer_v2'), torch.rand(2, 3, 64, 64))
+    >>> result.time_steps, list(result.groups)
+    (4, ['stem', 'attention', 'mlp', 'head'])
+    >>> result.with_conventions('int8').totals.energy_mj < result.totals.energy_mj
+    True
     """
     model: str
     time_steps: int
@@ -153,16 +176,21 @@ class Profile:
     by_channel: bool
     conventions: Conventions
     cost: CostModel
-    _tallies: List[Tally] = dataclasses.field(repr=False)
+    _layer_counts: List[LayerCounts] = dataclasses.field(repr=False)
     _predictions: Optional[_Predictions] = dataclasses.field(repr=False)
     times: Dict[str, Dict[str, float]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def under(
+    def with_conventions(
             self,
             cost: Union[str, CostModel, Tuple[float, float], None] = None,
             **conventions: str,
     ) -> 'Profile':
-        """Return this profile with other conventions or another cost model: `profile.under('int8', residual='mac')`."""
+        """Return this profile with other conventions or another cost model.
+
+        Args:
+            cost: See `profile`; by default, the cost model of this profile.
+            conventions: Options of `Conventions` to change, such as `residual='mac'`.
+        """
         return dataclasses.replace(
             self,
             conventions=dataclasses.replace(self.conventions, **conventions),
@@ -175,8 +203,8 @@ class Profile:
         auto, dense = (self.times.get(mode, {}) for mode in ('auto', 'dense'))
         return [
             dataclasses.replace(
-                self._layer(tally), milliseconds=auto.get(tally.name), dense_milliseconds=dense.get(tally.name))
-            for tally in self._tallies]
+                self._layer(counts), milliseconds=auto.get(counts.name), dense_milliseconds=dense.get(counts.name))
+            for counts in self._layer_counts]
 
     def layer(self, name: str) -> LayerProfile:
         """Return the profile of a layer by its name.
@@ -189,84 +217,84 @@ class Profile:
                 return layer
         raise ValueError(f'There is no layer {name!r}, expected one of {", ".join(x.name for x in self.layers)}.')
 
-    def _layer(self, tally: Tally) -> LayerProfile:
+    def _layer(self, counts: LayerCounts) -> LayerProfile:
         n = self.images
-        dense, macs, acs, memory = self._operations(tally)
-        spikes_in = tally.input in ('spikes', 'sums') and tally.attention is None
-        fired = tally.channels if tally.neurons is None else tally.neurons
-        count, attention = sum(tally.values.values()), tally.attention
+        dense, macs, acs, memory = self._operations(counts)
+        spikes_in = counts.input in ('spikes', 'sums') and counts.attention is None
+        spike_counts = counts.channel_spikes if counts.neuron_spikes is None else counts.neuron_spikes
+        num_inputs, attention = sum(counts.value_counts.values()), counts.attention
         operands = None if attention is None else {
             name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')}
         return LayerProfile(
-            tally.name, tally.group, tally.input, tally.parameters, dense / n,
-            input_rate=(tally.total / tally.numel).tolist() if spikes_in else None,
+            counts.name, counts.group, counts.input, counts.parameters, dense / n,
+            input_rate=(counts.input_sum / counts.input_numel).tolist() if spikes_in else None,
             operand_rates=operands,
-            values={value: tally.values[value] / count for value in sorted(tally.values)} if count else None,
-            firing_rate=None if tally.spikes is None else (tally.spikes / tally.outputs).tolist(),
-            silent=None if tally.spikes is None else fired.silent,
-            saturated=None if tally.spikes is None else fired.saturated,
+            values={x: m / num_inputs for x, m in sorted(counts.value_counts.items())} if num_inputs else None,
+            firing_rate=None if counts.spikes is None else (counts.spikes / counts.output_numel).tolist(),
+            silent=None if counts.spikes is None else spike_counts.silent,
+            saturated=None if counts.spikes is None else spike_counts.saturated,
             macs=(macs / n).tolist(),
             acs=(acs / n).tolist(),
             memory_bytes=(memory / n).tolist(),
             energy_mj=self.cost.energy_mj(*(x.sum().item() for x in (macs, acs, memory))) / n,
             ann_energy_mj=self.cost.energy_mj(
-                dense, 0., 0. if tally.attention is not None else tally.weight_bytes * dense) / n,
+                dense, 0., 0. if counts.attention is not None else counts.weight_bytes * dense) / n,
         )
 
-    def _operations(self, tally: Tally) -> Tuple[float, Tensor, Tensor, Tensor]:
+    def _operations(self, counts: LayerCounts) -> Tuple[float, Tensor, Tensor, Tensor]:
         """Return sums over all images: dense MACs of one time step, and MACs, accumulates and bytes, each `[T]`."""
-        by = self.conventions
-        nothing = torch.zeros(self.time_steps, dtype=torch.float64)
-        at_each = torch.ones_like(nothing)
-        macs = acs = nothing
-        done = at_each  # 1 at the time steps at which the product is computed
+        conventions = self.conventions
+        zeros = torch.zeros(self.time_steps, dtype=torch.float64)
+        ones = torch.ones_like(zeros)
+        macs = acs = zeros
+        is_step_run = ones  # 1 at the time steps at which the product is computed
         weights = None  # weight reads per time step; None for one read per dense operation
-        if tally.attention is not None:
-            dense, acs = self._attention(tally)
-            weights = nothing
+        if counts.attention is not None:
+            dense, acs = self._attention(counts)
+            weights = zeros
         else:
-            dense = tally.dense
-            input = tally.input
-            if input == 'image' and self.is_sequence and tally.is_integer:
+            dense = counts.dense_macs
+            input = counts.input
+            if input == 'image' and self.is_sequence and counts.is_integer:
                 input = 'sums'
             if input == 'features':
-                done = torch.eye(self.time_steps, dtype=torch.float64)[-1]
-                macs = done * dense
-            elif input == 'image' and not self.is_sequence and by.first_conv == 'ac':
-                acs = at_each * dense
+                is_step_run = torch.eye(self.time_steps, dtype=torch.float64)[-1]
+                macs = is_step_run * dense
+            elif input == 'image' and not self.is_sequence and conventions.first_conv == 'ac':
+                acs = ones * dense
             elif input == 'image':
-                if not self.is_sequence and by.first_conv == 'once':
-                    done = torch.eye(self.time_steps, dtype=torch.float64)[0]
-                macs = done * dense
-            elif input == 'sums' and by.residual == 'mac':
-                macs = at_each * dense
+                if not self.is_sequence and conventions.first_conv == 'once':
+                    is_step_run = torch.eye(self.time_steps, dtype=torch.float64)[0]
+                macs = is_step_run * dense
+            elif input == 'sums' and conventions.residual == 'mac':
+                macs = ones * dense
             else:
-                is_nonzero = by.residual == 'nonzero'
-                weights = tally.nonzero_uses
-                if by.fan_out == 'exact':
-                    acs = tally.nonzero_uses if is_nonzero else tally.uses
+                is_nonzero = conventions.residual == 'nonzero'
+                weights = counts.nonzero_synops
+                if conventions.fan_out == 'exact':
+                    acs = counts.nonzero_synops if is_nonzero else counts.synops
                 else:
-                    acs = (tally.nonzero if is_nonzero else tally.total) * (dense / tally.numel)
-        if by.bn == 'mac' and tally.has_bn:
-            macs = macs + done * tally.outputs
-        if by.neuron == 'mac' and tally.spikes is not None:
-            macs = macs + at_each * tally.outputs
-        memory = tally.weight_bytes * (done * dense if weights is None else weights)
-        if tally.has_bias:
-            memory = memory + done * tally.outputs * tally.weight_bytes
-        if tally.spikes is not None:
-            memory = memory + at_each * (2 * _MEMBRANE_BYTES * tally.outputs)
+                    acs = (counts.num_nonzero if is_nonzero else counts.input_sum) * (dense / counts.input_numel)
+        if conventions.bn == 'mac' and counts.has_bn:
+            macs = macs + is_step_run * counts.output_numel
+        if conventions.neuron == 'mac' and counts.spikes is not None:
+            macs = macs + ones * counts.output_numel
+        memory = counts.weight_bytes * (is_step_run * dense if weights is None else weights)
+        if counts.has_bias:
+            memory = memory + is_step_run * counts.output_numel * counts.weight_bytes
+        if counts.spikes is not None:
+            memory = memory + ones * (2 * _MEMBRANE_BYTES * counts.output_numel)
         return dense, macs, acs, memory
 
-    def _attention(self, tally: Tally) -> Tuple[float, Tensor]:
-        by, a = self.conventions, tally.attention
-        if by.attention_order == 'cheaper' and a.kv_is_cheaper:
+    def _attention(self, counts: LayerCounts) -> Tuple[float, Tensor]:
+        conventions, a = self.conventions, counts.attention
+        if conventions.attention_order == 'cheaper' and a.kv_is_cheaper:
             dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
         else:
             dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
-        if by.attention == 'none':
+        if conventions.attention == 'none':
             return 2 * dense, torch.zeros_like(first)
-        first = pairs if by.attention == 'coincidence' else first * (dense / a.numel)
+        first = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
         return 2 * dense, first + second * (dense / a.numel)
 
     def _sum(self, layers: Iterable[LayerProfile]) -> Totals:
@@ -333,12 +361,12 @@ class Profile:
         steps = []
         for t, energy in enumerate(itertools.accumulate(energies)):
             p = self._predictions
-            said = {} if p is None else dict(
+            metrics = {} if p is None else dict(
                 agreement=p.agreement[t].item() / self.images,
                 confidence=p.confidence[t].item() / self.images,
                 accuracy=None if p.correct is None else p.correct[t].item() / self.images,
             )
-            steps.append(StepProfile(t + 1, energy + head, **said))
+            steps.append(StepProfile(t + 1, energy + head, **metrics))
         return steps
 
     def to_dict(self) -> Dict[str, Any]:
@@ -386,7 +414,7 @@ def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool
 
 
 @contextlib.contextmanager
-def unchanged(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
+def preserve_state(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
     """Disable gradients in the block, and restore time steps, BN statistics and the random state afterwards.
 
     Args:
@@ -446,7 +474,7 @@ def profile(
     recorder = Recorder(encoder, by_channel=is_mae)
     device = next(encoder.parameters()).device
     images, kind = 0, None
-    with unchanged(encoder, time_steps):
+    with preserve_state(encoder, time_steps):
         for batch in itertools.islice([data] if isinstance(data, Tensor) else data, max_batches):
             x, y = _split_batch(batch)
             if len(x) == 0:
@@ -463,7 +491,7 @@ def profile(
             kind = is_sequence, steps
             if predictions is not None:
                 y = _check_labels(y, encoder.num_classes, accuracy)
-            with recorder.watch():
+            with recorder.record():
                 model(x.to(device))
             if predictions is not None:
                 tokens = recorder.output.transpose(2, 3).unsqueeze(-1)  # [T, B, D, N, 1]
@@ -472,11 +500,11 @@ def profile(
             images += len(x)
     if images == 0:
         raise ValueError('There is no data: the loader returned no images.')
-    tallies = list(recorder.tallies.values())
+    layer_counts = list(recorder.layer_counts.values())
     name = getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__)
     result = Profile(
-        name, steps, images, is_sequence, any(t.neurons is None for t in tallies if t.spikes is not None),
-        conventions, cost, tallies, predictions)
+        name, steps, images, is_sequence, any(t.neuron_spikes is None for t in layer_counts if t.spikes is not None),
+        conventions, cost, layer_counts, predictions)
     if result.silent_layers:
         _logger.warning(
             'No neuron fires in %d of %d layers, such as %s, so the results are not meaningful. In eval mode, BN needs '

@@ -20,12 +20,12 @@ from ..layers import ConvBNLIF, LinearBNLIF, SpikingSelfAttention
 from ..network import Spikformer
 from ..stems import SpikingConvStem
 
-__all__ = ['AttentionTally', 'Recorder', 'Tally']
+__all__ = ['AttentionCounts', 'LayerCounts', 'Recorder']
 
 _aten = torch.ops.aten
 
 
-def _per_step(x: Tensor) -> Tensor:
+def _sum_per_step(x: Tensor) -> Tensor:
     """Sum `[T, ...]` over all dimensions but time, in float64 on the CPU; only channels are summed in float32."""
     x = x.sum(2 if x.ndim == 5 else -1, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.flatten(1).to('cpu').double().sum(1)
@@ -35,21 +35,21 @@ def _is_nonzero(x: Tensor) -> Tensor:
     return torch.ne(x, 0, out=torch.empty_like(x))
 
 
-def _add(total: Optional[Tensor], x: Tensor) -> Tensor:
+def _add_to(total: Optional[Tensor], x: Tensor) -> Tensor:
     return x if total is None else total + x
 
 
-class Fired:
+class SpikeCounts:
     """Number of spikes of each neuron, and the number of time steps in which it could have fired."""
 
     def __init__(self) -> None:
         self.counts: Optional[Tensor] = None
-        self.possible = 0
+        self.max_count = 0
 
-    def add(self, counts: Tensor, possible: int) -> None:
+    def add(self, counts: Tensor, max_count: int) -> None:
         counts = counts.to('cpu', torch.int32)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
-        self.possible += possible
+        self.max_count += max_count
 
     @property
     def silent(self) -> float:
@@ -59,11 +59,11 @@ class Fired:
     @property
     def saturated(self) -> float:
         """Fraction of the neurons that fired at every time step of every image."""
-        return (self.counts == self.possible).double().mean().item()
+        return (self.counts == self.max_count).double().mean().item()
 
 
 @dataclass
-class Tally:
+class LayerCounts:
     """Sums over all images for one layer (a product and its neurons). Tensors are `[steps]`, float64.
 
     `steps` is 1 for the input of the classifier, and for an input that is the same at all time steps; else it is T.
@@ -75,57 +75,61 @@ class Tally:
     has_bn: bool
     has_bias: bool  # whether the product has a bias
     weight_bytes: int  # bytes per weight
-    dense: float = 0.  # dense multiply-accumulates of one time step
-    numel: float = 0.  # number of input values of one time step
-    total: Optional[Tensor] = None  # sum of the inputs
-    nonzero: Optional[Tensor] = None  # number of inputs that are not 0
-    uses: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it is multiplied by
-    nonzero_uses: Optional[Tensor] = None  # number of products of a weight and a nonzero input
-    values: Counter = field(default_factory=Counter)  # counts of input values, for sums of spikes
+    dense_macs: float = 0.  # dense multiply-accumulates of one time step
+    input_numel: float = 0.  # number of input values of one time step
+    input_sum: Optional[Tensor] = None  # sum of the inputs
+    num_nonzero: Optional[Tensor] = None  # number of inputs that are not 0
+    synops: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it is multiplied by
+    nonzero_synops: Optional[Tensor] = None  # number of products of a weight and a nonzero input
+    value_counts: Counter = field(default_factory=Counter)  # counts of input values, for sums of spikes
     is_integer: bool = True  # whether all image inputs were non-negative integers
-    outputs: float = 0.  # number of output values of one time step
+    output_numel: float = 0.  # number of output values of one time step
     spikes: Optional[Tensor] = None
-    neurons: Optional[Fired] = field(default_factory=Fired)  # None if image sizes differ
-    channels: Fired = field(default_factory=Fired)
-    attention: Optional['AttentionTally'] = None
+    neuron_spikes: Optional[SpikeCounts] = field(default_factory=SpikeCounts)  # None if image sizes differ
+    channel_spikes: SpikeCounts = field(default_factory=SpikeCounts)
+    attention: Optional['AttentionCounts'] = None
 
     def add_input(self, x: Tensor) -> None:
         """Add the input of the layer, `[steps, ...]`."""
-        self.numel += x[0].numel()
-        self.total = _add(self.total, _per_step(x))
-        self.nonzero = self.total if self.input == 'spikes' else _add(self.nonzero, _per_step(_is_nonzero(x)))
+        self.input_numel += x[0].numel()
+        self.input_sum = _add_to(self.input_sum, _sum_per_step(x))
+        if self.input == 'spikes':
+            self.num_nonzero = self.input_sum
+        else:
+            self.num_nonzero = _add_to(self.num_nonzero, _sum_per_step(_is_nonzero(x)))
         if self.input == 'sums':
             counts = torch.bincount(x.flatten().round().long())  # rounded, because stochastic depth scales spikes
-            self.values.update({value: count for value, count in enumerate(counts.tolist()) if count})
+            self.value_counts.update({value: count for value, count in enumerate(counts.tolist()) if count})
         elif self.input == 'image':
             self.is_integer = self.is_integer and bool((x >= 0).all() and (x == x.round()).all())
 
     def add_product(self, func: Any, args: Any, out: Tensor, steps: int) -> None:
         """Add a product of the layer, whose input contains `steps` time steps along the batch dimension."""
-        self.dense += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
-        x, uses = args[1] if func is _aten.addmm.default else args[0], _USES[func]
-        self.uses = _add(self.uses, uses(x, args, steps))
+        self.dense_macs += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
+        x, count_synops = args[1] if func is _aten.addmm.default else args[0], _SYNOPS[func]
+        self.synops = _add_to(self.synops, count_synops(x, args, steps))
         if self.input == 'spikes':
-            self.nonzero_uses = self.uses
+            self.nonzero_synops = self.synops
         else:
-            self.nonzero_uses = _add(self.nonzero_uses, uses(_is_nonzero(x), args, steps))
+            self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_is_nonzero(x), args, steps))
 
     def add_spikes(self, spikes: Tensor, channel_dim: int) -> None:
         """Add the output of the neurons, `[T, B, ...]`."""
         T, B = spikes.shape[:2]
-        self.outputs += spikes[0].numel()
+        self.output_numel += spikes[0].numel()
         fired = spikes.sum(1, dtype=torch.promote_types(spikes.dtype, torch.float32))
-        self.spikes = _add(self.spikes, _per_step(fired))
+        self.spikes = _add_to(self.spikes, _sum_per_step(fired))
         fired = fired.sum(0).movedim(channel_dim - 2, 0)  # [C, positions]
-        if self.neurons is not None and self.neurons.counts is not None and self.neurons.counts.shape != fired.shape:
-            self.neurons = None
-        if self.neurons is not None:
-            self.neurons.add(fired, T * B)
-        self.channels.add(fired.flatten(1).sum(1), T * B * fired[0].numel())
+        earlier = None if self.neuron_spikes is None else self.neuron_spikes.counts
+        if earlier is not None and earlier.shape != fired.shape:
+            self.neuron_spikes = None
+        if self.neuron_spikes is not None:
+            self.neuron_spikes.add(fired, T * B)
+        self.channel_spikes.add(fired.flatten(1).sum(1), T * B * fired[0].numel())
 
 
 @dataclass
-class AttentionTally:
+class AttentionCounts:
     """Sums for the two products of spiking attention on spikes q, k, v, in both orders. Tensors are `[T]`, float64."""
     dense_qk: float = 0.  # multiply-accumulates per time step of each of the two products in (q k^T) v
     dense_kv: float = 0.  # the same for q (k^T v)
@@ -148,50 +152,50 @@ class AttentionTally:
         self.kv_is_cheaper = N > d
         self.numel += B * N * C
         self.q, self.k, self.v = (
-            _add(total, _per_step(x)) for total, x in ((self.q, q), (self.k, k), (self.v, v)))
-        self.qk = _add(self.qk, _per_step(q.sum(2) * k.sum(2)))
-        self.kv = _add(self.kv, _per_step(k.sum(4) * v.sum(4)))
+            _add_to(total, _sum_per_step(x)) for total, x in ((self.q, q), (self.k, k), (self.v, v)))
+        self.qk = _add_to(self.qk, _sum_per_step(q.sum(2) * k.sum(2)))
+        self.kv = _add_to(self.kv, _sum_per_step(k.sum(4) * v.sum(4)))
 
 
-def _conv_uses(x: Tensor, args: Any, steps: int) -> Tensor:
+def _conv_synops(x: Tensor, args: Any, steps: int) -> Tensor:
     _, weight, _, stride, padding, dilation = args[:6]
     at = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))  # [steps * n, H, W]
     at = at.to('cpu').double().view(steps, -1, 1, *at.shape[1:]).sum(1)
     kernel = torch.ones(1, 1, *weight.shape[2:], dtype=torch.float64)
-    uses = _aten.convolution(at, kernel, None, stride, padding, dilation, False, [0, 0], 1)
-    return uses.flatten(1).sum(1) * weight.shape[0]
+    synops = _aten.convolution(at, kernel, None, stride, padding, dilation, False, [0, 0], 1)
+    return synops.flatten(1).sum(1) * weight.shape[0]
 
 
-def _mm_uses(x: Tensor, args: Any, steps: int) -> Tensor:
-    return _per_step(x.reshape(steps, -1, x.shape[-1])) * args[-1].shape[-1]
+def _mm_synops(x: Tensor, args: Any, steps: int) -> Tensor:
+    return _sum_per_step(x.reshape(steps, -1, x.shape[-1])) * args[-1].shape[-1]
 
 
-# For each operator, a function of (input, arguments, steps) that returns the sums for `Tally.uses`, [steps]
-_USES: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
-    _aten.convolution.default: _conv_uses,
-    _aten.mm.default: _mm_uses,
-    _aten.addmm.default: _mm_uses,
+# For each operator, a function of (input, arguments, steps) that returns the sums for `LayerCounts.synops`, [steps]
+_SYNOPS: Dict[Any, Callable[[Tensor, Any, int], Tensor]] = {
+    _aten.convolution.default: _conv_synops,
+    _aten.mm.default: _mm_synops,
+    _aten.addmm.default: _mm_synops,
 }
 
 
 class _ProductCounter(TorchDispatchMode):
-    """Dispatch mode that adds the products of the running layer to its tally; active between `resume` and `pause`."""
+    """Dispatch mode that adds the products of the running layer to its counts; active between `resume` and `pause`."""
     allows_kernels = True  # kernels call the same product operators
 
     def __init__(self) -> None:
         super().__init__()
-        self.tally: Optional[Tally] = None
+        self.counts: Optional[LayerCounts] = None
         self.steps = 1  # number of time steps in the layer's input
         self._is_active = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in _USES:
-            self.tally.add_product(func, args, out, self.steps)
+        if func in _SYNOPS:
+            self.counts.add_product(func, args, out, self.steps)
         return out
 
-    def resume(self, tally: Tally, steps: int) -> None:
-        self.tally, self.steps = tally, steps
+    def resume(self, counts: LayerCounts, steps: int) -> None:
+        self.counts, self.steps = counts, steps
         if not self._is_active:
             self._is_active = True
             self.__enter__()
@@ -217,7 +221,7 @@ def _layers(encoder: Spikformer) -> Dict[str, nn.Module]:
     return layers
 
 
-def _describe(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
+def _layer_kind(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
     if is_first:
         return dict(group='stem', input='image')
     if name == 'head.fc':
@@ -230,7 +234,7 @@ def _describe(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
 
 
 class Recorder:
-    """Tallies of all layers of a Spikformer; run each batch as `with recorder.watch(): model(x)`."""
+    """Counts of all layers of a Spikformer; run each batch as `with recorder.record(): model(x)`."""
 
     def __init__(self, encoder: Spikformer, by_channel: bool = False):
         """
@@ -240,52 +244,52 @@ class Recorder:
                 positions differ between images.
         """
         self.encoder = encoder
-        self.tallies: Dict[str, Tally] = {}
+        self.layer_counts: Dict[str, LayerCounts] = {}
         self.output: Optional[Tensor] = None  # output of the last block for the last batch, [T, B, N, C]
         self._layers = _layers(encoder)
         self._counter = _ProductCounter()
         for i, (name, m) in enumerate(self._layers.items()):
             is_attention = isinstance(m, SpikingSelfAttention)
             product = next((p for p in m.modules() if isinstance(p, (nn.Conv2d, nn.Linear))), m)
-            self.tallies[name] = Tally(
+            self.layer_counts[name] = LayerCounts(
                 name,
                 parameters=0 if is_attention else sum(p.numel() for p in m.parameters()),
                 has_bn=not isinstance(getattr(m, 'bn', nn.Identity()), nn.Identity),
                 has_bias=not is_attention and product.bias is not None,
                 weight_bytes=next(m.parameters()).element_size(),
-                neurons=None if by_channel else Fired(),
-                attention=AttentionTally() if is_attention else None,
-                **_describe(encoder, name, i == 0),
+                neuron_spikes=None if by_channel else SpikeCounts(),
+                attention=AttentionCounts() if is_attention else None,
+                **_layer_kind(encoder, name, i == 0),
             )
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         for name, m in self._layers.items():
-            tally = self.tallies[name]
-            if tally.attention is not None:
+            counts = self.layer_counts[name]
+            if counts.attention is not None:
                 yield m.qkv.register_forward_hook(
-                    lambda qkv, args, out, tally=tally.attention, heads=m.num_heads: tally.add(out, heads))
+                    lambda qkv, args, out, counts=counts.attention, heads=m.num_heads: counts.add(out, heads))
                 neuron, channel_dim = m.attn_lif, 3
             else:
-                yield m.register_forward_pre_hook(lambda m, args, tally=tally: self._before(args[0], tally))
+                yield m.register_forward_pre_hook(lambda m, args, counts=counts: self._before(args[0], counts))
                 yield m.register_forward_hook(self._counter.pause)
                 neuron, channel_dim = (m if hasattr(m, 'lif') else None), 2 if isinstance(m, ConvBNLIF) else 3
             if neuron is not None:  # a hook on a module inside a layer would disable its kernel
                 yield neuron.register_forward_hook(
-                    lambda m, args, out, tally=tally, dim=channel_dim: tally.add_spikes(out, dim))
+                    lambda m, args, out, counts=counts, dim=channel_dim: counts.add_spikes(out, dim))
         last = self.encoder.blocks[-1] if len(self.encoder.blocks) else self.encoder.stem.stages[-1]
         yield last.register_forward_hook(self._after_last)
 
-    def _before(self, x: Tensor, tally: Tally) -> None:
-        if tally.input == 'features':
+    def _before(self, x: Tensor, counts: LayerCounts) -> None:
+        if counts.input == 'features':
             x = x.unsqueeze(0)
-        tally.add_input(x)
-        self._counter.resume(tally, len(x))
+        counts.add_input(x)
+        self._counter.resume(counts, len(x))
 
     def _after_last(self, layer: nn.Module, args: Any, out: Tensor) -> None:
         self.output = out if out.ndim == 4 else out.flatten(3).transpose(2, 3)
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def record(self) -> Iterator[None]:
         """Record the forward passes in the block; all hooks are removed afterwards."""
         handles: List[RemovableHandle] = []
         try:

@@ -134,7 +134,7 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
             console,
             f'Energy per image: {_energy(t.energy_mj)}. A dense ANN with the same layers: '
             f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.')))
-    for line in _how(profile):
+    for line in _describe_assumptions(profile):
         console.print(Text(_encodable(console, f'  {line}')))
 
 
@@ -151,7 +151,7 @@ def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
     console.print(table)
 
 
-def _how(profile: Profile) -> List[str]:
+def _describe_assumptions(profile: Profile) -> List[str]:
     """Return sentences that describe the energy model and the counting conventions."""
     cost = profile.cost
     lines = [
@@ -194,7 +194,7 @@ def _data_uri(svg: bytes) -> str:
     return f'data:image/svg+xml;base64,{base64.b64encode(svg).decode()}'
 
 
-def _bars(layers: List[LayerProfile]) -> Dict[str, float]:
+def _relative_energies(layers: List[LayerProfile]) -> Dict[str, float]:
     """Return the energy of each layer as a fraction of the highest one."""
     highest = max((x.energy_mj for x in layers), default=0.) or 1.
     return {x.name: x.energy_mj / highest for x in layers}
@@ -221,7 +221,8 @@ def to_html(
     template = environment.from_string(
         resources.files(__package__).joinpath('page.html.jinja').read_text(encoding='utf-8'))
     return template.render(
-        profile=profile, profiles=profiles, data=data, notes=notes, how=_how(profile), bars=_bars(profile.layers),
+        profile=profile, profiles=profiles, data=data, notes=notes, assumptions=_describe_assumptions(profile),
+        bars=_relative_energies(profile.layers),
         has_times=any(x.milliseconds is not None for x in profile.layers),
         pictures={name: (_data_uri(svg), _data_uri(to_dark(svg))) for name, svg in pictures.items()})
 
@@ -237,7 +238,7 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data:
     Raises:
         ValueError: See `timm_spikformer.folders.check_output`.
     """
-    check_output(folder, _KIND, inputs, data, add=True, names=sorted(_FILES))
+    check_output(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
 
 
 def write_report(
@@ -267,7 +268,7 @@ def write_report(
     files['profile.json'] = (json.dumps([p.to_dict() for p in profiles], indent=2) + '\n').encode()
     files['layers.csv'] = to_csv(profiles).encode()
     files[_PAGE] = to_html(profiles, activity, data, notes).encode()
-    with write_folder(folder, _KIND, add=True) as temporary:
+    with write_folder(folder, _KIND, allow_other_files=True) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
     return Path(folder) / _PAGE

@@ -13,10 +13,10 @@ from torch.optim.swa_utils import update_bn
 
 from ..arguments import check_count
 from ..devices import choose_device
-from ..images import Images, data_config, make_loader, match_classes, read_splits, sample_images
+from ..images import Images, data_config, make_loader, match_classes, read_splits, select_profiling_split
 from ..kernels import time_layers, use_kernels
 from ..masked_autoencoder import SpikformerMAE
-from ..reading import Checkpoint, read_checkpoint, read_source
+from ..reading import Checkpoint, read_checkpoint, read_checkpoint_source
 from ..spikformer import Spikformer, check_model_name, find_spikformer
 from .activity import check_layers, record_activity
 from .conventions import Conventions, CostModel, cost_model
@@ -26,7 +26,7 @@ from .report import check_report_folder, create_console, print_profile, print_st
 _NUM_PICTURES = 8
 
 
-class _Loaded(NamedTuple):
+class _LoadedModel(NamedTuple):
     """A model in eval mode, timm's data config, and the class names, if known."""
     model: nn.Module
     config: Dict[str, Any]
@@ -46,11 +46,11 @@ def run_profile(args: argparse.Namespace) -> Path:
     check_report_folder(
         args.output, *([path] if path is not None else [] for path in (args.checkpoint, args.data)))
     notes: List[str] = []
-    images = sample_images(read_splits(args.data, labels=False)).spread(args.images)
+    images = select_profiling_split(read_splits(args.data, labels=False)).sample_evenly(args.images)
     loaded = _load(args, notes)
     encoder = find_spikformer(loaded.model.to(device))
     check_layers(encoder, args.layers)
-    images, has_accuracy = _match(images, loaded, encoder, notes)
+    images, has_accuracy = _match_labels(images, loaded, encoder, notes)
     if args.calibrate:
         notes.append("BN's running statistics were computed on these images, for each number of time steps.")
     for note in notes:
@@ -121,26 +121,26 @@ def _parse_cost(text: str) -> CostModel:
     return cost_model(values)
 
 
-def _load(args: argparse.Namespace, notes: List[str]) -> _Loaded:
+def _load(args: argparse.Namespace, notes: List[str]) -> _LoadedModel:
     """Load the model; append notes for the report to `notes`."""
     name = args.model
     is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
     if is_registered:
         check_model_name(name.split('.')[0])
     if args.checkpoint is not None:
-        return _loaded(_read_checkpoint(args.checkpoint, name))
+        return _from_checkpoint(_read_checkpoint(args.checkpoint, name))
     try:
         if not is_registered:
-            return _loaded(read_source(name))
+            return _from_checkpoint(read_checkpoint_source(name))
         if args.calibrate and not timm.get_pretrained_cfg(name).has_weights:
             random_seed(0)
             model = timm.create_model(name)
             notes.append('The weights are random: the results are those of an untrained network.')
-            return _Loaded(model.eval(), data_config(model), None)
+            return _LoadedModel(model.eval(), data_config(model), None)
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as e:
         raise ValueError(f'{e} Specify weights with --checkpoint, or use random weights with --calibrate.') from e
-    return _Loaded(model.eval(), data_config(model), model.pretrained_cfg.get('label_names'))
+    return _LoadedModel(model.eval(), data_config(model), model.pretrained_cfg.get('label_names'))
 
 
 def _read_checkpoint(path: str, name: str) -> Checkpoint:
@@ -151,11 +151,11 @@ def _read_checkpoint(path: str, name: str) -> Checkpoint:
     return checkpoint
 
 
-def _loaded(checkpoint: Checkpoint) -> _Loaded:
-    return _Loaded(checkpoint.model, checkpoint.data_config, checkpoint.labels)
+def _from_checkpoint(checkpoint: Checkpoint) -> _LoadedModel:
+    return _LoadedModel(checkpoint.model, checkpoint.data_config, checkpoint.labels)
 
 
-def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:
+def _match_labels(images: Images, loaded: _LoadedModel, encoder: Spikformer, notes: List[str]) -> Tuple[Images, bool]:
     """Map the labels to the class indices of the model; return whether accuracy can be computed, else note why not."""
     if not encoder.num_classes or any(isinstance(m, SpikformerMAE) for m in loaded.model.modules()):
         return images, False
@@ -165,7 +165,7 @@ def _match(images: Images, loaded: _Loaded, encoder: Spikformer, notes: List[str
         notes.append(f'Accuracy is not computed. {e}')
         return images, False
     if loaded.labels is None or images.classes is None:
-        whose = 'The model' if loaded.labels is None else 'The dataset'
+        unnamed = 'The model' if loaded.labels is None else 'The dataset'
         notes.append(
-            f'{whose} has no class names: accuracy assumes the same class order in the model and the dataset.')
+            f'{unnamed} has no class names: accuracy assumes the same class order in the model and the dataset.')
     return images, True

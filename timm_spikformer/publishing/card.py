@@ -16,7 +16,7 @@ from ..profiling import Profile
 from ..reading import Checkpoint
 from ..stems import SpikingPatchSplitting
 
-__all__ = ['Dataset', 'Result', 'escape', 'read_results', 'render_card', 'results_files']
+__all__ = ['AccuracyResult', 'Dataset', 'escape', 'read_results', 'render_card', 'results_files']
 
 _TAGS = ['timm', 'transformers', 'snn', 'spikformer']
 _CITATIONS = {
@@ -38,14 +38,23 @@ _CITATIONS = {
 
 
 class Dataset(NamedTuple):
-    """Dataset of a result: its id on the Hub, its name, and the split; None for the split of the evaluated images."""
+    """Dataset of a result: its id on the Hub, its name, and the split; None for the split of the evaluated images.
+
+    >>> Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')._replace(split='train').split
+    'train'
+    """
     id: str
     name: str
     split: Optional[str] = None
 
 
-class Result(NamedTuple):
-    """An accuracy in percent, the dataset, and the tool that measured it."""
+class AccuracyResult(NamedTuple):
+    """An accuracy in percent, the dataset, and the tool that measured it.
+
+    >>> result = AccuracyResult('Top-1 accuracy', 86.8, Dataset('org/data', 'Data', 'test'), "timm's validate.py")
+    >>> list(results_files([result], date='2026-01-31'))
+    ['.eval_results/image-classification.yaml']
+    """
     name: str
     value: float
     dataset: Dataset
@@ -58,7 +67,7 @@ def escape(value: object) -> str:
     return re.sub(r'([\\`*_\[\]<>|~&$@]|:(?=//)|(?<=www)\.)', r'\\\1', text)
 
 
-def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoint) -> List[Result]:
+def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoint) -> List[AccuracyResult]:
     """Read the top-1 and top-5 accuracy of a checkpoint from a JSON or CSV file that timm's validate.py wrote.
 
     Args:
@@ -82,15 +91,15 @@ def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoin
     rows = rows if isinstance(rows, list) else [rows]
     if not rows or not all(isinstance(row, dict) and row.get('model') for row in rows):
         raise ValueError(f'{path} has no rows, or a row without a model name. {expected}.')
-    mine = [row for row in rows if _is_row_of(row, checkpoint)]
-    if len(mine) != 1:
-        what = 'more than one row' if mine else 'no row'
+    matching = [row for row in rows if _is_row_of(row, checkpoint)]
+    if len(matching) != 1:
+        what = 'more than one row' if matching else 'no row'
         models = ', '.join(sorted({str(row.get('checkpoint') or row['model'])[:100] for row in rows})[:5])
         source = '' if checkpoint.source is None else f', read from {checkpoint.source}'
         raise ValueError(
             f'{path} has {what} for this checkpoint, a {checkpoint.name}{source}; its rows are for {models}. Expected '
             f'one row with this file or folder or, if a row contains no path, with exactly this model name.')
-    row = mine[0]
+    row = matching[0]
     if row.get('error') not in (None, ''):
         raise ValueError(f'{path} reports an error for this checkpoint: {row["error"]}.')
     values = {
@@ -100,7 +109,7 @@ def read_results(path: Union[str, Path], dataset: Dataset, checkpoint: Checkpoin
     if values.get('top5', 100.) < values['top1']:
         raise ValueError(f'{path} has top5={values["top5"]} below top1={values["top1"]}, which is impossible.')
     names = dict(top1='Top-1 accuracy', top5='Top-5 accuracy')
-    return [Result(names[key], value, dataset, "timm's validate.py") for key, value in values.items()]
+    return [AccuracyResult(names[key], value, dataset, "timm's validate.py") for key, value in values.items()]
 
 
 def _read_accuracy(path: Path, key: str, value: Any) -> float:
@@ -131,7 +140,7 @@ def _is_row_of(row: Dict[str, Any], checkpoint: Checkpoint) -> bool:
     return name in (checkpoint.name, checkpoint.encoder.pretrained_cfg['architecture'])
 
 
-def results_files(results: List[Result], date: str) -> Dict[str, str]:
+def results_files(results: List[AccuracyResult], date: str) -> Dict[str, str]:
     """Return the contents of the Hub's `.eval_results/*.yaml` files by path; empty without results."""
     entries = [
         EvalResultEntry(
@@ -149,7 +158,7 @@ def render_card(
         repo_id: str,
         license: str,
         profile: Profile,
-        results: List[Result],
+        results: List[AccuracyResult],
         profiled_on: Optional[str] = None,
         datasets: Optional[List[str]] = None,
         base_model: Optional[str] = None,

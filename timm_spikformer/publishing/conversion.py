@@ -4,23 +4,32 @@ from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import timm
 
-from ..checkpoints import Conversion, convert_state_dict
+from ..checkpoints import ConvertedStateDict, convert_state_dict
 from ..images import data_config
-from ..reading import Checkpoint, check_data_config, create, create_matching, set_labels
+from ..reading import Checkpoint, check_data_config, create_from_state_dict, create_registered_model, set_labels
 from ..spikformer import check_model_name
 from ..state_dicts import check_size, check_tensors, find_state_dict, read_tensors
 from .folder import save_folder
 
-__all__ = ['Converted', 'convert']
+__all__ = ['ConversionResult', 'convert']
 
 
-class Converted(NamedTuple):
-    """Result of `convert`: the model name, and a report with one line per tensor."""
+class ConversionResult(NamedTuple):
+    """Result of `convert`: the model name, and a report with one line per tensor.
+
+    >>> import tempfile, torch
+    >>> model = timm.create_model('test_spikformer_v2')
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(model.state_dict(), Path(folder, 'weights.pth'))
+    ...     result = convert(Path(folder, 'weights.pth'), Path(folder, 'converted'), model='test_spikformer_v2')
+    >>> result.model, result.report[0]
+    ('test_spikformer_v2', 'stem.stages.0.down.conv.weight <- stem.stages.0.down.conv.weight')
+    """
     model: str
     report: List[str]
 
 
-def _report(conversion: Conversion) -> List[str]:
+def _report(conversion: ConvertedStateDict) -> List[str]:
     lines = []
     for target, sources in conversion.sources.items():
         lines.append(f'{target} <- {", ".join(sources) or "zeros: the checkpoint has none"}')
@@ -28,11 +37,11 @@ def _report(conversion: Conversion) -> List[str]:
     return lines
 
 
-def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> Conversion:
+def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Dict[str, Any]) -> ConvertedStateDict:
     """Convert a state dict to the tensors of a model; raise a ValueError if their names do not match exactly."""
     check_model_name(name)
     check_size(path, state_dict, model_kwargs)
-    empty = create(name, model_kwargs, device='meta')
+    empty = create_registered_model(name, model_kwargs, device='meta')
     try:
         conversion = convert_state_dict(state_dict, empty)
         if not any(key.startswith('head.') for key in conversion.state_dict):
@@ -73,7 +82,7 @@ def convert(
         model: Optional[str] = None,
         labels: Optional[List[str]] = None,
         model_kwargs: Optional[Dict[str, Any]] = None,
-) -> Converted:
+) -> ConversionResult:
     """Convert a checkpoint file to a folder that timm and transformers load.
 
     Args:
@@ -97,10 +106,10 @@ def convert(
     check_tensors(path, state_dict)
     model = model or _find_model(path, state_dict)
     conversion = _convert(path, state_dict, model, model_kwargs or {})
-    converted = create_matching(model, state_dict, model_kwargs=model_kwargs)
+    converted = create_from_state_dict(model, state_dict, model_kwargs=model_kwargs)
     checkpoint = Checkpoint(converted, data_config(converted), source=path)
     check_data_config(path, checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
-    save_folder(checkpoint, output, [path], is_live=False, command='convert')
-    return Converted(model, _report(conversion))
+    save_folder(checkpoint, output, [path], require_spikes=False, command='convert')
+    return ConversionResult(model, _report(conversion))

@@ -23,7 +23,7 @@ from ..hf.remote_code import save_remote_code
 from ..images import DATA_KEYS, data_config, make_loader, read_splits
 from ..masked_autoencoder import SpikformerMAE
 from ..monitor import FiringRateMonitor
-from ..reading import Checkpoint, timm_part
+from ..reading import Checkpoint, unwrap_timm_model
 
 __all__ = ['example_images', 'save_folder', 'verify_folder', 'write_checkpoint']
 
@@ -48,7 +48,7 @@ def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     else:
         cls = SpikformerForImageClassification if encoder.num_classes else SpikformerModel
     hf_model = cls(config)
-    timm_part(hf_model).load_state_dict(model.state_dict())
+    unwrap_timm_model(hf_model).load_state_dict(model.state_dict())
     return hf_model.eval()
 
 
@@ -89,7 +89,7 @@ def save_folder(
         checkpoint: Checkpoint,
         folder: Union[str, Path],
         inputs: Iterable[Union[str, Path]] = (),
-        is_live: bool = True,
+        require_spikes: bool = True,
         command: str = 'save_folder',
 ) -> None:
     """Write and verify a folder that timm and transformers load. After an error, nothing is written.
@@ -99,7 +99,7 @@ def save_folder(
         folder: Output folder. Only files that the same command wrote there for the same architecture are replaced; see
             `folders.write_folder`.
         inputs: Files that the checkpoint was read from; the folder must not contain them.
-        is_live: Whether at least one neuron of the encoder must fire, see `verify_folder`.
+        require_spikes: Whether at least one neuron of the encoder must fire, see `verify_folder`.
         command: Name of the command, for the manifest of the folder.
 
     Raises:
@@ -109,12 +109,12 @@ def save_folder(
     kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
     with write_folder(folder, kind, inputs) as temporary:
         write_checkpoint(checkpoint, temporary)
-        verify_folder(temporary, checkpoint, is_live)
+        verify_folder(temporary, checkpoint, require_spikes)
 
 
 def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
     """Return at most `count` of the shipped test images, preprocessed for the model, `[count, C, H, W]`."""
-    config, count = checkpoint.data_config, checkpoint.batch_size(count)
+    config, count = checkpoint.data_config, checkpoint.limit_batch_size(count)
     if checkpoint.encoder.in_chans not in (1, 3):
         return torch.randn(count, *config['input_size'], generator=torch.Generator().manual_seed(0))
     images = read_splits()['test'].select(range(count))
@@ -122,14 +122,14 @@ def example_images(checkpoint: Checkpoint, count: int = 8) -> Tensor:
 
 
 @torch.no_grad()
-def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: bool = True) -> Dict[str, float]:
+def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, require_spikes: bool = True) -> Dict[str, float]:
     """Load a folder with timm and with transformers, and check that tensors and outputs equal the source bit for bit.
 
     Args:
         folder: The folder.
         checkpoint: The source, see `reading.read_checkpoint`.
-        is_live: Whether at least one neuron of the encoder blocks must fire on the shipped images. If none fires,
-            equal outputs do not prove that the weights are equal.
+        require_spikes: Whether at least one neuron of the encoder blocks must fire on the shipped images. If none
+            fires, equal outputs do not prove that the weights are equal.
 
     Returns:
         The firing rate (spikes per neuron and time step) of every neuron layer on the shipped images.
@@ -144,19 +144,21 @@ def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: boo
     with FiringRateMonitor(encoder) as monitor:  # its hooks disable kernels that round differently
         encoder.forward_features(x)
         rates = dict(monitor.rates)
-    if is_live and not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
+    if require_spikes and not any(rate > 0. for name, rate in rates.items() if name.startswith('blocks.')):
         raise RuntimeError(
             'No neuron of the encoder fires on the shipped images. An untrained model has initial BN statistics: train '
             'it, or run some batches in train mode, before saving it.')
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     if not torch.equal(loaded.forward_features(x) if is_mae else loaded(x), expected):
-        raise RuntimeError(_differs('outputs', 'timm', 'A config.json cannot represent all of its arguments.'))
+        raise RuntimeError(
+            _difference_message('outputs', 'timm', 'A config.json cannot represent all of its arguments.'))
     _compare_tensors(loaded, encoder, 'timm', skip_head=is_mae)
     read_back = data_config(loaded)
     for key in DATA_KEYS:
-        if _plain(read_back[key]) != _plain(checkpoint.data_config[key]):
-            raise RuntimeError(_differs(key, 'timm', f'{read_back[key]}, expected {checkpoint.data_config[key]}.'))
+        if _as_list(read_back[key]) != _as_list(checkpoint.data_config[key]):
+            raise RuntimeError(
+                _difference_message(key, 'timm', f'{read_back[key]}, expected {checkpoint.data_config[key]}.'))
 
     if not is_mae and not encoder.num_classes:
         hf_model = SpikformerModel.from_pretrained(folder).eval()
@@ -172,13 +174,13 @@ def verify_folder(folder: Union[str, Path], checkpoint: Checkpoint, is_live: boo
     else:
         is_equal = torch.equal(hf_model.timm_model(x), expected)
     if not is_equal:
-        raise RuntimeError(_differs('outputs', 'transformers'))
-    _compare_tensors(timm_part(hf_model), model, 'transformers', skip_head=is_mae)
+        raise RuntimeError(_difference_message('outputs', 'transformers'))
+    _compare_tensors(unwrap_timm_model(hf_model), model, 'transformers', skip_head=is_mae)
     if checkpoint.labels is not None:
         if ordered_labels(hf_model.config.id2label) != checkpoint.labels:
-            raise RuntimeError(_differs('labels', 'transformers'))
+            raise RuntimeError(_difference_message('labels', 'transformers'))
         if list(loaded.pretrained_cfg['label_names']) != checkpoint.labels:
-            raise RuntimeError(_differs('labels', 'timm'))
+            raise RuntimeError(_difference_message('labels', 'timm'))
     return rates
 
 
@@ -186,13 +188,13 @@ def _compare_tensors(loaded: torch.nn.Module, source: torch.nn.Module, library: 
     theirs, ours = ({k: v for k, v in m.state_dict().items() if not (skip_head and 'head.' in k)}
                     for m in (loaded, source))
     if theirs.keys() != ours.keys() or not all(torch.equal(theirs[k], ours[k]) for k in ours):
-        raise RuntimeError(_differs('weights', library))
+        raise RuntimeError(_difference_message('weights', library))
 
 
-def _plain(value: object) -> object:
+def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _differs(what: str, library: str, detail: str = '') -> str:
+def _difference_message(what: str, library: str, detail: str = '') -> str:
     return (f'The written folder has different {what} in {library} than the original model, so it is discarded. '
             f'{detail}').rstrip()

@@ -21,9 +21,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..folders import MANIFEST, manifest_files
-from ..pretrained import check_hub
+from ..pretrained import check_hub_connection
 
-__all__ = ['Target', 'check_dataset_id', 'check_license', 'check_repo', 'check_token', 'inspect', 'upload']
+__all__ = [
+    'UploadTarget',
+    'check_dataset_id',
+    'check_license',
+    'check_repo_id',
+    'check_token',
+    'check_upload_target',
+    'upload',
+]
 
 # License identifiers that the Hub accepts, https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset("""
@@ -39,7 +47,7 @@ LICENSES = frozenset("""
 """.split())
 
 
-class Target(NamedTuple):
+class UploadTarget(NamedTuple):
     """State of the repository before the upload.
 
     Args:
@@ -51,7 +59,7 @@ class Target(NamedTuple):
     files: List[str]
 
 
-def check_repo(repo: str, what: str = 'a repository') -> None:
+def check_repo_id(repo: str, what: str = 'a repository') -> None:
     """Raise a ValueError if `repo` is not `ORG/NAME`."""
     try:
         validate_repo_id(repo)
@@ -84,8 +92,8 @@ def check_token(api: HfApi) -> None:
         ValueError: There is no token, or the Hub does not accept it.
         RuntimeError: The Hub cannot be reached.
     """
-    check_hub(api.endpoint)
-    with _explained():
+    check_hub_connection(api.endpoint)
+    with _convert_errors():
         try:
             api.whoami()
         except LocalTokenNotFoundError as e:
@@ -97,14 +105,14 @@ def check_token(api: HfApi) -> None:
             raise
 
 
-def inspect(
+def check_upload_target(
         api: HfApi,
         repo: str,
         architecture: str,
         private: Optional[bool] = None,
         revision: Optional[str] = None,
         tag: Optional[str] = None,
-) -> Target:
+) -> UploadTarget:
     """Check that uploading to a repository does not overwrite another model. If this cannot be checked, raise an error.
 
     Args:
@@ -119,13 +127,13 @@ def inspect(
         ValueError: The repository contains another model, is public although `private` is True, or already has the tag.
         RuntimeError: The Hub cannot be reached or returns an error.
     """
-    with _explained():
+    with _convert_errors():
         try:
             info = api.model_info(repo)
         except RepositoryNotFoundError as e:
             if isinstance(e, GatedRepoError):
                 raise ValueError(f'The repository {repo} is gated, and the token has no access. Ask its owner.') from e
-            return Target(None, [])
+            return UploadTarget(None, [])
         if private and not info.private:
             raise ValueError(
                 f'The repository {repo} is public. Make it private in its settings, or publish without --private.')
@@ -141,7 +149,7 @@ def inspect(
         if found not in (None, architecture):
             raise ValueError(
                 f'The repository {repo} contains {found}, but this is a {architecture}. Choose another name.')
-        return Target(head, _read_manifest(api, repo, at))
+        return UploadTarget(head, _read_manifest(api, repo, at))
 
 
 def upload(
@@ -158,14 +166,14 @@ def upload(
     The commit also deletes files that the manifest in the repository lists and the new manifest does not.
 
     Raises:
-        ValueError: The token may not write to the repository; or see `inspect`.
+        ValueError: The token may not write to the repository; or see `check_upload_target`.
         RuntimeError: The upload failed; the repository is unchanged, or newly created and empty.
     """
     new = [*manifest_files(folder), MANIFEST]
-    with _explained(repo):
+    with _convert_errors(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         # the commit names its parent, so it fails if the branch changes after this check
-        target = inspect(api, repo, architecture, private, revision, tag)
+        target = check_upload_target(api, repo, architecture, private, revision, tag)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         try:
@@ -210,7 +218,7 @@ def _read_manifest(api: HfApi, repo: str, revision: Optional[str]) -> List[str]:
 
 
 @contextmanager
-def _explained(repo: Optional[str] = None) -> Iterator[None]:
+def _convert_errors(repo: Optional[str] = None) -> Iterator[None]:
     """Convert errors of the Hub and of the network to a ValueError or a RuntimeError that states what to do.
 
     Args:

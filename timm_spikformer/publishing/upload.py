@@ -15,19 +15,27 @@ from torch import nn
 
 from ..checkpoints import DIGEST_ARG
 from ..folders import write_folder, write_manifest
-from ..images import Images, make_loader, match_classes, read_splits, train_test
+from ..images import Images, make_loader, match_classes, read_splits, select_train_test
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Profile, profile
-from ..reading import Checkpoint, check_data_config, from_model, read_checkpoint, set_labels
+from ..reading import Checkpoint, check_data_config, checkpoint_from_model, read_checkpoint, set_labels
 from . import hub
-from .card import Dataset, Result, read_results, render_card, results_files
+from .card import AccuracyResult, Dataset, read_results, render_card, results_files
 from .folder import example_images, verify_folder, write_checkpoint
 
-__all__ = ['Published', 'publish']
+__all__ = ['PublishResult', 'publish']
 
 
-class Published(NamedTuple):
-    """Result of `publish`: the output folder, if any, and the URL and commit hash of the upload, if any."""
+class PublishResult(NamedTuple):
+    """Result of `publish`: the output folder, if any, and the URL and commit hash of the upload, if any.
+
+    >>> import tempfile, timm
+    >>> model = timm.create_model('spikformer_v2_2_64_patch4_32.fashion_mnist', pretrained=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = publish(model, 'org/name', 'mit', output=Path(folder, 'model'), dry_run=True)
+    >>> result.folder.name, result.url
+    ('model', None)
+    """
     folder: Optional[Path]
     url: Optional[str] = None
     commit: Optional[str] = None
@@ -52,7 +60,7 @@ def publish(
         tag: Optional[str] = None,
         token: Optional[str] = None,
         model_kwargs: Optional[Dict[str, Any]] = None,
-) -> Published:
+) -> PublishResult:
     """Publish a checkpoint as a Hub repository that timm and transformers both load.
 
     All checks run before the upload, and the upload is a single commit: after an interruption, the repository is
@@ -90,15 +98,15 @@ def publish(
     inputs = [path for path in (checkpoint, results) if isinstance(path, (str, Path))]
     data = [] if eval_data is None else [eval_data]
     api = HfApi(token=token, library_name='timm-spikformer')
-    with _random_state_kept(), contextlib.ExitStack() as stack:
-        checkpoint = _read(checkpoint, model, ema, labels, model_kwargs)
+    with _preserve_random_state(), contextlib.ExitStack() as stack:
+        checkpoint = _read_or_copy(checkpoint, model, ema, labels, model_kwargs)
         architecture = checkpoint.encoder.pretrained_cfg['architecture']
         kind = f'publish {architecture}'
         folder = Path(stack.enter_context(
             tempfile.TemporaryDirectory() if output is None else write_folder(output, kind, inputs, data)))
         if not dry_run:
             hub.check_token(api)
-            hub.inspect(api, repo, architecture, private, revision, tag)
+            hub.check_upload_target(api, repo, architecture, private, revision, tag)
         measured = []
         if results is not None:
             measured = read_results(results, dataset._replace(split=dataset.split or 'test'), checkpoint)
@@ -110,13 +118,13 @@ def publish(
         card = render_card(checkpoint, repo, license, profiled, measured, profiled_on, train_datasets, base_model)
         date = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
         write_checkpoint(checkpoint, folder, str(card), results_files(measured, date))
-        _check_texts(folder)
+        _check_no_local_paths(folder)
         verify_folder(folder, checkpoint)
         write_manifest(folder, kind)
         if dry_run:
-            return Published(Path(output))
+            return PublishResult(Path(output))
         commit = hub.upload(api, folder, repo, architecture, private, revision, tag)
-    return Published(Path(output) if output is not None else None, f'{api.endpoint}/{repo}', commit)
+    return PublishResult(Path(output) if output is not None else None, f'{api.endpoint}/{repo}', commit)
 
 
 def _check_arguments(
@@ -130,10 +138,10 @@ def _check_arguments(
         output: Optional[Union[str, Path]],
         dry_run: bool,
 ) -> None:
-    hub.check_repo(repo)
+    hub.check_repo_id(repo)
     hub.check_license(license)
     if base_model is not None:
-        hub.check_repo(base_model, 'the base model')
+        hub.check_repo_id(base_model, 'the base model')
     for id in (*(train_datasets or ()), *((dataset.id,) if dataset else ())):
         hub.check_dataset_id(id)
     if (results is not None or eval_data is not None) and dataset is None:
@@ -143,7 +151,7 @@ def _check_arguments(
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     """Restore the random states of PyTorch, Python and NumPy on exit, because creating a model changes them."""
     states = random.getstate(), np.random.get_state()
     try:
@@ -154,7 +162,7 @@ def _random_state_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _read(
+def _read_or_copy(
         checkpoint: Union[str, Path, nn.Module, Checkpoint],
         model: Optional[str],
         ema: bool,
@@ -163,9 +171,9 @@ def _read(
 ) -> Checkpoint:
     """Read or copy a checkpoint, so that the caller may modify it."""
     if isinstance(checkpoint, nn.Module):
-        checkpoint = from_model(checkpoint)
+        checkpoint = checkpoint_from_model(checkpoint)
     elif isinstance(checkpoint, Checkpoint):
-        copied = from_model(checkpoint.model)
+        copied = checkpoint_from_model(checkpoint.model)
         checkpoint = dataclasses.replace(
             checkpoint, model=copied.model, data_config=dict(checkpoint.data_config or copied.data_config),
             name=checkpoint.name or copied.name)
@@ -177,7 +185,7 @@ def _read(
     return checkpoint
 
 
-def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Profile, str, Result]:
+def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[Profile, str, AccuracyResult]:
     """Return the profile of a checkpoint on the test images in a folder, their description, and the accuracy."""
     encoder = checkpoint.encoder
     if isinstance(checkpoint.model, SpikformerMAE) or not encoder.num_classes:
@@ -190,9 +198,10 @@ def _evaluate(checkpoint: Checkpoint, folder: Path, dataset: Dataset) -> Tuple[P
     dataset = dataset._replace(split=images.split)
     if checkpoint.labels is None and images.classes is not None:
         set_labels(checkpoint, images.classes)
-    profiled = profile(encoder, make_loader(images, checkpoint.data_config, checkpoint.batch_size(64)), accuracy=True)
+    loader = make_loader(images, checkpoint.data_config, checkpoint.limit_batch_size(64))
+    profiled = profile(encoder, loader, accuracy=True)
     by = f'timm-spikformer publish, on {profiled.images:,} images'
-    result = Result('Top-1 accuracy', round(100 * profiled.accuracy, 2), dataset, by)
+    result = AccuracyResult('Top-1 accuracy', round(100 * profiled.accuracy, 2), dataset, by)
     return profiled, f'{profiled.images:,} images of {dataset.name}, {dataset.split}', result
 
 
@@ -210,7 +219,7 @@ def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
     args = checkpoint.training.args if checkpoint.training is not None else {}
     seed, digest = args.get('seed'), args.get(DIGEST_ARG)
     if type(seed) is int and seed >= 0 and digest is not None:
-        train, test = train_test(splits, seed)
+        train, test = select_train_test(splits, seed)
         if train.digest() == digest:
             return test
     raise ValueError(
@@ -219,7 +228,7 @@ def _test_images(checkpoint: Checkpoint, folder: Path) -> Images:
         f'checkpoint of `timm-spikformer demo` and the data that it was trained on.')
 
 
-def _check_texts(folder: Path) -> None:
+def _check_no_local_paths(folder: Path) -> None:
     """Raise a RuntimeError if a text file to be published contains a local path."""
     for path in folder.rglob('*'):
         if path.suffix in ('.md', '.json', '.yaml'):
