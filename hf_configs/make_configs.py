@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 
 from timm_spikformer import SpikformerConfig
-from timm_spikformer.hf.image_processing import create_image_processor
+from timm_spikformer.hf.processing import create_processor
 from timm_spikformer.pretrained import get_training_cfg
 
 
@@ -20,8 +20,9 @@ def write(name: str, folder: Path, **kwargs) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # the training scripts read the labels from the dataset
-        SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs).save_pretrained(temporary)
-        create_image_processor(cfg.to_dict()).save_pretrained(temporary)
+        config = SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs)
+        config.save_pretrained(temporary)
+        create_processor(cfg.to_dict(), config.time_steps).save_pretrained(temporary)
         for file in os.listdir(temporary):
             os.replace(Path(temporary, file), folder / file)
 

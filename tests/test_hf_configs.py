@@ -4,9 +4,16 @@ from pathlib import Path
 import pytest
 import timm
 from timm.models import get_arch_pretrained_cfgs
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TrainingArguments,
+)
 
 from hf_configs import make_configs
+from timm_spikformer.hf.processing import read_data_config
 
 ROOT = Path(__file__).parents[1] / 'hf_configs'
 ARGS = sorted((ROOT / 'args').glob('*.json'))
@@ -35,8 +42,12 @@ def test_config_creates_registered_model(name):
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
     assert model.time_steps == timm.create_model(name, device='meta').time_steps
     cfg = next(cfg for cfg in get_arch_pretrained_cfgs(name).values() if not cfg.file)
-    processor = AutoImageProcessor.from_pretrained(ROOT / name)
-    assert (config.num_channels, processor.crop_size['height'], processor.crop_size['width']) == cfg.input_size
+    processor = json.loads((ROOT / name / 'preprocessor_config.json').read_text())
+    if config.num_channels == 2:
+        assert AutoFeatureExtractor.from_pretrained(ROOT / name).time_steps == model.time_steps
+    else:
+        assert list(AutoImageProcessor.from_pretrained(ROOT / name).image_mean) == processor['image_mean']
+    assert read_data_config(processor, config.num_channels)['input_size'] == cfg.input_size
     assert tuple(processor.image_mean) == cfg.mean and tuple(processor.image_std) == cfg.std
 
 

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from transformers import (
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
@@ -30,7 +31,8 @@ from transformers import (
 )
 
 from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
-from timm_spikformer.hf.image_processing import create_image_processor, read_data_config
+from timm_spikformer.event_data.frames import Events
+from timm_spikformer.hf.processing import create_processor, read_data_config
 from timm_spikformer.hf.remote_code import remote_sources
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import convert, publish, read_checkpoint
@@ -180,7 +182,7 @@ def test_image_processor_matches_timm_transform(size, crop_pct):
     config = dict(
         input_size=(3, size, size), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), interpolation='bicubic',
         crop_pct=crop_pct)
-    processor = create_image_processor(config)
+    processor = create_processor(config, time_steps=4)
     ours = processor(image, return_tensors='pt').pixel_values[0]
     expected = create_transform(**config, is_training=False)(image)
     assert ours.shape == expected.shape and (ours - expected).abs().mean() < 0.01  # in units of the standard deviation
@@ -316,8 +318,8 @@ def test_malformed_arguments_in_checkpoint(changes, message, small, tmp_path):
     ('config.json', '[]', 'contains a list, expected a JSON object'),
     ('config.json', '{"model_type": "spikformer"', 'is not JSON'),
     ('config.json', None, 'cannot be loaded into the model of its config.json'),
-    ('preprocessor_config.json', '{}', 'is not a valid image processor config'),
-    ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not a valid image processor config'),
+    ('preprocessor_config.json', '{}', 'is not a valid processor config'),
+    ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not a valid processor config'),
     ('training_args.yaml', '- 1', 'does not contain `command: ...` and the arguments'),
     ('training_args.yaml', 'lr: 3', 'does not contain `command: ...` and the arguments'),
     ('trainer_state.json', '{"global_step": 3}', 'is not a valid Trainer state'),
@@ -564,3 +566,20 @@ def test_command(small, tmp_path, capsys):
     assert_all_loaders(tmp_path / 'out', small, LABELS)
     with pytest.raises(SystemExit, match='error: The labels cannot be read'):
         cli.main([*arguments, '--dry-run', '--labels', str(tmp_path / 'nothing.txt')])
+
+
+def test_processor_of_an_event_model(tmp_path):
+    """A model with 2 input channels is published with a processor of events, and a card that shows its input."""
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model(
+        'test_spikformer_v2', in_chans=2, num_classes=3, time_steps=5, img_size=32,
+        pretrained_cfg_overlay=dict(mean=(0., 0.), std=(1., 1.))), torch.rand(16, 2, 32, 32))
+    publish(model, 'me/events', 'mit', output=tmp_path / 'published', dry_run=True)
+    processor = AutoFeatureExtractor.from_pretrained(tmp_path / 'published')
+    assert (processor.size, processor.time_steps, processor.image_mean) == ([32, 32], 5, [0., 0.])
+    events = Events(*(np.arange(40) % n for n in (10 ** 6, 32, 32, 2)))
+    assert processor(events)['pixel_values'].shape == (1, 5, 2, 32, 32)
+    card = (tmp_path / 'published' / 'README.md').read_text()
+    assert 'AutoFeatureExtractor' in card and 'AutoImageProcessor' not in card and 'create_transform' not in card
+    read = read_checkpoint(tmp_path / 'published')
+    assert read.data_config['input_size'] == (2, 32, 32) and read.processor['time_steps'] == 5

@@ -402,14 +402,14 @@ def _read_folder(path: Path) -> Checkpoint:
     checkpoint.source, checkpoint.name = path, checkpoint.encoder.pretrained_cfg['architecture']
     check_model_name(checkpoint.name)
     if (path / 'preprocessor_config.json').is_file():
-        from .hf.image_processing import read_data_config
+        from .hf.processing import read_data_config
         checkpoint.processor = _read_json(path / 'preprocessor_config.json')
         try:
             checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
         except _PARSING_ERRORS as e:
             raise ValueError(
-                f'{path / "preprocessor_config.json"} is not a valid image processor config with size, image_mean, '
-                f'image_std and resample: {type(e).__name__} {first_line(e)}.') from e
+                f'{path / "preprocessor_config.json"} is not a valid processor config with size, image_mean and '
+                f'image_std: {type(e).__name__} {first_line(e)}.') from e
     checkpoint.training = _read_training(path)
     return checkpoint
 

@@ -35,7 +35,8 @@ def save_remote_code(folder: Union[str, Path]) -> None:
     config['auto_map'] = _AUTO_MAP
     processor = folder / 'preprocessor_config.json'
     if processor.is_file():  # for a local folder in timm's format, transformers reads this only from config.json
-        config['image_processor_type'] = json.loads(processor.read_text(encoding='utf-8'))['image_processor_type']
+        kind = json.loads(processor.read_text(encoding='utf-8')).get('image_processor_type')
+        config.update({} if kind is None else {'image_processor_type': kind})  # None for event sequences
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', encoding='utf-8')
     partial.replace(path)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, AutoModelForMaskedImag
 from ..checkpoints import TRAINING_FILE
 from ..folders import write_folder
 from ..hf.configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
-from ..hf.image_processing import create_image_processor
+from ..hf.processing import create_processor
 from ..hf.modeling_spikformer import (
     SpikformerForImageClassification,
     SpikformerForMaskedImageModeling,
@@ -69,7 +69,8 @@ def write_checkpoint(
     hf_model = _to_transformers(checkpoint)
     hf_model.save_pretrained(folder)
     if checkpoint.processor is None:
-        create_image_processor(hf_model.config.to_dict()['pretrained_cfg']).save_pretrained(folder)
+        config = hf_model.config
+        create_processor(config.to_dict()['pretrained_cfg'], config.time_steps).save_pretrained(folder)
     else:
         text = json.dumps(checkpoint.processor, indent=2) + '\n'
         (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')

@@ -1,4 +1,4 @@
-"""Conversion between timm's data config and transformers' image processors."""
+"""Conversion between timm's data config and the processors of transformers."""
 import math
 from typing import Any, Dict
 
@@ -6,16 +6,24 @@ from PIL import Image
 from timm.data import str_to_pil_interp
 from transformers import CLIPImageProcessor, ViTImageProcessor
 
-__all__ = ['create_image_processor', 'read_data_config']
+from .event_processing import SpikformerEventProcessor
+
+__all__ = ['create_processor', 'read_data_config']
 
 
-def create_image_processor(pretrained_cfg: Dict[str, Any]):
-    """Create a transformers image processor with the size, crop, interpolation, mean and std of a timm cfg.
+def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int):
+    """Create a processor with the size, crop, interpolation, mean and std of a timm cfg.
 
+    The processor of a model with 2 input channels, one per polarity, is a `SpikformerEventProcessor`, which splits a
+    recording into `time_steps` frames. Otherwise it is an image processor of transformers.
     CLIPImageProcessor resizes the shorter side and crops the center, like timm. It has only one size for both sides, so
     ViTImageProcessor, which resizes each side, is used for inputs that are not square.
     """
     channels, height, width = pretrained_cfg['input_size']
+    if channels == 2:
+        return SpikformerEventProcessor(
+            size=(height, width), time_steps=time_steps, image_mean=pretrained_cfg['mean'],
+            image_std=pretrained_cfg['std'])
     common = dict(
         resample=int(str_to_pil_interp(pretrained_cfg['interpolation'])),
         image_mean=list(pretrained_cfg['mean']), image_std=list(pretrained_cfg['std']),
@@ -33,6 +41,10 @@ def create_image_processor(pretrained_cfg: Dict[str, Any]):
 def read_data_config(processor: Dict[str, Any], channels: int) -> Dict[str, Any]:
     """Return timm's `input_size`, `mean`, `std`, `interpolation` and `crop_pct` for a preprocessor_config.json."""
     size = processor['size']
+    if processor.get('feature_extractor_type') == SpikformerEventProcessor.__name__:
+        return dict(
+            input_size=(channels, *size), mean=tuple(processor['image_mean']), std=tuple(processor['image_std']),
+            interpolation='bilinear', crop_pct=1.0)
     crop = processor.get('crop_size') if processor.get('do_center_crop', True) else None
     edge = size.get('shortest_edge')
     target = crop or (dict(height=edge, width=edge) if edge else size)
