@@ -18,10 +18,10 @@ from conftest import write_images
 from PIL import Image
 
 from timm_spikformer import cli, training
-from timm_spikformer.demo.linear import fit_linear
 from timm_spikformer.demo.progress import Progress, Stage
 from timm_spikformer.folders import MANIFEST
 from timm_spikformer.images import make_loader, read_splits, select_train_test, training_data_config
+from timm_spikformer.linear import fit_linear
 from timm_spikformer.training import Recipe
 
 TINY = ['--model', 'test_spikformer_v2', '--batch-size', '8', '--lr', '3e-3', '--device', 'cpu', '--labeled', '40',

@@ -36,11 +36,11 @@ from ..images import (
     select_train_test,
     training_data_config,
 )
+from ..linear import fit_linear
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
 from ..training import Objective, Recipe, classify, evaluate, init_bn_bias, reconstruct, train
 from .command import KIND, SETTINGS, STAGES, add_arguments
-from .linear import fit_linear
 from .pictures import reconstruction_loss, save_predictions, save_reconstructions
 from .progress import Progress, Stage, StageProgress
 

@@ -53,6 +53,8 @@ def parse_name(name: str) -> EventName:
     >>> parse_name('events/cifar10_dvs?time_steps=10')
     EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', split='', roll=0)
     """
+    if not is_event_name(name):
+        raise ValueError(f'The name of an event dataset starts with {_PREFIX}, got {name!r}.')
     dataset, _, query = name[len(_PREFIX):].partition('?')
     known = (*DATASETS, SIMULATED)
     if dataset not in known:

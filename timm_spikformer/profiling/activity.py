@@ -21,7 +21,9 @@ class Activity:
     """Activity of a model on a few images.
 
     Args:
-        images: The images, with pixels in the range 0 to 1, `[n, C, H, W]`.
+        images: The images, or means over time of the sequences, `[n, C, H, W]`, in the range 0 to 1. Event counts (2
+            channels) are divided by the largest of the image.
+        frames: Frames of event sequences, `[n, T, 2, H, W]`, divided by the largest count of the sequence.
         rasters: For each layer, the binary spikes of at most 64 evenly spaced neurons, `[n, T, neurons]`.
         attention: For each block, the attention that each token receives, `[n, H / patch_size, W / patch_size]`.
         masked: For a masked autoencoder, the images with masked patches gray, `[n, C, H, W]`.
@@ -34,10 +36,17 @@ class Activity:
     (torch.Size([1, 2, 64]), torch.Size([1, 4, 4]))
     """
     images: Tensor
+    frames: Optional[Tensor] = None
     rasters: Dict[str, Tensor] = field(default_factory=dict)
     attention: Dict[str, Tensor] = field(default_factory=dict)
     masked: Optional[Tensor] = None
     reconstructed: Optional[Tensor] = None
+
+
+def _divide_by_largest(counts: Tensor, reference: Tensor) -> Tensor:
+    """Divide counts `[n, ...]` by the largest value of each sample in `reference`, and clamp the result to 0 to 1."""
+    largest = reference.flatten(1).amax(1).clamp(min=1e-6)
+    return (counts / largest.view(-1, *(1,) * (counts.ndim - 1))).clamp(0, 1)
 
 
 def _neurons(encoder: Spikformer) -> Dict[str, LIF]:
@@ -111,12 +120,22 @@ def record_activity(
     mean = cfg.get('mean', (0.,)) if mean is None else mean
     std = cfg.get('std', (1.,)) if std is None else std
 
-    def to_pixels(images: Tensor) -> Tensor:
-        m, s = (torch.tensor(v if len(v) in (1, images.shape[1]) else [sum(v) / len(v)]) for v in (mean, std))
-        return (images.float().cpu() * s.view(-1, 1, 1) + m.view(-1, 1, 1)).clamp(0, 1)
+    is_events = x.shape[-3] == 2
 
-    displayed = x.mean(1) if x.ndim == 5 else x
-    activity = Activity(to_pixels(displayed))
+    def to_counts(images: Tensor) -> Tensor:
+        """Undo the normalization."""
+        m, s = (torch.tensor(v if len(v) in (1, images.shape[-3]) else [sum(v) / len(v)]) for v in (mean, std))
+        return images.float().cpu() * s.view(-1, 1, 1) + m.view(-1, 1, 1)
+
+    def to_pixels(images: Tensor) -> Tensor:
+        if is_events:
+            return _divide_by_largest(to_counts(images), to_counts(shown))
+        return to_counts(images).clamp(0, 1)
+
+    shown = x.mean(1) if x.ndim == 5 else x
+    activity = Activity(to_pixels(shown))
+    if is_events and x.ndim == 5:
+        activity.frames = _divide_by_largest(to_counts(x), to_counts(x))
     handles = []
 
     def record_spikes(name: str) -> None:

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='recompute BN statistics on the images; a model without pretrained weights is initialized randomly')
     add('--data', metavar='DIR',
         help='DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, DIR/*.png or parquet files (default: the shipped '
-             'Fashion-MNIST)')
+             'Fashion-MNIST); or with --events, the folder of the event dataset')
+    add('--events', metavar='NAME',
+        help='profile on event sequences, such as events/cifar10_dvs?time_steps=16; the name determines T')
     add('--images', type=int, default=1000, metavar='N', help='maximum number of images (default: %(default)s)')
     add('--batch-size', type=int, default=32, metavar='N', help='images per batch (default: %(default)s)')
     add('--time-steps', type=int, nargs='+', metavar='T', help='numbers of time steps (default: that of the model)')

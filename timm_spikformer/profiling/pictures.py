@@ -5,6 +5,7 @@ import textwrap
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -16,10 +17,13 @@ from .counting import Profile
 
 __all__ = ['PICTURES', 'render', 'render_probabilities', 'to_dark']
 
-PICTURES = ('firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')  # keys of `render`
+# keys of `render`
+PICTURES = ('events', 'firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')
 
 _COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
 _INK = {False: '#24292f', True: '#d8dee4'}
+_EVENT_COLORS = '#d9822b', '#3b82c4'  # OFF, ON
+_MAX_STEPS = 8  # frames of an event sequence
 _MAX_IMAGES = 4  # per row, so that figures fit on the screen of a phone
 
 
@@ -126,14 +130,44 @@ def _rasters(activity: Activity) -> Figure:
         axes.set_yticks([])
         axes.set_title(name.replace('stages.', ''), fontsize=9)
     is_single = len(activity.images) == 1
-    fig.supxlabel('time steps' if is_single else 'time steps, image by image', fontsize=9)
+    fig.supxlabel('time steps' if is_single else 'time steps, sample by sample', fontsize=9)
     fig.supylabel('neurons', fontsize=9)
     return fig
 
 
 def _to_numpy(image: torch.Tensor) -> np.ndarray:
+    """Return a picture for matplotlib: RGB `[H, W, 3]`, or RGBA for event counts, transparent where there are none."""
+    if len(image) == 2:
+        off, on = image.numpy()
+        total = off + on
+        share = (on / np.maximum(total, 1e-6))[..., None]
+        colors = [np.array(matplotlib.colors.to_rgb(color)) for color in _EVENT_COLORS]
+        return np.concatenate([colors[0] * (1. - share) + colors[1] * share, total.clip(0, 1)[..., None] ** 0.5], 2)
     image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return image.permute(1, 2, 0).numpy()
+
+
+def _to_gray(picture: np.ndarray) -> np.ndarray:
+    """Return a picture without colors, as background of a heat map."""
+    if picture.shape[2] == 4:
+        return np.concatenate([np.full_like(picture[..., :3], 0.5), picture[..., 3:]], 2)
+    return picture.mean(2, keepdims=True).repeat(3, 2)
+
+
+def _events(activity: Activity) -> Figure:
+    sequences = activity.frames[:_MAX_IMAGES]
+    steps = np.linspace(0, sequences.shape[1] - 1, min(_MAX_STEPS, sequences.shape[1])).round().astype(int)
+    fig = _figure(4.4 * len(sequences) / len(steps) + 0.3)
+    grid = fig.subplots(len(sequences), len(steps), squeeze=False)
+    for line, frames in zip(grid, sequences):
+        for axes, step in zip(line, steps):
+            axes.imshow(_to_numpy(frames[step]))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[['top', 'right']].set_visible(True)
+    for axes, step in zip(grid[0], steps):
+        axes.set_title(f't = {step + 1}', fontsize=9)
+    return fig
 
 
 def _grid(rows: List[Sequence[np.ndarray]], titles: List[str], overlays: List[Sequence[np.ndarray]]) -> Figure:
@@ -163,12 +197,12 @@ def _attention(activity: Activity) -> Figure:
     images = activity.images[:_MAX_IMAGES]
     size = images.shape[-2:]
     shown = [_to_numpy(image) for image in images]
-    rows, titles, overlays = [shown], ['images'], [[]]
+    rows, titles, overlays = [shown], ['input'], [[]]
     names = list(activity.attention)
     for name in names if len(names) <= 4 else [names[0], names[len(names) // 2], names[-1]]:
         maps = activity.attention[name][:_MAX_IMAGES].unsqueeze(1)
         maps = F.interpolate(maps, size=size, mode='nearest').squeeze(1)
-        rows.append([image.mean(2, keepdims=True).repeat(3, 2) for image in shown])
+        rows.append([_to_gray(image) for image in shown])
         titles.append(f'attention received, {name}')
         overlays.append(list(maps.numpy()))
     return _grid(rows, titles, overlays)
@@ -177,7 +211,7 @@ def _attention(activity: Activity) -> Figure:
 def _reconstructions(activity: Activity) -> Figure:
     rows = [[_to_numpy(image) for image in images[:_MAX_IMAGES]]
             for images in (activity.images, activity.masked, activity.reconstructed)]
-    return _grid(rows, ['images', 'visible patches', 'masked patches reconstructed'], [[], [], []])
+    return _grid(rows, ['input', 'visible patches', 'masked patches reconstructed'], [[], [], []])
 
 
 def _draw(
@@ -187,6 +221,7 @@ def _draw(
 ) -> Iterator[Tuple[str, Figure]]:
     has_steps = profile.steps[-1].agreement is not None and profile.time_steps > 1
     figures = {
+        'events': activity is not None and activity.frames is not None and (lambda: _events(activity)),
         'firing_rates': lambda: _firing_rates(profile),
         'energy': lambda: _energy(profile),
         'anytime': has_steps and (lambda: _anytime(profile)),

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..arguments import check_count
 from ..devices import choose_device
+from ..event_data.names import parse_name, read_event_splits
 from ..images import Images, data_config, make_loader, match_classes, read_splits, select_profiling_split
 from ..kernels import time_layers, use_kernels
 from ..masked_autoencoder import SpikformerMAE
@@ -46,7 +47,8 @@ def run_profile(args: argparse.Namespace) -> Path:
     check_report_folder(
         args.output, *([path] if path is not None else [] for path in (args.checkpoint, args.data)))
     notes: List[str] = []
-    images = select_profiling_split(read_splits(args.data, labels=False)).sample_evenly(args.images)
+    splits = read_splits(args.data, labels=False) if args.events is None else read_event_splits(args.events, args.data)
+    images = select_profiling_split(splits).sample_evenly(args.images)
     loaded = _load(args, notes)
     encoder = find_spikformer(loaded.model.to(device))
     check_layers(encoder, args.layers)
@@ -58,7 +60,11 @@ def run_profile(args: argparse.Namespace) -> Path:
 
     loader = make_loader(images, loaded.config, args.batch_size, device)
     profiles: List[Profile] = []
-    for time_steps in sorted(set(args.time_steps or [encoder.time_steps])):
+    if args.events is not None:
+        numbers = [parse_name(args.events).time_steps]
+    else:
+        numbers = sorted(set(args.time_steps or [encoder.time_steps]))
+    for time_steps in numbers:
         encoder.set_time_steps(time_steps)
         with console.status(Text(f'T = {time_steps}: {images.description}'), spinner='line'):
             if args.calibrate:
@@ -106,6 +112,10 @@ def measure_times(result: Profile, model: nn.Module, x: torch.Tensor) -> Profile
 def _check_arguments(args: argparse.Namespace) -> torch.device:
     for name in ('images', 'batch_size'):
         check_count(f'--{name.replace("_", "-")}', getattr(args, name))
+    if args.events is not None and args.time_steps:
+        raise ValueError(
+            f'--time-steps is for images. The number of time steps of event sequences is in their name: '
+            f'{args.events.partition("?")[0]}?time_steps={args.time_steps[0]}.')
     for steps in args.time_steps or ():
         check_count('--time-steps', steps)
     return choose_device(args.device)

@@ -12,13 +12,13 @@ from transformers import AutoModelForImageClassification, AutoModelForMaskedImag
 from ..checkpoints import TRAINING_FILE
 from ..folders import write_folder
 from ..hf.configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
-from ..hf.processing import create_processor
 from ..hf.modeling_spikformer import (
     SpikformerForImageClassification,
     SpikformerForMaskedImageModeling,
     SpikformerModel,
     SpikformerPreTrainedModel,
 )
+from ..hf.processing import create_processor
 from ..hf.remote_code import save_remote_code
 from ..images import DATA_KEYS, data_config, make_loader, read_splits
 from ..masked_autoencoder import SpikformerMAE

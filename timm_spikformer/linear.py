@@ -1,5 +1,4 @@
-"""Logistic regression, the baseline of the demo."""
-import math
+"""Logistic regression on pixels, a baseline."""
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -7,17 +6,20 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..images import Images, make_loader, to_pixels
+from .images import Images, make_loader, to_pixels
+
+__all__ = ['fit_linear']
 
 
 def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> Optional[float]:
     """Return the test accuracy, in percent, of logistic regression on the same pixels, fitted by L-BFGS.
 
-    Pixels are scaled to 0 to 1, and the regularization is scikit-learn's default (L2, C = 1). Returns None for large
-    datasets, for which fitting would take longer than training.
+    Pixels are scaled to 0 to 1; of event sequences, the features are the counts of all frames. The regularization is
+    scikit-learn's default (L2, C = 1). Returns None for large datasets, for which fitting would take longer than
+    training.
     """
-    features = math.prod(config['input_size'])
-    if features * len(train.classes) > 50_000 or features * len(train) > 100_000_000:
+    features = next(iter(make_loader(train, config, 1, device)))[0].numel()
+    if features * len(train.classes) > 100_000 or features * len(train) > 100_000_000:
         return None
 
     def pixels(images: Images) -> Tuple[Tensor, Tensor]:
