@@ -34,11 +34,11 @@ def _spikes(model: nn.Module, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
     return logits, monitor.records
 
 
-def _share(counts: List[Tuple[int, int]]) -> float:
-    return sum(n for n, _ in counts) / sum(of for _, of in counts)
+def _changed_fraction(counts: List[Tuple[int, int]]) -> float:
+    return sum(n for n, _ in counts) / sum(total for _, total in counts)
 
 
-def flipped_by_units(model: nn.Module, x: Tensor) -> float:
+def changed_by_each_layer(model: nn.Module, x: Tensor) -> float:
     """Return the share of spikes that change if each layer is folded alone, on its input in the unfolded model."""
     counts = []
 
@@ -50,18 +50,19 @@ def flipped_by_units(model: nn.Module, x: Tensor) -> float:
         model(x)
     for hook in hooks:
         hook.remove()
-    return _share(counts)
+    return _changed_fraction(counts)
 
 
-def flips(model: nn.Module, folded: nn.Module, x: Tensor) -> Dict[str, float]:
+def compare_folded(model: nn.Module, folded: nn.Module, x: Tensor) -> Dict[str, float]:
     """Return how folding changes spikes and logits.
 
     With random weights, one changed spike changes many later spikes; in a trained network, it changes few.
     """
     (logits, spikes), (folded_logits, folded_spikes) = _spikes(model, x), _spikes(folded, x)
     result = dict(
-        of_equal_inputs=flipped_by_units(model, x),
-        in_all=_share([((a != b).sum().item(), a.numel()) for a, b in zip(spikes, folded_spikes, strict=True)]),
+        of_equal_inputs=changed_by_each_layer(model, x),
+        in_all=_changed_fraction(
+            [((a != b).sum().item(), a.numel()) for a, b in zip(spikes, folded_spikes, strict=True)]),
         logits=(logits - folded_logits).abs().max().item(),
         logits_std=logits.std().item(),
     )
@@ -77,9 +78,9 @@ def compiled(model: nn.Module, x: Tensor) -> Tuple[Callable[[], Tensor], Dict[st
     step = inference(torch.compile(model, fullgraph=True, dynamic=False), x)
     start = time.perf_counter()
     step()
-    about = dict(compile_seconds=time.perf_counter() - start, graphs=counters['stats']['unique_graphs'])
-    print('  compiled in {compile_seconds:.0f} s, graphs: {graphs}'.format(**about))
-    return step, about
+    info = dict(compile_seconds=time.perf_counter() - start, graphs=counters['stats']['unique_graphs'])
+    print('  compiled in {compile_seconds:.0f} s, graphs: {graphs}'.format(**info))
+    return step, info
 
 
 def onnx_session(model: nn.Module, x: Tensor) -> Tuple[onnxruntime.InferenceSession, Dict[str, float]]:
@@ -92,9 +93,9 @@ def onnx_session(model: nn.Module, x: Tensor) -> Tuple[onnxruntime.InferenceSess
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(buffer.getvalue(), options)
-    about = dict(export_seconds=time.perf_counter() - start, mib=buffer.tell() / 2**20)
-    print('  exported to ONNX in {export_seconds:.0f} s, {mib:.0f} MiB'.format(**about))
-    return session, about
+    info = dict(export_seconds=time.perf_counter() - start, mib=buffer.tell() / 2**20)
+    print('  exported to ONNX in {export_seconds:.0f} s, {mib:.0f} MiB'.format(**info))
+    return session, info
 
 
 def _compare(
@@ -132,7 +133,7 @@ def run(quick: bool) -> Dict[str, object]:
             folded = reparameterize_model(model)
             title = f'{name}, T = {time_steps}'
             print(f' {title}')
-            results[title] = flips(model, folded, x[:2])
+            results[title] = compare_folded(model, folded, x[:2])
             session, results[f'{title}, ONNX'] = onnx_session(folded, x[:2])
             for batch_size in (1,) if quick else (1, 8):
                 results[f'{title}, batch {batch_size}'] = _compare(model, folded, session, x[:batch_size], rounds)

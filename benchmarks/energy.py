@@ -27,15 +27,21 @@ SPIKINGJELLY = dict(
     residual='mac', fan_out='exact', first_conv='each_step', attention='coincidence', attention_order='cheaper')
 
 
-def at_rate(model: nn.Module, x: Tensor, rate_of: Callable[[Profile], float], rate: float, rounds: int) -> Profile:
+def profile_at_rate(
+        model: nn.Module,
+        x: Tensor,
+        get_rate: Callable[[Profile], float],
+        rate: float,
+        rounds: int,
+) -> Profile:
     """Find the bias of BN that gives the rate, by bisection; return the profile at this bias."""
     low, high = 0., 1.5
     for _ in range(rounds):
         bias = (low + high) / 2
         result = profile(calibrate(model, x, bias), x)
-        if abs(rate_of(result) - rate) < 5e-4:
+        if abs(get_rate(result) - rate) < 5e-4:
             break
-        low, high = (bias, high) if rate_of(result) < rate else (low, bias)
+        low, high = (bias, high) if get_rate(result) < rate else (low, bias)
     return result
 
 
@@ -61,10 +67,10 @@ def run(quick: bool) -> Dict[str, object]:
         x = photographs(4, timm.get_pretrained_cfg(architecture).input_size[-1])
         columns = {}
         print(f'  {architecture}, published {published} mJ')
-        for title, rate_of in RATES.items():
-            result = at_rate(model, x, rate_of, rate, 2 if quick else 10)
+        for title, get_rate in RATES.items():
+            result = profile_at_rate(model, x, get_rate, rate, 2 if quick else 10)
             columns[title] = energies(result)
-            print(f'    rate {title}: {rate_of(result):.3f}')
+            print(f'    rate {title}: {get_rate(result):.3f}')
             results[f'{name}, rate {title}'] = dict(
                 firing_rate=result.firing_rate, acs_per_dense_mac=result.acs_per_dense_mac, energies_mj=columns[title])
         for what in next(iter(columns.values())):

@@ -83,15 +83,21 @@ def measure_layer(in_chs: int, out_chs: int, size: int, kernel_size: int, rate: 
     }
 
 
-def at_rate(name: str, time_steps: int, rate: float, x: Tensor, rounds: int = 8) -> Tuple[nn.Module, float]:
+def create_model_at_rate(
+        name: str,
+        time_steps: int,
+        rate: float,
+        x: Tensor,
+        rounds: int = 8,
+) -> Tuple[nn.Module, float]:
     """Return a model with random weights and BN biases tuned to `rate` events per input, and the rate reached."""
     torch.manual_seed(0)
     model = timm.create_model(name, time_steps=time_steps)
-    result = energy.at_rate(model, x, lambda found: found.acs_per_dense_mac, rate, rounds)
+    result = energy.profile_at_rate(model, x, lambda found: found.acs_per_dense_mac, rate, rounds)
     return model.to(memory_format=torch.channels_last), result.acs_per_dense_mac
 
 
-def _modes(step: Callable[[], object]) -> Dict[str, Callable[[], object]]:
+def _by_kernel_mode(step: Callable[[], object]) -> Dict[str, Callable[[], object]]:
     def run(mode: str) -> None:
         with use_kernels(mode):
             step()
@@ -103,7 +109,7 @@ def measure_model(model: nn.Module, x: Tensor, is_training: bool, rounds: int) -
     """Return the time of inference or a training step, as a multiple of the dense floor measured in the same round."""
     model.train(is_training)
     step = training_step(model, x) if is_training else inference(model, x)
-    modes = _modes(step)
+    modes = _by_kernel_mode(step)
     times: Dict[str, List[float]] = {}
     floors = []
     for _ in range(rounds):
@@ -123,7 +129,7 @@ def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict
     curve = []
     x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
     for rate in rates:
-        model, found = at_rate(name, 4, rate, x)
+        model, found = create_model_at_rate(name, 4, rate, x)
         entry = measure_model(model, x[:1], False, rounds)
         peer = PeerSpikformer(model).eval()
         times = interleave(dict(ours=inference(model, x[:1]), peer=inference(peer, x[:1])), rounds)
@@ -134,13 +140,13 @@ def measure_curve(name: str, rates: Tuple[float, ...], rounds: int) -> List[Dict
     return curve
 
 
-def _training_of(mode: str, name: str, time_steps: int, batch_size: int, rate: float) -> Callable[[], None]:
+def _make_training_step(mode: str, name: str, time_steps: int, batch_size: int, rate: float) -> Callable[[], None]:
     x = photographs(max(2, batch_size), 224)
-    model, _ = at_rate(name, time_steps, rate, x[:2])
-    return _modes(training_step(model.train(), x[:batch_size]))[mode]
+    model, _ = create_model_at_rate(name, time_steps, rate, x[:2])
+    return _by_kernel_mode(training_step(model.train(), x[:batch_size]))[mode]
 
 
-def _small_steps(batch_size: int) -> Iterator[Tuple[str, Callable[[], object]]]:
+def _demo_model_steps(batch_size: int) -> Iterator[Tuple[str, Callable[[], object]]]:
     """Yield inference, a training step and a masked pre-training step of the demo model on the packaged images."""
     name = 'spikformer_v2_2_64_patch4_32'
     images = read_splits()['test']
@@ -203,7 +209,7 @@ def run(quick: bool) -> Dict[str, object]:
     cases += [(MODELS[0], *case, rate) for case in ((4, 4), (1, 1)) for rate in RATES]
     for name, time_steps, batch_size, rate in [('test_spikformer_v2', 2, 1, 0.13)] if quick else cases:
         x = photographs(max(2, batch_size), timm.get_pretrained_cfg(name).input_size[-1])
-        model, found = at_rate(name, time_steps, rate, x[:2], 2 if quick else 8)
+        model, found = create_model_at_rate(name, time_steps, rate, x[:2], 2 if quick else 8)
         for is_training in (False, True):
             step = 'training step' if is_training else 'inference'
             title = f'{name}, T = {time_steps}, batch {batch_size}, {step}'
@@ -215,14 +221,14 @@ def run(quick: bool) -> Dict[str, object]:
     curve = [0.13] if quick else [0.08, 0.13, 0.2, 0.3, 0.4]
     results['curve'] = measure_curve('test_spikformer_v2' if quick else MODELS[0], tuple(curve), 1 if quick else 3)
     if not quick:
-        memory = {mode: peak_memory(_training_of, mode, MODELS[0], 4, 1, 0.13) for mode in ('events', 'dense')}
+        memory = {mode: peak_memory(_make_training_step, mode, MODELS[0], 4, 1, 0.13) for mode in ('events', 'dense')}
         results['memory_mib'] = memory
         print(
             f'  peak memory of a training step: {memory["events"]:.0f} MiB, {memory["dense"]:.0f} MiB without '
             'event-driven products')
     for batch_size in (2,) if quick else (1, 32, 128):
-        for title, step in _small_steps(batch_size):
-            times = interleave(_modes(step), 1 if quick else 9)
+        for title, step in _demo_model_steps(batch_size):
+            times = interleave(_by_kernel_mode(step), 1 if quick else 9)
             gain = ratio(times['dense'], times['events'])
             results[f'demo, {title}, batch {batch_size}'] = gain._asdict()
             print(f'  demo model, {title}, batch {batch_size}: {gain} times as fast with event-driven products')

@@ -19,7 +19,7 @@ def _signature(arg: Any) -> Any:
     return tuple(arg) if isinstance(arg, list) else arg
 
 
-def _make(signature: Any) -> Any:
+def _make_argument(signature: Any) -> Any:
     if isinstance(signature, tuple) and signature and signature[0] == 'tensor':
         _, shape, stride, dtype = signature
         x = torch.empty_strided(shape, stride, dtype=dtype)
@@ -27,7 +27,7 @@ def _make(signature: Any) -> Any:
     return list(signature) if isinstance(signature, tuple) else signature
 
 
-class _Record(TorchDispatchMode):
+class _ProductRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter = Counter()
@@ -43,11 +43,11 @@ def dense_floor(step: Callable[[], object], repeats: int = 3) -> Tuple[float, in
 
     The step must not run in inference mode, in which PyTorch does not dispatch these operators separately.
     """
-    with _Record() as record:
+    with _ProductRecorder() as recorder:
         step()
     seconds = 0.
-    for (func, signatures), count in record.calls.items():
-        args = [_make(s) for s in signatures]
+    for (func, signatures), count in recorder.calls.items():
+        args = [_make_argument(s) for s in signatures]
         times = []
         with torch.no_grad():
             for _ in range(repeats + 1):
@@ -55,4 +55,4 @@ def dense_floor(step: Callable[[], object], repeats: int = 3) -> Tuple[float, in
                 func(*args)
                 times.append(clock() - start)
         seconds += count * statistics.median(times[1:])
-    return seconds, sum(record.calls.values())
+    return seconds, sum(recorder.calls.values())

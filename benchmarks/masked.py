@@ -22,7 +22,7 @@ from .measure import interleave, ratio
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 
-def _pixels_of(visible: VisibleTokens, n: int, H: int, W: int) -> Tensor:
+def _visible_pixel_indices(visible: VisibleTokens, n: int, H: int, W: int) -> Tensor:
     """Return the indices of the visible pixels among the `n * B * H * W` pixels of a map, in increasing order."""
     ids, _, width = visible
     B, p = ids.shape[0], W // width
@@ -36,7 +36,7 @@ def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: VisibleT
     B = x.shape[1]
     x = layer.conv(x.flatten(0, 1))
     n, C, H, W = x.shape
-    rows = _pixels_of(visible, n // B, H, W)
+    rows = _visible_pixel_indices(visible, n // B, H, W)
     pixels = x.permute(0, 2, 3, 1).reshape(-1, C)
     normed = layer.bn(pixels.index_select(0, rows).unflatten(1, (C, 1, 1))).flatten(1)
     x = torch.zeros_like(pixels).index_copy(0, rows, normed).unflatten(0, (n, H, W)).permute(0, 3, 1, 2)
@@ -46,8 +46,8 @@ def _dense_layer(layer: ConvBNLIF, x: Tensor, time_steps: int, visible: VisibleT
 def _dense_stage(stage: nn.Module, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
     if x.shape[2] == 3:  # the image
         _, B, _, H, W = x.shape
-        keep = torch.zeros(B * H * W).index_fill(0, _pixels_of(visible, 1, H, W), 1.)
-        x = x * keep.view(1, B, 1, H, W)
+        mask = torch.zeros(B * H * W).index_fill(0, _visible_pixel_indices(visible, 1, H, W), 1.)
+        x = x * mask.view(1, B, 1, H, W)
     x = _dense_layer(stage.down, x, time_steps, visible)
     return x + _dense_layer(stage.contract, _dense_layer(stage.expand, x, time_steps, visible), time_steps, visible)
 
@@ -78,9 +78,9 @@ def run(quick: bool) -> Dict[str, object]:
         dense = with_dense_stem(ours)
         noise = torch.rand(len(x), (size // 16) ** 2)
         # compare in float64: in float32, rounding changes a few spikes, which random weights amplify
-        doubles = [copy.deepcopy(mae).double() for mae in (ours, dense)]
-        losses = [_step(mae, x[:2].double(), noise[:2]) for mae in doubles]
-        grads = [torch.cat([p.grad.flatten() for p in mae.parameters()]) for mae in doubles]
+        in_float64 = [copy.deepcopy(mae).double() for mae in (ours, dense)]
+        losses = [_step(mae, x[:2].double(), noise[:2]) for mae in in_float64]
+        grads = [torch.cat([p.grad.flatten() for p in mae.parameters()]) for mae in in_float64]
         times = interleave(
             dict(ours=lambda: _step(ours, x, noise), dense=lambda: _step(dense, x, noise)), 1 if quick else 5)  # noqa: B023
         gain = ratio(times['dense'], times['ours'])

@@ -57,21 +57,21 @@ def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['benchmarks.model', 'sklearn.datasets'])  # imported once, for all processes
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_growth, make, *arguments).result()
+        return pool.submit(_memory_growth, make, *arguments).result()
 
 
-def _growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
+def _memory_growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
     # M_MMAP_THRESHOLD: return freed memory to the system at once, so that fragmentation of glibc's heap does not count
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     function = make(*arguments)
-    before = _status('VmRSS')
+    before = _read_status_mib('VmRSS')
     with open('/proc/self/clear_refs', 'w') as f:
         f.write('5')  # reset the peak, so that building the model does not count
     function()
     function()
-    return _status('VmHWM') - before
+    return _read_status_mib('VmHWM') - before
 
 
-def _status(key: str) -> float:
+def _read_status_mib(key: str) -> float:
     with open('/proc/self/status') as f:
         return next(int(line.split()[1]) for line in f if line.startswith(f'{key}:')) / 1024

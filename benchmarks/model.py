@@ -67,7 +67,7 @@ def _compare(
     return dict(seconds=seconds, floor=floor, of_floor=of_floor, peer=gain._asdict())
 
 
-def _step_of(side: str, name: str, time_steps: int, batch_size: int) -> Callable[[], None]:
+def _make_step(side: str, name: str, time_steps: int, batch_size: int) -> Callable[[], None]:
     x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
     model = create(name, time_steps, x)
     if side == 'peer':
@@ -100,7 +100,8 @@ def run(quick: bool) -> Dict[str, object]:
             for batch_size in (1, 4):
                 title = f'training step, batch {batch_size}'
                 entry = _compare(title, training_step, model, peer, x[:batch_size], rounds)
-                memory = {side: peak_memory(_step_of, side, name, time_steps, batch_size) for side in ('ours', 'peer')}
+                memory = {
+                    side: peak_memory(_make_step, side, name, time_steps, batch_size) for side in ('ours', 'peer')}
                 entry['memory_mib'] = memory
                 share = memory['ours'] / memory['peer']
                 print(f'    peak memory {memory["ours"]:.0f} MiB, {share:.0%} of that with spikingjelly')

@@ -60,8 +60,8 @@ class PeerSpikformer(nn.Module):
     def _copy_weights(self, model: Spikformer) -> None:
         """Copy the weights layer by layer. spikingjelly's layers have no bias before BN, so it must be 0 in `model`."""
         kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-        mine, yours = ([m for m in net.modules() if isinstance(m, kinds)] for net in (self, model))
-        for a, b in zip(mine, yours, strict=True):
+        ours, theirs = ([m for m in net.modules() if isinstance(m, kinds)] for net in (self, model))
+        for a, b in zip(ours, theirs, strict=True):
             a.weight.copy_(b.weight.view_as(a.weight))
             if isinstance(a, nn.modules.batchnorm._BatchNorm):
                 a.running_mean.copy_(b.running_mean)

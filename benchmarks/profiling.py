@@ -56,11 +56,11 @@ def _anytime(count: int, rounds: int) -> Dict[str, object]:
         out = predict_anytime(model, x, confidence)
         times = interleave(
             dict(forward=lambda: _forward(model, x), anytime=lambda c=confidence: predict_anytime(model, x, c)), rounds)
-        taken = ratio(times['anytime'], times['forward'])
+        relative_time = ratio(times['anytime'], times['forward'])
         accuracy = (out.logits.argmax(1) == y).float().mean().item()
         print(f'    stopping at {confidence:.0%}: {100 * accuracy:.1f} %, {out.skipped_fraction:.0%} of the steps '
-              f'skipped, {taken} of the time')
-        results[f'{confidence}'] = dict(accuracy=accuracy, saving=out.skipped_fraction, time=taken._asdict())
+              f'skipped, {relative_time} of the time')
+        results[f'{confidence}'] = dict(accuracy=accuracy, saving=out.skipped_fraction, time=relative_time._asdict())
     return results
 
 

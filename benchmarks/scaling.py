@@ -52,13 +52,13 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     return Fit(*map(float, (slope, fixed, each, upper / lower)))
 
 
-def _step_of(kind: str, point: Point) -> Callable[[], object]:
+def _make_step(kind: str, point: Point) -> Callable[[], object]:
     x = photographs(point.batch_size, point.size)
     model = create(point.name, point.time_steps, x, depth=point.depth)
     return STEPS[kind](model.train(kind == 'training step'), x)
 
 
-_memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_step_of, kind, point))  # the axes share points
+_memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_make_step, kind, point))  # the axes share points
 
 
 def run(quick: bool) -> Dict[str, object]:
@@ -69,7 +69,7 @@ def run(quick: bool) -> Dict[str, object]:
     for kind in STEPS:
         for axis, values in (QUICK_AXES if quick else AXES).items():
             points = [base._replace(**{axis: value}) for value in values]
-            times = interleave({point: _step_of(kind, point) for point in points}, 2 if quick else 5)
+            times = interleave({point: _make_step(kind, point) for point in points}, 2 if quick else 5)
             x = [(value // 16) ** 2 for value in values] if axis == 'size' else list(values)
             name = 'tokens' if axis == 'size' else axis.replace('_', ' ')
             print(f'  {kind}, {name} {", ".join(map(str, x))}')

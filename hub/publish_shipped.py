@@ -15,7 +15,7 @@ from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.reading import TrainingRecord, checkpoint_from_model, set_labels
 
 # Evaluation data, its description, and the license of the weights (that of Fashion-MNIST)
-MEASURED_ON = {
+EVAL_DATA = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': (
         FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (slice)', 'test'), 'mit'),
 }
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument('--dry-run', action='store_true', help='write the folders only')
     parser.add_argument('--output', default='output/hub', metavar='DIR', help='(default: %(default)s)')
     args = parser.parse_args()
-    for name, (data, dataset, license) in MEASURED_ON.items():
+    for name, (data, dataset, license) in EVAL_DATA.items():
         model = timm.create_model(name, pretrained=True)
         checkpoint = checkpoint_from_model(model)
         set_labels(checkpoint, model.pretrained_cfg['label_names'])

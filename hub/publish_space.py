@@ -14,7 +14,7 @@ from timm_spikformer.folders import MANIFEST, write_folder
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def stage(folder: Path) -> List[str]:
+def write_space(folder: Path) -> List[str]:
     """Write the files of the Space to a folder, and return their paths in it.
 
     The package is a folder beside app.py, because it is not on PyPI.
@@ -34,7 +34,7 @@ def main(args: Optional[List[str]] = None) -> None:
     parser.add_argument('--output', default='output/space', metavar='DIR', help='(default: %(default)s)')
     args = parser.parse_args(args)
     folder = Path(args.output)
-    files = stage(folder)
+    files = write_space(folder)
     if args.dry_run:
         for name in files:
             print(f'{(folder / name).stat().st_size:>9,}  {name}')

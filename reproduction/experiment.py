@@ -109,7 +109,7 @@ class Study(NamedTuple):
         count = len(cell.tries)
         return [Run(cell, attempt, 0, False) for attempt in range(count)] if count > 1 else []
 
-    def chosen(self, cell: Cell) -> Optional[int]:
+    def best_try(self, cell: Cell) -> Optional[int]:
         """Return the index of the best try of a cell; None until all tries have finished."""
         results = [self.result(run) for run in self.tries(cell)]
         if None in results:
@@ -119,7 +119,7 @@ class Study(NamedTuple):
 
     def final_runs(self, cell: Cell) -> List[Run]:
         """Return the final runs of a cell; empty until all tries have finished."""
-        attempt = self.chosen(cell)
+        attempt = self.best_try(cell)
         return [] if attempt is None else [Run(cell, attempt, seed, True) for seed in cell.seeds]
 
     def initial_run(self, run: Run) -> Optional[Run]:

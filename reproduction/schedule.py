@@ -49,8 +49,8 @@ def next_jobs(
                 continue
             job: Optional[Job] = Job(run)
             if cell.init is not None and not study.has_weights(run):
-                is_chosen = study.chosen(cells[cell.init]) is not None
-                initial = study.initial_run(run) if is_chosen else None
+                has_best_try = study.best_try(cells[cell.init]) is not None
+                initial = study.initial_run(run) if has_best_try else None
                 if initial is None or study.result(initial) is None:
                     job = None  # a job above must finish first
                 elif not study.has_weights(initial):

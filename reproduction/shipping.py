@@ -40,7 +40,7 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         data = _weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
         write(folder / f'{cell.ships}.safetensors', data)
-        write(folder / f'{cell.ships}.yaml', _note(finals[0], study.result(finals[0])).encode())
+        write(folder / f'{cell.ships}.yaml', _training_args(finals[0], study.result(finals[0])).encode())
     write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
@@ -53,7 +53,7 @@ def _weights(study: Study, run: Run) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def _note(run: Run, result: Dict[str, Any]) -> str:
+def _training_args(run: Run, result: Dict[str, Any]) -> str:
     cell, recipe = run.cell, run.config()['recipe']
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
     time_steps = timm.create_model(cell.model, **cell.model_kwargs).time_steps

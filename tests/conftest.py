@@ -30,11 +30,11 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     """Set BN's running statistics to those of `x`, check that all neuron layers fire, and return the model."""
     update_bn(x.chunk(2), model)
     model.eval()
-    assert_live(model, x)
+    assert_neurons_fire(model, x)
     return model
 
 
-def assert_live(model: nn.Module, x: Tensor) -> None:
+def assert_neurons_fire(model: nn.Module, x: Tensor) -> None:
     rates = firing_rates(model, x)
     assert rates and min(rates.values()) > 0., f'silent neurons: {[n for n, r in rates.items() if not r > 0.]}'
 

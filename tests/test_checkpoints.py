@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from conftest import assert_live
+from conftest import assert_neurons_fire
 from foreign_checkpoints import AuthorsSpikformer, spikingjelly_model
 from torch.optim.swa_utils import update_bn
 
@@ -52,7 +52,7 @@ def test_outputs_match_authors_code(folder, images, tmp_path):
     ours = create(folder, checkpoint_path=tmp_path / 'theirs.pth', dtype=torch.float64).eval()
     with torch.no_grad():
         expected = theirs(x)
-        assert_live(ours, x)
+        assert_neurons_fire(ours, x)
         assert expected.std() > 0.05
         torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-12)
 
@@ -66,7 +66,7 @@ def test_registered_cifar10_dvs_model(images, tmp_path):
     assert ours.time_steps == 16 and ours.default_cfg['num_classes'] == 10
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
-    assert_live(ours, x)
+    assert_neurons_fire(ours, x)
     counterpart = timm.create_model('spikformer_v2_2_256_patch16_128', device='meta')
     assert counterpart(torch.empty(1, 16, 2, 128, 128, device='meta')).shape == (1, 10)
 

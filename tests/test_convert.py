@@ -4,7 +4,7 @@ import argparse
 import pytest
 import timm
 import torch
-from conftest import assert_live, calibrate
+from conftest import assert_neurons_fire, calibrate
 from foreign_checkpoints import AuthorsSpikformer, authors_checkpoint, spikingjelly_model
 from timm.models import save_for_hf
 from torch.optim.swa_utils import update_bn
@@ -44,7 +44,7 @@ def test_authors_checkpoints(with_qkv_bias, v1, x, tmp_path):
             assert torch.equal(loaded(x), v1(x))
         by_auto = AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
         assert torch.equal(by_auto(x).logits, loaded(x))
-    assert_live(loaded, x)
+    assert_neurons_fire(loaded, x)
     report = '\n'.join(converted.report)
     for name in state_dict:  # each tensor is named exactly once
         assert sum(name.removeprefix(prefix) in line.replace(':', ',').replace(' ', ',').split(',')
@@ -62,7 +62,7 @@ def test_spikingjelly_checkpoint(x, tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, time_steps=1).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
-    assert_live(loaded, x)
+    assert_neurons_fire(loaded, x)
 
 
 def test_authors_cifar10_dvs_checkpoint(tmp_path):
@@ -81,7 +81,7 @@ def test_authors_cifar10_dvs_checkpoint(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
         assert torch.equal(by_auto(x).logits, loaded(x))
-    assert_live(loaded, x)
+    assert_neurons_fire(loaded, x)
 
 
 @pytest.mark.parametrize('change, message', [

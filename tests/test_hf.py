@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_live, calibrate
+from conftest import assert_neurons_fire, calibrate
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -77,7 +77,7 @@ def test_save_load_save(cls, stem, images, tmp_path):
     model.save_pretrained(tmp_path / 'a')
     loaded, info = cls.from_pretrained(tmp_path / 'a', output_loading_info=True)
     assert not any(info.values())
-    assert_live(loaded, images)
+    assert_neurons_fire(loaded, images)
     assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(model, images))
     loaded.save_pretrained(tmp_path / 'b')
     for name in ('model.safetensors', 'config.json'):
@@ -145,7 +145,7 @@ def test_dtype_and_device_map(images, tmp_path):
     assert {b.dtype for n, b in model.named_buffers() if 'running' in n} == {torch.float32}
     for m in (created, model):
         assert {b.dtype for n, b in m.named_buffers() if 'num_batches' in n} == {torch.int64}
-    assert_live(model, images)
+    assert_neurons_fire(model, images)
     assert model(images).logits.isfinite().all()
 
 
@@ -160,7 +160,7 @@ def test_double_precision(cls, images, tmp_path):
         assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}
         out = model.train()(images[:2]).to_tuple()[0]
         (out[0] if isinstance(out, tuple) else out).sum().backward()
-    assert_live(loaded.eval(), images)
+    assert_neurons_fire(loaded.eval(), images)
     cast.load_state_dict(loaded.state_dict())
     assert torch.equal(logits_or_loss(loaded, images), logits_or_loss(cast.eval(), images))
     loaded.save_pretrained(tmp_path / 'b')

@@ -3,7 +3,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import assert_live, calibrate, firing_rates
+from conftest import assert_neurons_fire, calibrate, firing_rates
 from torch import nn
 from torch.nn import functional as F
 
@@ -135,7 +135,7 @@ def test_features_match_dense_masked_encoder(stem, images, noise):
 
 
 def test_all_neuron_layers_fire(mae, images):
-    assert_live(mae, images)
+    assert_neurons_fire(mae, images)
     names = [n for n, m in mae.named_modules() if isinstance(m, LIF)]
     assert firing_rates(mae, images).keys() == set(names)
 

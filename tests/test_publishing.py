@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import assert_live, calibrate
+from conftest import assert_neurons_fire, calibrate
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
@@ -86,7 +86,7 @@ def assert_all_loaders(folder, expected, labels=None):
     assert torch.equal(by_wrapper(x).logits, logits)
     mim = AutoModelForMaskedImageModeling.from_pretrained(folder).eval()
     assert torch.equal(mim.encoder.forward_features(x), expected.forward_features(x))
-    assert_live(by_timm, x)
+    assert_neurons_fire(by_timm, x)
     if labels is not None:
         assert list(by_auto.config.id2label.values()) == list(by_wrapper.config.id2label.values()) == labels
         assert list(by_timm.pretrained_cfg['label_names']) == labels

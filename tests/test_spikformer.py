@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_live, calibrate, firing_rates
+from conftest import assert_neurons_fire, calibrate, firing_rates
 from foreign_checkpoints import authors_checkpoint, spikingjelly_model
 from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict, save_for_hf
 from timm.models._manipulate import group_parameters
@@ -88,7 +88,7 @@ def test_init_weights_after_to_empty(images):
     model = timm.create_model('test_spikformer_v2', device='meta').to_empty(device='cpu')
     model.init_weights()
     assert torch.equal(model.blocks[0].attn.qkv.bn.running_var, torch.ones(192))
-    assert_live(model.train(), images)
+    assert_neurons_fire(model.train(), images)
     assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
@@ -103,7 +103,7 @@ def test_input_sizes_are_multiples_of_patch_size(model, size):
 
 def test_image_equals_constant_sequence(model, images):
     sequence = images.unsqueeze(1).expand(-1, 4, -1, -1, -1)
-    assert_live(model, images)
+    assert_neurons_fire(model, images)
     assert torch.equal(model(images), model(sequence))
 
 
@@ -315,7 +315,7 @@ def test_spikingjelly_checkpoint(images):
     ours = timm.create_model(
         'test_spikformer_v2', stem='sps', patch_size=4, time_steps=1, num_classes=10).eval()
     ours.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), ours))
-    assert_live(ours, x)
+    assert_neurons_fire(ours, x)
     torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -66,12 +66,12 @@ def load_autoencoder(source: str) -> SpikformerMAE:
 
 def describe(name: str) -> str:
     """Return Markdown that says what the weights are for, and how accurate they are."""
-    about, cfg = metadata(name), timm.get_pretrained_cfg(name)
-    dataset = about.get('dataset', cfg.tag)
+    info, cfg = metadata(name), timm.get_pretrained_cfg(name)
+    dataset = info.get('dataset', cfg.tag)
     accuracy = 'Their test accuracy is not recorded.'
-    if 'test_accuracy' in about:
+    if 'test_accuracy' in info:
         accuracy = (
-            f'Test accuracy: **{about["test_accuracy"]} %** with T = {about["time_steps"]}, the T of their training; '
+            f'Test accuracy: **{info["test_accuracy"]} %** with T = {info["time_steps"]}, the T of their training; '
             f'with other T, the accuracy differs.')
     return (
         f'**Weights:** `{name}`. {accuracy} They classify {dataset} and nothing else: any picture gets one of its '
