@@ -11,10 +11,12 @@ from html.parser import HTMLParser
 import pytest
 import timm
 import torch
-from conftest import write_images
+from conftest import assert_neurons_fire, write_images
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import save_for_hf
+from torch.optim.swa_utils import update_bn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments
 
@@ -26,8 +28,10 @@ from timm_spikformer import (
     SpikformerTrainer,
     cli,
 )
+from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.folders import MANIFEST, write_file
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.images import data_config, make_loader
 from timm_spikformer.profiling import (
     COST_MODELS,
     log_profile,
@@ -46,6 +50,7 @@ from timm_spikformer.profiling.activity import default_layers
 from timm_spikformer.profiling.choices import COST_NAMES
 from timm_spikformer.profiling.report import to_csv, to_html
 from timm_spikformer.publishing import publish
+from timm_spikformer.training import init_bn_bias
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32'
 v2_alone = pytest.mark.parametrize('model', ['test_spikformer_v2'], indirect=True)  # drawing is slow
@@ -501,3 +506,60 @@ def test_layer_times(model, images):
     assert 'milliseconds' in row[0] and f'{result.layers[0].milliseconds}' in row[1]
     assert result.to_dict()['layers'][0]['milliseconds'] == result.layers[0].milliseconds
     assert 'ms, dense' in to_html([result]) and 'ms, dense' not in to_html([profile(model, images)])
+
+
+# -- event sequences
+
+EVENTS = 'events/simulated_fashion_mnist?time_steps=3&split_by=time'
+
+
+@pytest.fixture
+def event_model(tmp_path):
+    """A folder with a calibrated model of two input channels."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'test_spikformer_v2', in_chans=2, num_classes=10, img_size=32,
+        pretrained_cfg_overlay=dict(input_size=(2, 32, 32), mean=(0., 0.), std=(1., 1.)))
+    init_bn_bias(model)
+    loader = make_loader(read_event_splits(EVENTS)['train'].sample_evenly(32), data_config(model), 16)
+    update_bn(loader, model)
+    model.eval()
+    assert_neurons_fire(model, next(iter(loader))[0])
+    save_for_hf(model, tmp_path / 'events', safe_serialization=True)
+    return f'local-dir:{tmp_path / "events"}'
+
+
+def test_command_on_event_sequences(event_model, tmp_path):
+    (values,) = run(tmp_path, event_model, '--events', EVENTS, '--images', 20)
+    assert values['is_sequence'] and values['time_steps'] == 3 and values['images'] == 20
+    assert values['layers'][0]['acs'] != values['layers'][0]['macs']  # counts of events are accumulated
+    page = (tmp_path / 'out' / 'index.html').read_text()
+    assert 'Events of each time step' in page and 'simulated events' in page and 'per sequence' in page
+    assert (tmp_path / 'out' / 'events.png').is_file()
+
+
+def test_pictures_of_event_sequences(event_model):
+    model = timm.create_model(event_model, pretrained=True).eval()
+    x, _ = next(iter(make_loader(read_event_splits(EVENTS)['test'].sample_evenly(2), data_config(model), 2)))
+    activity = record_activity(model, x)
+    torch.testing.assert_close(activity.frames, x / x.flatten(1).amax(1).view(2, 1, 1, 1, 1))
+    mean = x.mean(1)
+    torch.testing.assert_close(activity.images, mean / mean.flatten(1).amax(1).view(2, 1, 1, 1))
+    svg = render(profile(model, x), activity, 'svg', names=['events'])['events'].decode()
+    assert svg.count('<image') == 6 and 't = 3' in svg
+    assert record_activity(model, x[:, 0]).frames is None
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--events', 'simulated_fashion_mnist'], 'starts with events/'),
+    (['--events', 'events/n_mnist'], 'requires the folder'),
+    (['--events', EVENTS, '--time-steps', 2], '--time-steps is for images'),
+])
+def test_invalid_events(args, message, event_model, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, event_model, *args)
+
+
+def test_events_need_two_input_channels(tmp_path):
+    with pytest.raises(SystemExit, match='Event frames have 2 channels'):
+        run(tmp_path, SHIPPED, '--events', EVENTS)

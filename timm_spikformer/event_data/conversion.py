@@ -15,7 +15,7 @@ from typing import Dict, Iterable, List, NamedTuple, Tuple, Union
 import numpy as np
 from tqdm import tqdm
 
-from ..temporaries import create_temporary, lock, naming, new_folders, remove_stale
+from ..temporaries import create_temporary, lock, reraise_with_path, create_folders, remove_stale
 from .catalog import DATASETS
 from .formats import check_file, read_labels
 
@@ -162,12 +162,12 @@ def _convert(name: str, folder: Path) -> Path:
     parts = _trials(files) if name == 'dvs128_gesture' else _class_folders(name, files)
     cache = cache_folder(folder)
     target = (folder if cache.parent == folder.resolve() else cache) / EVENTS
-    with new_folders(cache), lock(cache):  # a second process waits here, and then finds the result
+    with create_folders(cache), lock(cache):  # a second process waits here, and then finds the result
         if target.is_dir():
             return target
         with lock(target.parent):
             remove_stale(target, target.parent)
-        with create_temporary(target, target.parent, is_folder=True) as temporary, naming(target, temporary):
+        with create_temporary(target, target.parent, is_folder=True) as temporary, reraise_with_path(target, temporary):
             result = temporary / EVENTS
             bar = tqdm(parts, f'Convert {DATASETS[name].title} once', unit='part', disable=None, file=sys.stderr)
             for i, part in enumerate(bar):
