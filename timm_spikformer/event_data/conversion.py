@@ -2,6 +2,7 @@
 
 spikingjelly's classes convert; this module checks the files first, and writes the result completely or not at all.
 """
+import glob
 import hashlib
 import importlib
 import os
@@ -15,7 +16,7 @@ from typing import Dict, Iterable, List, NamedTuple, Tuple, Union
 import numpy as np
 from tqdm import tqdm
 
-from ..temporaries import create_temporary, lock, reraise_with_path, create_folders, remove_stale
+from ..temporaries import create_folders, create_temporary, lock, remove_stale, reraise_with_path
 from .catalog import DATASETS
 from .formats import check_file, read_labels
 
@@ -108,11 +109,10 @@ def _matching(folder: Path, suffix: str, pattern: str) -> List[Tuple[str, Path]]
 
     Files are in the order of torchvision's `DatasetFolder`, which spikingjelly uses: by folder, then by name as text.
     """
-    found = []
-    for path in folder.glob('*/' * pattern.count('/') + f'*{suffix}'):
-        key = path.relative_to(folder).as_posix()[:-len(suffix)]
-        if re.fullmatch(pattern, key):
-            found.append((key, path))
+    # not Path.glob, which reads hidden folders, also one that another process just removes
+    paths = glob.iglob('*/' * pattern.count('/') + f'*{suffix}', root_dir=folder)
+    keys = [Path(path).as_posix()[:-len(suffix)] for path in paths]
+    found = [(key, folder / f'{key}{suffix}') for key in keys if re.fullmatch(pattern, key)]
     return sorted(found, key=lambda item: (item[1].parent, item[1].name))
 
 
@@ -162,7 +162,8 @@ def _convert(name: str, folder: Path) -> Path:
     parts = _trials(files) if name == 'dvs128_gesture' else _class_folders(name, files)
     cache = cache_folder(folder)
     target = (folder if cache.parent == folder.resolve() else cache) / EVENTS
-    with create_folders(cache), lock(cache):  # a second process waits here, and then finds the result
+    waiting = cache / 'conversion'  # not `target.parent`, which is locked while a temporary folder is created
+    with create_folders(waiting), lock(waiting):  # a second process waits here, and then finds the result
         if target.is_dir():
             return target
         with lock(target.parent):
