@@ -21,7 +21,16 @@ from timm_spikformer.images import make_loader
 from timm_spikformer.pretrained import WEIGHTS_FOLDER
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
-from timm_spikformer.training import Callback, Recipe, TrainingResult, classify, evaluate, reconstruct, train
+from timm_spikformer.training import (
+    Callback,
+    Recipe,
+    TrainingResult,
+    classify,
+    classify_steps,
+    evaluate,
+    reconstruct,
+    train,
+)
 
 from .data import Data, read_data
 from .files import write
@@ -168,7 +177,7 @@ class Study(NamedTuple):
         initial = self.initial_run(run)
         if initial is not None:
             model.load_state_dict(self._weights(initial, data))
-        objective = classify
+        objective = classify_steps if cell.objective == 'classify_steps' else classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct
         images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)

@@ -13,7 +13,7 @@ _CELL_KEYS = {
     'title', 'dataset', 'model', 'model_kwargs', 'attention', 'objective', 'labels', 'init', 'recipe', 'tries', 'seeds',
     'ships'}
 _ATTENTIONS = ('ssa', 'softmax', 'none')
-_OBJECTIVES = ('classify', 'reconstruct')
+_OBJECTIVES = ('classify', 'classify_steps', 'reconstruct')
 
 
 class Cell(NamedTuple):
@@ -22,11 +22,11 @@ class Cell(NamedTuple):
     Args:
         name: Name of the cell and of its folder in runs/.
         title: Name of the cell in the report.
-        dataset: 'fashion_mnist' or 'cifar10'.
+        dataset: 'fashion_mnist', 'cifar10' or 'simulated_events'.
         model: Name of a timm model.
         model_kwargs: Arguments of `timm.create_model`.
         attention: 'ssa' (spiking self-attention), 'softmax' or 'none'; see `models.py`.
-        objective: 'classify', or 'reconstruct' for masked pre-training.
+        objective: 'classify', 'classify_steps' for the TET loss, or 'reconstruct' for masked pre-training.
         labels: Number of labeled training images; None for all.
         init: Name of the cell whose weights, with the same seed, initialize the model; None for random weights.
         recipe: Fields of `timm_spikformer.training.Recipe`.

@@ -143,7 +143,8 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
     ax = figure.subplots()
     for name, row in rows.items():
         cell = row.cell
-        if row.is_complete and cell.labels is None and cell.objective == 'classify':
+        is_comparable = cell.labels is None and cell.objective == 'classify' and cell.dataset == 'fashion_mnist'
+        if row.is_complete and is_comparable:
             accuracy, energy = row.summary('test', 'accuracy'), row.summary('operations', 'energy_uj')
             ax.errorbar(energy.mean, accuracy.mean, yerr=accuracy.deviation, marker='o', capsize=3, color='C0')
             ax.annotate(name, (energy.mean, accuracy.mean), xytext=(5, 3), textcoords='offset points')
