@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -41,6 +42,7 @@ from timm_spikformer.profiling import (
     profile,
     record_activity,
     render,
+    render_events,
     render_probabilities,
     report,
     to_dark,
@@ -563,3 +565,15 @@ def test_invalid_events(args, message, event_model, tmp_path):
 def test_events_need_two_input_channels(tmp_path):
     with pytest.raises(SystemExit, match='Event frames have 2 channels'):
         run(tmp_path, SHIPPED, '--events', EVENTS)
+
+
+def test_render_events():
+    frames = torch.zeros(1, 3, 2, 8, 8)
+    frames[0, 1, 1, 2, 3] = 5.  # an ON event
+    frames[0, 2, 0, 4, 4] = 5.  # an OFF event
+    image = np.asarray(Image.open(io.BytesIO(render_events(frames))).convert('RGB')).reshape(-1, 3)
+    for color in ('#3b82c4', '#d9822b'):
+        assert (image == [int(color[i:i + 2], 16) for i in (1, 3, 5)]).all(1).any()
+    assert len(render_events(torch.zeros(2, 20, 2, 8, 8))) > 0
+    with pytest.raises(ValueError, match=r'\[n, T, 2, H, W\]'):
+        render_events(frames[0])

@@ -107,6 +107,7 @@ def test_prediction_is_the_models(time_steps, picture, batch):
     for name in activity.attention:
         assert torch.equal(p.activity.attention[name], activity.attention[name])
     assert p.reconstruction is None and p.note is None
+    assert p.events.shape == (1, time_steps, 2, 28, 28) and p.events.sum() > 100
 
 
 def test_inverted_picture(picture, batch):
@@ -333,8 +334,9 @@ def test_in_a_browser(width, scheme, server, tmp_path):
         assert page.locator('#label h2').inner_text() == 'Trouser'
         assert page.locator('#steps tbody tr').count() == 3
         assert 'Trouser' in page.locator('#steps tbody tr').last.inner_text()
-        tabs = dict(Spikes=('rasters', 'firing_rates'), Energy=('energy',), Attention=('attention',),
-                    Reconstruction=('reconstructions',))
+        tabs = {
+            'Spikes': ('rasters', 'firing_rates'), 'Energy': ('energy',), 'Attention': ('attention',),
+            'Event camera': ('events',), 'Reconstruction': ('reconstructions',)}
         for name, figures in tabs.items():
             if not page.get_by_role('tab', name=name).is_visible():  # in the menu of the tabs without room
                 page.locator('.overflow-menu button').first.click()

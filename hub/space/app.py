@@ -19,8 +19,18 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from weights import classifiers, describe, find_autoencoder, load_autoencoder, load_classifier
 
-from timm_spikformer.images import data_config, decode, read_splits
-from timm_spikformer.profiling import Activity, Profile, profile, record_activity, render, render_probabilities, to_dark
+from timm_spikformer.event_data.simulated import simulate_frames
+from timm_spikformer.images import data_config, decode, read_splits, to_pixels
+from timm_spikformer.profiling import (
+    Activity,
+    Profile,
+    profile,
+    record_activity,
+    render,
+    render_events,
+    render_probabilities,
+    to_dark,
+)
 
 MAX_TIME_STEPS = 16
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
@@ -36,6 +46,8 @@ _CAPTIONS = dict(
     energy='Energy of each layer. The marks are the energy of a dense artificial network with the same layers.',
     attention='Attention that each token receives: q k^T, averaged over queries, heads and time steps. There is no '
               'softmax, so each map has its own scale.',
+    events='Events of a simulated event camera that moves in front of the picture in three saccades, one frame per time '
+           'step. ON (brighter) is blue, OFF (darker) is orange. The model above does not use them.',
     reconstructions='The picture, the patches that the masked autoencoder sees, and its reconstruction of the other '
                     'patches, displayed with their true mean and standard deviation.',
 )
@@ -49,6 +61,7 @@ class Prediction(NamedTuple):
     labels: Sequence[str]
     profile: Profile
     activity: Activity
+    events: Tensor  # [1, T, 2, H, W], simulated events of the picture
     reconstruction: Optional[Activity]  # of the masked autoencoder; None without one
     note: Optional[str]  # how the picture was converted; None if it was not
 
@@ -127,7 +140,10 @@ def predict(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same mask for every picture
             reconstruction = record_activity(mae, to_batch(mae.encoder))
-    return Prediction(probabilities, labels, profile(model, x), record_activity(model, x), reconstruction, note)
+    gray = to_pixels(x, data_config(model))[0].mean(0).clamp(0, 1)
+    events = torch.from_numpy(simulate_frames(gray.numpy(), int(time_steps)).astype('float32')).unsqueeze(0)
+    return Prediction(
+        probabilities, labels, profile(model, x), record_activity(model, x), events, reconstruction, note)
 
 
 # -- the page
@@ -216,6 +232,8 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
                 energy = gr.HTML()
             with gr.Tab('Attention'):
                 attention = gr.HTML()
+            with gr.Tab('Event camera'):
+                events = gr.HTML()
             with gr.Tab('Reconstruction', visible=autoencoder is not None):
                 gr.Markdown(mae and f'**Weights:** `{Path(autoencoder).name}`, a masked autoencoder of T = '
                                     f'{mae.encoder.time_steps} that sees {1 - mae.mask_ratio:.0%} of the patches.')
@@ -229,6 +247,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
                 return {message: _message(str(e), is_error=True), results: hidden, tabs: hidden}
             figures = render(p.profile, p.activity, 'svg', names=['rasters', 'firing_rates', 'energy', 'attention'])
             figures['probabilities'] = render_probabilities(p.probabilities, p.labels, 'svg')
+            figures['events'] = render_events(p.events, 'svg')
             shown = {
                 message: _message(p.note or ''),
                 results: gr.update(visible=True),
@@ -240,6 +259,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
                 energy_text: _energy_text(p.profile),
                 energy: _figures(figures, 'energy'),
                 attention: _figures(figures, 'attention'),
+                events: _figures(figures, 'events'),
             }
             if p.reconstruction is not None:
                 figures = render(p.profile, p.reconstruction, 'svg', names=['reconstructions'])
@@ -247,7 +267,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
             return shown
 
         outputs = [
-            message, results, tabs, label, curve, steps, spikes, energy_text, energy, attention, reconstruction]
+            message, results, tabs, label, curve, steps, spikes, energy_text, energy, attention, events, reconstruction]
         # without Gradio's preprocessing, whose errors have no message for the visitor: `predict` checks the values
         button.click(
             classify, [picture, model, time_steps, invert], outputs, scroll_to_output=True, preprocess=False)

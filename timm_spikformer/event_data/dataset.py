@@ -11,8 +11,8 @@ from torch.utils.data import default_collate
 
 from ..images import Images
 from .cache import cache_frames
-from .frames import integrate, resize
-from .simulated import simulate_events
+from .frames import resize
+from .simulated import simulate_frames
 from .transforms import SequenceTransform
 
 __all__ = ['EventSequences', 'RecordedSource', 'SimulatedSource', 'collate', 'create_loader']
@@ -50,12 +50,8 @@ class SimulatedSource:
         return f'simulated {self.images.fingerprint()} {self.time_steps} {self.split_by} {self.size}'
 
     def frames(self, i: int) -> np.ndarray:
-        """Return the event counts of one image, `[T, 2, H, W]`: zeros if the image is constant."""
-        image = np.asarray(self.images[i], dtype=np.float32) / 255.
-        events = simulate_events(image)
-        if not len(events.t):
-            return np.zeros((self.time_steps, 2, *self.size), dtype=np.uint8)
-        return integrate(events, self.time_steps, self.size, self.split_by)
+        """Return the event counts of one image, `[T, 2, H, W]`, see `simulate_frames`."""
+        return simulate_frames(np.asarray(self.images[i], dtype=np.float32) / 255., self.time_steps, self.split_by)
 
 
 class RecordedSource:

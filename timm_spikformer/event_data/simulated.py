@@ -8,9 +8,9 @@ have no noise, no refractory period and no limited bandwidth, so accuracies on t
 import numpy as np
 
 from ..arguments import check_integer, check_positive
-from .frames import Events
+from .frames import Events, integrate
 
-__all__ = ['simulate_events']
+__all__ = ['simulate_events', 'simulate_frames']
 
 _CORNERS = np.array([[0., 0.], [0.5, 1.], [1., 0.], [0., 0.]])  # (x, y) of the path, in units of the amplitude
 _DARK = 0.1  # added to the intensity before the logarithm; the response of dark pixels is limited, as in real sensors
@@ -104,3 +104,20 @@ def simulate_events(
     t = np.minimum(t.astype(np.int64), duration - 1)
     order = np.lexsort((x, y, t))
     return Events(t[order], x[order].astype(np.int64), y[order].astype(np.int64), p[order].astype(np.int64))
+
+
+def simulate_frames(image: np.ndarray, time_steps: int, split_by: str = 'time') -> np.ndarray:
+    """Return the event counts of a simulated event camera, `[T, 2, H, W]`: zeros if the image is constant.
+
+    Args:
+        image: Intensities `[H, W]` in the range 0 to 1.
+        time_steps: Number of frames T.
+        split_by: 'number' or 'time', see `integrate`.
+
+    Raises:
+        ValueError: See `simulate_events` and `integrate`.
+    """
+    events = simulate_events(image)
+    if not len(events.t):
+        return np.zeros((time_steps, 2, *image.shape), dtype=np.uint8)
+    return integrate(events, time_steps, image.shape, split_by)

@@ -18,6 +18,7 @@ _MODULES = {
     'profile': '.counting',
     'record_activity': '.activity',
     'render': '.pictures',
+    'render_events': '.pictures',
     'render_probabilities': '.pictures',
     'to_dark': '.pictures',
     'write_report': '.report',

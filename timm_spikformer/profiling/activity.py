@@ -11,7 +11,7 @@ from ..neurons import LIF
 from ..spikformer import Spikformer, find_spikformer
 from .counting import preserve_state
 
-__all__ = ['Activity', 'check_layers', 'default_layers', 'record_activity']
+__all__ = ['Activity', 'check_layers', 'default_layers', 'divide_by_largest', 'record_activity']
 
 _NUM_NEURONS = 64  # maximum number of neurons in the raster of a layer
 
@@ -43,7 +43,7 @@ class Activity:
     reconstructed: Optional[Tensor] = None
 
 
-def _divide_by_largest(counts: Tensor, reference: Tensor) -> Tensor:
+def divide_by_largest(counts: Tensor, reference: Tensor) -> Tensor:
     """Divide counts `[n, ...]` by the largest value of each sample in `reference`, and clamp the result to 0 to 1."""
     largest = reference.flatten(1).amax(1).clamp(min=1e-6)
     return (counts / largest.view(-1, *(1,) * (counts.ndim - 1))).clamp(0, 1)
@@ -129,13 +129,13 @@ def record_activity(
 
     def to_pixels(images: Tensor) -> Tensor:
         if is_events:
-            return _divide_by_largest(to_counts(images), to_counts(shown))
+            return divide_by_largest(to_counts(images), to_counts(shown))
         return to_counts(images).clamp(0, 1)
 
     shown = x.mean(1) if x.ndim == 5 else x
     activity = Activity(to_pixels(shown))
     if is_events and x.ndim == 5:
-        activity.frames = _divide_by_largest(to_counts(x), to_counts(x))
+        activity.frames = divide_by_largest(to_counts(x), to_counts(x))
     handles = []
 
     def record_spikes(name: str) -> None:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from .activity import Activity
+from .activity import Activity, divide_by_largest
 from .counting import Profile
 
-__all__ = ['PICTURES', 'render', 'render_probabilities', 'to_dark']
+__all__ = ['PICTURES', 'render', 'render_events', 'render_probabilities', 'to_dark']
 
 # keys of `render`
 PICTURES = ('events', 'firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')
@@ -154,8 +154,9 @@ def _to_gray(picture: np.ndarray) -> np.ndarray:
     return picture.mean(2, keepdims=True).repeat(3, 2)
 
 
-def _events(activity: Activity) -> Figure:
-    sequences = activity.frames[:_MAX_IMAGES]
+def _events(sequences: torch.Tensor) -> Figure:
+    """Draw frames of event sequences `[n, T, 2, H, W]` in the range 0 to 1, one sequence per row."""
+    sequences = sequences[:_MAX_IMAGES]
     steps = np.linspace(0, sequences.shape[1] - 1, min(_MAX_STEPS, sequences.shape[1])).round().astype(int)
     fig = _figure(4.4 * len(sequences) / len(steps) + 0.3)
     grid = fig.subplots(len(sequences), len(steps), squeeze=False)
@@ -221,7 +222,7 @@ def _draw(
 ) -> Iterator[Tuple[str, Figure]]:
     has_steps = profile.steps[-1].agreement is not None and profile.time_steps > 1
     figures = {
-        'events': activity is not None and activity.frames is not None and (lambda: _events(activity)),
+        'events': activity is not None and activity.frames is not None and (lambda: _events(activity.frames)),
         'firing_rates': lambda: _firing_rates(profile),
         'energy': lambda: _energy(profile),
         'anytime': has_steps and (lambda: _anytime(profile)),
@@ -271,6 +272,22 @@ def render(
             raise ValueError(f'There is no figure {name!r}, expected names of {", ".join(PICTURES)}.')
     with matplotlib.rc_context(_style(dark)):
         return {name: _encode(figure, format) for name, figure in _draw(profile, activity, names)}
+
+
+def render_events(frames: torch.Tensor, format: str = 'png', dark: bool = False) -> bytes:
+    """Draw frames of event counts, and return the encoded image file: ON is blue, OFF is orange.
+
+    Args:
+        frames: Event counts `[n, T, 2, H, W]`. At most 4 sequences and 8 evenly spaced frames of each are drawn.
+        format: See `render`, also for `dark`.
+
+    Raises:
+        ValueError: The shape is invalid.
+    """
+    if frames.ndim != 5 or frames.shape[2] != 2 or not frames.numel():
+        raise ValueError(f'Expected event counts [n, T, 2, H, W], got {list(frames.shape)}.')
+    with matplotlib.rc_context(_style(dark)):
+        return _encode(_events(divide_by_largest(frames.float(), frames.float())), format)
 
 
 def render_probabilities(
