@@ -46,8 +46,8 @@ _CAPTIONS = dict(
     energy='Energy of each layer. The marks are the energy of a dense artificial network with the same layers.',
     attention='Attention that each token receives: q k^T, averaged over queries, heads and time steps. There is no '
               'softmax, so each map has its own scale.',
-    events='Events of a simulated event camera that moves in front of the picture in three saccades, one frame per time '
-           'step. ON (brighter) is blue, OFF (darker) is orange. The model above does not use them.',
+    events='Events of a simulated event camera that moves in front of the picture in three saccades, one frame per '
+           'time step. ON (brighter) is blue, OFF (darker) is orange. The model above does not use them.',
     reconstructions='The picture, the patches that the masked autoencoder sees, and its reconstruction of the other '
                     'patches, displayed with their true mean and standard deviation.',
 )
