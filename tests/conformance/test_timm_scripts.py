@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from conftest import write_images
+from event_files import write_cifar10_dvs, write_dvs128_gesture
 from huggingface_hub import ModelCard
 
 from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_data_config
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / 'recipes'
 OF_TIMM = sorted(p for p in RECIPES.glob('*.yaml') if not p.name.startswith('accelerate'))
+OF_EVENTS = ('cifar10_dvs', 'dvs128_gesture')
 MODEL = 'spikformer_v2_2_64_patch4_32'
 TRAIN = ['--model', MODEL, '--num-classes', 10, '--device', 'cpu', '-j', 1, '-b', 16, '--epochs', 1, '--opt', 'adamw',
          '--lr', 1e-3, '--warmup-epochs', 0, '--experiment', 'run']
@@ -145,7 +147,7 @@ def test_publish_train_py_run(ema, run_script, tmp_path):
     assert measured == pytest.approx(top1, abs=0.01) and min(rates.values()) > 0.
 
 
-@pytest.mark.parametrize('recipe', [p.name for p in OF_TIMM if p.stem != 'fashion_mnist'])
+@pytest.mark.parametrize('recipe', [p.name for p in OF_TIMM if p.stem not in ('fashion_mnist', *OF_EVENTS)])
 def test_recipe(run_script, recipe, folder, tmp_path):
     """Run the recipe with a smaller model, other data and another device."""
     is_cifar = recipe == 'cifar10.yaml'
@@ -159,11 +161,34 @@ def test_recipe(run_script, recipe, folder, tmp_path):
     assert 0 < row['train_loss'] < 10
 
 
+@pytest.mark.parametrize('recipe', OF_EVENTS)
+def test_event_recipe(run_script, recipe, tmp_path):
+    """Run the recipe with a smaller model on small files in the original format, then validate.py on the result."""
+    {'cifar10_dvs': write_cifar10_dvs, 'dvs128_gesture': write_dvs128_gesture}[recipe](tmp_path / 'data')
+    dataset = f'events/{recipe}?time_steps=2&roll=5'
+    kwargs = ['--model-kwargs', 'time_steps=2', 'depth=1', 'embed_dim=64', 'num_heads=4']
+    run_script(
+        'train.py', '-c', RECIPES / f'{recipe}.yaml', '--data-dir', tmp_path / 'data', '--dataset', dataset, '--device',
+        'cpu', '-j', 1, '-b', 4, *kwargs, '--epochs', 1, '--warmup-epochs', 0, '--cooldown-epochs', 0, '--cutmix', 0.5,
+        '--output', tmp_path, '--experiment', 'run')
+    (row,) = read_summary(tmp_path)
+    assert 0 < row['train_loss'] < 10
+    run_script(
+        'validate.py', '--model', 'spikformer_2_256_patch16_128', '--data-dir', tmp_path / 'data', '--dataset', dataset,
+        '--split', 'test', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--num-classes',
+        11 if recipe == 'dvs128_gesture' else 10, '--in-chans', 2, '--no-prefetcher', '--device', 'cpu', '-j', 1, '-b', 4, *kwargs,
+        '--results-file', tmp_path / 'results.json', '--results-format', 'json')
+    measured = json.loads((tmp_path / 'results.json').read_text())
+    measured = measured[0] if isinstance(measured, list) else measured
+    assert measured['top1'] == pytest.approx(row['eval_top1'], abs=0.01)
+
+
 def test_recipes_name_their_models():
     for path in OF_TIMM:
         recipe = yaml.safe_load(path.read_text())
         assert recipe['model'] in timm.list_models(module='spikformer')
-        assert recipe['device_modules'] == ['timm_spikformer']
+        is_events = path.stem in OF_EVENTS  # these need the launcher, which registers the models
+        assert recipe.get('device_modules') == (None if is_events else ['timm_spikformer'])
 
 
 @pytest.mark.parametrize('options', [
