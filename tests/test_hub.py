@@ -313,8 +313,8 @@ def test_only_files_in_manifest_are_removed_from_repository(hub, client, shipped
     Path('out').mkdir()
     publish(checkpoint, 'me/foreign', 'mit', output='out')
     Path('out/secret.txt').write_text('secret')
-    from timm_spikformer.reading import Training
-    checkpoint.training = Training('timm')
+    from timm_spikformer.reading import TrainingRecord
+    checkpoint.training = TrainingRecord('timm')
     publish(checkpoint, 'me/foreign', 'mit', output='out')
     print(json.dumps(state('me/foreign')))
     checkpoint.training = None
