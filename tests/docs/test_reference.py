@@ -9,7 +9,8 @@ from site_pages import DOCS
 PUBLIC = [
     '', 'spikformer', 'layers', 'stems', 'neurons', 'masked_autoencoder', 'anytime', 'monitor', 'kernels',
     'kernels.explain', 'profiling', 'publishing', 'images', 'training', 'hf.configuration_spikformer',
-    'hf.modeling_spikformer', 'hf.trainer', 'hf.image_processing', 'profiling.callback']
+    'hf.modeling_spikformer', 'hf.trainer', 'hf.image_processing', 'profiling.callback', 'event_data.readers',
+    'event_data.frames', 'event_data.cache', 'event_data.tonic']
 
 
 def _build_inventory(folder: Path) -> Dict[str, str]:
