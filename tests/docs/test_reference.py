@@ -9,7 +9,9 @@ from site_pages import DOCS
 PUBLIC = [
     '', 'spikformer', 'layers', 'stems', 'neurons', 'masked_autoencoder', 'anytime', 'monitor', 'kernels',
     'kernels.explain', 'profiling', 'publishing', 'images', 'training', 'hf.configuration_spikformer',
-    'hf.modeling_spikformer', 'hf.trainer', 'hf.processing', 'profiling.callback']
+    'hf.modeling_spikformer', 'hf.trainer', 'hf.processing', 'profiling.callback', 'event_data.readers',
+    'event_data.frames', 'event_data.cache', 'event_data.tonic', 'event_data.dataset', 'event_data.names',
+    'event_data.simulated', 'event_data.transforms', 'hf.event_processing', 'losses', 'linear']
 
 
 def _build_inventory(folder: Path) -> Dict[str, str]:

@@ -141,17 +141,19 @@ def _other(name: str, folder: Path) -> str:
 
 def _check_classes(name: str, folder: Path, paths: Iterable[Path]) -> None:
     """Raise a ValueError if a class, or one of two folders train and test, has no files."""
-    splits = ('',) if 'official' not in DATASETS[name].splits else ('train', 'test')
-    there = {(path.parents[1].name.lower() if splits[0] else '', path.parent.name) for path in paths}
-    for split in splits:
-        folders = [c for s, c in there if s == split]
-        if not folders:
-            raise ValueError(f'{folder} has no {split} recordings of {DATASETS[name].title}. {_expected(name)}')
-        missing = {*(DATASETS[name].classes or ())} - {*folders} if name != 'dvs128_gesture' else ()
-        if missing:
+    is_split = 'official' in DATASETS[name].splits
+    classes = {'train': set(), 'test': set()} if is_split else {'': set()}
+    for path in paths:
+        classes[path.parents[1].name.lower() if is_split else ''].add(path.parent.name)
+    for split, there in classes.items():
+        what = f'{split} recordings'.strip()
+        if not there:
+            raise ValueError(f'{folder} has no {what} of {DATASETS[name].title}. {_expected(name)}')
+        missing = {*(DATASETS[name].classes or ())} - there
+        if missing and name != 'dvs128_gesture':  # its folders have numbers, and not every recording has all gestures
             raise ValueError(
-                f'{folder} has no {split} recordings of the classes {", ".join(sorted(missing))} of '
-                f'{DATASETS[name].title}. {_expected(name)}'.replace('  ', ' '))
+                f'{folder} has no {what} of the classes {", ".join(sorted(missing))} of {DATASETS[name].title}. '
+                f'{_expected(name)}')
 
 
 def _convert(name: str, folder: Path) -> Path:
@@ -159,7 +161,7 @@ def _convert(name: str, folder: Path) -> Path:
     files = _original(name, folder)
     if not files:
         raise ValueError(f'{folder} has no files of {DATASETS[name].title}{_other(name, folder)}. {_expected(name)}')
-    parts = _trials(files) if name == 'dvs128_gesture' else _class_folders(name, files)
+    parts = _trials(files) if name == 'dvs128_gesture' else _class_folders(name, folder, files)
     cache = cache_folder(folder)
     target = (folder if cache.parent == folder.resolve() else cache) / EVENTS
     waiting = cache / 'conversion'  # not `target.parent`, which is locked while a temporary folder is created
@@ -190,9 +192,9 @@ class _Part(NamedTuple):
     num_recordings: int
 
 
-def _class_folders(name: str, files: Dict[str, Path]) -> List[_Part]:
+def _class_folders(name: str, folder: Path, files: Dict[str, Path]) -> List[_Part]:
     """Check all files, and return those of each class."""
-    _check_classes(name, min(files.values()).parents[1], files.values())
+    _check_classes(name, folder, files.values())
     by_class = defaultdict(dict)
     for key, path in files.items():
         check_file(path, _FORMATS[name].format)

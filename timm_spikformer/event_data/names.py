@@ -97,14 +97,17 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
                 images.labels, images.classes, f'{images.name} (simulated events)', split)
             for split, images in read_splits(folder or None).items()
         }
-    from .readers import read_recordings
+    from .readers import read_recordings, warn_about_overlap
     if not folder:
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
+    splits = read_recordings(parsed.dataset, folder, parsed.split or None)
+    if 'official' not in DATASETS[parsed.dataset].splits:
+        warn_about_overlap(splits)
     return {
         split: EventSequences(
             RecordedSource(recordings, parsed.time_steps, parsed.split_by), np.asarray(recordings.labels),
             recordings.classes, DATASETS[parsed.dataset].title, split)
-        for split, recordings in read_recordings(parsed.dataset, folder, parsed.split or None).items()
+        for split, recordings in splits.items()
     }
 
 
