@@ -176,8 +176,8 @@ def test_event_recipe(run_script, recipe, tmp_path):
     run_script(
         'validate.py', '--model', 'spikformer_2_256_patch16_128', '--data-dir', tmp_path / 'data', '--dataset', dataset,
         '--split', 'test', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--num-classes',
-        11 if recipe == 'dvs128_gesture' else 10, '--in-chans', 2, '--no-prefetcher', '--device', 'cpu', '-j', 1, '-b', 4, *kwargs,
-        '--results-file', tmp_path / 'results.json', '--results-format', 'json')
+        11 if recipe == 'dvs128_gesture' else 10, '--in-chans', 2, '--no-prefetcher', '--device', 'cpu', '-j', 1, '-b',
+        4, *kwargs, '--results-file', tmp_path / 'results.json', '--results-format', 'json')
     measured = json.loads((tmp_path / 'results.json').read_text())
     measured = measured[0] if isinstance(measured, list) else measured
     assert measured['top1'] == pytest.approx(row['eval_top1'], abs=0.01)

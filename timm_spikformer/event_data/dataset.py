@@ -23,7 +23,7 @@ _IMAGE_AUGMENTATION = ('auto_augment', 'num_aug_splits', 'grayscale_prob', 'gaus
 
 
 class SimulatedSource:
-    """Frames of simulated events from grayscale images, computed whenever they are read: see `simulate_events`.
+    """Frames of simulated events from images, as grayscale, computed whenever they are read: see `simulate_events`.
 
     Args:
         images: Images to simulate events from, in the order of this source.
@@ -51,7 +51,11 @@ class SimulatedSource:
 
     def frames(self, i: int) -> np.ndarray:
         """Return the event counts of one image, `[T, 2, H, W]`, see `simulate_frames`."""
-        return simulate_frames(np.asarray(self.images[i], dtype=np.float32) / 255., self.time_steps, self.split_by)
+        image = np.asarray(self.images[i], dtype=np.float32) / 255.
+        if image.shape != self.size:
+            raise ValueError(
+                f'{self.name(i)} has {image.shape[0]}x{image.shape[1]} pixels, expected {self.size[0]}x{self.size[1]}.')
+        return simulate_frames(image, self.time_steps, self.split_by)
 
 
 class RecordedSource:
