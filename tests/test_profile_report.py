@@ -140,7 +140,7 @@ def test_pictures(model, images, labels):
         name: without_ids(svg) for name, svg in dark.items()}
     assert 'anytime' not in render(profile(model, images, time_steps=1))
     assert list(render(result, activity, names=['attention', 'energy'])) == ['energy', 'attention']
-    with pytest.raises(ValueError, match="no figure 'rates', expected names of firing_rates"):
+    with pytest.raises(ValueError, match="no figure 'rates', expected names of events"):
         render(result, names=['rates'])
 
 

@@ -16,8 +16,8 @@ __all__ = ['pip_requirement', 'user_message']
 
 _PACKAGE = Path(__file__).parent
 # libraries whose exceptions are about files, external data or the network
-_LIBRARIES = ('huggingface_hub', 'httpx', 'httpcore', 'safetensors', 'json', 'yaml', 'pyarrow', 'datasets', 'PIL',
-              'pickle', '_pickle', 'zipfile', 'zlib', 'csv', '_csv')
+_LIBRARIES = ('huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'httpcore2', 'safetensors', 'json', 'yaml', 'pyarrow',
+              'datasets', 'PIL', 'pickle', '_pickle', 'zipfile', 'zlib', 'csv', '_csv')
 # messages of PyTorch's plain RuntimeError when memory runs out on the CPU or on MPS
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|backend out of memory")
 _HINTS = {
@@ -97,7 +97,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_network_error(error: BaseException) -> bool:
     names = {f'{c.__module__.partition(".")[0]}.{c.__name__}' for c in type(error).__mro__}
     return isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, BrokenPipeError) or bool(
-        names & {'httpx.TransportError', 'huggingface_hub.OfflineModeIsEnabled'})
+        names & {'httpx.TransportError', 'httpx2.TransportError', 'huggingface_hub.OfflineModeIsEnabled'})
 
 
 def _is_library_error(error: BaseException) -> bool:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch.nn import functional as F
 
 from .activity import Activity, divide_by_largest
 from .counting import Profile
 
-__all__ = ['PICTURES', 'render', 'render_events', 'render_probabilities', 'to_dark']
+__all__ = ['PICTURES', 'draw', 'render', 'render_events', 'render_probabilities', 'to_dark']
 
 # keys of `render`
 PICTURES = ('events', 'firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')
@@ -47,9 +48,7 @@ def _whole_steps(axes: Axes, time_steps: int) -> None:
     axes.set_xlabel('time step')
 
 
-def _unit(highest_mj: float) -> Tuple[str, float]:
-    """Return the unit of an energy axis, and the factor that converts millijoules to it."""
-    return ('mJ', 1.) if highest_mj >= 1. else ('µJ', 1e3)
+_JOULES = EngFormatter('J')  # for axes in joules: writes 5 µJ instead of 0.000005
 
 
 def _firing_rates(profile: Profile) -> Figure:
@@ -71,16 +70,17 @@ def _energy(profile: Profile) -> Figure:
     fig = _figure(0.9 + 0.22 * len(layers))
     axes = fig.subplots()
     at = np.arange(len(layers))
-    unit, factor = _unit(max(max(x.energy_mj, x.ann_energy_mj) for x in layers))
     for group in profile.groups:
         mine = [i for i, x in enumerate(layers) if x.group == group]
-        axes.barh(at[mine], [layers[i].energy_mj * factor for i in mine], color=_COLORS[group], label=group)
+        axes.barh(at[mine], [layers[i].energy_mj / 1e3 for i in mine], color=_COLORS[group], label=group)
     axes.plot(
-        [x.ann_energy_mj * factor for x in layers], at, linestyle='', marker='|', markersize=7,
+        [x.ann_energy_mj / 1e3 for x in layers], at, linestyle='', marker='|', markersize=7,
         color=matplotlib.rcParams['text.color'], label='dense ANN')
     axes.set_yticks(at, [x.name.replace('stages.', '') for x in layers], fontsize=9)
     axes.set_ylim(len(layers) - 0.5, -0.5)
-    axes.set_xlabel(f'energy per image, {unit}')
+    axes.set_xlabel('energy per sample')
+    axes.xaxis.set_major_formatter(_JOULES)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     fig.legend(loc='outside upper center', ncols=3, fontsize=9)
     return fig
 
@@ -99,13 +99,14 @@ def _anytime(profile: Profile) -> Figure:
     top.legend(fontsize=9)
     _whole_steps(top, profile.time_steps)
     key = 'accuracy' if profile.accuracy is not None else 'agreement'
-    unit, factor = _unit(steps[-1].energy_mj)
-    bottom.plot([x.energy_mj * factor for x in steps], [100 * getattr(x, key) for x in steps], marker='o', markersize=4)
+    bottom.plot([x.energy_mj / 1e3 for x in steps], [100 * getattr(x, key) for x in steps], marker='o', markersize=4)
     for x in steps:
         bottom.annotate(
-            f'{x.step}', (x.energy_mj * factor, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
+            f'{x.step}', (x.energy_mj / 1e3, 100 * getattr(x, key)), xytext=(4, 4), textcoords='offset points',
             fontsize=9)
-    bottom.set_xlabel(f'energy per image up to each step, {unit}')
+    bottom.set_xlabel('energy per sample up to each step')
+    bottom.xaxis.set_major_formatter(_JOULES)
+    bottom.xaxis.set_major_locator(MaxNLocator(5))
     bottom.set_ylabel(f'{key}, %')
     return fig
 
@@ -231,9 +232,9 @@ def _draw(
         'reconstructions': activity is not None and activity.reconstructed is not None and (
             lambda: _reconstructions(activity)),
     }
-    for name, draw in figures.items():
-        if draw and (names is None or name in names):
-            yield name, draw()
+    for name, create in figures.items():
+        if create and (names is None or name in names):
+            yield name, create()
 
 
 def _encode(figure: Figure, format: str) -> bytes:
@@ -243,6 +244,15 @@ def _encode(figure: Figure, format: str) -> bytes:
     else:
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
     return buffer.getvalue()
+
+
+def draw(profile: Profile, activity: Optional[Activity] = None) -> Dict[str, Figure]:
+    """Return the figures of `render` by name, on a white background."""
+    with matplotlib.rc_context(_style(dark=False)):
+        figures = dict(_draw(profile, activity, None))
+    for figure in figures.values():
+        figure.set_facecolor('white')
+    return figures
 
 
 def render(

@@ -1,11 +1,9 @@
 """Log profiles to TensorBoard from a custom training loop. For transformers' Trainer, use `ProfileCallback`."""
 from typing import Any, Dict, Optional
 
-import torch
-
 from .activity import Activity
 from .counting import Profile
-from .pictures import render
+from .pictures import draw
 
 __all__ = ['log_profile', 'scalars']
 
@@ -38,10 +36,8 @@ def log_profile(writer: Any, profile: Profile, step: int, activity: Optional[Act
         step: Training step or epoch.
         activity: Activity to log figures of, see `render`.
     """
-    from torchvision.io import ImageReadMode, decode_png
     for name, value in scalars(profile).items():
         writer.add_scalar(f'profile/{name}', value, step)
-    for name, png in render(profile, activity).items():
-        image = decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8), ImageReadMode.RGB)
-        writer.add_image(f'profile/{name}', image, step)
+    for name, figure in draw(profile, activity).items():
+        writer.add_figure(f'profile/{name}', figure, step)
     writer.flush()
