@@ -211,8 +211,9 @@ def test_namespace(hub, client, shipped):
     cifar = 'spikformer_v2_2_64_patch4_32.cifar10'
     shipped_name = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
     out = client.run(code, shipped / 'expected.pt', 'org').stdout.splitlines()
-    assert out[0] == str([shipped_name])
-    assert out[1] == str([cifar, shipped_name, 'spikformer_v2_8_384.in1k'])
+    shipped_mae = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
+    assert out[0] == str([shipped_name, shipped_mae])
+    assert out[1] == str([cifar, shipped_name, shipped_mae, 'spikformer_v2_8_384.in1k'])
     assert out[3] == f'org/{cifar}'
     assert out[4] == (
         'error The repository org/spikformer_v2_8_384.in1k contains the model spikformer_v2_2_64_patch4_32, expected '

@@ -17,11 +17,13 @@ from timm.models import save_for_hf
 
 import timm_spikformer
 from timm_spikformer import SpikformerMAE, pretrained
+from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
 from timm_spikformer.training import evaluate, init_bn_bias
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
+SHIPPED_MAE = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def namespace(monkeypatch):
 
 
 def test_accuracy_of_shipped_weights(monkeypatch):
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED]
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
     test = read_splits()['test']
     top1, rates = evaluate(model, make_loader(test, data_config(model), 250))
@@ -102,6 +104,20 @@ def test_error_if_no_weights_are_published(name, tag):
         assert word in text
 
 
+def test_shipped_autoencoder():
+    """It reconstructs masked patches much better than their mean, and timm loads its encoder."""
+    mae = SpikformerMAE.from_pretrained(SHIPPED_MAE)
+    loader = make_loader(read_splits()['test'].sample_stratified(200, 0), data_config(mae.encoder), 100)
+    loss, loss_of_mean = reconstruction_loss(mae, loader, seed=0)
+    assert loss < 0.5 < 0.65 < loss_of_mean
+    encoder = timm.create_model(SHIPPED_MAE, pretrained=True)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, mae.encoder.state_dict()[name]), name
+    classifier = timm.create_model(SHIPPED_MAE, pretrained=True, num_classes=7)
+    assert torch.equal(classifier.blocks[1].mlp.fc2.linear.weight, mae.encoder.blocks[1].mlp.fc2.linear.weight)
+    assert classifier.head.fc.out_features == 7
+
+
 def test_default_namespace_is_unset():
     assert pretrained._namespace is None
     for name in timm.list_models(module='spikformer'):
@@ -110,15 +126,15 @@ def test_default_namespace_is_unset():
 
 def test_list_pretrained_with_namespace(namespace, monkeypatch):
     namespace('org')
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED]  # nothing in the cache
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]  # nothing in the cache
     monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: {
         'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
     namespace('org@v1')
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, 'spikformer_v2_8_512.in1k']
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE, 'spikformer_v2_8_512.in1k']
     assert timm.get_pretrained_cfg('spikformer_v2_8_512').hf_hub_id == 'org/spikformer_v2_8_512.in1k@v1'
     assert timm.get_pretrained_cfg(SHIPPED).file
     namespace(None)
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED]
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]
     assert len(timm.list_models(module='spikformer')) == 14
 
 

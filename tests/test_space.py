@@ -106,7 +106,7 @@ def test_prediction_is_the_models(time_steps, picture, batch):
         assert torch.equal(p.activity.rasters[name], activity.rasters[name])
     for name in activity.attention:
         assert torch.equal(p.activity.attention[name], activity.attention[name])
-    assert p.reconstruction is None and p.note is None
+    assert p.reconstruction.reconstructed.shape == batch.shape and p.note is None
     assert p.events.shape == (1, time_steps, 2, 28, 28) and p.events.sum() > 100
 
 
@@ -224,14 +224,15 @@ def tabs(page):
 
 def test_the_page(mae_folder):
     page = app.build()
-    assert tabs(page) == {'Spikes': True, 'Energy': True, 'Attention': True, 'Reconstruction': False}
+    assert tabs(page) == dict.fromkeys(['Spikes', 'Energy', 'Attention', 'Event camera', 'Reconstruction'], True)
     assert tabs(app.build(mae_folder))['Reconstruction'] is True
     shown = [c['props'].get('value') for c in page.get_config_file()['components']]
     assert weights.describe(SHIPPED_MODEL) in shown and not page.analytics_enabled
 
 
-def test_the_reconstruction_appears_with_the_tag(mae_tag):
-    assert tabs(app.build())['Reconstruction'] is True
+def test_the_page_without_an_autoencoder(monkeypatch):
+    monkeypatch.setattr(app, 'find_autoencoder', lambda: None)
+    assert tabs(app.build())['Reconstruction'] is False
 
 
 def test_dry_run_of_publishing(tmp_path, monkeypatch, capsys):
