@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, NamedTuple
 
+import numpy as np
 import timm
 import torch
 import yaml
@@ -15,6 +16,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision.transforms import v2
 
+from timm_spikformer.event_data.dataset import EventSequences
+from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.training import classify
 
@@ -111,5 +114,52 @@ def _imagenet(quick: bool) -> Dict[str, object]:
             Source(training_step(model.train(), x), len(x)), loaders, 1 if quick else 5)
 
 
+def _simulated_events(quick: bool) -> Dict[str, object]:
+    """Compare the simulation of events with training on them."""
+    sequences = read_event_splits('events/simulated_fashion_mnist?time_steps=4&split_by=time')['train']
+    config = dict(input_size=(2, 28, 28), mean=(0., 0.), std=(1., 1.), interpolation='bilinear', crop_pct=1.)
+    loader = make_loader(sequences.sample_stratified(64 if quick else 640, seed=0), config, 32, augment=True)
+    x, _ = next(iter(loader))
+    model = timm.create_model('spikformer_v2_2_64_patch4_32', in_chans=2)
+    return _compare(
+        'training of spikformer_v2_2_64_patch4_32 on sequences, T = 4, batch 32',
+        Source(training_step(model.train(), x), len(x)), {'simulated events': _epoch(loader)}, 2 if quick else 5)
+
+
+def _cached_events(quick: bool) -> Dict[str, object]:
+    """Compare frames of the size of CIFAR10-DVS from a memory-mapped file with training on them."""
+    count, shape = (16, (2, 2, 128, 128)) if quick else (256, (16, 2, 128, 128))
+    config = dict(input_size=shape[1:], mean=(0., 0.), std=(1., 1.), interpolation='bilinear', crop_pct=1.)
+
+    class RandomCounts:
+        """Counts of events in a memory-mapped file."""
+
+        def __init__(self, path: Path):
+            self.path = path
+            counts = np.random.default_rng(0).poisson(0.1, (count, *shape)).astype(np.uint8)
+            np.save(path, counts)
+
+        def __len__(self) -> int:
+            return count
+
+        def frames(self, i: int) -> np.ndarray:
+            return np.load(self.path, mmap_mode='r')[i]
+
+    with tempfile.TemporaryDirectory() as folder:
+        sequences = EventSequences(
+            RandomCounts(Path(folder, 'frames.npy')), np.arange(count) % 10, list('0123456789'), 'random counts',
+            'train')
+        loader = make_loader(sequences, config, 16, augment=True)
+        x, _ = next(iter(loader))
+        name = 'test_spikformer_v2' if quick else 'spikformer_2_256_patch16_128'
+        model = timm.create_model(name, in_chans=2, num_classes=10)
+        return _compare(
+            f'training of {name} on sequences, T = {len(x[0])}, batch 2',
+            Source(training_step(model.train(), x[:2]), 2),
+            {'frames from a memory-mapped file': _epoch(loader)}, 1 if quick else 3)
+
+
 def run(quick: bool) -> Dict[str, object]:
-    return dict(demo=_demo(quick), imagenet=_imagenet(quick))
+    return dict(
+        demo=_demo(quick), imagenet=_imagenet(quick), simulated_events=_simulated_events(quick),
+        cached_events=_cached_events(quick))

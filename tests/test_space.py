@@ -74,7 +74,7 @@ def mae_folder(mae, tmp_path_factory):
 
 @pytest.fixture
 def mae_tag(mae, tmp_path, monkeypatch):
-    """The name of registered weights of a masked autoencoder, as they will be shipped."""
+    """The name of registered weights of a masked autoencoder, which replace those in the package."""
     name = f'{MODEL}.mae_fashion_mnist'
     metadata = {'format': 'pt', AUTOENCODER_KEY: json.dumps(MAE_ARGS)}
     save_file(mae.state_dict(), tmp_path / f'{name}.safetensors', metadata)
@@ -84,6 +84,7 @@ def mae_tag(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(registry._model_pretrained_cfgs, name, cfg)
     monkeypatch.setattr(registry, '_model_has_pretrained', registry._model_has_pretrained | {name})
     monkeypatch.setitem(registry._model_with_tags, MODEL, [*registry._model_with_tags[MODEL], name])
+    weights.load_autoencoder.cache_clear()  # of the weights in the package, which have the same name
     yield name
     weights.load_autoencoder.cache_clear()
 
