@@ -107,16 +107,18 @@ def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: 
     check_events(events, size)
     if np.any(events.t[1:] < events.t[:-1]):  # not np.diff, which wraps for unsigned integers
         raise ValueError('The time stamps of the events must ascend. Use sort_events.')
-    t, x, y, p = (array.astype(np.int64) for array in events)
+    t = events.t.astype(np.int64)
     inner = np.arange(1, time_steps)
     if split_by == 'number':
         starts = inner * (len(t) // time_steps)
     else:
         starts = np.searchsorted(t, t[0] + inner * max((t[-1] - t[0]) // time_steps, 1))
-    step = np.repeat(np.arange(time_steps), np.diff(starts, prepend=0, append=len(t)))  # [N]
-    position = ((step * 2 + p) * height + y) * width + x
-    counts = np.bincount(position, minlength=time_steps * 2 * height * width)
-    return counts.reshape(time_steps, 2, height, width).astype(np.min_scalar_type(counts.max()))
+    counts = []
+    for start, end in zip([0, *starts], [*starts, len(t)]):
+        x, y, p = (array[start:end].astype(np.int64) for array in events[1:])
+        counts.append(np.bincount((p * height + y) * width + x, minlength=2 * height * width))  # [2 * H * W]
+    dtype = np.min_scalar_type(max(count.max() for count in counts))
+    return np.stack([count.astype(dtype) for count in counts]).reshape(time_steps, 2, height, width)
 
 
 def resize(frames: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
