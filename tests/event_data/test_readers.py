@@ -15,7 +15,7 @@ from torchvision.datasets import DatasetFolder
 from timm_spikformer.event_data.frames import Events
 from timm_spikformer.event_data.readers import DATASETS, read_recordings, split_digest, warn_about_overlap
 
-pytestmark = pytest.mark.filterwarnings('ignore:.* and the complete dataset has')
+pytestmark = pytest.mark.filterwarnings('ignore:.* but the complete dataset has')
 NAMES = [*DATASETS]
 
 
@@ -30,7 +30,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def original(originals, tmp_path):
-    """Copy a small dataset."""
+    """A function that copies a small dataset and returns its folder."""
     def copy(name):
         return shutil.copytree(originals[name], tmp_path / name)
     return copy
@@ -60,7 +60,7 @@ def test_orientation_of_cifar10_dvs(original):
 
 
 def test_dvs128_gesture(original):
-    """Gestures are cut at the times of the labels file, and labels are the numbers of the classes."""
+    """Gestures start and end at the times in the label file, and labels are class numbers."""
     splits = read_recordings('dvs128_gesture', original('dvs128_gesture'))
     for split, user in (('train', 1), ('test', 24)):
         recordings = splits[split]
@@ -70,7 +70,7 @@ def test_dvs128_gesture(original):
 
 
 def test_overflow_of_time_in_aedat3(original):
-    """Bits 31 and above of the time are in the header of the packet."""
+    """The header of a packet contains bits 31 and above of the time stamps."""
     folder = original('dvs128_gesture')
     path = folder / 'DvsGesture' / 'user01_lab.aedat'
     data = bytearray(path.read_bytes())
@@ -152,7 +152,7 @@ def test_other_files_are_ignored(original):
 
 
 def touch_cifar10_dvs(folder):
-    """Write the names of all recordings of CIFAR10-DVS as spikingjelly converts them, without contents."""
+    """Create empty files with the names of all converted recordings of CIFAR10-DVS."""
     for name in CIFAR10DVS_CLASS_NAMES:
         (folder / 'events_np' / name).mkdir(parents=True)
         for i in range(1000):
@@ -179,7 +179,7 @@ def test_first_90_is_the_split_of_v1(cifar10_dvs):
 
 
 def test_tebn(cifar10_dvs):
-    """Also after spikingjelly has added links to the folder for this split."""
+    """The split does not change when spikingjelly adds links for it to the folder."""
     splits = read_recordings('cifar10_dvs', cifar10_dvs, split='tebn')
     for _ in range(2):
         for split, numbers in (('train', range(100, 1000)), ('test', range(100))):
@@ -200,7 +200,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize('name', ['first-90', 'tebn'])
 def test_digest(cifar10_dvs, name):
-    """The digests of CIFAR10-DVS that the guide shows."""
+    """The digests of CIFAR10-DVS are those in the guide."""
     for split, recordings in read_recordings('cifar10_dvs', cifar10_dvs, split=name).items():
         assert split_digest(recordings) == DIGESTS[name, split]
 
@@ -236,9 +236,9 @@ def test_unsorted_recordings_are_sorted(original):
     assert np.array_equal(read.t, events.t) and sorted(zip(*read)) == sorted(zip(*events))
 
 
-@pytest.mark.filterwarnings('default:.* and the complete dataset has')
+@pytest.mark.filterwarnings('default:.* but the complete dataset has')
 def test_incomplete_dataset(original):
-    with pytest.warns(UserWarning, match='has 30 recordings of N-Caltech101, and the complete dataset has 8709'):
+    with pytest.warns(UserWarning, match='has 30 recordings of N-Caltech101, but the complete dataset has 8709'):
         read_recordings('n_caltech101', original('n_caltech101'))
 
 
@@ -259,7 +259,7 @@ def test_split_without_recordings(tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_another_dataset(originals, original, name):
-    """The message names the dataset that the folder holds, before and after it was converted."""
+    """The message names the dataset in the folder, before and after its conversion."""
     other = NAMES[NAMES.index(name) - 1]
     folder = original(other)
     for _ in range(2):
@@ -273,7 +273,7 @@ def test_another_dataset(originals, original, name):
 def test_archives_that_are_not_unpacked(tmp_path):
     (tmp_path / 'download').mkdir()
     (tmp_path / 'download' / 'Train.zip').touch()
-    with pytest.raises(ValueError, match='no files of N-MNIST, but .*download/Train.zip, which is not unpacked'):
+    with pytest.raises(ValueError, match='no files of N-MNIST, but the archive .*Train.zip, which is not unpacked'):
         read_recordings('n_mnist', tmp_path)
 
 
@@ -307,9 +307,9 @@ def _truncate(num_bytes):
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', _truncate(40), 'no line #!END-HEADER'),
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', lambda data: b'#!AER-DAT2.0' + data[12:], 'not with #!AER-DAT3'),
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', _truncate(0), 'is empty'),
-    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(-5), 'a start and an end'),
+    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(-5), 'a start time and a later end time'),
     ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', lambda data: data + b'12,1,2\n', "'12,1,2' is not a class"),
-    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(46), 'there are 1 gestures'),
+    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(45), 'expected at least 2 gestures, got 1'),
     ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', lambda data: b'\xff\xfe', 'cannot be read'),
     ('dvs128_gesture', 'DvsGesture/trials_to_test.txt', _truncate(0), 'is empty, expected names of files'),
 ])
@@ -324,8 +324,8 @@ def test_damaged_original(original, name, file, change, message):
 
 
 @pytest.mark.parametrize('missing, message', [
-    ('user24_lab.aedat', 'which trials_to_test.txt requires'),
-    ('user24_lab_labels.csv', 'which trials_to_test.txt requires'),
+    ('user24_lab.aedat', 'but trials_to_test.txt lists user24_lab.aedat'),
+    ('user24_lab_labels.csv', 'but trials_to_test.txt lists user24_lab.aedat'),
     ('trials_to_train.txt', 'is missing'),
 ])
 def test_missing_file_of_dvs128_gesture(original, missing, message):
@@ -337,11 +337,11 @@ def test_missing_file_of_dvs128_gesture(original, missing, message):
 
 
 def test_gesture_without_events(original):
-    """A recording that ends, between two packets, before its last gesture."""
+    """A recording that was cut off between two packets, before its last gesture."""
     folder = original('dvs128_gesture')
     path = folder / 'DvsGesture' / 'user24_lab.aedat'
     write_aedat3(path, random_events((128, 128)))
-    with pytest.raises(ValueError, match='user24_lab.aedat and .*user24_lab_labels.csv: user24_lab_0 .* no events'):
+    with pytest.raises(ValueError, match='user24_lab.aedat and .*_labels.csv: the recording user24_lab_0 .* no events'):
         read_recordings('dvs128_gesture', folder)
     assert not (folder / 'events_np').exists()
 
@@ -361,10 +361,10 @@ ONE = np.zeros(1, int)
     (_save(t=ONE, x=ONE, y=ONE), "'p is not a file"),
     (_save(t=ONE, x=ONE, y=ONE, p=ONE + 2), 'p of the events must be from 0 to 1'),
     (_save(t=ONE, x=ONE + 34, y=ONE, p=ONE), 'x of the events must be from 0 to 33 for a sensor of 34x34 pixels'),
-    (_save(t=np.zeros(2, int), x=ONE, y=ONE, p=ONE), 'one length'),
+    (_save(t=np.zeros(2, int), x=ONE, y=ONE, p=ONE), 'the same length'),
     (_save(t=ONE / 2, x=ONE, y=ONE, p=ONE), 'must be an integer NumPy array'),
     (_save(t=np.array([None]), x=ONE, y=ONE, p=ONE), 'allow_pickle'),
-    (_save(t=ONE[:0], x=ONE[:0], y=ONE[:0], p=ONE[:0]), 'There are no events'),
+    (_save(t=ONE[:0], x=ONE[:0], y=ONE[:0], p=ONE[:0]), 'Expected at least one event, got none'),
 ])
 def test_damaged_recording(original, write, message):
     train = read_recordings('n_mnist', original('n_mnist'))['train']
@@ -390,5 +390,5 @@ def test_read_only_folder(original, monkeypatch, tmp_path):
 def test_conversion_that_spikingjelly_did_not_finish(original):
     folder = original('n_mnist')
     (folder / 'events_np.building').touch()
-    with pytest.raises(ValueError, match='spikingjelly did not finish .*events_np'):
+    with pytest.raises(ValueError, match='conversion by spikingjelly into .*events_np was interrupted'):
         read_recordings('n_mnist', folder)
