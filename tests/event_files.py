@@ -1,4 +1,4 @@
-"""Write small datasets of event cameras in their original binary formats."""
+"""Write small event-camera datasets in their original binary formats."""
 import struct
 from pathlib import Path
 from typing import Iterable, Optional, Tuple
@@ -14,7 +14,7 @@ __all__ = [
 
 
 def random_events(size: Tuple[int, int], count: int = 50, seed: int = 0, start: int = 0) -> Events:
-    """Return events in the order of time, about 100 microseconds apart."""
+    """Return random events, sorted by time, about 100 microseconds apart."""
     rng = np.random.default_rng(seed)
     return Events(
         t=start + np.sort(rng.integers(0, 100 * count, count)),
@@ -27,8 +27,8 @@ def random_events(size: Tuple[int, int], count: int = 50, seed: int = 0, start: 
 def write_aedat2(path: Path, events: Events) -> None:
     """Write a file of CIFAR10-DVS: lines of text, then pairs of address and time, big-endian.
 
-    The address is such that spikingjelly reads the given events: its bits 8 to 14 are 127 - x, bits 1 to 7 are 127 - y,
-    and bit 0 is 1 - p.
+    Bits 8 to 14 of the address are 127 - x, bits 1 to 7 are 127 - y, and bit 0 is 1 - p. From these, spikingjelly reads
+    the given events.
     """
     address = (127 - events.x) << 8 | (127 - events.y) << 1 | (1 - events.p)
     header = b'#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n# Timestamps tick is 1 us\r\n'
@@ -74,8 +74,8 @@ def write_cifar10_dvs(folder: Path, numbers: Iterable[int] = (*range(8), 10, 100
 def write_dvs128_gesture(folder: Path, labels: Optional[Iterable[int]] = None, count: int = 50) -> None:
     """Write the unpacked archive of DVS128 Gesture: one recording for training and one for testing.
 
-    Gesture number i, from 0, of a recording is from 1,000,000 i to 1,000,000 i + 500,000 microseconds. Other events are
-    between them, which belong to no gesture.
+    Gesture i of a recording, counted from 0, lasts from 1,000,000 i to 1,000,000 i + 500,000 microseconds. Between the
+    gestures are events that belong to no gesture.
 
     Args:
         labels: Classes of the gestures of each recording, from 1 to 11; by default, all classes.

@@ -92,7 +92,7 @@ def test_keep_selects_membranes_of_samples(model, sequences):
     torch.testing.assert_close(stateful(sequences[kept, 2:]), second)
     stateful = StatefulInference(model)
     stateful(sequences[:, :1])
-    with pytest.raises(ValueError, match='Expected inputs of one shape'):
+    with pytest.raises(ValueError, match='Expected inputs of the same shape'):
         stateful(sequences[:4, 1:2])
 
 

@@ -1,4 +1,4 @@
-"""Event sequences in transformers: the processor, losses on single steps, and the training script."""
+"""Event sequences in transformers: the processor, the loss at each time step, and the training script."""
 import json
 import sys
 
@@ -54,7 +54,7 @@ EVENTS = event_files.random_events((34, 34))
     (np.zeros((2, 8, 8)), 'one channel per polarity'),
     ({'t': EVENTS.t, 'x': EVENTS.x, 'y': EVENTS.y}, 'p is missing'),
     (EVENTS._replace(x=EVENTS.x + 34), 'x of the events must be from 0 to 33'),
-    (Events(*(a[:0] for a in EVENTS)), 'There are no events'),
+    (Events(*(a[:0] for a in EVENTS)), 'Expected at least one event, got none'),
 ])
 def test_processor_refuses_invalid_samples(processor, sample, message):
     with pytest.raises(ValueError, match=message):

@@ -553,7 +553,7 @@ def test_pictures_of_event_sequences(event_model):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--events', 'simulated_fashion_mnist'], 'starts with events/'),
+    (['--events', 'simulated_fashion_mnist'], 'must start with events/'),
     (['--events', 'events/n_mnist'], 'requires the folder'),
     (['--events', EVENTS, '--time-steps', 2], '--time-steps is for images'),
 ])

@@ -1,4 +1,4 @@
-"""Logistic regression on pixels, a baseline."""
+"""Baseline: logistic regression on pixels."""
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -12,11 +12,11 @@ __all__ = ['fit_linear']
 
 
 def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torch.device) -> Optional[float]:
-    """Return the test accuracy, in percent, of logistic regression on the same pixels, fitted by L-BFGS.
+    """Fit logistic regression on pixels with L-BFGS, and return its test accuracy in percent.
 
-    Pixels are scaled to 0 to 1; of event sequences, the features are the counts of all frames. The regularization is
-    scikit-learn's default (L2, C = 1). Returns None for large datasets, for which fitting would take longer than
-    training.
+    Pixels are scaled to the range 0 to 1. For event sequences, the features are the counts of all frames. The
+    regularization is scikit-learn's default (L2, C = 1). Return None for large datasets, for which fitting would take
+    longer than training.
     """
     features = next(iter(make_loader(train, config, 1, device)))[0].numel()
     if features * len(train.classes) > 100_000 or features * len(train) > 100_000_000:

@@ -11,12 +11,13 @@ class TETLoss(nn.Module):
     """Temporal efficient training (TET), https://arxiv.org/abs/2202.11946.
 
     `(1 - weight) * mean_t CE(logits_t, target) + weight * mean (logits - constant)^2`: the cross-entropy at each time
-    step, and a term that pulls all logits to one constant, so that outliers of single steps get smaller. The usual loss
-    is the cross-entropy of the mean of the logits over time. The defaults are those of the authors' code.
+    step, and a regularization term that reduces the distance of all logits from one constant, and thereby outliers at
+    single time steps. The usual loss, in contrast, is the cross-entropy of the mean of the logits over time. The
+    defaults are those of the authors' code.
 
     Args:
         weight: Weight of the second term, at least 0 and less than 1.
-        constant: Value to which the second term pulls the logits.
+        constant: Target value of all logits in the second term.
         label_smoothing: Label smoothing of the cross-entropy.
 
     >>> import timm
@@ -34,7 +35,8 @@ class TETLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """
+        """Return the loss, a scalar.
+
         Args:
             logits: Logits of each time step, `[T, B, K]`, from `forward_steps(x, cumulative=False)`.
             target: Class indices `[B]`, or probabilities `[B, K]`, such as those of Mixup.
@@ -44,8 +46,8 @@ class TETLoss(nn.Module):
         """
         if logits.ndim != 3 or target.shape[:1] != logits.shape[1:2]:
             raise ValueError(
-                f'Expected logits [T, B, K] of each time step and a target of B values, got logits '
-                f'{list(logits.shape)} and a target {list(target.shape)}.')
+                f'Expected logits [T, B, K], from forward_steps(x, cumulative=False), and targets [B] or [B, K], got '
+                f'logits {list(logits.shape)} and targets {list(target.shape)}.')
         logits = logits.float()
         steps = logits.shape[0]
         targets = target.repeat(steps, *(1,) * (target.ndim - 1))

@@ -209,7 +209,7 @@ def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -
         v_threshold: Firing threshold.
 
     Returns:
-        h and v, `[T, ...]`, float32 (float64 for float64 input). v is what spikingjelly's neurons keep as `v_seq`.
+        h and v, `[T, ...]`, float32 (float64 for float64 input). spikingjelly's neurons store v as `v_seq`.
 
     >>> h, v = membrane_potentials(torch.tensor([[1.5], [1.5]]))
     >>> h.flatten().tolist(), v.flatten().tolist()
@@ -287,7 +287,7 @@ class StatefulInference:
 
     This object, not the model, holds the state, keyed by the order of neuron calls. A layer that is called several
     times has a separate state per call, and other threads can use the model at the same time. Each output equals that
-    of the whole sequence so far, as features are averaged over all steps so far. Gradients are not recorded.
+    of the whole sequence so far, because features are averaged over all steps so far. Gradients are not recorded.
 
     Args:
         model: A module in eval mode that contains a Spikformer. Layers around it must not depend on the time step.
@@ -310,12 +310,12 @@ class StatefulInference:
         self.time_steps = time_steps
         _check_can_run_stepwise(model)
         self._states: List[Tuple[Any, ...]] = []
-        self._next = 0
+        self._next_index = 0
         self._input_steps: Optional[int] = None  # T of the sequence passed in, None for images
 
     def __call__(self, x: Tensor, **kwargs: Any) -> Any:
         """Run the model on the next part: images `[B, C, H, W]` or sequences `[B, t, C, H, W]`."""
-        self._next = 0
+        self._next_index = 0
         self._input_steps = x.shape[1] if x.ndim == 5 else None
         token = _stateful_inference.set(self)
         try:
@@ -332,9 +332,11 @@ class StatefulInference:
     @contextlib.contextmanager
     def _next_state(self, kind: str) -> Iterator[List[Any]]:
         """Yield the state of the current neuron or mean as a mutable list, empty at the first call."""
-        i, self._next = self._next, self._next + 1
+        i, self._next_index = self._next_index, self._next_index + 1
         if i < len(self._states) and self._states[i][0] != kind:
-            raise ValueError('Expected each call to run the same layers in the same order as the first.')
+            raise ValueError(
+                'Expected each call to run the same layers in the same order as the first call. Create a new '
+                'StatefulInference after changing the model.')
         state = list(self._states[i][1:]) if i < len(self._states) else []
         yield state
         self._states[i:i + 1] = [(kind, *state)]
@@ -358,7 +360,7 @@ class StatefulInference:
         Args:
             neuron: The neuron.
             x: Currents `[T, B, ...]`; with `kernel`, one time step of the kernel's input, `[B, ...]`.
-            kernel: Kernel to use, from initial membrane potentials to spikes and final membrane potentials.
+            kernel: Kernel to use: a function from initial membrane potentials to spikes and final membrane potentials.
         """
         shape = x.shape if kernel is not None else x.shape[1:]
         with self._next_state('membrane') as state:
@@ -366,7 +368,9 @@ class StatefulInference:
                 dtype = torch.promote_types(x.dtype, torch.float32)
                 state.append(torch.zeros_like(x if kernel is not None else x[0], dtype=dtype))
             if state[0].shape != shape:
-                raise ValueError(f'Expected inputs of one shape, got {list(shape)} after {list(state[0].shape)}.')
+                raise ValueError(
+                    f'Expected inputs of the same shape in all calls, got {list(shape)} after {list(state[0].shape)}. '
+                    f'Create a new StatefulInference for another batch.')
             if kernel is not None:
                 spikes, state[0] = kernel(state[0])
             else:

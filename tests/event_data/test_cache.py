@@ -15,7 +15,7 @@ from timm_spikformer.event_data.conversion import cache_folder
 from timm_spikformer.event_data.frames import integrate, resize
 from timm_spikformer.event_data.readers import read_recordings
 
-pytestmark = pytest.mark.filterwarnings('ignore:.* and the complete dataset has')
+pytestmark = pytest.mark.filterwarnings('ignore:.* but the complete dataset has')
 
 
 @pytest.fixture(scope='session')
@@ -42,7 +42,7 @@ def files(folder):
 
 
 def test_frames(train, monkeypatch):
-    """All frames, in order; the second call reads them, from inside the dataset folder by default."""
+    """Frames are in the order of the recordings. The second call reads them from the dataset folder."""
     frames = cache_frames(train, None, 4)
     assert isinstance(frames, np.memmap) and not frames.flags.writeable
     assert frames.shape == (10, 4, 2, 34, 34) and frames.dtype == np.uint8
@@ -56,7 +56,7 @@ def test_frames(train, monkeypatch):
 
 @pytest.mark.parametrize('count, dtype', [(300, np.uint16), (70000, np.uint32)])
 def test_wider_counts(train, count, dtype):
-    """The type is that of the largest count of all recordings, also if it is not in the first one."""
+    """The type holds the largest count of all recordings, even if the first recordings have smaller counts."""
     for i, n in ((3, 256), (5, count), (7, 2)):
         np.savez(train.paths[i], **dict(zip('txyp', np.zeros((4, n), int))))
     frames = cache_frames(train, None, 1)
@@ -73,7 +73,7 @@ def test_resized_frames(train):
 
 
 def test_key(train, tmp_path):
-    """Everything that determines the contents has a file of its own; where the dataset is does not matter."""
+    """Different data or arguments use different files. The location of the dataset has no effect."""
     folder = tmp_path / 'cache'
     first = cache_frames(train, folder, 2).filename
     others = [
@@ -103,7 +103,7 @@ def test_damaged_cache(train, damage):
     frames = cache_frames(train, None, 4)
     expected, path = frames.copy(), frames.filename
     damage(path)
-    with pytest.warns(UserWarning, match='frames.npy is damaged .* and is computed again'):
+    with pytest.warns(UserWarning, match='frames.npy is damaged .* It is computed again'):
         np.testing.assert_array_equal(cache_frames(train, None, 4), expected)
     assert cache_frames(train, None, 4).filename == path
 
@@ -124,7 +124,7 @@ def test_damaged_recording(train):
 def test_bad_arguments(train, arguments, message):
     with pytest.raises(ValueError, match=message):
         cache_frames(train, None, *arguments)
-    with pytest.raises(ValueError, match='There are no recordings of n_mnist'):
+    with pytest.raises(ValueError, match='Expected at least one recording of n_mnist, got none'):
         cache_frames(dataclasses.replace(train, paths=[], labels=[]), None, 4)
 
 
@@ -140,7 +140,7 @@ def run(*functions):
 
 
 def stop_at(monkeypatch, module, name, number, stop):
-    """Make a function call `stop` at its call of the given number."""
+    """Replace a function by one that calls `stop` at the start of its call with the given number."""
     function, calls = getattr(module, name), []
 
     def wrapped(*args):
@@ -161,7 +161,7 @@ def interrupt():
 
 
 def test_killed_while_caching(train, monkeypatch):
-    """No file of frames is left, and the next run removes what is left and computes all frames."""
+    """Only temporary files are left. The next run removes them and computes all frames."""
     folder = cache_folder(train.folder)
     with monkeypatch.context() as patch:
         stop_at(patch, cache, 'integrate', 7, kill)
@@ -182,8 +182,8 @@ def test_interrupted_while_caching(train, monkeypatch):
     assert not files(cache_folder(train.folder))
 
 
-def test_two_processes_cache_at_once(train, monkeypatch, tmp_path):
-    """One computes the frames, the other waits and reads them."""
+def test_three_processes_cache_at_once(train, monkeypatch, tmp_path):
+    """One computes the frames; the others wait and read them."""
     calls = tmp_path / 'calls'
 
     def count(*args):
@@ -232,7 +232,7 @@ def test_two_processes_convert_at_once(original, tmp_path, monkeypatch):
 
 
 def test_default_folder(tmp_path, monkeypatch):
-    """Inside a writable dataset folder, otherwise in the cache of the user, one folder for each dataset folder."""
+    """The cache is in the dataset folder if that is writable, otherwise in a separate folder of the user's cache."""
     assert cache_folder(tmp_path) == tmp_path / 'timm_spikformer_cache'
     monkeypatch.setattr(os, 'access', lambda path, mode: False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
@@ -255,8 +255,8 @@ def test_full_disk(train, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.f, name)
 
-    create = cache._create
-    monkeypatch.setattr(cache, '_create', lambda *args: Full(create(*args)))
+    create = cache._create_npy
+    monkeypatch.setattr(cache, '_create_npy', lambda *args: Full(create(*args)))
     with pytest.raises(OSError, match='nothing was written') as error:
         cache_frames(train, None, 4)
     assert error.value.filename.endswith('frames.npy') and not files(cache_folder(train.folder))

@@ -15,7 +15,7 @@ SIZE = (5, 7)
 
 @st.composite
 def recordings(draw, min_events=1):
-    """Events in the order of time, often with equal time stamps and with fewer events than steps."""
+    """Events sorted by time, often with equal time stamps, and often fewer events than steps."""
     count = draw(st.integers(min_events, 40))
     span = draw(st.sampled_from([0, 1, 20, 2 ** 22, 2 ** 40]))
     t = np.sort(draw(hnp.arrays(np.int64, count, elements=st.integers(0, span))))
@@ -34,15 +34,15 @@ def histogram(events):
 
 
 @given(recordings(), st.integers(1, 12), st.sampled_from(['number', 'time']))
-def test_frames_hold_every_event_once(events, time_steps, split_by):
+def test_every_event_is_counted_once(events, time_steps, split_by):
     frames = integrate(events, time_steps, SIZE, split_by)
     assert frames.shape == (time_steps, 2, *SIZE)
     np.testing.assert_array_equal(frames.sum(0), histogram(events))
 
 
 @given(recordings(), st.integers(1, 12), st.sampled_from(['number', 'time']))
-def test_steps_ascend(events, time_steps, split_by):
-    """The events of the first steps are the first events."""
+def test_steps_follow_the_order_of_time(events, time_steps, split_by):
+    """The first steps contain the first events."""
     frames = integrate(events, time_steps, SIZE, split_by)
     numbers = frames.sum((1, 2, 3)).cumsum()
     for step, number in enumerate(numbers[:-1]):
@@ -89,13 +89,13 @@ def test_counts_are_not_clipped(count, dtype):
     (dict(x=np.array([-1, 0])), 'got -1 to 0'),
     (dict(p=np.array([-1, 1])), r'Convert polarities of -1 and 1 with \(p > 0\)'),
     (dict(p=np.array([0, 2])), 'p of the events must be from 0 to 1'),
-    (dict(t=np.array([1, 0])), 'must ascend. Use sort_events'),
-    (dict(t=np.array([1, 0], np.uint32)), 'must ascend'),
-    (dict(t=np.array([1])), 'one length, got t 1, x 2, y 2, p 2'),
+    (dict(t=np.array([1, 0])), 'must be sorted by time stamp. Use sort_events'),
+    (dict(t=np.array([1, 0], np.uint32)), 'must be sorted by time stamp'),
+    (dict(t=np.array([1])), 'the same length, got t 1, x 2, y 2, p 2'),
     (dict(t=np.array([0., 1.])), r't of the events must be an integer NumPy array \[N\], got float64 \[2\]'),
     (dict(x=[0, 1]), 'got list'),
     (dict(x=np.zeros((2, 1), int)), r'got int64 \[2, 1\]'),
-    (dict(zip('txyp', np.zeros((4, 0), int))), 'There are no events'),
+    (dict(zip('txyp', np.zeros((4, 0), int))), 'Expected at least one event, got none'),
 ])
 def test_bad_events(changes, message):
     events = Events(*np.zeros((4, 2), int))._replace(**changes)
@@ -119,7 +119,7 @@ def test_sort_events_is_stable():
     assert events.t.tolist() == [1, 1, 3, 3] and events.x.tolist() == [1, 3, 0, 2] and events.p.tolist() == [0, 1, 0, 1]
 
 
-def test_resize_averages_as_torchvision_on_pictures():
+def test_resize_equals_torchvision_on_pil_images():
     frames = integrate(random_events((128, 128), 30000), 2, (128, 128))
     resized = resize(frames, (48, 48))
     assert resized.shape == (2, 2, 48, 48) and resized.dtype == np.float32

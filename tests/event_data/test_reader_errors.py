@@ -8,7 +8,7 @@ from event_files import random_events, write_aedat3
 
 from timm_spikformer.event_data.readers import DATASETS, read_recordings
 
-pytestmark = pytest.mark.filterwarnings('ignore:.* and the complete dataset has')
+pytestmark = pytest.mark.filterwarnings('ignore:.* but the complete dataset has')
 NAMES = [*DATASETS]
 
 

@@ -17,7 +17,7 @@ from torchvision.datasets import DatasetFolder
 from timm_spikformer.event_data.frames import Events
 from timm_spikformer.event_data.readers import DATASETS, read_recordings, split_digest, warn_about_overlap
 
-pytestmark = pytest.mark.filterwarnings('ignore:.* and the complete dataset has')
+pytestmark = pytest.mark.filterwarnings('ignore:.* but the complete dataset has')
 NAMES = [*DATASETS]
 
 
@@ -226,9 +226,9 @@ def test_unsorted_recordings_are_sorted(original):
     assert np.array_equal(read.t, events.t) and sorted(zip(*read)) == sorted(zip(*events))
 
 
-@pytest.mark.filterwarnings('default:.* and the complete dataset has')
+@pytest.mark.filterwarnings('default:.* but the complete dataset has')
 def test_incomplete_dataset(original):
-    with pytest.warns(UserWarning, match='has 30 recordings of N-Caltech101, and the complete dataset has 8709'):
+    with pytest.warns(UserWarning, match='has 30 recordings of N-Caltech101, but the complete dataset has 8709'):
         read_recordings('n_caltech101', original('n_caltech101'))
 
 

@@ -54,7 +54,7 @@ def test_events_equal_those_of_a_loop_over_pixels():
 @settings(max_examples=50, deadline=None)
 @given(image=arrays(np.float64, (6, 7), elements=st.floats(0, 1)), threshold=st.floats(0.05, 1.))
 def test_intensity_returns_to_its_start(image, threshold):
-    """After the path, which is closed, ON and OFF events of each pixel differ by less than one threshold."""
+    """The camera returns to its start, so the numbers of ON and OFF events of each pixel differ by at most one."""
     events = simulate_events(image, threshold=threshold)
     balance = np.zeros((6, 7), dtype=int)
     np.add.at(balance, (events.y, events.x), 2 * events.p - 1)

@@ -11,7 +11,7 @@ from timm_spikformer.event_data.tonic import from_tonic
 
 
 class Items:
-    """A dataset of structured arrays in the order of fields and with the types that are given."""
+    """A dataset of structured arrays with the given fields, in this order, and types."""
     sensor_size = (34, 30, 2)  # width, height
 
     def __init__(self, fields='xytp', types='iiii', targets=(0, 1, 2), change=None, **attributes):
@@ -83,14 +83,14 @@ def test_bad_recordings():
         from_tonic(Items('txp', 'iii')).read(0)
     frames = Items()
     frames.items = [(np.zeros((2, 2, 30, 34)), 0)]
-    with pytest.raises(ValueError, match='got ndarray. Use the dataset without transforms to frames'):
+    with pytest.raises(ValueError, match='got ndarray. Remove transforms from the dataset'):
         from_tonic(frames).read(0)
     with pytest.raises(ValueError, match='Recording 2 of Items: x of the events must be from 0 to 9'):
         from_tonic(Items(), size=(30, 10)).read(2)
 
 
 def test_cache(tmp_path):
-    """The key of the cache depends on the events, as these items are not files."""
+    """The key of the cache depends on the events, because these items are not files."""
     recordings = from_tonic(Items(), split='test')
     frames = cache_frames(recordings, tmp_path, 4)
     for i in range(3):
@@ -103,7 +103,7 @@ def test_cache(tmp_path):
 
 @pytest.fixture
 def n_mnist(tmp_path, monkeypatch):
-    """A function that creates tonic's NMNIST over small files."""
+    """A function that creates tonic's NMNIST from a few small files."""
     datasets = pytest.importorskip('tonic.datasets')
     event_files.write_n_mnist(tmp_path / 'NMNIST')
     monkeypatch.setattr(datasets.NMNIST, '_check_exists', lambda self: True)  # it requires at least 10,000 files
@@ -133,5 +133,5 @@ def test_transforms_of_n_mnist(n_mnist):
     transforms = pytest.importorskip('tonic.transforms')
     flipped = from_tonic(n_mnist(transform=transforms.RandomFlipLR(sensor_size=(34, 34, 2), p=1)))
     assert np.array_equal(flipped.read(0).x, 33 - random_events((34, 34), seed=0).x)
-    with pytest.raises(ValueError, match='Use the dataset without transforms to frames'):
+    with pytest.raises(ValueError, match='Remove transforms from the dataset that convert events to frames'):
         from_tonic(n_mnist(transform=transforms.ToFrame(sensor_size=(34, 34, 2), n_time_bins=4))).read(0)

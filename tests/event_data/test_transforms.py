@@ -58,7 +58,7 @@ def test_invalid_arguments(kwargs, name):
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
 @pytest.mark.parametrize('kwargs', [dict(mixup_alpha=1., cutmix_alpha=0.), dict(mixup_alpha=0., cutmix_alpha=1.)])
 def test_mixup_of_sequences(mode, kwargs):
-    """Each step of a mixed sequence is the mixture of this step of both sequences, with the same weight or region."""
+    """Each step of a mixed sequence mixes the same step of both sequences. Weight and region are equal at all steps."""
     np.random.seed(0)
     mixup = SequenceMixup(**kwargs, mode=mode, num_classes=4, label_smoothing=0.)
     x = torch.stack([torch.full((3, 2, 8, 8), float(10 * i)) for i in range(4)])

@@ -1,1 +1,1 @@
-"""Event-camera data: readers, frames, simulated events, transforms, and access by name for timm's scripts."""
+"""Event-camera data: readers, frames, simulated events, augmentation, and dataset names for timm's scripts."""

@@ -1,4 +1,4 @@
-"""Frames of all recordings of a split, computed once and read from one memory-mapped file."""
+"""Cache of frames: those of all recordings of a split are computed once and stored in one memory-mapped file."""
 import os
 import sys
 import warnings
@@ -16,8 +16,8 @@ from .recordings import Recordings, sha256_of_lines
 
 __all__ = ['cache_frames']
 
-_VERSION = 1  # of the contents: to be increased whenever `integrate` or `resize` returns other values
-_COUNTS = (np.uint8, np.uint16, np.uint32, np.uint64)
+_VERSION = 1  # part of the cache key; increase it whenever `integrate` or `resize` returns different values
+_COUNT_DTYPES = (np.uint8, np.uint16, np.uint32, np.uint64)
 
 
 def cache_frames(
@@ -27,22 +27,22 @@ def cache_frames(
         size: Optional[Tuple[int, int]] = None,
         split_by: str = 'number',
 ) -> np.memmap:
-    """Return the frames of all recordings of a split. They are computed by the first call, and read by later calls.
+    """Return the frames of all recordings of a split. The first call computes and stores them; later calls read them.
 
     The file is `<dataset>-<split>-T<T>-<split_by>-<H>x<W>-<key>/frames.npy`. The key is a digest of the arguments and
-    of the names, labels and sizes of the files of the recordings, so that other data have another file. If several
-    processes need the same file, one computes it and the others wait. A damaged file is replaced, with a warning.
+    of the names, labels and file sizes of the recordings, so different data use different files. If several processes
+    need the same file, one process computes it and the others wait. A damaged file is replaced, with a warning.
 
     Args:
         recordings: Recordings of one split.
-        folder: Folder for the cache; by default (None), `cache_folder` of the folder of the dataset.
+        folder: Cache folder; None selects the default, which is `cache_folder` of the dataset folder.
         time_steps: Number of frames T of each recording.
-        size: Height and width of the frames; by default, those of the sensor. Another size is float32, see `resize`.
+        size: Height and width of the frames; by default, those of the sensor. For another size, see `resize`.
         split_by: 'number' or 'time', see `integrate`.
 
     Returns:
-        Frames `[N, T, 2, H, W]`, read-only: counts in the smallest unsigned integers that hold the largest count of all
-        recordings, or float32 if the size is not that of the sensor.
+        Frames `[N, T, 2, H, W]`, read-only: counts in the smallest unsigned integer type that holds the largest count
+        of all recordings, or float32 if the size is not that of the sensor.
 
     Raises:
         ValueError: An argument is invalid, there are no recordings, or a recording is damaged.
@@ -53,54 +53,56 @@ def cache_frames(
     if split_by not in SPLIT_BY:
         raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
     if not len(recordings):
-        raise ValueError(f'There are no recordings of {recordings.name}.')
+        raise ValueError(f'Expected at least one recording of {recordings.name}, got none.')
     shape = len(recordings), time_steps, 2, height, width
     key = sha256_of_lines([str(_VERSION), recordings.fingerprint(), str(recordings.size), str(shape), split_by])
     name = f'{recordings.name}-{recordings.split}-T{time_steps}-{split_by}-{height}x{width}-{key[:16]}'
     cache = Path(os.path.abspath(cache_folder(recordings.folder) if folder is None else folder))
     path = cache / name / 'frames.npy'
-    with create_folders(path.parent), lock(path.parent):  # a second process waits here, and then finds the file
-        frames = _open(path, shape)
+    with create_folders(path.parent), lock(path.parent):  # a second process waits here, then opens the file
+        frames = _open_frames(path, shape)
         if frames is None:
             with lock(cache):
                 remove_stale(path.parent, cache)
             with create_temporary(path.parent, cache, is_folder=True) as temporary, reraise_with_path(path, temporary):
-                computed = _compute(recordings, temporary, shape, split_by)
+                computed = _compute_frames(recordings, temporary, shape, split_by)
                 os.replace(computed, path)
-            frames = _open(path, shape)
+            frames = _open_frames(path, shape)
     return frames
 
 
-def _open(path: Path, shape: Tuple[int, ...]) -> Optional[np.memmap]:
-    """Open a file of frames; return None if there is none, or if it is damaged."""
+def _open_frames(path: Path, shape: Tuple[int, ...]) -> Optional[np.memmap]:
+    """Open a file of frames; return None if it is missing or, with a warning, if it is damaged."""
     if not path.exists():
         return None
     problem = None
     try:
         frames = np.load(path, mmap_mode='r', allow_pickle=False)
         num_bytes = path.stat().st_size
-        if frames.shape != shape or frames.dtype not in (*_COUNTS, np.float32):
-            problem = f'it has {frames.dtype} {list(frames.shape)}, expected {list(shape)}'
+        if frames.shape != shape or frames.dtype not in (*_COUNT_DTYPES, np.float32):
+            problem = (
+                f'its array has type {frames.dtype} and shape {list(frames.shape)}, expected unsigned integers or '
+                f'float32 and shape {list(shape)}')
         elif frames.offset + frames.nbytes != num_bytes:
             problem = f'it has {num_bytes} bytes, expected {frames.offset + frames.nbytes}'
-    except (ValueError, EOFError, AttributeError, SyntaxError) as e:  # errors of np.load, by what is damaged
+    except (ValueError, EOFError, AttributeError, SyntaxError) as e:  # np.load raises one of these
         problem = str(e)
     if problem is None:
         return frames
-    warnings.warn(f'The cache {path} is damaged ({problem}) and is computed again.', stacklevel=3)
+    warnings.warn(f'The cache file {path} is damaged ({problem}). It is computed again.', stacklevel=3)
     return None
 
 
-def _compute(recordings: Recordings, folder: Path, shape: Tuple[int, ...], split_by: str) -> Path:
-    """Write the frames of all recordings to a file in a folder, and return its path."""
+def _compute_frames(recordings: Recordings, folder: Path, shape: Tuple[int, ...], split_by: str) -> Path:
+    """Write the frames of all recordings to a file in a folder, and return the path of the file."""
     _, time_steps, _, *size = shape
     is_counts = tuple(size) == tuple(recordings.size)
     path = folder / 'frames.npy'
     dtype = np.dtype(np.uint8 if is_counts else np.float32)
-    f = _create(path, shape, dtype)
+    f = _create_npy(path, shape, dtype)
     try:
         bar = tqdm(
-            range(len(recordings)), f'Integrate {recordings.name} {recordings.split} once', unit='recording',
+            range(len(recordings)), f'Cache frames of {recordings.name} ({recordings.split})', unit='recording',
             disable=None, file=sys.stderr)
         for i in bar:
             frames = integrate(recordings.read(i), time_steps, recordings.size, split_by)
@@ -109,7 +111,7 @@ def _compute(recordings: Recordings, folder: Path, shape: Tuple[int, ...], split
             elif frames.dtype.itemsize > dtype.itemsize:
                 f.close()
                 dtype = frames.dtype
-                f, path = _widen(path, shape, dtype, i)
+                f, path = _copy_to_wider(path, shape, dtype, i)
             f.write(frames.astype(dtype).tobytes())
         f.flush()
         os.fsync(f.fileno())
@@ -118,10 +120,11 @@ def _compute(recordings: Recordings, folder: Path, shape: Tuple[int, ...], split
     return path
 
 
-def _create(path: Path, shape: Tuple[int, ...], dtype: np.dtype) -> BinaryIO:
-    """Create an .npy file and return it, opened after its header.
+def _create_npy(path: Path, shape: Tuple[int, ...], dtype: np.dtype) -> BinaryIO:
+    """Create an .npy file, write its header, and return the open file.
 
-    It is written in sequence, not as a memory map, for which a full disk is a crash and not an OSError.
+    The file is written sequentially: if the disk is full, writing raises an OSError, whereas writing to a memory map
+    would crash the process.
     """
     f = open(path, 'wb')
     descr = np.lib.format.dtype_to_descr(dtype)
@@ -129,10 +132,10 @@ def _create(path: Path, shape: Tuple[int, ...], dtype: np.dtype) -> BinaryIO:
     return f
 
 
-def _widen(path: Path, shape: Tuple[int, ...], dtype: np.dtype, count: int) -> Tuple[BinaryIO, Path]:
-    """Copy the first recordings of an unfinished file to a file of another type; return it, opened, and its path."""
+def _copy_to_wider(path: Path, shape: Tuple[int, ...], dtype: np.dtype, count: int) -> Tuple[BinaryIO, Path]:
+    """Replace an unfinished file, of `count` recordings, by one of a wider type; return the open file and its path."""
     wider = path.with_name(f'frames-{dtype}.npy')
-    f = _create(wider, shape, dtype)
+    f = _create_npy(wider, shape, dtype)
     with open(path, 'rb') as narrow:
         np.lib.format.read_magic(narrow)
         _, _, narrow_dtype = np.lib.format.read_array_header_1_0(narrow)

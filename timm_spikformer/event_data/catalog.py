@@ -1,4 +1,4 @@
-"""Facts about the supported datasets: sensor, classes, splits, where to get them, citation."""
+"""Facts about the supported datasets: sensor size, classes, splits, download page and citation."""
 from typing import Dict, NamedTuple, Optional, Tuple
 
 __all__ = ['DATASETS', 'DatasetInfo']
@@ -10,13 +10,13 @@ class DatasetInfo(NamedTuple):
     Args:
         title: Name in the literature.
         size: Height and width of the sensor, in pixels.
-        classes: Names of the classes in the order of the labels; None if the folders of the dataset name them.
-        num_recordings: Number of recordings of all splits.
-        splits: Names of the ways to split it into train and test, the default first; see `read_recordings`.
-        homepage: Page to download it from.
-        archives: Archives to download and unpack.
-        layout: Files of the unpacked archives.
-        citation: Paper.
+        classes: Class names in the order of the labels; None if they are the names of the class folders.
+        num_recordings: Number of recordings, all splits together.
+        splits: Names of the ways to split the dataset into train and test, default first; see `read_recordings`.
+        homepage: Download page.
+        archives: Names of the archives to download and unpack.
+        layout: Example paths of files in the unpacked archives, for messages.
+        citation: Paper that introduces the dataset.
     """
     title: str
     size: Tuple[int, int]
@@ -30,12 +30,12 @@ class DatasetInfo(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Where the dataset comes from, as a sentence for messages."""
+        """A sentence for messages that says where to download the dataset."""
         return f'Download {", ".join(self.archives)} of {self.title} from {self.homepage} and unpack them.'
 
 
-_CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-_ORCHARD = (
+_CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_ORCHARD_2015 = (
     'G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, "Converting Static Image Datasets to Spiking Neuromorphic '
     'Datasets Using Saccades", Frontiers in Neuroscience 9, 2015, https://doi.org/10.3389/fnins.2015.00437')
 
@@ -43,11 +43,11 @@ DATASETS: Dict[str, DatasetInfo] = {
     'cifar10_dvs': DatasetInfo(
         title='CIFAR10-DVS',
         size=(128, 128),
-        classes=_CIFAR10,
+        classes=_CIFAR10_CLASSES,
         num_recordings=10000,
         splits=('first-90', 'tebn'),
         homepage='https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671',
-        archives=tuple(f'{name}.zip' for name in _CIFAR10),
+        archives=tuple(f'{name}.zip' for name in _CIFAR10_CLASSES),
         layout='airplane/cifar10_airplane_0.aedat',
         citation='H. Li, H. Liu, X. Ji, G. Li and L. Shi, "CIFAR10-DVS: An Event-Stream Dataset for Object '
                  'Classification", Frontiers in Neuroscience 11, 2017, https://doi.org/10.3389/fnins.2017.00309',
@@ -59,7 +59,7 @@ DATASETS: Dict[str, DatasetInfo] = {
             'hand_clapping', 'right_hand_wave', 'left_hand_wave', 'right_arm_clockwise', 'right_arm_counter_clockwise',
             'left_arm_clockwise', 'left_arm_counter_clockwise', 'arm_roll', 'air_drums', 'air_guitar',
             'other_gestures'),
-        num_recordings=1464,  # trials cut by the labels files; the paper counts 1342
+        num_recordings=1464,  # gestures in the label files; the paper states 1342
         splits=('official',),
         homepage='https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794',
         archives=('DvsGesture.tar.gz',),
@@ -76,7 +76,7 @@ DATASETS: Dict[str, DatasetInfo] = {
         homepage='https://www.garrickorchard.com/datasets/n-mnist',
         archives=('Train.zip', 'Test.zip'),
         layout='Train/0/00002.bin and Test/0/00004.bin',
-        citation=_ORCHARD,
+        citation=_ORCHARD_2015,
     ),
     'n_caltech101': DatasetInfo(
         title='N-Caltech101',
@@ -87,6 +87,6 @@ DATASETS: Dict[str, DatasetInfo] = {
         homepage='https://www.garrickorchard.com/datasets/n-caltech101',
         archives=('Caltech101.zip',),
         layout='Caltech101/accordion/image_0001.bin',
-        citation=_ORCHARD,
+        citation=_ORCHARD_2015,
     ),
 }

@@ -1,6 +1,7 @@
-"""Find the files of a dataset, and convert the original files once to those that spikingjelly writes.
+"""Find the recordings of a dataset. If necessary, convert its original files to spikingjelly's .npz files first.
 
-spikingjelly's classes convert; this module checks the files first, and writes the result completely or not at all.
+spikingjelly's dataset classes do the conversion. This module checks the original files before the conversion, and moves
+the result into place only when it is complete.
 """
 import glob
 import hashlib
@@ -28,41 +29,43 @@ EVENTS = 'events_np'  # spikingjelly's name of the folder of converted recording
 CACHE = 'timm_spikformer_cache'
 
 
-class _Format(NamedTuple):
-    """Original files of a dataset.
+class _FileSpec(NamedTuple):
+    """Original and converted files of a dataset.
 
     Args:
-        spikingjelly: Module and class that convert it.
-        format: See `check_file`.
-        suffix: Suffix of the files.
-        inner: Folder of the archive that contains all files, or ''.
-        original: Pattern of the paths of original files in `inner`, without suffix.
-        converted: Pattern of the paths of converted files, without suffix.
+        converter: Module of `spikingjelly.datasets`, and the class in it, that convert the dataset.
+        format: Format of the original files, see `check_file`.
+        suffix: Suffix of the original files.
+        inner_folder: Folder in the archive that contains all files, or ''.
+        original: Regular expression for the paths of original files in `inner_folder`, without suffix.
+        converted: Regular expression for the paths of converted files in `EVENTS`, without suffix.
     """
-    spikingjelly: Tuple[str, str]
+    converter: Tuple[str, str]
     format: str
     suffix: str
-    inner: str
+    inner_folder: str
     original: str
     converted: str
 
 
-_CIFAR10 = rf'({"|".join(DATASETS["cifar10_dvs"].classes)})/cifar10_\1_\d+'
-_FORMATS = {
-    'cifar10_dvs': _Format(('cifar10_dvs', 'CIFAR10DVS'), 'AEDAT 2.0', '.aedat', '', _CIFAR10, _CIFAR10),
-    'dvs128_gesture': _Format(
+_CIFAR10_PATTERN = rf'({"|".join(DATASETS["cifar10_dvs"].classes)})/cifar10_\1_\d+'
+_FILE_SPECS = {
+    'cifar10_dvs': _FileSpec(
+        ('cifar10_dvs', 'CIFAR10DVS'), 'AEDAT 2.0', '.aedat', '', _CIFAR10_PATTERN, _CIFAR10_PATTERN),
+    'dvs128_gesture': _FileSpec(
         ('dvs128_gesture', 'DVS128Gesture'), 'AEDAT 3.1', '.aedat', 'DvsGesture', r'user\w+',
         r'(train|test)/(\d|10)/user\w+'),
-    'n_mnist': _Format(('n_mnist', 'NMNIST'), 'ATIS', '.bin', '', r'(Train|Test)/\d/\d+', r'(train|test)/\d/\d+'),
-    'n_caltech101': _Format(
+    'n_mnist': _FileSpec(
+        ('n_mnist', 'NMNIST'), 'ATIS', '.bin', '', r'(Train|Test)/\d/\d+', r'(train|test)/\d/\d+'),
+    'n_caltech101': _FileSpec(
         ('n_caltech101', 'NCaltech101'), 'ATIS', '.bin', 'Caltech101', r'[\w-]+/image_\d+', r'[\w-]+/image_\d+'),
 }
 
 
 def cache_folder(folder: PathLike) -> Path:
-    """Return the folder for files that are computed from a dataset. It is not created.
+    """Return the folder for files that are computed from a dataset. The folder is not created.
 
-    It is inside the folder of the dataset if that is writable, otherwise in `$XDG_CACHE_HOME/timm_spikformer`, by
+    It is inside the dataset folder if that is writable, otherwise in `$XDG_CACHE_HOME/timm_spikformer`, by
     default `~/.cache/timm_spikformer`.
     """
     folder = Path(folder).resolve()
@@ -73,106 +76,113 @@ def cache_folder(folder: PathLike) -> Path:
 
 
 def find_recordings(name: str, folder: PathLike) -> List[Path]:
-    """Return the converted recordings of a dataset, sorted; convert the original files if that was not done before.
+    """Return the converted recordings of a dataset, sorted. If necessary, convert the original files first.
 
     Raises:
-        ValueError: There are no such files, some are missing or damaged, or they are those of another dataset.
+        ValueError: The folder does not contain the dataset or contains another one, or files are missing or damaged.
     """
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
-        raise ValueError(f'{folder} is not a folder. {_expected(name)}')
+        raise ValueError(f'{folder} is not a folder. {_hint(name)}')
     if (folder / f'{EVENTS}.building').exists():
         raise ValueError(
-            f'spikingjelly did not finish {folder / EVENTS}. Remove it and {folder / EVENTS}.building, then run the '
-            f'same again.')
+            f'A conversion by spikingjelly into {folder / EVENTS} was interrupted. Delete this folder and '
+            f'{folder / EVENTS}.building, then run the same command again.')
     places = [folder / EVENTS, cache_folder(folder) / EVENTS]
     events = next((place for place in places if place.is_dir()), None)
     if events is None:
         events = _convert(name, folder)
-    files = _matching(events, '.npz', _FORMATS[name].converted)
+    files = _find_matching(events, '.npz', _FILE_SPECS[name].converted)
     if not files:
         raise ValueError(
-            f'{events} has no recordings of {DATASETS[name].title}{_other(name, folder)}. {_expected(name)}')
+            f'{events} contains no recordings of {DATASETS[name].title}{_found_instead(name, folder)}. {_hint(name)}')
     _check_classes(name, events, [path for _, path in files])
     return [path for _, path in files]
 
 
-def _expected(name: str) -> str:
+def _hint(name: str) -> str:
+    """Return sentences for error messages: the expected folder, and where to download the dataset."""
     info = DATASETS[name]
     return (
-        f'Expected the folder of the unpacked archives, with {info.layout}, or the root folder of spikingjelly, with '
-        f'extract/ or {EVENTS}/. {info.source}')
+        f'Expected the folder of the unpacked archives (with {info.layout}) or a root folder of spikingjelly (with '
+        f'extract/ or {EVENTS}/). {info.source}')
 
 
-def _matching(folder: Path, suffix: str, pattern: str) -> List[Tuple[str, Path]]:
-    """Return the files whose path without suffix matches, as pairs of that path and the file.
+def _find_matching(folder: Path, suffix: str, pattern: str) -> List[Tuple[str, Path]]:
+    """Return pairs (path relative to `folder`, without suffix; file) of the files whose relative path matches.
 
-    Files are in the order of torchvision's `DatasetFolder`, which spikingjelly uses: by folder, then by name as text.
+    The order is that of torchvision's `DatasetFolder`, which spikingjelly uses: by folder, then by name, as text.
+
+    Args:
+        folder: Folder to search in.
+        suffix: Suffix of the files.
+        pattern: Regular expression for the relative path without suffix.
     """
-    # not Path.glob, which reads hidden folders, also one that another process just removes
+    # not Path.glob: it also reads hidden folders, such as a temporary one that another process is removing
     paths = glob.iglob('*/' * pattern.count('/') + f'*{suffix}', root_dir=folder)
     keys = [Path(path).as_posix()[:-len(suffix)] for path in paths]
     found = [(key, folder / f'{key}{suffix}') for key in keys if re.fullmatch(pattern, key)]
     return sorted(found, key=lambda item: (item[1].parent, item[1].name))
 
 
-def _original(name: str, folder: Path) -> Dict[str, Path]:
-    """Return the original files of a dataset by their path in the archive, without suffix; empty if there are none."""
-    spec = _FORMATS[name]
-    for base in (folder / 'extract' / spec.inner, folder / spec.inner, folder):
-        files = _matching(base, spec.suffix, spec.original)
+def _find_originals(name: str, folder: Path) -> Dict[str, Path]:
+    """Return the original files of a dataset, by their path in `inner_folder` without suffix."""
+    spec = _FILE_SPECS[name]
+    for base in (folder / 'extract' / spec.inner_folder, folder / spec.inner_folder, folder):
+        files = _find_matching(base, spec.suffix, spec.original)
         if files:
             return dict(files)
     return {}
 
 
-def _other(name: str, folder: Path) -> str:
-    """Return a note that a folder is that of another dataset, or that archives were not unpacked; or ''."""
+def _found_instead(name: str, folder: Path) -> str:
+    """Return a clause for error messages if a folder contains another dataset or archives that are not unpacked."""
     for other in DATASETS:
-        converted = _matching(folder / EVENTS, '.npz', _FORMATS[other].converted)
-        if other != name and (converted or _original(other, folder)):
-            return f', but those of {DATASETS[other].title} ({other!r})'
+        converted = _find_matching(folder / EVENTS, '.npz', _FILE_SPECS[other].converted)
+        if other != name and (converted or _find_originals(other, folder)):
+            return f', but those of {DATASETS[other].title}, whose name is {other!r}'
     for archive in DATASETS[name].archives:
         for path in (folder / archive, folder / 'download' / archive):
             if path.exists():
-                return f', but {path}, which is not unpacked'
+                return f', but the archive {path}, which is not unpacked'
     return ''
 
 
 def _check_classes(name: str, folder: Path, paths: Iterable[Path]) -> None:
-    """Raise a ValueError if a class, or one of two folders train and test, has no files."""
+    """Raise a ValueError if a class has no files or, for datasets with an official split, train or test has none."""
     is_split = 'official' in DATASETS[name].splits
     classes = {'train': set(), 'test': set()} if is_split else {'': set()}
     for path in paths:
         classes[path.parents[1].name.lower() if is_split else ''].add(path.parent.name)
-    for split, there in classes.items():
+    for split, found in classes.items():
         what = f'{split} recordings'.strip()
-        if not there:
-            raise ValueError(f'{folder} has no {what} of {DATASETS[name].title}. {_expected(name)}')
-        missing = {*(DATASETS[name].classes or ())} - there
-        if missing and name != 'dvs128_gesture':  # its folders have numbers, and not every recording has all gestures
+        if not found:
+            raise ValueError(f'{folder} contains no {what} of {DATASETS[name].title}. {_hint(name)}')
+        missing = {*(DATASETS[name].classes or ())} - found
+        if missing and name != 'dvs128_gesture':  # its class folders are numbers, and some may be missing
             raise ValueError(
-                f'{folder} has no {what} of the classes {", ".join(sorted(missing))} of {DATASETS[name].title}. '
-                f'{_expected(name)}')
+                f'{folder} contains no {what} of the classes {", ".join(sorted(missing))} of {DATASETS[name].title}. '
+                f'{_hint(name)}')
 
 
 def _convert(name: str, folder: Path) -> Path:
-    """Convert the original files and return the folder of the result."""
-    files = _original(name, folder)
+    """Convert the original files, and return the folder of the converted recordings."""
+    files = _find_originals(name, folder)
     if not files:
-        raise ValueError(f'{folder} has no files of {DATASETS[name].title}{_other(name, folder)}. {_expected(name)}')
-    parts = _trials(files) if name == 'dvs128_gesture' else _class_folders(name, folder, files)
+        raise ValueError(
+            f'{folder} contains no files of {DATASETS[name].title}{_found_instead(name, folder)}. {_hint(name)}')
+    parts = _gesture_parts(files) if name == 'dvs128_gesture' else _class_parts(name, folder, files)
     cache = cache_folder(folder)
     target = (folder if cache.parent == folder.resolve() else cache) / EVENTS
-    waiting = cache / 'conversion'  # not `target.parent`, which is locked while a temporary folder is created
-    with create_folders(waiting), lock(waiting):  # a second process waits here, and then finds the result
+    lock_folder = cache / 'conversion'  # not `target.parent`, which is locked while a temporary folder is created
+    with create_folders(lock_folder), lock(lock_folder):  # a second process waits here, then finds the result
         if target.is_dir():
             return target
         with lock(target.parent):
             remove_stale(target, target.parent)
         with create_temporary(target, target.parent, is_folder=True) as temporary, reraise_with_path(target, temporary):
             result = temporary / EVENTS
-            bar = tqdm(parts, f'Convert {DATASETS[name].title} once', unit='part', disable=None, file=sys.stderr)
+            bar = tqdm(parts, f'Convert {DATASETS[name].title}', unit='part', disable=None, file=sys.stderr)
             for i, part in enumerate(bar):
                 _convert_part(name, part, temporary / f'{i}', result)
             os.rename(result, target)
@@ -180,45 +190,48 @@ def _convert(name: str, folder: Path) -> Path:
 
 
 class _Part(NamedTuple):
-    """Files that are converted together, so that there is a progress bar, and Ctrl-C stops soon.
+    """Original files that are converted in one call of spikingjelly.
+
+    A dataset is converted in several parts for two reasons: a progress bar shows the finished ones, and Ctrl-C takes
+    effect within seconds.
 
     Args:
-        files: Original files by their path in the archive.
-        texts: Contents of further files.
-        num_recordings: Number of recordings that they hold.
+        files: Original files, by their path in `inner_folder`.
+        texts: Contents of further files that spikingjelly requires, by their path in `inner_folder`.
+        num_recordings: Expected number of converted recordings.
     """
     files: Dict[str, Path]
     texts: Dict[str, str]
     num_recordings: int
 
 
-def _class_folders(name: str, folder: Path, files: Dict[str, Path]) -> List[_Part]:
-    """Check all files, and return those of each class."""
+def _class_parts(name: str, folder: Path, files: Dict[str, Path]) -> List[_Part]:
+    """Check all files, and return one part for each class."""
     _check_classes(name, folder, files.values())
     by_class = defaultdict(dict)
     for key, path in files.items():
-        check_file(path, _FORMATS[name].format)
+        check_file(path, _FILE_SPECS[name].format)
         by_class[path.parent.name][f'{key}{path.suffix}'] = path
     return [_Part(part, {}, len(part)) for part in by_class.values()]
 
 
-def _trials(files: Dict[str, Path]) -> List[_Part]:
-    """Check the files of DVS128 Gesture, and return those of each recording, which holds several gestures."""
+def _gesture_parts(files: Dict[str, Path]) -> List[_Part]:
+    """Check the files of DVS128 Gesture, and return one part for each original recording of several gestures."""
     folder, parts = min(files.values()).parent, []
     lists = {split: folder / f'trials_to_{split}.txt' for split in ('train', 'test')}
     for path in lists.values():
         if not path.is_file():
-            raise ValueError(f'{path} is missing. {_expected("dvs128_gesture")}')
+            raise ValueError(f'{path} is missing. {_hint("dvs128_gesture")}')
         trials = path.read_text(encoding='utf-8', errors='replace').split()
         if not trials:
-            raise ValueError(f'{path} is empty, expected names of files. {_expected("dvs128_gesture")}')
+            raise ValueError(f'{path} is empty, expected names of files. {_hint("dvs128_gesture")}')
         for trial in trials:
             labels = f'{Path(trial).stem}_labels.csv'
             for file in (trial, labels):
                 if not (folder / file).is_file():
                     raise ValueError(
-                        f'{folder / file} is missing, which {path.name} requires. {_expected("dvs128_gesture")}')
-            check_file(folder / trial, _FORMATS['dvs128_gesture'].format)
+                        f'{folder / file} is missing, but {path.name} lists {trial}. {_hint("dvs128_gesture")}')
+            check_file(folder / trial, _FILE_SPECS['dvs128_gesture'].format)
             texts = {other.name: trial if other == path else '' for other in lists.values()}
             parts.append(_Part(
                 {file: folder / file for file in (trial, labels)}, texts, len(read_labels(folder / labels))))
@@ -226,17 +239,20 @@ def _trials(files: Dict[str, Path]) -> List[_Part]:
 
 
 def _convert_part(name: str, part: _Part, work: Path, result: Path) -> None:
-    """Convert some original files with spikingjelly, and move the recordings to the folder `result`."""
-    spec = _FORMATS[name]
-    # spikingjelly converts all files of a folder: a folder of links leaves out all others, such as .DS_Store
-    archive, raw = work / 'extract' / spec.inner, work / 'raw'
+    """Convert the files of one part with spikingjelly, and move the recordings to the folder `result`.
+
+    `work` is a folder for intermediate files. It is removed afterwards.
+    """
+    spec = _FILE_SPECS[name]
+    # spikingjelly converts every file in a folder, so it gets a folder of links without other files, such as .DS_Store
+    archive, raw = work / 'extract' / spec.inner_folder, work / 'raw'
     raw.mkdir(parents=True)
     for key, path in part.files.items():
         (archive / key).parent.mkdir(parents=True, exist_ok=True)
         (archive / key).symlink_to(path.resolve())
     for key, text in part.texts.items():
         (archive / key).write_text(text, encoding='utf-8')
-    module, class_name = spec.spikingjelly
+    module, class_name = spec.converter
     converter = getattr(importlib.import_module(f'spikingjelly.datasets.{module}'), class_name)  # slow to import
     converter.create_raw_from_extracted(work / 'extract', raw)
     converted = sorted(raw.rglob('*.npz'))
@@ -246,10 +262,12 @@ def _convert_part(name: str, part: _Part, work: Path, result: Path) -> None:
         if not num_events:
             files = ' and '.join(map(str, part.files.values()))
             raise ValueError(
-                f'{files}: {path.stem} of class {path.parent.name} has no events. {_expected(name)}')
+                f'{files}: the recording {path.stem} of class {path.parent.name} has no events. {_hint(name)}')
         target = result / path.relative_to(raw)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
     if len(converted) != part.num_recordings:
-        raise RuntimeError(f'spikingjelly wrote {len(converted)} recordings, expected {part.num_recordings}.')
+        raise RuntimeError(
+            f'spikingjelly wrote {len(converted)} recordings of {DATASETS[name].title}, expected '
+            f'{part.num_recordings}. Install a version of spikingjelly that timm-spikformer supports.')
     shutil.rmtree(work)

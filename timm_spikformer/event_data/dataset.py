@@ -17,19 +17,21 @@ from .transforms import SequenceTransform
 
 __all__ = ['EventSequences', 'RecordedSource', 'SimulatedSource', 'collate', 'create_loader']
 
-# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. The defaults of
-# train.py, a crop scale and ratio and a color jitter, are not in this list and have no effect.
-_IMAGE_AUGMENTATION = ('auto_augment', 'num_aug_splits', 'grayscale_prob', 'gaussian_blur_prob', 'input_size_choices')
+# Arguments of timm's `create_loader` that augment images and have no counterpart for event sequences. Setting one is an
+# error. The crop scale, crop ratio and color jitter, which train.py sets by default, are ignored instead.
+_IMAGE_ONLY_ARGUMENTS = ('auto_augment', 'num_aug_splits', 'grayscale_prob', 'gaussian_blur_prob', 'input_size_choices')
 
 
 class SimulatedSource:
-    """Frames of simulated events from images, as grayscale, computed whenever they are read: see `simulate_events`.
+    """Source of event frames that are simulated from grayscale versions of images: see `simulate_events`.
+
+    Frames are computed each time they are read.
 
     Args:
-        images: Images to simulate events from, in the order of this source.
+        images: Images, one per sequence.
         time_steps: Number of frames per sequence.
         split_by: 'number' or 'time', see `integrate`.
-        size: Height and width of the images in pixels.
+        size: Height and width of all images, in pixels.
     """
 
     def __init__(self, images: Images, time_steps: int, split_by: str, size: Tuple[int, int]):
@@ -54,12 +56,13 @@ class SimulatedSource:
         image = np.asarray(self.images[i], dtype=np.float32) / 255.
         if image.shape != self.size:
             raise ValueError(
-                f'{self.name(i)} has {image.shape[0]}x{image.shape[1]} pixels, expected {self.size[0]}x{self.size[1]}.')
+                f'{self.name(i)} has {image.shape[0]}x{image.shape[1]} pixels, expected {self.size[0]}x{self.size[1]}. '
+                f'Resize the image file.')
         return simulate_frames(image, self.time_steps, self.split_by)
 
 
 class RecordedSource:
-    """Frames of recordings, which are cached in one memory-mapped file: see `cache_frames`.
+    """Source of frames of recordings. The frames are cached in one memory-mapped file: see `cache_frames`.
 
     Args:
         recordings: Recordings of one split, from `read_recordings` or `from_tonic`.
@@ -73,9 +76,9 @@ class RecordedSource:
         self.split_by = split_by
         self.size = recordings.size
         self._frames: Optional[np.ndarray] = None
-        self._open()
+        self._open_frames()
 
-    def _open(self) -> np.ndarray:
+    def _open_frames(self) -> np.ndarray:
         if self._frames is None:
             self._frames = cache_frames(self.recordings, None, self.time_steps, split_by=self.split_by)
         return self._frames
@@ -95,21 +98,21 @@ class RecordedSource:
 
     def frames(self, i: int) -> np.ndarray:
         """Return the event counts of one recording, `[T, 2, H, W]`."""
-        return self._open()[i]
+        return self._open_frames()[i]
 
 
 def collate(batch: List[Tuple[Tensor, int]]) -> List[Tensor]:
-    """Return a batch of pairs as `[frames [B, T, C, H, W], labels [B]]`.
+    """Collate pairs (frames, label) to a batch `[frames [B, T, C, H, W], labels [B]]`.
 
     Raises:
-        ValueError: The sequences have different numbers of time steps or sizes. They are not padded, because frames
-            without events would change the mean over time.
+        ValueError: The sequences have different numbers of time steps or frame sizes. Sequences are not padded, because
+            frames without events would change the mean over time.
     """
     shapes = {tuple(frames.shape) for frames, _ in batch}
     if len(shapes) > 1:
         raise ValueError(
             f'All sequences of a batch must have the same shape [T, C, H, W], got {sorted(shapes)}. Split the events '
-            f'into a fixed number of time steps, or use batches of one sequence.')
+            f'into a fixed number of time steps, or use a batch size of 1.')
     return default_collate(batch)
 
 
@@ -132,7 +135,7 @@ class EventSequences(Images):
     """Sequences of event frames of one split, and their labels.
 
     An item is a pair (frames, label). The frames are a float32 tensor `[T, 2, H, W]` of event counts per time step,
-    polarity and pixel; polarity 1 is ON (brighter). Sequences are selected and split like images.
+    polarity and pixel; polarity 1 is ON (brighter). The methods of `Images` select and split sequences.
 
     Args:
         source: Source of the frames, a `RecordedSource` or a `SimulatedSource`: `frames(i)` returns counts
@@ -159,25 +162,25 @@ class EventSequences(Images):
         return torch.from_numpy(self.source.frames(int(self._indices[i])).astype(np.float32))
 
     def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
-        """Create a loader of pairs (frames `[B, T, 2, H, W]`, labels `[B]`): see `create_loader`."""
+        """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
         return create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
 
 
 def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
     """Create a loader of event sequences with the arguments of `timm.data.create_loader`.
 
-    Frames are resized to `input_size` and normalized by `mean` and `std`. Of the augmentation, `hflip` and `vflip` are
-    used, `re_prob` is the probability of erasing a square, and `dataset.roll` the largest shift: see
-    `SequenceTransform`. Crops and color jitter, which train.py always requests, are not applied.
+    Frames are resized to `input_size` and normalized by `mean` and `std`. Augmentation is that of `SequenceTransform`:
+    `hflip` and `vflip` are the probabilities of flips, `re_prob` is the probability of erasing a square, and
+    `dataset.roll` is the largest shift. Crops and color jitter, which train.py requests by default, are not applied.
 
     Args:
         dataset: Event sequences.
-        args: See timm.
-        kwargs: See timm.
+        args: Positional arguments of `timm.data.create_loader` after the dataset.
+        kwargs: Keyword arguments of `timm.data.create_loader`.
 
     Raises:
-        ValueError: timm's prefetcher is requested, which requires 8-bit images; augmentation is requested that has no
-            counterpart for event sequences; or `input_size`, `mean` or `std` does not have 2 channels.
+        ValueError: `use_prefetcher` is set, but timm's prefetcher supports only 8-bit images; an augmentation without
+            a counterpart for event sequences is requested; or `input_size`, `mean` or `std` does not have 2 channels.
     """
     bound = inspect.signature(timm.data.loader.create_loader).bind(dataset, *args, **kwargs)
     bound.apply_defaults()
@@ -186,11 +189,11 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
         raise ValueError(
             "timm's prefetcher supports only 8-bit images, not event sequences. Add --no-prefetcher (in a YAML file: "
             'no_prefetcher: true).')
-    for name in _IMAGE_AUGMENTATION:
+    for name in _IMAGE_ONLY_ARGUMENTS:
         if given[name]:
             raise ValueError(
-                f'{name}={given[name]!r} applies only to images. For event sequences, use hflip, vflip, reprob, and '
-                f'roll in the name of the dataset.')
+                f'{name}={given[name]!r} applies only to images. Remove it. The augmentations of event sequences are '
+                f'hflip, vflip, reprob, mixup, cutmix, and the option roll in the name of the dataset.')
     channels, *size = given['input_size']
     if channels != 2:
         raise ValueError(
@@ -199,7 +202,7 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
     for name in ('mean', 'std'):
         if len(given[name]) != channels:
             raise ValueError(
-                f'{name} must have one value per polarity, got {given[name]}. Event counts are usually not normalized: '
+                f'{name} must have one value per polarity, got {given[name]}. To keep the event counts unchanged, use '
                 f'mean 0 and std 1 (timm scripts: --mean 0 0 --std 1 1).')
     given['collate_fn'] = given['collate_fn'] or collate
     loader = timm.data.loader.create_loader(*bound.args, **bound.kwargs)

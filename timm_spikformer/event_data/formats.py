@@ -1,7 +1,7 @@
-"""Checks of files in the original formats, which spikingjelly reads without checks.
+"""Checks of files in the original formats, because spikingjelly reads them without checks.
 
-The formats have no checksums and, apart from AEDAT 3.1, no lengths: a file that ends early between two events, or that
-has wrong values, cannot be told from a shorter recording.
+The formats contain no checksums and, apart from AEDAT 3.1, no lengths. A file that was cut off between two events, or
+that contains wrong values, is therefore not detected.
 """
 import csv
 import struct
@@ -14,22 +14,23 @@ _NUM_GESTURES = 11
 
 
 def check_file(path: Path, expected: str) -> None:
-    """Check that a file is complete and has events.
+    """Check that a file is complete and contains events.
 
     Args:
-        path: File.
-        expected: 'AEDAT 2.0', 'AEDAT 3.1' or 'ATIS'.
+        path: File to check.
+        expected: Expected format: 'AEDAT 2.0', 'AEDAT 3.1' or 'ATIS'.
 
     Raises:
-        ValueError: The file is empty, is truncated or has another format.
+        ValueError: The file is empty or truncated, has no events, or has another format.
     """
     problem = _CHECKS[expected](path)
     if problem is not None:
-        raise ValueError(f'{path} {problem}. Expected a complete file of format {expected}.')
+        raise ValueError(
+            f'{path} {problem}. Expected a complete file in the format {expected}. Unpack the archive again.')
 
 
 def _check_atis(path: Path) -> Optional[str]:
-    """One event is 5 bytes: x, y, 1 bit of polarity, 23 bits of time."""
+    """Check events of 5 bytes: x, y, 1 bit of polarity, 23 bits of time."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return 'is empty'
@@ -37,7 +38,7 @@ def _check_atis(path: Path) -> Optional[str]:
 
 
 def _check_aedat2(path: Path) -> Optional[str]:
-    """Lines that start with '#', then events of 8 bytes: address and time, big-endian."""
+    """Check a header of lines that start with '#', and events of 8 bytes: address and time, big-endian."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return 'is empty'
@@ -56,7 +57,7 @@ def _check_aedat2(path: Path) -> Optional[str]:
 
 
 def _check_aedat3(path: Path) -> Optional[str]:
-    """Lines that start with '#', then packets: a header of 28 bytes, and events of polarity of 8 bytes (type 1)."""
+    """Check lines that start with '#', and packets: a header of 28 bytes, then polarity events (type 1) of 8 bytes."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return 'is empty'
@@ -77,7 +78,7 @@ def _check_aedat3(path: Path) -> Optional[str]:
                 return f'is damaged: the header of its last packet has {len(header)} of 28 bytes'
             kind, _, length, _, _, capacity = struct.unpack('<HHIIII', header[:20])
             if kind == 1 and length != 8:
-                return f'is damaged: events of polarity have 8 bytes, not {length}'
+                return f'is damaged: its polarity events have {length} bytes, expected 8'
             if f.tell() + capacity * length > num_bytes:
                 return f'is damaged: its last packet has {num_bytes - f.tell()} of {capacity * length} bytes'
             f.seek(capacity * length, 1)
@@ -85,27 +86,31 @@ def _check_aedat3(path: Path) -> Optional[str]:
     return None if num_events else 'has no events'
 
 
-# each returns what is wrong with a file, or None
+# each check returns a description of the problem, or None
 _CHECKS: Dict[str, Callable[[Path], Optional[str]]] = {
     'AEDAT 2.0': _check_aedat2, 'AEDAT 3.1': _check_aedat3, 'ATIS': _check_atis}
 
 
 def read_labels(path: Path) -> List[Tuple[int, int, int]]:
-    """Read the labels of a recording of DVS128 Gesture: class from 1 to 11, first time and end time in microseconds.
+    """Read the label file of a recording of DVS128 Gesture.
+
+    Returns:
+        Class from 1 to 11, start time and end time in microseconds of each gesture.
 
     Raises:
-        ValueError: The file is damaged, or has less than two gestures, which spikingjelly cannot read.
+        ValueError: The file is damaged, or has fewer than two gestures, which spikingjelly cannot read.
     """
     try:
         with open(path, newline='', encoding='utf-8') as f:
             rows = [tuple(int(value) for value in row) for row in [*csv.reader(f)][1:] if row]
         if len(rows) < 2:
-            raise ValueError(f'there are {len(rows)} gestures, expected at least 2')
+            raise ValueError(f'expected at least 2 gestures, got {len(rows)}')
         for row in rows:
             if len(row) != 3 or not 1 <= row[0] <= _NUM_GESTURES or not 0 <= row[1] < row[2] < 2 ** 32:
                 row = ','.join(map(str, row))
-                raise ValueError(f'{row!r} is not a class from 1 to {_NUM_GESTURES}, a start and an end')
+                raise ValueError(f'{row!r} is not a class from 1 to {_NUM_GESTURES}, a start time and a later end time')
     except (OSError, ValueError, csv.Error) as e:
         raise ValueError(
-            f'{path} cannot be read: {e}. Expected the columns class, startTime_usec and endTime_usec.') from e
+            f'{path} cannot be read: {e}. Expected the columns class, startTime_usec and endTime_usec. Unpack the '
+            f'archive again.') from e
     return rows

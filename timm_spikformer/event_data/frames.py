@@ -13,7 +13,7 @@ SPLIT_BY = ('number', 'time')
 
 
 class Events(NamedTuple):
-    """Events of one recording, in the order of time: four integer arrays `[N]`.
+    """Events of one recording, sorted by time: four integer arrays `[N]`.
 
     The origin of the coordinates is the upper left pixel.
 
@@ -30,14 +30,15 @@ class Events(NamedTuple):
 
 
 def check_events(events: Events, size: Tuple[int, int]) -> None:
-    """Check that events form a recording of a sensor. The order of time is not checked.
+    """Check the types, lengths and ranges of the arrays of events, but not whether the events are sorted by time.
 
     Args:
+        events: Events of one recording.
         size: Height and width of the sensor.
 
     Raises:
-        ValueError: There are no events; the arrays are not integer arrays of one length; or an event is outside of the
-            sensor or has another polarity than 0 or 1.
+        ValueError: There are no events; the arrays are not integer arrays of the same length; or an event is outside of
+            the sensor or has a polarity other than 0 or 1.
     """
     arrays = {name: getattr(events, name) for name in Events._fields}
     for name, array in arrays.items():
@@ -46,9 +47,9 @@ def check_events(events: Events, size: Tuple[int, int]) -> None:
             raise ValueError(f'{name} of the events must be an integer NumPy array [N], got {got}.')
     if len({len(array) for array in arrays.values()}) > 1:
         lengths = ', '.join(f'{name} {len(array)}' for name, array in arrays.items())
-        raise ValueError(f't, x, y and p of the events must have one length, got {lengths}.')
+        raise ValueError(f't, x, y and p of the events must have the same length, got {lengths}.')
     if not len(events.t):
-        raise ValueError('There are no events.')
+        raise ValueError('Expected at least one event, got none.')
     height, width = size
     for name, limit in (('x', width), ('y', height), ('p', 2)):
         low, high = int(arrays[name].min()), int(arrays[name].max())
@@ -63,7 +64,7 @@ def check_size(size: Tuple[int, int]) -> Tuple[int, int]:
     """Validate a height and width in pixels and return them as integers.
 
     Raises:
-        ValueError: They are not two integers of at least 1.
+        ValueError: The size is not a pair of integers of at least 1.
     """
     try:
         height, width = size
@@ -73,7 +74,7 @@ def check_size(size: Tuple[int, int]) -> Tuple[int, int]:
 
 
 def sort_events(events: Events) -> Events:
-    """Return the events in the order of time; events with equal time stamps keep their order."""
+    """Sort events by time stamp. Events with equal time stamps keep their order."""
     if np.all(events.t[1:] >= events.t[:-1]):
         return events
     order = np.argsort(events.t, kind='stable')
@@ -81,24 +82,24 @@ def sort_events(events: Events) -> Events:
 
 
 def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: str = 'number') -> np.ndarray:
-    """Count the events of each step, polarity and pixel. Every event is counted exactly once.
+    """Count the events of each time step, polarity and pixel. Every event is counted exactly once.
 
-    The steps are those of spikingjelly's `integrate_events_by_fixed_frames_number`, which V1 uses. It raises an error
-    in 'time' mode for a step without events; here, such a step is a frame of zeros.
+    The time steps are those of spikingjelly's `integrate_events_by_fixed_frames_number`, which V1 uses. For a time step
+    without events, that function raises an error if `split_by` is 'time'; this function returns a frame of zeros.
 
     Args:
-        events: Events of one recording, in the order of time.
+        events: Events of one recording, N events sorted by time.
         time_steps: Number of frames T.
         size: Height H and width W of the sensor.
         split_by: 'number' for steps of N // T events each, or 'time' for steps of (t[-1] - t[0]) // T microseconds each
-            (at least 1). The last step takes the rest: with fewer events than steps, 'number' puts all of them there.
+            (at least 1). The last step also contains the remaining events: all of them if N < T with 'number'.
 
     Returns:
-        Counts `[T, 2, H, W]`, channel 0 OFF and channel 1 ON, in the smallest of uint8, uint16, uint32 and uint64 that
-        holds the largest count. Convert them to float32 before arithmetic.
+        Counts `[T, 2, H, W]`, OFF events in channel 0 and ON events in channel 1, in the smallest of uint8, uint16,
+        uint32 and uint64 that holds the largest count. Convert them to float32 before arithmetic.
 
     Raises:
-        ValueError: See `check_events`; the time stamps do not ascend; or another argument is invalid.
+        ValueError: The events are invalid (see `check_events`) or not sorted by time, or another argument is invalid.
     """
     time_steps = check_integer('time_steps', time_steps, 1)
     height, width = size = check_size(size)
@@ -106,7 +107,7 @@ def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: 
         raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
     check_events(events, size)
     if np.any(events.t[1:] < events.t[:-1]):  # not np.diff, which wraps for unsigned integers
-        raise ValueError('The time stamps of the events must ascend. Use sort_events.')
+        raise ValueError('The events must be sorted by time stamp. Use sort_events.')
     t = events.t.astype(np.int64)
     inner = np.arange(1, time_steps)
     if split_by == 'number':
@@ -124,16 +125,18 @@ def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: 
 def resize(frames: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """Resize frames by bilinear interpolation, with antialiasing.
 
-    V1 keeps the 128x128 pixels of CIFAR10-DVS. TET and later work resize them to 48x48 in this way (`Resize` of
-    torchvision on PIL images), which averages pixels instead of adding them, also for integer factors. Values therefore
-    stay in the range of the counts, and the sum of a frame is divided by the ratio of the areas.
+    Interpolation averages pixels instead of adding them, also for integer factors. Values therefore stay in the range
+    of the counts, and the sum of a frame is divided by the ratio of the areas.
+
+    Source: TET and later work resize the 128x128 pixels of CIFAR10-DVS to 48x48 in this way (torchvision's `Resize` on
+    PIL images). V1 does not resize them.
 
     Args:
         frames: Counts `[T, C, H, W]`.
         size: New height and width.
 
     Returns:
-        Frames `[T, C, *size]`, float32. They are the counts if the size is unchanged.
+        Frames `[T, C, *size]`, float32. If the size does not change, the values are the counts.
 
     Raises:
         ValueError: The frames do not have four dimensions, or the size is invalid.

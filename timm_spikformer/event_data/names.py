@@ -1,4 +1,4 @@
-"""Event datasets by name, for timm's scripts and the command line: `events/NAME?time_steps=16&split_by=number`."""
+"""Names of event datasets for timm's scripts and the command line: `events/NAME?time_steps=16&split_by=number`."""
 from typing import Any, Dict, NamedTuple, Optional
 from urllib.parse import parse_qsl
 
@@ -18,19 +18,19 @@ __all__ = ['EventName', 'SIMULATED', 'install', 'is_event_name', 'parse_name', '
 _PREFIX = 'events/'
 SIMULATED = 'simulated_fashion_mnist'
 _SIMULATED_SIZE = (28, 28)
-# timm's names of splits
+# names that timm's scripts use for the splits
 _TRAIN, _TEST = ('train', 'training'), ('test', 'val', 'valid', 'validation', 'eval', 'evaluation')
 
 
 class EventName(NamedTuple):
-    """Name of an event dataset, with the options after its question mark.
+    """Parsed name of an event dataset, `events/DATASET?OPTION=VALUE&OPTION=VALUE`.
 
     Args:
         dataset: Name of the dataset.
         time_steps: Number of frames per sequence.
         split_by: 'number': each frame has the same number of events; 'time': each frame has the same duration.
-        split: How to split a dataset into train and test, see `read_recordings`; '' for its default.
-        roll: Largest random shift for training in pixels.
+        split: How to split the dataset into train and test, see `read_recordings`; '' selects the default.
+        roll: Largest random shift in training, in pixels.
     """
     dataset: str
     time_steps: int = 16
@@ -40,7 +40,7 @@ class EventName(NamedTuple):
 
 
 def is_event_name(name: Optional[str]) -> bool:
-    """Return whether a name of timm's `--dataset` belongs to an event dataset."""
+    """Return whether a value of timm's `--dataset` is the name of an event dataset."""
     return (name or '').lower().startswith(_PREFIX)
 
 
@@ -54,7 +54,7 @@ def parse_name(name: str) -> EventName:
     EventName(dataset='cifar10_dvs', time_steps=10, split_by='number', split='', roll=0)
     """
     if not is_event_name(name):
-        raise ValueError(f'The name of an event dataset starts with {_PREFIX}, got {name!r}.')
+        raise ValueError(f'The name of an event dataset must start with {_PREFIX}, got {name!r}.')
     dataset, _, query = name[len(_PREFIX):].partition('?')
     known = (*DATASETS, SIMULATED)
     if dataset not in known:
@@ -134,7 +134,7 @@ _timm_create_dataset, _timm_create_loader = timm.data.create_dataset, timm.data.
 
 
 def install() -> None:
-    """Make the functions that timm's scripts import from `timm.data` accept event datasets."""
+    """Replace functions in `timm.data`, so that timm's scripts, which import them from there, accept event datasets."""
     timm.data.create_dataset = _create_dataset
     timm.data.create_loader = _create_loader
     timm.data.Mixup = SequenceMixup

@@ -1,4 +1,4 @@
-"""Read datasets of event cameras: CIFAR10-DVS, DVS128 Gesture, N-MNIST and N-Caltech101."""
+"""Read event-camera datasets: CIFAR10-DVS, DVS128 Gesture, N-MNIST and N-Caltech101."""
 import math
 import warnings
 from pathlib import Path
@@ -15,26 +15,26 @@ def read_recordings(name: str, folder: PathLike, split: Optional[str] = None) ->
     """Read the recordings of a dataset. Nothing is downloaded.
 
     The first call converts the original files with spikingjelly into `events_np` in the folder, or in `cache_folder` if
-    the folder is not writable. This takes minutes to an hour. The result is complete or not there, and spikingjelly can
-    read it too.
+    the folder is not writable. This takes minutes to an hour. An interrupted conversion leaves no partial result.
+    spikingjelly can read the result, too.
 
-    x, y and p are those of spikingjelly, with the origin at the upper left. Of the addresses in the files of
-    CIFAR10-DVS, x is 127 minus bits 8 to 14, y is 127 minus bits 1 to 7, and p is 1 minus bit 0, as in the authors'
-    `dat2mat.m`. The other datasets are stored in this orientation.
+    x, y and p have the same values as in spikingjelly; the origin is the upper left pixel. In the files of CIFAR10-DVS,
+    each event has an address: x is 127 minus its bits 8 to 14, y is 127 minus bits 1 to 7, and p is 1 minus bit 0, as
+    in the authors' `dat2mat.m`. The files of the other datasets contain x, y and p in this orientation.
 
-    Labels are indices into `classes`. For DVS128 Gesture, spikingjelly's `DVS128Gesture` has other labels: it sorts the
-    class folders 0 to 10 as text, so that its label 2 is class 10.
+    Labels are indices into `classes`. spikingjelly's `DVS128Gesture` has different labels: it sorts the class folders 0
+    to 10 as text, so its label 2 is class 10.
 
     Ways to split a dataset:
 
-    - 'official': The folders or lists of the dataset. Default of DVS128 Gesture and N-MNIST.
-    - 'first-90': For each class, the first 90 % of the files are train, the others test. Files are sorted by name as
-      text, so that cifar10_cat_10 is before cifar10_cat_2: of the 1000 files of a class of CIFAR10-DVS, test has those
-      with the numbers 91 to 99, 909 to 999. This is `split_to_train_test_set(0.9, dataset, 10)` of spikingjelly and of
-      V1's code (cifar10dvs/train.py), hence the default of CIFAR10-DVS; also that of N-Caltech101.
+    - 'official': The split of the dataset's authors, given by folders or lists. Default of DVS128 Gesture and N-MNIST.
+    - 'first-90': The first 90 % of the files of each class are train, the others test. Files are sorted by name as
+      text, so cifar10_cat_10 is before cifar10_cat_2, and the test split of CIFAR10-DVS contains the files 91 to 99 and
+      909 to 999 of the 1000 files of each class. This is spikingjelly's `split_to_train_test_set(0.9, dataset, 10)`,
+      which V1's code uses (cifar10dvs/train.py). Default of CIFAR10-DVS and N-Caltech101.
     - 'tebn': CIFAR10-DVS only. Files 0 to 99 of each class are test, 100 to 999 are train, as in TEBN (Duan et al.,
       2022) and spikingjelly's `CIFAR10DVSTEBNSplit`. According to spikingjelly, accuracies are typically much higher
-      than with a random split: compare only accuracies with the same split.
+      than with a random split, so compare accuracies only if the split is the same.
 
     Args:
         name: Name of the dataset, a key of `DATASETS`.
@@ -42,10 +42,10 @@ def read_recordings(name: str, folder: PathLike, split: Optional[str] = None) ->
         split: How to split the dataset; by default, the first of its `DatasetInfo.splits`.
 
     Returns:
-        The splits, 'train' and 'test'. Each is sorted by class and by name as text.
+        The splits 'train' and 'test'. Recordings are sorted by class, then by file name as text.
 
     Raises:
-        ValueError: The name or the split is unknown; the folder does not have the dataset, or files are missing or
+        ValueError: The name or the split is unknown; the folder does not contain the dataset, or files are missing or
             damaged; or a split would have no recordings.
     """
     if name not in DATASETS:
@@ -57,15 +57,17 @@ def read_recordings(name: str, folder: PathLike, split: Optional[str] = None) ->
     paths = find_recordings(name, folder)
     if len(paths) != info.num_recordings:
         warnings.warn(
-            f'{folder} has {len(paths)} recordings of {info.title}, and the complete dataset has '
-            f'{info.num_recordings}. Accuracies are not comparable.', stacklevel=2)
+            f'{folder} has {len(paths)} recordings of {info.title}, but the complete dataset has '
+            f'{info.num_recordings}. Accuracies are not comparable with published ones.', stacklevel=2)
     classes = info.classes or tuple(sorted({path.parent.name for path in paths}))
-    names = [str(i) for i in range(len(classes))] if name == 'dvs128_gesture' else classes  # names of class folders
-    label = {name: i for i, name in enumerate(names)}
+    class_folders = [str(i) for i in range(len(classes))] if name == 'dvs128_gesture' else classes
+    label = {class_folder: i for i, class_folder in enumerate(class_folders)}
     parts: Dict[str, List[Path]] = _SPLITS[split](paths)
     for part, members in parts.items():
         if not members:
-            raise ValueError(f'{folder} has too few recordings of {info.title}: the split {part!r} would be empty.')
+            raise ValueError(
+                f'{folder} has too few recordings of {info.title}: the split {part!r} would be empty. Unpack the '
+                f'complete dataset.')
         members.sort(key=lambda path: (label[path.parent.name], path.name))
     return {part: Recordings(
         name=name,

@@ -1,4 +1,4 @@
-"""Recordings of one split of a dataset; digests of a split, and recordings that are in two splits."""
+"""Recordings of one split of a dataset, digests of splits, and a check for recordings that are in two splits."""
 import hashlib
 import warnings
 import zipfile
@@ -18,7 +18,7 @@ __all__ = ['Recordings', 'sha256_of_lines', 'split_digest', 'warn_about_overlap'
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recordings of one split, one `.npz` file of arrays t, x, y and p for each, as spikingjelly writes them.
+    """Recordings of one split. Each is an `.npz` file with arrays t, x, y and p, as spikingjelly writes it.
 
     Args:
         name: Name of the dataset, a key of `DATASETS`.
@@ -58,31 +58,32 @@ class Recordings:
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise ValueError(
                 f'{path} cannot be read as a recording of {self.name}: {str(e).rstrip(".")}. Expected arrays t, x, y '
-                f'and p, as spikingjelly writes them. Remove the folder events_np that contains it, so that it is '
-                f'converted again. {DATASETS[self.name].source}') from e
+                f'and p, as spikingjelly writes them. Delete the folder events_np that contains this file, so that the '
+                f'original files are converted again. If there are none: {DATASETS[self.name].source}') from e
 
     def names(self) -> List[str]:
-        """Return the name of each recording: class folder and file name without suffix, 'cat/cifar10_cat_0'."""
+        """Return the name of each recording: class folder and file name without suffix, as in 'cat/cifar10_cat_0'."""
         return [f'{path.parent.name}/{path.stem}' for path in self.paths]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of names, labels and file sizes, in order. It is part of the key of a cache."""
+        """Return a SHA-256 digest of names, labels and file sizes, in order. It is part of the key of a cache."""
         sizes = [path.stat().st_size for path in self.paths]
         return sha256_of_lines(f'{n} {label} {size}' for n, label, size in zip(self.names(), self.labels, sizes))
 
 
 def split_digest(recordings: Recordings) -> str:
-    """Return a SHA-256 of the names and labels of a split. Equal digests mean the same split of the same dataset.
+    """Return a SHA-256 digest of the names and labels of a split.
 
-    The content and the location of the files do not matter, nor does their order.
+    Equal digests mean the same split of the same dataset. The digest does not depend on the contents, the location or
+    the order of the files.
     """
     return sha256_of_lines(sorted(f'{n} {label}' for n, label in zip(recordings.names(), recordings.labels)))
 
 
 def warn_about_overlap(splits: Dict[str, Recordings]) -> None:
-    """Warn about each recording that is in two splits: two files of equal content, by SHA-256.
+    """Warn about each recording that is in two splits.
 
-    Only files of equal size are read.
+    These are files of equal content, compared by SHA-256. Only files whose size occurs in two splits are read.
     """
     by_size = defaultdict(list)
     for split, recordings in splits.items():
@@ -96,7 +97,8 @@ def warn_about_overlap(splits: Dict[str, Recordings]) -> None:
             other, other_path = first.setdefault(hashlib.sha256(path.read_bytes()).digest(), (split, path))
             if split != other:
                 warnings.warn(
-                    f'{other_path} of the split {other!r} and {path} of the split {split!r} are the same recording.',
+                    f'{other_path} of the split {other!r} and {path} of the split {split!r} are the same '
+                    f'recording, so the test accuracy may be too high.',
                     stacklevel=2)
 
 

@@ -1,9 +1,10 @@
 """Events of a simulated event camera that moves in front of a still image.
 
-The motion follows N-MNIST, https://arxiv.org/abs/1507.07629: three straight saccades that end where they started. The
-sensor follows ESIM, https://proceedings.mlr.press/v87/rebecq18a.html, without noise: a pixel emits an event whenever
-its logarithmic intensity has changed by a threshold since its last event. Everything is deterministic. Simulated events
-have no noise, no refractory period and no limited bandwidth, so accuracies on them are not those of a real sensor.
+The motion follows N-MNIST, https://arxiv.org/abs/1507.07629: three straight movements (saccades), the last of which
+returns to the start. The sensor follows ESIM, https://proceedings.mlr.press/v87/rebecq18a.html, without noise: a pixel
+emits an event whenever its logarithmic intensity has changed by a threshold since its last event. The simulation is
+deterministic. It does not model the noise, the refractory period and the limited bandwidth of a real sensor, so
+accuracies on simulated events are not those on a real sensor.
 """
 import numpy as np
 
@@ -13,17 +14,17 @@ from .frames import Events, integrate
 __all__ = ['simulate_events', 'simulate_frames']
 
 _CORNERS = np.array([[0., 0.], [0.5, 1.], [1., 0.], [0., 0.]])  # (x, y) of the path, in units of the amplitude
-_DARK = 0.1  # added to the intensity before the logarithm; the response of dark pixels is limited, as in real sensors
+_DARK_OFFSET = 0.1  # added before the logarithm; it limits the response of dark pixels, as in real sensors
 
 
-def _path(frames_per_saccade: int, amplitude: float) -> np.ndarray:
+def _camera_positions(frames_per_saccade: int, amplitude: float) -> np.ndarray:
     """Return the position of the image at each frame, `[3 * frames_per_saccade + 1, 2]`, as (x, y) in pixels."""
     fraction = np.arange(frames_per_saccade)[:, None] / frames_per_saccade
     saccades = [a + fraction * (b - a) for a, b in zip(_CORNERS, _CORNERS[1:])]
     return amplitude * np.concatenate([*saccades, _CORNERS[-1:]])
 
 
-def _shift(padded: np.ndarray, offset: np.ndarray, height: int, width: int) -> np.ndarray:
+def _crop(padded: np.ndarray, offset: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return a window `[height, width]` of an image at a fractional offset (x, y), by bilinear interpolation."""
     x, y = (int(v) for v in np.floor(offset))
     u, v = offset - (x, y)
@@ -39,10 +40,10 @@ def simulate_events(
         duration: int = 300_000,
         frames_per_saccade: int = 8,
 ) -> Events:
-    """Return the events of an event camera that looks at an image during three saccades.
+    """Simulate the events of an event camera that moves in front of an image in three saccades.
 
-    The intensity is linear between rendered frames, so the time of each event is exact for the rendered motion. Pixels
-    outside of the image have the intensity of its nearest border pixel.
+    The logarithmic intensity of each pixel is interpolated linearly between rendered frames, which determines the times
+    of the events. Pixels outside of the image have the intensity of the nearest border pixel.
 
     Args:
         image: Intensities `[H, W]` in the range 0 to 1.
@@ -52,7 +53,7 @@ def simulate_events(
         frames_per_saccade: Number of rendered frames per saccade.
 
     Returns:
-        The events in the order of time. There are none if the image is constant.
+        The events, sorted by time. There are none if the image is constant.
 
     Raises:
         ValueError: The image is not two-dimensional or has values outside of 0 to 1, or an argument is out of range.
@@ -73,10 +74,11 @@ def simulate_events(
             f'image must be [H, W] with values from 0 to 1, got shape {list(image.shape)}'
             + (f' with values from {image.min():g} to {image.max():g}.' if image.size else '.'))
     height, width = image.shape
-    path = _path(frames_per_saccade, amplitude)
+    positions = _camera_positions(frames_per_saccade, amplitude)
     padded = np.pad(image, ((0, int(np.ceil(amplitude)) + 1), (0, int(np.ceil(amplitude)) + 1)), mode='edge')
-    log = np.stack([np.log(_DARK + _shift(padded, offset, height, width)) for offset in path])
-    # In units of the threshold. After each frame, `levels` and `reference` differ by less than 1 for every pixel.
+    log = np.stack([np.log(_DARK_OFFSET + _crop(padded, offset, height, width)) for offset in positions])
+    # In units of the threshold: logarithmic intensities of each frame (`levels`) and of the last events (`reference`).
+    # After each frame, they differ by less than 1.
     levels = (log - log[0]) / threshold
     reference = np.zeros((height, width))
     times, xs, ys, ps = [], [], [], []
@@ -107,7 +109,7 @@ def simulate_events(
 
 
 def simulate_frames(image: np.ndarray, time_steps: int, split_by: str = 'time') -> np.ndarray:
-    """Return the event counts of a simulated event camera, `[T, 2, H, W]`: zeros if the image is constant.
+    """Simulate events and integrate them into frames of counts, `[T, 2, H, W]`. A constant image gives zeros.
 
     Args:
         image: Intensities `[H, W]` in the range 0 to 1.

@@ -1,4 +1,4 @@
-"""Datasets of the package tonic as recordings. tonic itself is not imported."""
+"""Datasets of the package tonic as recordings. This module does not import tonic."""
 import hashlib
 import numbers
 import os
@@ -15,9 +15,9 @@ __all__ = ['TonicRecordings', 'from_tonic']
 
 
 class TonicRecordings:
-    """Recordings of a dataset of tonic, with the attributes and methods of `Recordings`, except for `paths`.
+    """Recordings of a dataset of tonic. Create them with `from_tonic`.
 
-    `from_tonic` creates it.
+    The attributes and methods are those of `Recordings`, except for `paths`.
     """
 
     def __init__(self, dataset: Any, split: str, size: Tuple[int, int], time_unit: float):
@@ -27,7 +27,7 @@ class TonicRecordings:
         self.folder = Path(getattr(dataset, 'location_on_system', '.'))
         self.size = size
         self.time_unit = time_unit
-        self.labels, self.classes = _labels(dataset)
+        self.labels, self.classes = _labels_and_classes(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -38,15 +38,15 @@ class TonicRecordings:
         Polarities of -1 and 1 become 0 and 1, and time stamps are rounded to microseconds.
 
         Raises:
-            ValueError: It is not an array of events, has no events, or an event is outside of the sensor.
+            ValueError: The recording is not an array of events or has no events, or an event is outside of the sensor.
         """
         array = self.dataset[i][0]
         names = getattr(getattr(array, 'dtype', None), 'names', None) or ()
         if not {*names} >= {*Events._fields}:
             raise ValueError(
                 f'Recording {i} of {self.name} must be a structured array with the fields t, x, y and p, got '
-                f'{f"the fields {names}" if names else type(array).__name__}. Use the dataset without transforms to '
-                f'frames.')
+                f'{f"the fields {names}" if names else type(array).__name__}. Remove transforms '
+                f'from the dataset that convert events to frames.')
         p = array['p'].astype(np.int64)
         if len(p) and p.min() == -1 and not np.any(p == 0):
             p = (p + 1) // 2
@@ -61,24 +61,24 @@ class TonicRecordings:
 
     def names(self) -> List[str]:
         """Return the name of each recording: folder and file name without suffix, or its index."""
-        paths = _paths(self.dataset)
+        paths = _file_paths(self.dataset)
         if paths is None:
             return [str(i) for i in range(len(self))]
         return [f'{path.parent.name}/{path.stem}' for path in paths]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of what the events depend on: files, settings and transforms of the dataset.
+        """Return a SHA-256 digest of everything that determines the events: files, settings and transforms.
 
-        If the dataset is not a list of files, all its events are read.
+        If the dataset does not list its files, all events are read.
         """
         settings = {k: v for k, v in vars(self.dataset).items() if isinstance(v, (str, numbers.Number))}
         transforms = [repr(getattr(self.dataset, name, None)) for name in ('transform', 'transforms')]
-        paths = _paths(self.dataset)
+        paths = _file_paths(self.dataset)
         if paths is None:
             contents = [hashlib.sha256(np.stack(self.read(i)).tobytes()).hexdigest() for i in range(len(self))]
         else:
             contents = [f'{name} {path.stat().st_size}' for name, path in zip(self.names(), paths)]
-        settings.pop('location_on_system', None)  # a dataset that was moved is the same
+        settings.pop('location_on_system', None)  # moving a dataset does not change it
         return sha256_of_lines([
             self.name, str(self.time_unit), str(sorted(settings.items())), *transforms, *map(str, self.labels),
             *contents])
@@ -90,23 +90,23 @@ def from_tonic(
         size: Optional[Tuple[int, int]] = None,
         time_unit: float = 1.,
 ) -> TonicRecordings:
-    """Use a dataset of tonic, version 1.6 or later, as recordings, for example for `cache_frames`.
+    """Return the recordings of a dataset of tonic 1.6 or later, for example for `cache_frames`.
 
     Args:
         dataset: Dataset object whose items are a structured array of events and a target, such as
             `tonic.datasets.NMNIST`. The fields t, x, y and p may be in any order.
-        split: Name of the split that it is, for messages and file names.
+        split: Name of the split, for messages and file names.
         size: Height and width of the sensor; by default, from the dataset's `sensor_size` (width, height, polarities).
-        time_unit: Unit of t in microseconds: 1000 if it is in milliseconds. tonic's own datasets have microseconds.
+        time_unit: Unit of t in microseconds: 1 for microseconds, as in tonic's own datasets, 1000 for milliseconds.
 
     Raises:
-        ValueError: The dataset is empty, has no two polarities, or has no size and none is given; or its targets are
-            neither integers nor texts.
+        ValueError: The dataset is empty or does not have two polarities; it has no `sensor_size` and `size` is None; or
+            its targets are neither class indices nor class names.
     """
     sensor_size = getattr(dataset, 'sensor_size', None)
     name = type(dataset).__name__
     if not len(dataset):
-        raise ValueError(f'{name} has no recordings.')
+        raise ValueError(f'{name} has no recordings, expected at least one.')
     if size is None:
         if sensor_size is None:
             raise ValueError(f'{name} has no sensor_size. Set size=(height, width).')
@@ -117,8 +117,8 @@ def from_tonic(
     return TonicRecordings(dataset, split, check_size(size), time_unit)
 
 
-def _paths(dataset: Any) -> Optional[List[Path]]:
-    """Return the file of each item, or None if the dataset is not a list of files."""
+def _file_paths(dataset: Any) -> Optional[List[Path]]:
+    """Return the file of each item, or None if the dataset does not list its files."""
     data = getattr(dataset, 'data', None)
     if isinstance(data, list) and len(data) == len(dataset) and all(isinstance(d, (str, os.PathLike)) for d in data):
         paths = [Path(d) for d in data]
@@ -126,7 +126,7 @@ def _paths(dataset: Any) -> Optional[List[Path]]:
     return None
 
 
-def _labels(dataset: Any) -> Tuple[List[int], Tuple[str, ...]]:
+def _labels_and_classes(dataset: Any) -> Tuple[List[int], Tuple[str, ...]]:
     """Return the class index of each item, and the names of the classes."""
     targets: Optional[Sequence[Any]] = getattr(dataset, 'targets', None)
     is_transformed = any(getattr(dataset, name, None) is not None for name in ('target_transform', 'transforms'))

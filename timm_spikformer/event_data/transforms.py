@@ -1,6 +1,6 @@
 """Augmentation of event sequences: all time steps of a sequence are transformed in the same way.
 
-Flips, shifts and erasing are those of `Neuromorphic Data Augmentation`, https://arxiv.org/abs/2203.06145, and of the
+Flips, shifts and erasing follow the paper Neuromorphic Data Augmentation, https://arxiv.org/abs/2203.06145, and the
 code of TET, https://github.com/Gus-Lab/temporal_efficient_training. Mixup mixes whole sequences, and CutMix replaces
 the same region at all time steps.
 """
@@ -15,7 +15,7 @@ from ..arguments import check_integer
 __all__ = ['SequenceMixup', 'SequenceTransform']
 
 
-def _draw(low: int, high: int) -> int:
+def _random_integer(low: int, high: int) -> int:
     """Return a random integer from `low` to `high`, both included."""
     return int(torch.randint(low, high + 1, ()))
 
@@ -27,8 +27,8 @@ class SequenceTransform:
         hflip: Probability of a horizontal flip. Use 0 for classes that differ by direction, such as the left-hand and
             right-hand gestures of DVS128 Gesture.
         vflip: Probability of a vertical flip.
-        roll: Largest shift in pixels, in each direction; pixels that leave the frame enter at its other side.
-        erase_prob: Probability that a square of a random position and size is set to 0.
+        roll: Largest shift in pixels, in each direction. Pixels shifted out of the frame reappear on the opposite side.
+        erase_prob: Probability that a square of random position and size is set to 0.
         erase_size: Largest side of the square as a fraction of the shorter side of the frame.
 
     Raises:
@@ -58,10 +58,10 @@ class SequenceTransform:
             if torch.rand(()) < prob:
                 x = x.flip(dim)
         if self.roll:
-            x = x.roll((_draw(-self.roll, self.roll), _draw(-self.roll, self.roll)), (-2, -1))
+            x = x.roll((_random_integer(-self.roll, self.roll), _random_integer(-self.roll, self.roll)), (-2, -1))
         if torch.rand(()) < self.erase_prob:
-            side = _draw(1, max(1, int(self.erase_size * min(height, width))))
-            top, left = _draw(0, height - side), _draw(0, width - side)
+            side = _random_integer(1, max(1, int(self.erase_size * min(height, width))))
+            top, left = _random_integer(0, height - side), _random_integer(0, width - side)
             x = x.clone()
             x[..., top:top + side, left:left + side] = 0.
         return x

@@ -19,7 +19,7 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
 
     Args:
         size: Height and width of the input of the model in pixels.
-        sensor_size: Height and width of the sensor; by default `size`. Required only for events, not for frames.
+        sensor_size: Height and width of the sensor; by default `size`. Used only for events, not for frames.
         time_steps: Number of frames per recording.
         split_by: 'number' or 'time', see `timm_spikformer.event_data.frames.integrate`.
         image_mean: Mean of each channel, subtracted from the counts.
@@ -57,7 +57,7 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
             raise ValueError(f'split_by must be one of {", ".join(SPLIT_BY)}, got {split_by!r}.')
         if len(self.image_mean) != 2 or len(self.image_std) != 2 or not min(self.image_std) > 0.:
             raise ValueError(
-                f'image_mean and image_std must be two numbers, one per polarity, with a positive standard deviation, '
+                f'image_mean and image_std must each be two numbers, one per polarity, and image_std must be positive, '
                 f'got {self.image_mean} and {self.image_std}.')
 
     def __call__(
@@ -66,21 +66,22 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
             return_tensors: Optional[str] = None,
             **kwargs: Any,
     ) -> BatchFeature:
-        """
+        """Return the preprocessed frames of all samples as `pixel_values`, `[B, T, 2, H, W]`.
+
         Args:
             events: One sample or a list of samples. A sample is a recording (an `Events`, or a mapping with the arrays
                 t, x, y and p), or frames of counts `[T, 2, H, W]`.
             return_tensors: 'pt' for a PyTorch tensor, 'np' or None for a NumPy array.
 
         Raises:
-            ValueError: A sample is invalid, or the samples have different numbers of time steps.
+            ValueError: There are no samples, a sample is invalid, or the numbers of time steps differ.
         """
         samples = events if isinstance(events, list) else [events]
         frames = [self._frames(sample) for sample in samples]
         steps = {len(f) for f in frames}
         if len(steps) != 1:
             raise ValueError(
-                f'All samples must have the same number of time steps, got {sorted(steps) or "no samples"}.')
+                f'Expected samples with the same number of time steps, got {sorted(steps) or "no samples"}.')
         return BatchFeature({'pixel_values': np.stack(frames)}, tensor_type=return_tensors)
 
     def _frames(self, sample: Sample) -> np.ndarray:

@@ -14,10 +14,10 @@ __all__ = ['create_processor', 'read_data_config']
 def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int):
     """Create a processor with the size, crop, interpolation, mean and std of a timm cfg.
 
-    The processor of a model with 2 input channels, one per polarity, is a `SpikformerEventProcessor`, which splits a
-    recording into `time_steps` frames. Otherwise it is an image processor of transformers.
-    CLIPImageProcessor resizes the shorter side and crops the center, like timm. It has only one size for both sides, so
-    ViTImageProcessor, which resizes each side, is used for inputs that are not square.
+    For 2 input channels, one per polarity of events, the processor is a `SpikformerEventProcessor`, which splits a
+    recording into `time_steps` frames. Otherwise it is an image processor of transformers: for square inputs
+    CLIPImageProcessor, which resizes the shorter side and crops the center, like timm; for other inputs
+    ViTImageProcessor, which resizes each side, because CLIPImageProcessor has only one size for both sides.
     """
     channels, height, width = pretrained_cfg['input_size']
     if channels == 2:
@@ -39,7 +39,7 @@ def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int):
 
 
 def read_data_config(processor: Dict[str, Any], channels: int) -> Dict[str, Any]:
-    """Return timm's `input_size`, `mean`, `std`, `interpolation` and `crop_pct` for a preprocessor_config.json."""
+    """Return timm's data config for the contents of a preprocessor_config.json: see `images.DATA_KEYS`."""
     size = processor['size']
     if processor.get('feature_extractor_type') == SpikformerEventProcessor.__name__:
         return dict(

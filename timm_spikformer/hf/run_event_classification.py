@@ -1,7 +1,7 @@
 """Train a `SpikformerForImageClassification` on event sequences with Trainer.
 
-The counterpart of transformers' run_image_classification.py for event cameras. All arguments of `TrainingArguments` are
-accepted, and a JSON file with arguments in place of options:
+This script is the counterpart of transformers' run_image_classification.py for event cameras. It accepts all arguments
+of `TrainingArguments`. Pass either options, as in this example, or one JSON file that contains the arguments:
 
     python -m timm_spikformer.hf.run_event_classification --do_train --do_eval --output_dir DIR \
         --dataset_name "events/dvs128_gesture?time_steps=16" --data_dir FOLDER --model spikformer_2_256_patch16_128
@@ -33,12 +33,12 @@ __all__ = ['DataArguments', 'ModelArguments', 'main']
 @dataclass
 class DataArguments:
     """Arguments of the dataset and of augmentation."""
-    dataset_name: str = field(metadata={'help': 'Name such as events/cifar10_dvs?time_steps=16&split_by=number.'})
+    dataset_name: str = field(metadata={'help': 'Name of the dataset, such as events/cifar10_dvs?time_steps=16.'})
     data_dir: Optional[str] = field(default=None, metadata={'help': 'Folder with the original files of the dataset.'})
     hflip: float = field(default=0., metadata={'help': 'Probability of a horizontal flip in training.'})
     erase_prob: float = field(default=0., metadata={'help': 'Probability of erasing a square in training.'})
-    max_train_samples: Optional[int] = field(default=None, metadata={'help': 'Use only so many training sequences.'})
-    max_eval_samples: Optional[int] = field(default=None, metadata={'help': 'Use only so many test sequences.'})
+    max_train_samples: Optional[int] = field(default=None, metadata={'help': 'Maximum number of training sequences.'})
+    max_eval_samples: Optional[int] = field(default=None, metadata={'help': 'Maximum number of test sequences.'})
 
 
 @dataclass
@@ -54,8 +54,8 @@ class ModelArguments:
                   'choices': ['mean', 'tet']})
 
 
-class _Samples(Dataset):
-    """Preprocessed sequences as inputs of the model."""
+class _ModelInputs(Dataset):
+    """Preprocessed sequences and their labels, as keyword arguments of the model."""
 
     def __init__(self, sequences: EventSequences, processor: SpikformerEventProcessor):
         self.sequences = sequences
@@ -92,7 +92,7 @@ def _create_model(name: str, splits: Dict[str, EventSequences], time_steps: int)
     if model.config.num_channels != 2:
         raise ValueError(
             f'Event frames have 2 channels, one per polarity, but {name} has {model.config.num_channels} input '
-            f'channels.')
+            f'channels. Use a model that was trained on event frames, or the name of a registered model.')
     return model
 
 
@@ -119,8 +119,8 @@ def main() -> None:
     trainer = SpikformerTrainer(
         model=model,
         args=args,
-        train_dataset=_Samples(train, processor),
-        eval_dataset=_Samples(test, processor),
+        train_dataset=_ModelInputs(train, processor),
+        eval_dataset=_ModelInputs(test, processor),
         data_collator=_collate,
         processing_class=processor,
         compute_metrics=_compute_accuracy,

@@ -27,8 +27,6 @@ __all__ = [
 
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 19  # values per time step and chunk; a few such buffers fit the last-level cache
-
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -123,7 +121,7 @@ def _compute_membranes(
 ) -> None:
     """Write the negated membrane potentials before the reset to the first T of `T + 2` buffers `[rows, C]`.
 
-    They are negated so that `torch.threshold`, which keeps values above a threshold, can do the reset.
+    They are negated so that `torch.threshold`, which sets values at or below a threshold to 0, computes the reset.
 
     Args:
         x: Input currents, `[T or 1, rows, C]`.
@@ -257,7 +255,7 @@ def _backward(
     for rows, buffers in _chunks(x, time_steps):
         _compute_membranes(x[:, rows], affine, constants, buffers)
         sig, not_reset = buffers[-2:]
-        for t in range(time_steps - 1, -1, -1):  # current gradients overwrite membrane potentials
+        for t in range(time_steps - 1, -1, -1):  # the gradients of currents overwrite membrane potentials
             h = buffers[t]
             torch.add(h, v_threshold, out=sig).mul_(-alpha).sigmoid_()
             is_last = t == time_steps - 1
