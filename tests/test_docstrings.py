@@ -10,7 +10,8 @@ MODULES = (
     'neurons', 'layers', 'stems', 'network', 'masked_autoencoder', 'anytime', 'monitor', 'kernels.switch',
     'kernels.explain', 'images', 'training', 'reading', 'profiling.activity', 'profiling.conventions',
     'profiling.counting', 'profiling.callback', 'publishing.card', 'publishing.upload', 'publishing.conversion',
-    'hf.configuration_spikformer', 'hf.modeling_spikformer', 'hf.trainer')
+    'hf.configuration_spikformer', 'hf.modeling_spikformer', 'hf.trainer', 'hf.event_processing', 'losses',
+    'event_data.dataset', 'event_data.names', 'event_data.simulated')
 
 
 @pytest.mark.parametrize('name', MODULES)

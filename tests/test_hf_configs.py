@@ -48,7 +48,7 @@ def test_config_creates_registered_model(name):
     else:
         assert list(AutoImageProcessor.from_pretrained(ROOT / name).image_mean) == processor['image_mean']
     assert read_data_config(processor, config.num_channels)['input_size'] == cfg.input_size
-    assert tuple(processor.image_mean) == cfg.mean and tuple(processor.image_std) == cfg.std
+    assert tuple(processor['image_mean']) == cfg.mean and tuple(processor['image_std']) == cfg.std
 
 
 @pytest.mark.parametrize('path', ARGS, ids=lambda path: path.stem)

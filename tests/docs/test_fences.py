@@ -11,9 +11,7 @@ from site_pages import PAGES, ROOT, page_id, read_fences
 from timm_spikformer_cli import create_parser
 
 # Fences that are not run, by page; each has a comment with the reason
-NOT_RUN = {
-    'deployment.md': 1, 'guides/convert.md': 1, 'guides/demo.md': 1, 'guides/event_datasets.md': 1,
-    'guides/events.md': 1}
+NOT_RUN = {'deployment.md': 1, 'guides/convert.md': 1, 'guides/demo.md': 1, 'guides/event_datasets.md': 1}
 WITH_CODE = [  # the translation has the code of the original, see test_translation.py
     page for page in PAGES
     if page.parent.name != 'zh' and any(fence.reason is None for fence in read_fences(page, 'python'))]
@@ -65,7 +63,8 @@ def test_command_exists(line):
     if words[0] == 'timm-spikformer':
         assert create_parser(words[1]).parse_args(words[1:]).command == words[1]
     elif 'torchrun' in words or words[0] == 'accelerate' or words[0] == 'python':
-        assert any(w.endswith('.py') or w in ('pytest', 'benchmarks', 'reproduction') for w in words)
+        modules = ('pytest', 'benchmarks', 'reproduction', 'timm_spikformer.hf.run_event_classification')
+        assert any(w.endswith('.py') or w in modules for w in words)
     else:
         assert words[:2] == ['pip', 'install']
 

@@ -29,7 +29,7 @@ def test_split_without_recordings(tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_another_dataset(originals, original, name):
-    """The message names the dataset that the folder holds, before and after it was converted."""
+    """The message names the dataset in the folder, before and after its conversion."""
     other = NAMES[NAMES.index(name) - 1]
     folder = original(other)
     for _ in range(2):
@@ -43,7 +43,7 @@ def test_another_dataset(originals, original, name):
 def test_archives_that_are_not_unpacked(tmp_path):
     (tmp_path / 'download').mkdir()
     (tmp_path / 'download' / 'Train.zip').touch()
-    with pytest.raises(ValueError, match='no files of N-MNIST, but .*download/Train.zip, which is not unpacked'):
+    with pytest.raises(ValueError, match='no files of N-MNIST, but the archive .*Train.zip, which is not unpacked'):
         read_recordings('n_mnist', tmp_path)
 
 
@@ -77,9 +77,9 @@ def _truncate(num_bytes):
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', _truncate(40), 'no line #!END-HEADER'),
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', lambda data: b'#!AER-DAT2.0' + data[12:], 'not with #!AER-DAT3'),
     ('dvs128_gesture', 'DvsGesture/user01_lab.aedat', _truncate(0), 'is empty'),
-    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(-5), 'a start and an end'),
+    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(-5), 'a start time and a later end time'),
     ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', lambda data: data + b'12,1,2\n', "'12,1,2' is not a class"),
-    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(45), 'there are 1 gestures'),
+    ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', _truncate(45), 'expected at least 2 gestures, got 1'),
     ('dvs128_gesture', 'DvsGesture/user01_lab_labels.csv', lambda data: b'\xff\xfe', 'cannot be read'),
     ('dvs128_gesture', 'DvsGesture/trials_to_test.txt', _truncate(0), 'is empty, expected names of files'),
 ])
@@ -94,8 +94,8 @@ def test_damaged_original(original, name, file, change, message):
 
 
 @pytest.mark.parametrize('missing, message', [
-    ('user24_lab.aedat', 'which trials_to_test.txt requires'),
-    ('user24_lab_labels.csv', 'which trials_to_test.txt requires'),
+    ('user24_lab.aedat', 'but trials_to_test.txt lists user24_lab.aedat'),
+    ('user24_lab_labels.csv', 'but trials_to_test.txt lists user24_lab.aedat'),
     ('trials_to_train.txt', 'is missing'),
 ])
 def test_missing_file_of_dvs128_gesture(original, missing, message):
@@ -107,11 +107,11 @@ def test_missing_file_of_dvs128_gesture(original, missing, message):
 
 
 def test_gesture_without_events(original):
-    """A recording that ends, between two packets, before its last gesture."""
+    """A recording that was cut off between two packets, before its last gesture."""
     folder = original('dvs128_gesture')
     path = folder / 'DvsGesture' / 'user24_lab.aedat'
     write_aedat3(path, random_events((128, 128)))
-    with pytest.raises(ValueError, match='user24_lab.aedat and .*user24_lab_labels.csv: user24_lab_0 .* no events'):
+    with pytest.raises(ValueError, match='user24_lab.aedat and .*_labels.csv: the recording user24_lab_0 .* no events'):
         read_recordings('dvs128_gesture', folder)
     assert not (folder / 'events_np').exists()
 
@@ -131,10 +131,10 @@ ONE = np.zeros(1, int)
     (_save(t=ONE, x=ONE, y=ONE), "'p is not a file"),
     (_save(t=ONE, x=ONE, y=ONE, p=ONE + 2), 'p of the events must be from 0 to 1'),
     (_save(t=ONE, x=ONE + 34, y=ONE, p=ONE), 'x of the events must be from 0 to 33 for a sensor of 34x34 pixels'),
-    (_save(t=np.zeros(2, int), x=ONE, y=ONE, p=ONE), 'one length'),
+    (_save(t=np.zeros(2, int), x=ONE, y=ONE, p=ONE), 'the same length'),
     (_save(t=ONE / 2, x=ONE, y=ONE, p=ONE), 'must be an integer NumPy array'),
     (_save(t=np.array([None]), x=ONE, y=ONE, p=ONE), 'allow_pickle'),
-    (_save(t=ONE[:0], x=ONE[:0], y=ONE[:0], p=ONE[:0]), 'There are no events'),
+    (_save(t=ONE[:0], x=ONE[:0], y=ONE[:0], p=ONE[:0]), 'Expected at least one event, got none'),
 ])
 def test_damaged_recording(original, write, message):
     train = read_recordings('n_mnist', original('n_mnist'))['train']
@@ -148,5 +148,5 @@ def test_damaged_recording(original, write, message):
 def test_conversion_that_spikingjelly_did_not_finish(original):
     folder = original('n_mnist')
     (folder / 'events_np.building').touch()
-    with pytest.raises(ValueError, match='spikingjelly did not finish .*events_np'):
+    with pytest.raises(ValueError, match='conversion by spikingjelly into .*events_np was interrupted'):
         read_recordings('n_mnist', folder)

@@ -32,6 +32,10 @@ class SimulatedSource:
         time_steps: Number of frames per sequence.
         split_by: 'number' or 'time', see `integrate`.
         size: Height and width of all images, in pixels.
+
+    >>> from timm_spikformer.images import read_splits
+    >>> SimulatedSource(read_splits()['test'], time_steps=4, split_by='time', size=(28, 28)).frames(0).shape
+    (4, 2, 28, 28)
     """
 
     def __init__(self, images: Images, time_steps: int, split_by: str, size: Tuple[int, int]):
@@ -68,6 +72,16 @@ class RecordedSource:
         recordings: Recordings of one split, from `read_recordings` or `from_tonic`.
         time_steps: Number of frames per sequence.
         split_by: 'number' or 'time', see `integrate`.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from timm_spikformer.event_data.recordings import Recordings
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> t = np.arange(90)
+    >>> np.savez(folder / 'events.npz', t=t, x=t % 34, y=t % 34, p=t % 2)
+    >>> recordings = Recordings('n_mnist', 'train', folder, [folder / 'events.npz'], [0], ('zero',), (34, 34))
+    >>> RecordedSource(recordings, time_steps=3, split_by='number').frames(0).sum((1, 2, 3)).tolist()
+    [30, 30, 30]
     """
 
     def __init__(self, recordings: Any, time_steps: int, split_by: str):

@@ -31,6 +31,9 @@ class EventName(NamedTuple):
         split_by: 'number': each frame has the same number of events; 'time': each frame has the same duration.
         split: How to split the dataset into train and test, see `read_recordings`; '' selects the default.
         roll: Largest random shift in training, in pixels.
+
+    >>> EventName('n_mnist', time_steps=10).split_by
+    'number'
     """
     dataset: str
     time_steps: int = 16

@@ -228,6 +228,9 @@ class SpikformerClassifierOutput(ImageClassifierOutput):
 
     Args:
         step_logits: `[T, B, num_labels]`, logits of each single time step, with `output_step_logits`.
+
+    >>> SpikformerClassifierOutput(logits=torch.zeros(2, 10)).logits.shape
+    torch.Size([2, 10])
     """
     step_logits: Optional[Tensor] = None
 
