@@ -126,7 +126,7 @@ def test_collate_refuses_different_numbers_of_steps():
     ('events/n_mnist?time_steps=', 'time_steps must be an integer'),
     ('events/n_mnist?time_steps=0', 'time_steps must be an integer'),
     ('events/n_mnist?time_steps=-1', 'time_steps must be an integer'),
-    ('events/n_mnist?split_by=frames', 'split_by must be one of'),
+    ('events/n_mnist?split_by=frames', "split_by must be 'number' or 'time'"),
     ('events/n_mnist?roll=a', 'roll must be an integer'),
     ('events/n_mnist?16', "unknown option '16'"),
 ])

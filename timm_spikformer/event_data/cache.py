@@ -8,10 +8,9 @@ from typing import BinaryIO, Optional, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from ..arguments import check_integer
 from ..temporaries import create_folders, create_temporary, lock, remove_stale, reraise_with_path
 from .conversion import PathLike, cache_folder
-from .frames import SPLIT_BY, check_size, integrate, resize
+from .frames import check_integration, check_size, integrate, resize
 from .recordings import Recordings, sha256_of_lines
 
 __all__ = ['cache_frames']
@@ -48,10 +47,8 @@ def cache_frames(
         ValueError: An argument is invalid, there are no recordings, or a recording is damaged.
         OSError: Writing failed, for example because the disk is full.
     """
-    time_steps = check_integer('time_steps', time_steps, 1)
+    time_steps = check_integration(time_steps, split_by)
     height, width = size = check_size(recordings.size if size is None else size)
-    if split_by not in SPLIT_BY:
-        raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
     if not len(recordings):
         raise ValueError(f'Expected at least one recording of {recordings.name}, got none.')
     shape = len(recordings), time_steps, 2, height, width

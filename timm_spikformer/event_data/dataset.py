@@ -177,6 +177,7 @@ class EventSequences(Images):
 
     def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
         """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
+        # without timm's prefetcher, which supports only 8-bit images: the caller moves batches to a GPU
         return create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
 
 

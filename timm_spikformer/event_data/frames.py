@@ -7,9 +7,7 @@ import torch.nn.functional as F
 
 from ..arguments import check_integer
 
-__all__ = ['Events', 'SPLIT_BY', 'check_events', 'check_size', 'integrate', 'resize', 'sort_events']
-
-SPLIT_BY = ('number', 'time')
+__all__ = ['Events', 'check_events', 'check_integration', 'check_size', 'integrate', 'resize', 'sort_events']
 
 
 class Events(NamedTuple):
@@ -73,6 +71,17 @@ def check_size(size: Tuple[int, int]) -> Tuple[int, int]:
     return check_integer('height', height, 1), check_integer('width', width, 1)
 
 
+def check_integration(time_steps: int, split_by: str) -> int:
+    """Check the arguments of `integrate`, and return the number of time steps as int.
+
+    Raises:
+        ValueError: `time_steps` is not an integer of at least 1, or `split_by` is neither 'number' nor 'time'.
+    """
+    if split_by not in ('number', 'time'):
+        raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
+    return check_integer('time_steps', time_steps, 1)
+
+
 def sort_events(events: Events) -> Events:
     """Sort events by time stamp. Events with equal time stamps keep their order."""
     if np.all(events.t[1:] >= events.t[:-1]):
@@ -101,10 +110,8 @@ def integrate(events: Events, time_steps: int, size: Tuple[int, int], split_by: 
     Raises:
         ValueError: The events are invalid (see `check_events`) or not sorted by time, or another argument is invalid.
     """
-    time_steps = check_integer('time_steps', time_steps, 1)
+    time_steps = check_integration(time_steps, split_by)
     height, width = size = check_size(size)
-    if split_by not in SPLIT_BY:
-        raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
     check_events(events, size)
     if np.any(events.t[1:] < events.t[:-1]):  # not np.diff, which wraps for unsigned integers
         raise ValueError('The events must be sorted by time stamp. Use sort_events.')

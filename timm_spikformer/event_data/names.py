@@ -10,7 +10,7 @@ from ..arguments import check_integer
 from ..images import read_splits
 from .catalog import DATASETS
 from .dataset import EventSequences, RecordedSource, SimulatedSource, create_loader
-from .frames import SPLIT_BY
+from .frames import check_integration
 from .transforms import SequenceMixup
 
 __all__ = ['EventName', 'SIMULATED', 'install', 'is_event_name', 'parse_name', 'read_event_splits']
@@ -74,10 +74,8 @@ def parse_name(name: str) -> EventName:
                 f'{_PREFIX}{dataset}?time_steps=16&split_by=number.')
         options[key] = int(value) if value.isdecimal() else value
     parsed = EventName(dataset, **options)
-    check_integer('time_steps', parsed.time_steps, 1)
     check_integer('roll', parsed.roll, 0)
-    if parsed.split_by not in SPLIT_BY:
-        raise ValueError(f'split_by must be one of {", ".join(SPLIT_BY)}, got {parsed.split_by!r}.')
+    check_integration(parsed.time_steps, parsed.split_by)
     return parsed
 
 

@@ -9,7 +9,7 @@ accuracies on simulated events are not those on a real sensor.
 import numpy as np
 
 from ..arguments import check_integer, check_positive
-from .frames import Events, integrate
+from .frames import Events, check_integration, integrate
 
 __all__ = ['simulate_events', 'simulate_frames']
 
@@ -119,6 +119,7 @@ def simulate_frames(image: np.ndarray, time_steps: int, split_by: str = 'time') 
     Raises:
         ValueError: See `simulate_events` and `integrate`.
     """
+    check_integration(time_steps, split_by)
     events = simulate_events(image)
     if not len(events.t):
         return np.zeros((time_steps, 2, *image.shape), dtype=np.uint8)

@@ -5,7 +5,7 @@ import numpy as np
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from ..event_data.frames import SPLIT_BY, Events, check_size, integrate, resize
+from ..event_data.frames import Events, check_integration, check_size, integrate, resize
 
 __all__ = ['SpikformerEventProcessor']
 
@@ -49,12 +49,10 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
         super().__init__(**kwargs)
         self.size = list(check_size(size))
         self.sensor_size = list(check_size(size if sensor_size is None else sensor_size))
-        self.time_steps = time_steps
+        self.time_steps = check_integration(time_steps, split_by)
         self.split_by = split_by
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        if split_by not in SPLIT_BY:
-            raise ValueError(f'split_by must be one of {", ".join(SPLIT_BY)}, got {split_by!r}.')
         if len(self.image_mean) != 2 or len(self.image_std) != 2 or not min(self.image_std) > 0.:
             raise ValueError(
                 f'image_mean and image_std must each be two numbers, one per polarity, and image_std must be positive, '
