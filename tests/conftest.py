@@ -1,12 +1,14 @@
 """Shared helpers and fixtures: real images, calibrated models, and checks that all neuron layers fire."""
 import os
+import shutil
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Callable, Dict, Iterator
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # pytest-xdist workers share the cores; PyTorch reads this on import
 
 import datasets
+import event_files
 import numpy as np
 import pytest
 import timm
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from timm_spikformer import use_kernels
+from timm_spikformer.event_data.catalog import DATASETS
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.monitor import FiringRateMonitor
 
@@ -70,3 +73,18 @@ def model(request: pytest.FixtureRequest, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     kwargs = dict(stem='sps') if request.param == 'tiny_v1' else {}
     return calibrate(timm.create_model('test_spikformer_v2', num_classes=10, **kwargs), images)
+
+
+@pytest.fixture(scope='session')
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+    """Small event datasets in their original formats, by name."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in DATASETS}
+    for name, folder in folders.items():
+        getattr(event_files, f'write_{name}')(folder)
+    return folders
+
+
+@pytest.fixture
+def original(originals: Dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A function that copies a small event dataset and returns its folder."""
+    return lambda name: shutil.copytree(originals[name], tmp_path / name)

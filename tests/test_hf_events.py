@@ -55,14 +55,31 @@ EVENTS = event_files.random_events((34, 34))
     ({'t': EVENTS.t, 'x': EVENTS.x, 'y': EVENTS.y}, 'p is missing'),
     (EVENTS._replace(x=EVENTS.x + 34), 'x of the events must be from 0 to 33'),
     (Events(*(a[:0] for a in EVENTS)), 'Expected at least one event, got none'),
+    (-np.ones((4, 2, 8, 8)), 'finite counts of at least 0'),
+    (np.full((4, 2, 8, 8), np.nan), 'finite counts'),
+    (np.zeros((0, 2, 8, 8)), 'one channel per polarity'),
 ])
 def test_processor_refuses_invalid_samples(processor, sample, message):
     with pytest.raises(ValueError, match=message):
         processor(sample)
 
 
+def test_processor_accepts_tensors_and_structured_arrays(processor):
+    events = event_files.random_events((34, 34))
+    structured = np.zeros(len(events.t), dtype=[('x', int), ('y', int), ('t', int), ('p', bool)])
+    for name, values in events._asdict().items():
+        structured[name] = values
+    np.testing.assert_array_equal(processor(structured)['pixel_values'], processor(events)['pixel_values'])
+    frames = torch.from_numpy(integrate(events, 4, (34, 34)).astype(np.float32)).bfloat16().requires_grad_()
+    np.testing.assert_array_equal(processor(frames)['pixel_values'], processor(events)['pixel_values'])
+    with pytest.raises(TypeError, match='time_steps'):
+        processor(events, time_steps=8)
+
+
 @pytest.mark.parametrize('kwargs', [
-    dict(split_by='frames'), dict(image_std=(1., 0.)), dict(image_mean=(0.,)), dict(size=32), dict(size=(0, 32))])
+    dict(time_steps=0), dict(time_steps='4'), dict(image_mean=(float('nan'), 1.)), dict(image_mean=('a', 'b')),
+    dict(image_mean=0.), dict(split_by='frames'), dict(image_std=(1., 0.)), dict(image_mean=(0.,)), dict(size=32),
+    dict(size=(0, 32))])
 def test_processor_refuses_invalid_arguments(kwargs):
     with pytest.raises(ValueError):
         SpikformerEventProcessor(**kwargs)
@@ -135,3 +152,78 @@ def test_training_script_refuses_a_model_of_images(tmp_path, monkeypatch):
         str(tmp_path / 'images'), '--output_dir', str(tmp_path / 'output'), '--use_cpu', '--report_to', 'none'])
     with pytest.raises(ValueError, match='has 3 input channels'):
         run_event_classification.main()
+
+
+def run_script(monkeypatch, tmp_path, output, **arguments):
+    arguments = dict(
+        dict(dataset_name='events/n_mnist?time_steps=3', data_dir=str(tmp_path / 'data'), use_cpu=True, report_to=[],
+             output_dir=str(tmp_path / output)), **arguments)
+    (tmp_path / 'arguments.json').write_text(json.dumps(arguments))
+    monkeypatch.setattr(sys, 'argv', ['run_event_classification', str(tmp_path / 'arguments.json')])
+    run_event_classification.main()
+    return json.loads((tmp_path / output / 'all_results.json').read_text())
+
+
+@pytest.fixture
+def pretrained(classifier, tmp_path):
+    """A folder with a model whose classes are in reverse order, and with a processor that scales the counts."""
+    event_files.write_n_mnist(tmp_path / 'data', per_class=1)
+    classifier.config.id2label = {i: str(9 - i) for i in range(10)}
+    classifier.config.label2id = {str(9 - i): i for i in range(10)}
+    classifier.save_pretrained(tmp_path / 'pretrained')
+    SpikformerEventProcessor(
+        size=(64, 64), sensor_size=(34, 34), time_steps=3, image_mean=(0.1, 0.2), image_std=(0.5, 0.5)).save_pretrained(
+            tmp_path / 'pretrained')
+    return str(tmp_path / 'pretrained')
+
+
+def test_script_keeps_labels_and_processor_of_a_pretrained_model(pretrained, tmp_path, monkeypatch):
+    seen = []
+    compute_loss = timm_spikformer.SpikformerTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.append((inputs['pixel_values'].clone(), inputs['labels'].clone()))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(timm_spikformer.SpikformerTrainer, 'compute_loss', record)
+    run_script(monkeypatch, tmp_path, 'output', model=pretrained, do_eval=True)
+    labels = torch.cat([y for _, y in seen])
+    assert labels.tolist() == [9 - i for i in range(10)]
+    assert seen[0][0].amin() == pytest.approx(-0.4)  # the pixels without events: (0 - 0.2) / 0.5
+    with pytest.raises(ValueError, match='time_steps=3 .* but the name of the dataset has time_steps=5'):
+        run_script(
+            monkeypatch, tmp_path, 'other', model=pretrained, do_eval=True,
+            dataset_name='events/n_mnist?time_steps=5')
+
+
+def test_script_gives_a_new_classifier_to_other_classes(pretrained, tmp_path, monkeypatch, capsys):
+    model = timm_spikformer.SpikformerForImageClassification.from_pretrained(pretrained)
+    names = [f'digit {i}' for i in range(10)]
+    new = run_event_classification._create_model(pretrained, names, 3)
+    assert list(new.config.id2label.values()) == names and 'initialized randomly' in capsys.readouterr().out
+    assert not torch.equal(new.timm_model.head.fc.weight, model.timm_model.head.fc.weight)
+    weights = [m.timm_model.blocks[0].mlp.fc1.linear.weight for m in (new, model)]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(model='nope'), "There is no Spikformer 'nope'"),
+    (dict(model='test_spikformer_v2', max_train_samples=0), '--max_train_samples must be at least 1'),
+])
+def test_script_refuses_invalid_arguments(arguments, message, tmp_path, monkeypatch):
+    event_files.write_n_mnist(tmp_path / 'data', per_class=1)
+    with pytest.raises(ValueError, match=message):
+        run_script(monkeypatch, tmp_path, 'output', do_train=True, **arguments)
+
+
+def test_script_does_not_continue_another_run_in_silence(tmp_path, monkeypatch):
+    event_files.write_n_mnist(tmp_path / 'data', per_class=1)
+    (tmp_path / 'output' / 'checkpoint-4').mkdir(parents=True)
+    with pytest.raises(ValueError, match='contains checkpoints of an earlier run'):
+        run_script(monkeypatch, tmp_path, 'output', model='test_spikformer_v2', do_train=True)
+
+
+def test_label_smoothing_of_the_step_loss(classifier, tmp_path):
+    args = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match='label_smoothing'):
+        timm_spikformer.SpikformerTrainer(classifier, args, step_loss=TETLoss())

@@ -28,15 +28,18 @@ def test_one_step_without_second_term_is_cross_entropy():
     (torch.zeros(5, 4), torch.zeros(5, dtype=torch.long)),
     (torch.zeros(5, 3, 4), torch.zeros(5, dtype=torch.long)),  # batch first
     (torch.zeros(3, 5, 4), torch.zeros(4, dtype=torch.long)),
+    (torch.zeros(0, 5, 4), torch.zeros(5, dtype=torch.long)),
+    (torch.zeros(3, 5, 4), torch.zeros(5, 3)),
 ])
 def test_shapes_are_checked(logits, target):
     with pytest.raises(ValueError, match='Expected logits .T, B, K.'):
         TETLoss()(logits, target)
 
 
-def test_weight_is_checked():
-    with pytest.raises(ValueError, match='weight'):
-        TETLoss(weight=1.)
+@pytest.mark.parametrize('kwargs', [dict(weight=1.), dict(constant=float('nan')), dict(label_smoothing=2.)])
+def test_arguments_are_checked(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        TETLoss(**kwargs)
 
 
 def test_logits_of_single_steps(model, images):

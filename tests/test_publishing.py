@@ -583,3 +583,30 @@ def test_processor_of_an_event_model(tmp_path):
     assert 'AutoFeatureExtractor' in card and 'AutoImageProcessor' not in card and 'create_transform' not in card
     read = read_checkpoint(tmp_path / 'published')
     assert read.data_config['input_size'] == (2, 32, 32) and read.processor['time_steps'] == 5
+
+
+def test_processor_is_that_of_the_training(tmp_path):
+    """The name of the event dataset in a checkpoint of train.py determines the published processor."""
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', in_chans=2, num_classes=10), torch.rand(16, 2, 64, 64))
+    args = argparse.Namespace(
+        model='test_spikformer_v2', num_classes=10, in_chans=2, mean=[0., 0.], std=[1., 1.], model_kwargs={},
+        dataset='events/n_mnist?time_steps=2&split_by=time')
+    torch.save(dict(arch='test_spikformer_v2', state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    publish(tmp_path / 'last.pth.tar', 'me/events', 'mit', output=tmp_path / 'published', dry_run=True)
+    processor = AutoFeatureExtractor.from_pretrained(tmp_path / 'published')
+    assert (processor.time_steps, processor.split_by, processor.sensor_size) == (2, 'time', [34, 34])
+
+
+@pytest.mark.parametrize('from_file', [False, True])
+def test_event_counts_are_not_normalized_by_default(from_file, tmp_path):
+    """A model of images that was created with 2 input channels does not get the mean and std of images."""
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', in_chans=2, num_classes=10), torch.rand(16, 2, 64, 64))
+    if from_file:
+        torch.save(model.state_dict(), tmp_path / 'model.pth')
+        checkpoint = read_checkpoint(tmp_path / 'model.pth', 'test_spikformer_v2')
+    else:
+        checkpoint = checkpoint_from_model(model)
+    config = checkpoint.data_config
+    assert (config['input_size'], config['mean'], config['std']) == ((2, 64, 64), (0., 0.), (1., 1.))

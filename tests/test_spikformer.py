@@ -369,3 +369,11 @@ def test_training_step_requires_no_host_synchronization(stem, is_masked):
         out = model.train()(x)
     (out.loss if is_masked else out.sum()).backward()
     assert all(p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.bool])
+def test_integer_input_is_refused(dtype):
+    model = timm.create_model('test_spikformer_v2', in_chans=2)
+    for shape in ((1, 2, 32, 32), (1, 3, 2, 32, 32)):
+        with pytest.raises(ValueError, match=r'Expected floating-point input, got torch.*x.float\(\)'):
+            model(torch.zeros(shape, dtype=dtype))

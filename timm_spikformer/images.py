@@ -46,12 +46,17 @@ def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
     Args:
         model: A timm model.
         overrides: Replacements of the model's values, named like the arguments of timm's train.py. If `mean` or `std`
-            does not have one value per input channel, its average is used for all channels.
+            does not have one value per input channel, its average is used for all channels; with 2 channels, which are
+            the polarities of event counts, mean 0 and std 1.
     """
     config = resolve_data_config(overrides, model=model)
-    for key in ('mean', 'std'):
-        if len(config[key]) != config['input_size'][0]:
-            config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
+    channels = config['input_size'][0] if overrides.get('input_size') else getattr(model, 'in_chans', None)
+    channels = channels or config['input_size'][0]
+    config['input_size'] = (channels, *config['input_size'][1:])
+    for key, of_counts in (('mean', 0.), ('std', 1.)):
+        if len(config[key]) != channels:
+            value = of_counts if channels == 2 else sum(config[key]) / len(config[key])
+            config[key] = (value,) * channels
     return {key: config[key] for key in DATA_KEYS}
 
 

@@ -1,4 +1,6 @@
 """Losses on the logits of each time step."""
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +32,9 @@ class TETLoss(nn.Module):
     def __init__(self, weight: float = 1e-3, constant: float = 1., label_smoothing: float = 0.):
         super().__init__()
         check_rate('weight', weight)
+        check_rate('label_smoothing', label_smoothing)
+        if not math.isfinite(constant):
+            raise ValueError(f'constant must be a finite number, got {constant}.')
         self.weight = weight
         self.constant = constant
         self.label_smoothing = label_smoothing
@@ -44,7 +49,7 @@ class TETLoss(nn.Module):
         Raises:
             ValueError: The logits are not `[T, B, K]`, or the batch sizes differ.
         """
-        if logits.ndim != 3 or target.shape[:1] != logits.shape[1:2]:
+        if logits.ndim != 3 or not len(logits) or target.shape not in (logits.shape[1:2], logits.shape[1:]):
             raise ValueError(
                 f'Expected logits [T, B, K], from forward_steps(x, cumulative=False), and targets [B] or [B, K], got '
                 f'logits {list(logits.shape)} and targets {list(target.shape)}.')

@@ -32,6 +32,8 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(
             f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], got {x.ndim} dimensions: {x.shape}.')
+    if not x.is_floating_point():
+        raise ValueError(f'Expected floating-point input, got {x.dtype}. Convert it, for example with x.float().')
     if x.shape[-3] != in_chans:
         raise ValueError(f'Expected {in_chans} channels (in_chans), got {x.shape[-3]} in shape {x.shape}.')
     if x.shape[-2] % patch_size != 0 or x.shape[-1] % patch_size != 0:

@@ -63,7 +63,8 @@ _FASHION_MNIST = dict(
 )
 
 # In the authors' code, frames are event counts, which are passed to the network without normalization.
-_CIFAR10_DVS = dict(num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.))
+_CIFAR10_DVS = dict(
+    num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.), interpolation='bilinear')
 _DVS128_GESTURE = {**_CIFAR10_DVS, 'num_classes': 11}
 
 # Without `file`, weights are loaded from the repository with the same name in the Hub namespace that the user has set.

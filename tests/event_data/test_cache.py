@@ -205,7 +205,7 @@ def test_killed_while_converting(original, tmp_path, monkeypatch):
         assert run(lambda: read_recordings('n_mnist', folder)) == [-signal.SIGKILL]
     assert not (folder / 'events_np').exists() and len(files(folder)) > len(before)
     assert {split: len(part) for split, part in read_recordings('n_mnist', folder).items()} == {'train': 10, 'test': 10}
-    assert len(files(folder)) == len(before) + 20 and not [*folder.glob('.*')]
+    assert len(files(folder)) == len(before) + 21 and not [*folder.glob('.*')]
 
 
 def test_interrupted_while_converting(original, tmp_path, monkeypatch):

@@ -102,7 +102,8 @@ def test_training_loader_augments(simulated):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(use_prefetcher=True), 'no-prefetcher'),
+    (dict(use_prefetcher=True, is_training=True), 'no-prefetcher'),
+    (dict(std=(1., 0.)), 'std must be greater than 0'),
     (dict(auto_augment='rand-m9'), "auto_augment='rand-m9' applies only to images"),
     (dict(num_aug_splits=3), 'num_aug_splits=3 applies only to images'),
     (dict(input_size=(3, 28, 28)), 'Event frames have 2 channels'),
@@ -129,6 +130,8 @@ def test_collate_refuses_different_numbers_of_steps():
     ('events/n_mnist?split_by=frames', "split_by must be 'number' or 'time'"),
     ('events/n_mnist?roll=a', 'roll must be an integer'),
     ('events/n_mnist?16', "unknown option '16'"),
+    ('events/n_mnist?time_steps=4&time_steps=8', 'given twice'),
+    ('events/n_mnist?time_steps=99999999999', 'at most 10000'),
 ])
 def test_invalid_names(name, message):
     with pytest.raises(ValueError, match=message):
@@ -139,6 +142,11 @@ def test_parse_name():
     assert parse_name('events/n_mnist') == EventName('n_mnist')
     name = 'events/cifar10_dvs?time_steps=10&split_by=time&split=tebn&roll=5'
     assert parse_name(name) == EventName('cifar10_dvs', 10, 'time', 'tebn', 5)
+
+
+def test_simulated_events_have_no_other_split():
+    with pytest.raises(ValueError, match='without an official split'):
+        read_event_splits('events/simulated_fashion_mnist?split=tebn')
 
 
 def test_a_folder_is_required():
@@ -164,6 +172,11 @@ def test_functions_of_timm(installed, n_mnist, tmp_path):
     x, y = next(iter(loader))
     assert x.shape == (4, 4, 2, 34, 34) and y.shape == (4,)
     assert timm.data.create_dataset('events/n_mnist', n_mnist, 'validation').split == 'test'
+    with pytest.raises(ValueError, match='class_map is for image folders'):
+        timm.data.create_dataset('events/n_mnist', n_mnist, 'test', class_map='classes.txt')
+    loader = timm.data.create_loader(dataset, (2, 34, 34), 4, mean=(0., 0.), std=(1., 1.), device='cpu', num_workers=0)
+    assert len(loader) == 5 and next(iter(loader))[0].shape == (4, 4, 2, 34, 34)  # as inference.py
+    assert len(loader.dataset.filenames(basename=True)) == 20
     with pytest.raises(ValueError, match="has no split 'dev'"):
         timm.data.create_dataset('events/n_mnist', n_mnist, 'dev')
 
@@ -174,3 +187,22 @@ def test_functions_of_timm(installed, n_mnist, tmp_path):
     images = timm.data.create_dataset('', root=str(tmp_path / 'images'), split='train')
     x, _ = next(iter(timm.data.create_loader(images, (3, 28, 28), 2, use_prefetcher=False, num_workers=0)))
     assert type(images) is timm.data.ImageDataset and x.shape == (2, 3, 28, 28)
+
+
+def test_replaced_files_are_read_again(n_mnist):
+    """The cache does not outlive a recording that was replaced, also by one of the same size."""
+    first = read_event_splits('events/n_mnist?time_steps=4', n_mnist)['train']
+    path = first.source.recordings.paths[0]
+    with np.load(path) as arrays:
+        events = {name: arrays[name] for name in arrays.files}
+    np.savez(path, **{**events, 'x': 33 - events['x']})
+    again = read_event_splits('events/n_mnist?time_steps=4', n_mnist)['train']
+    assert torch.equal(again[0][0], first[0][0].flip(-1)) and not torch.equal(again[0][0], first[0][0])
+
+
+def test_originals_that_changed_after_their_conversion(n_mnist):
+    read_event_splits('events/n_mnist', n_mnist)
+    original = next((n_mnist / 'Train' / '3').glob('*.bin'))
+    original.write_bytes(original.read_bytes()[:-5])
+    with pytest.raises(ValueError, match='have changed since their conversion.*Delete'):
+        read_event_splits('events/n_mnist', n_mnist)

@@ -2,6 +2,7 @@
 import os
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import BinaryIO, Optional, Tuple
 
@@ -29,8 +30,9 @@ def cache_frames(
     """Return the frames of all recordings of a split. The first call computes and stores them; later calls read them.
 
     The file is `<dataset>-<split>-T<T>-<split_by>-<H>x<W>-<key>/frames.npy`. The key is a digest of the arguments and
-    of the names, labels and file sizes of the recordings, so different data use different files. If several processes
-    need the same file, one process computes it and the others wait. A damaged file is replaced, with a warning.
+    of the names, labels, file sizes and modification times of the recordings, so different data use different files. If
+    several processes need the same file, one process computes it and the others wait. A file with a damaged header or
+    of another length is replaced, with a warning.
 
     Args:
         recordings: Recordings of one split.
@@ -82,7 +84,7 @@ def _open_frames(path: Path, shape: Tuple[int, ...]) -> Optional[np.memmap]:
                 f'float32 and shape {list(shape)}')
         elif frames.offset + frames.nbytes != num_bytes:
             problem = f'it has {num_bytes} bytes, expected {frames.offset + frames.nbytes}'
-    except (ValueError, EOFError, AttributeError, SyntaxError) as e:  # np.load raises one of these
+    except (ValueError, EOFError, AttributeError, SyntaxError, zipfile.BadZipFile) as e:  # np.load raises one of these
         problem = str(e)
     if problem is None:
         return frames

@@ -27,6 +27,7 @@ PathLike = Union[str, 'os.PathLike[str]']
 
 EVENTS = 'events_np'  # spikingjelly's name of the folder of converted recordings
 CACHE = 'timm_spikformer_cache'
+_ORIGINALS = '.timm-spikformer-originals'  # file in `EVENTS` with the names and sizes of the original files
 
 
 class _FileSpec(NamedTuple):
@@ -92,6 +93,8 @@ def find_recordings(name: str, folder: PathLike) -> List[Path]:
     events = next((place for place in places if place.is_dir()), None)
     if events is None:
         events = _convert(name, folder)
+    else:
+        _check_unchanged(name, folder, events)
     files = _find_matching(events, '.npz', _FILE_SPECS[name].converted)
     if not files:
         raise ValueError(
@@ -165,6 +168,20 @@ def _check_classes(name: str, folder: Path, paths: Iterable[Path]) -> None:
                 f'{_hint(name)}')
 
 
+def _list_originals(files: Dict[str, Path]) -> str:
+    """Return the names and sizes of original files as text."""
+    return ''.join(f'{key} {path.stat().st_size}\n' for key, path in sorted(files.items()))
+
+
+def _check_unchanged(name: str, folder: Path, events: Path) -> None:
+    """Raise a ValueError if the original files are not those from which the recordings were converted."""
+    files, listed = _find_originals(name, folder), events / _ORIGINALS
+    if files and listed.is_file() and listed.read_text(encoding='utf-8') != _list_originals(files):
+        raise ValueError(
+            f'The original files of {DATASETS[name].title} in {folder} have changed since their conversion into '
+            f'{events}. Delete {events}, so that they are converted again.')
+
+
 def _convert(name: str, folder: Path) -> Path:
     """Convert the original files, and return the folder of the converted recordings."""
     files = _find_originals(name, folder)
@@ -185,6 +202,7 @@ def _convert(name: str, folder: Path) -> Path:
             bar = tqdm(parts, f'Convert {DATASETS[name].title}', unit='part', disable=None, file=sys.stderr)
             for i, part in enumerate(bar):
                 _convert_part(name, part, temporary / f'{i}', result)
+            (result / _ORIGINALS).write_text(_list_originals(files), encoding='utf-8')
             os.rename(result, target)
     return target
 

@@ -1,7 +1,7 @@
 """Datasets of event sequences, and their loaders."""
 import copy
 import inspect
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm.data
@@ -172,6 +172,10 @@ class EventSequences(Images):
     def _identify_source(self, digest: Any) -> None:
         digest.update(self.source.fingerprint().encode())
 
+    def filenames(self, basename: bool = False, absolute: bool = False) -> List[str]:
+        """Return the names of all sequences, as timm's inference.py requires."""
+        return [self.filename(i) for i in range(len(self))]
+
     def _decode(self, i: int) -> Tensor:
         return torch.from_numpy(self.source.frames(int(self._indices[i])).astype(np.float32))
 
@@ -179,6 +183,24 @@ class EventSequences(Images):
         """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
         # without timm's prefetcher, which supports only 8-bit images: the caller moves batches to a GPU
         return create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
+
+
+class _DeviceLoader:
+    """A loader whose batches are moved to a device."""
+
+    def __init__(self, loader: Any, device: Union[str, torch.device]):
+        self.loader = loader
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[List[Tensor]]:
+        for batch in self.loader:
+            yield [x.to(self.device, non_blocking=True) for x in batch]
 
 
 def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
@@ -193,14 +215,17 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
         args: Positional arguments of `timm.data.create_loader` after the dataset.
         kwargs: Keyword arguments of `timm.data.create_loader`.
 
+    Without training, `use_prefetcher` only moves batches to `device`, because timm's prefetcher supports only 8-bit
+    images. Scripts without the option `--no-prefetcher`, such as inference.py, therefore work.
+
     Raises:
-        ValueError: `use_prefetcher` is set, but timm's prefetcher supports only 8-bit images; an augmentation without
-            a counterpart for event sequences is requested; or `input_size`, `mean` or `std` does not have 2 channels.
+        ValueError: `use_prefetcher` is set for training; an augmentation without a counterpart for event sequences is
+            requested; or `input_size`, `mean` or `std` does not have 2 channels, or a std is not positive.
     """
     bound = inspect.signature(timm.data.loader.create_loader).bind(dataset, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    if given['use_prefetcher']:
+    if given['use_prefetcher'] and given['is_training']:
         raise ValueError(
             "timm's prefetcher supports only 8-bit images, not event sequences. Add --no-prefetcher (in a YAML file: "
             'no_prefetcher: true).')
@@ -219,10 +244,14 @@ def create_loader(dataset: EventSequences, *args: Any, **kwargs: Any):
             raise ValueError(
                 f'{name} must have one value per polarity, got {given[name]}. To keep the event counts unchanged, use '
                 f'mean 0 and std 1 (timm scripts: --mean 0 0 --std 1 1).')
+    if not min(given['std']) > 0.:
+        raise ValueError(f'std must be greater than 0, got {given["std"]}.')
     given['collate_fn'] = given['collate_fn'] or collate
+    device = given['device'] if given['use_prefetcher'] else None
+    given['use_prefetcher'] = False
     loader = timm.data.loader.create_loader(*bound.args, **bound.kwargs)
     augmentation = None
     if given['is_training'] and not given['no_aug']:
         augmentation = SequenceTransform(given['hflip'], given['vflip'], dataset.roll, given['re_prob'])
     dataset.transform = _Preprocessing(tuple(size), given['mean'], given['std'], augmentation)
-    return loader
+    return loader if device is None else _DeviceLoader(loader, device)

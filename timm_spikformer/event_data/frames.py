@@ -10,6 +10,9 @@ from ..arguments import check_integer
 __all__ = ['Events', 'check_events', 'check_integration', 'check_size', 'integrate', 'resize', 'sort_events']
 
 
+_MOST_STEPS = 10_000  # more is a mistake, and would need all memory
+
+
 class Events(NamedTuple):
     """Events of one recording, sorted by time: four integer arrays `[N]`.
 
@@ -75,11 +78,13 @@ def check_integration(time_steps: int, split_by: str) -> int:
     """Check the arguments of `integrate`, and return the number of time steps as int.
 
     Raises:
-        ValueError: `time_steps` is not an integer of at least 1, or `split_by` is neither 'number' nor 'time'.
+        ValueError: `time_steps` is not an integer from 1 to 10,000, or `split_by` is neither 'number' nor 'time'.
     """
+    if check_integer('time_steps', time_steps, 1) > _MOST_STEPS:
+        raise ValueError(f'time_steps must be at most {_MOST_STEPS}, got {time_steps}.')
     if split_by not in ('number', 'time'):
         raise ValueError(f"split_by must be 'number' or 'time', got {split_by!r}.")
-    return check_integer('time_steps', time_steps, 1)
+    return int(time_steps)
 
 
 def sort_events(events: Events) -> Events:

@@ -1,5 +1,5 @@
 """Names of event datasets for timm's scripts and the command line: `events/NAME?time_steps=16&split_by=number`."""
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -41,6 +41,11 @@ class EventName(NamedTuple):
     split: str = ''
     roll: int = 0
 
+    @property
+    def sensor_size(self) -> Tuple[int, int]:
+        """Height and width of the sensor in pixels."""
+        return _SIMULATED_SIZE if self.dataset == SIMULATED else DATASETS[self.dataset].size
+
 
 def is_event_name(name: Optional[str]) -> bool:
     """Return whether a value of timm's `--dataset` is the name of an event dataset."""
@@ -68,6 +73,8 @@ def parse_name(name: str) -> EventName:
     except ValueError:
         pairs = [(query, '')]
     for key, value in pairs:
+        if key in options:
+            raise ValueError(f'{name}: the option {key!r} is given twice.')
         if key not in EventName._fields[1:]:
             raise ValueError(
                 f'{name}: unknown option {key!r}. Expected {", ".join(EventName._fields[1:])}, for example '
@@ -91,6 +98,8 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
         ValueError: The name is invalid, or the folder does not contain the dataset.
     """
     parsed = parse_name(name)
+    if parsed.dataset == SIMULATED and parsed.split:
+        raise ValueError(f'{name}: the option split is for datasets without an official split.')
     if parsed.dataset == SIMULATED:
         return {
             split: EventSequences(
@@ -102,7 +111,7 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
     if not folder:
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
     splits = read_recordings(parsed.dataset, folder, parsed.split or None)
-    if 'official' not in DATASETS[parsed.dataset].splits:
+    if parsed.dataset != 'n_mnist':  # the split of its 70,000 files is official, and reading them takes a minute
         warn_about_overlap(splits)
     return {
         split: EventSequences(
@@ -116,6 +125,8 @@ def _create_dataset(name: str, root: Optional[str] = None, split: str = 'validat
     """Replacement for `timm.data.create_dataset` that also creates event datasets."""
     if not is_event_name(name):
         return _timm_create_dataset(name, root, split, *args, **kwargs)
+    if kwargs.get('class_map'):
+        raise ValueError(f'class_map is for image folders, got {kwargs["class_map"]!r} for {name}.')
     splits = read_event_splits(name, root)
     wanted = 'train' if split in _TRAIN else 'test' if split in _TEST else split
     if wanted not in splits:

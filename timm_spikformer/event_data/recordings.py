@@ -58,17 +58,23 @@ class Recordings:
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise ValueError(
                 f'{path} cannot be read as a recording of {self.name}: {str(e).rstrip(".")}. Expected arrays t, x, y '
-                f'and p, as spikingjelly writes them. Delete the folder events_np that contains this file, so that the '
-                f'original files are converted again. If there are none: {DATASETS[self.name].source}') from e
+                f'and p, as spikingjelly writes them. If the original of this recording is damaged, replace it. Then '
+                f'delete the folder events_np that contains this file, so that it is converted again. For the '
+                f'originals: {DATASETS[self.name].source}') from e
 
     def names(self) -> List[str]:
         """Return the name of each recording: class folder and file name without suffix, as in 'cat/cifar10_cat_0'."""
         return [f'{path.parent.name}/{path.stem}' for path in self.paths]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 digest of names, labels and file sizes, in order. It is part of the key of a cache."""
-        sizes = [path.stat().st_size for path in self.paths]
-        return sha256_of_lines(f'{n} {label} {size}' for n, label, size in zip(self.names(), self.labels, sizes))
+        """Return a SHA-256 digest of names, labels, file sizes and modification times, in order.
+
+        It is part of the key of a cache, so a file that was replaced is read again.
+        """
+        stats = [path.stat() for path in self.paths]
+        return sha256_of_lines(
+            f'{name} {label} {stat.st_size} {stat.st_mtime_ns}'
+            for name, label, stat in zip(self.names(), self.labels, stats))
 
 
 def split_digest(recordings: Recordings) -> str:

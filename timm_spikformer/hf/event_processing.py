@@ -1,7 +1,10 @@
 """Preprocessing of event recordings and event frames for the transformers classes."""
+import math
+import numbers
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
+import torch
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
@@ -51,9 +54,12 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
         self.sensor_size = list(check_size(size if sensor_size is None else sensor_size))
         self.time_steps = check_integration(time_steps, split_by)
         self.split_by = split_by
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        if len(self.image_mean) != 2 or len(self.image_std) != 2 or not min(self.image_std) > 0.:
+        self.image_mean = np.atleast_1d(image_mean).tolist()
+        self.image_std = np.atleast_1d(image_std).tolist()
+        values = [*self.image_mean, *self.image_std]
+        is_valid = len(self.image_mean) == len(self.image_std) == 2 and all(
+            isinstance(v, numbers.Real) and math.isfinite(v) for v in values) and min(self.image_std) > 0.
+        if not is_valid:
             raise ValueError(
                 f'image_mean and image_std must each be two numbers, one per polarity, and image_std must be positive, '
                 f'got {self.image_mean} and {self.image_std}.')
@@ -62,13 +68,12 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
             self,
             events: Union[Sample, List[Sample]],
             return_tensors: Optional[str] = None,
-            **kwargs: Any,
     ) -> BatchFeature:
         """Return the preprocessed frames of all samples as `pixel_values`, `[B, T, 2, H, W]`.
 
         Args:
-            events: One sample or a list of samples. A sample is a recording (an `Events`, or a mapping with the arrays
-                t, x, y and p), or frames of counts `[T, 2, H, W]`.
+            events: One sample or a list of samples. A sample is a recording (an `Events`, or a mapping or structured
+                array with t, x, y and p), or frames of counts `[T, 2, H, W]`.
             return_tensors: 'pt' for a PyTorch tensor, 'np' or None for a NumPy array.
 
         Raises:
@@ -84,18 +89,28 @@ class SpikformerEventProcessor(FeatureExtractionMixin):
 
     def _frames(self, sample: Sample) -> np.ndarray:
         """Return the preprocessed frames of a sample, `[T, 2, H, W]`."""
+        if isinstance(sample, torch.Tensor):
+            sample = sample.detach().float().cpu().numpy()
+        names = getattr(getattr(sample, 'dtype', None), 'names', None)
+        if names:  # a structured array, such as those of tonic
+            sample = {name: sample[name] for name in names}
         if isinstance(sample, Events):
             frames = integrate(sample, self.time_steps, tuple(self.sensor_size), self.split_by)
         elif hasattr(sample, 'keys'):
             missing = [key for key in Events._fields if key not in sample]
             if missing:
                 raise ValueError(f'A recording must contain the arrays t, x, y and p, but {missing[0]} is missing.')
-            events = Events(*(np.asarray(sample[key]) for key in Events._fields))
+            arrays = {key: np.asarray(sample[key]) for key in Events._fields}
+            if arrays['p'].dtype == bool:
+                arrays['p'] = arrays['p'].astype(np.int64)
+            events = Events(**arrays)
             frames = integrate(events, self.time_steps, tuple(self.sensor_size), self.split_by)
         else:
             frames = np.asarray(sample)
-            if frames.ndim != 4 or frames.shape[1] != 2:
+            if frames.ndim != 4 or frames.shape[1] != 2 or not frames.size:
                 raise ValueError(
                     f'Frames must be [T, 2, H, W], with one channel per polarity, got {list(frames.shape)}.')
+            if not np.isfinite(frames).all() or frames.min() < 0:
+                raise ValueError('Frames must be finite counts of at least 0.')
         mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (self.image_mean, self.image_std))
         return (resize(frames, tuple(self.size)) - mean) / std

@@ -1,29 +1,39 @@
 """Conversion between timm's data config and the processors of transformers."""
 import math
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from PIL import Image
 from timm.data import str_to_pil_interp
 from transformers import CLIPImageProcessor, ViTImageProcessor
 
+from ..event_data.names import is_event_name, parse_name
 from .event_processing import SpikformerEventProcessor
 
 __all__ = ['create_processor', 'read_data_config']
 
 
-def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int):
+def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int, dataset: Optional[str] = None):
     """Create a processor with the size, crop, interpolation, mean and std of a timm cfg.
 
     For 2 input channels, one per polarity of events, the processor is a `SpikformerEventProcessor`, which splits a
-    recording into `time_steps` frames. Otherwise it is an image processor of transformers: for square inputs
-    CLIPImageProcessor, which resizes the shorter side and crops the center, like timm; for other inputs
-    ViTImageProcessor, which resizes each side, because CLIPImageProcessor has only one size for both sides.
+    recording into `time_steps` frames, or as the name of the event dataset states on which the model was trained.
+    Otherwise it is an image processor of transformers: for square inputs CLIPImageProcessor, which resizes the shorter
+    side and crops the center, like timm; for other inputs ViTImageProcessor, which resizes each side, because
+    CLIPImageProcessor has only one size for both sides.
+
+    Args:
+        pretrained_cfg: timm's cfg.
+        time_steps: Number of time steps of the model.
+        dataset: Name of the dataset, such as `events/n_mnist?time_steps=10`, if it is known.
     """
     channels, height, width = pretrained_cfg['input_size']
     if channels == 2:
+        settings = dict(time_steps=time_steps)
+        if is_event_name(dataset):
+            name = parse_name(dataset)
+            settings = dict(time_steps=name.time_steps, split_by=name.split_by, sensor_size=name.sensor_size)
         return SpikformerEventProcessor(
-            size=(height, width), time_steps=time_steps, image_mean=pretrained_cfg['mean'],
-            image_std=pretrained_cfg['std'])
+            size=(height, width), image_mean=pretrained_cfg['mean'], image_std=pretrained_cfg['std'], **settings)
     common = dict(
         resample=int(str_to_pil_interp(pretrained_cfg['interpolation'])),
         image_mean=list(pretrained_cfg['mean']), image_std=list(pretrained_cfg['std']),

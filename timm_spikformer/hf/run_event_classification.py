@@ -6,10 +6,11 @@ of `TrainingArguments`. Pass either options, as in this example, or one JSON fil
     python -m timm_spikformer.hf.run_event_classification --do_train --do_eval --output_dir DIR \
         --dataset_name "events/dvs128_gesture?time_steps=16" --data_dir FOLDER --model spikformer_2_256_patch16_128
 """
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 from torch import Tensor
@@ -17,12 +18,15 @@ from torch.utils.data import Dataset
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..arguments import check_count
 from ..event_data.dataset import EventSequences, collate
-from ..event_data.names import parse_name, read_event_splits
+from ..event_data.names import EventName, parse_name, read_event_splits
 from ..event_data.transforms import SequenceTransform
+from ..images import match_classes
 from ..losses import TETLoss
 from ..pretrained import get_training_cfg
-from .configuration_spikformer import SpikformerConfig, label_maps
+from ..spikformer import check_model_name
+from .configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
 from .event_processing import SpikformerEventProcessor
 from .modeling_spikformer import SpikformerForImageClassification
 from .trainer import FiringRateCallback, SpikformerTrainer
@@ -78,22 +82,62 @@ def _compute_accuracy(prediction: Any) -> Dict[str, float]:
     return {'accuracy': float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def _create_model(name: str, splits: Dict[str, EventSequences], time_steps: int) -> SpikformerForImageClassification:
-    """Create a model for the classes and the frames of a dataset."""
-    train = splits['train']
-    labels = dict(num_labels=len(train.classes), **label_maps(train.classes))
-    if os.path.isdir(name) or '/' in name:
-        model = SpikformerForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
-    else:
+def _is_pretrained(name: str) -> bool:
+    return os.path.isdir(name) or '/' in name
+
+
+def _create_model(name: str, classes: Sequence[str], time_steps: int) -> SpikformerForImageClassification:
+    """Create a model for the classes and the frames of a dataset.
+
+    A pre-trained model with the same class names keeps their order. One with other classes gets a new classifier.
+    """
+    labels = dict(num_labels=len(classes), **label_maps(classes))
+    if not _is_pretrained(name):
+        check_model_name(name)
         cfg = dict(mean=(0., 0.), std=(1., 1.), input_size=(2, *get_training_cfg(name).input_size[1:]))
         timm_model = timm.create_model(
             name, in_chans=2, img_size=cfg['input_size'][1:], time_steps=time_steps, pretrained_cfg_overlay=cfg)
-        model = SpikformerForImageClassification(SpikformerConfig.from_timm(timm_model, **labels))
-    if model.config.num_channels != 2:
+        return SpikformerForImageClassification(SpikformerConfig.from_timm(timm_model, **labels))
+    config = SpikformerConfig.from_pretrained(name)
+    if config.num_channels != 2:
         raise ValueError(
-            f'Event frames have 2 channels, one per polarity, but {name} has {model.config.num_channels} input '
-            f'channels. Use a model that was trained on event frames, or the name of a registered model.')
+            f'Event frames have 2 channels, one per polarity, but {name} has {config.num_channels} input channels. Use '
+            f'a model that was trained on event frames, or the name of a registered model.')
+    if sorted(ordered_labels(config.id2label)) == sorted(classes):
+        return SpikformerForImageClassification.from_pretrained(name)
+    model = SpikformerForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    model.timm_model.init_layer(model.timm_model.head.fc)
+    print(f'The classes of {name} are not those of the dataset, so the classifier is initialized randomly.')
     return model
+
+
+def _create_processor(
+        model: SpikformerForImageClassification,
+        model_name: str,
+        dataset: EventName,
+        sensor_size: Tuple[int, int],
+        is_training: bool,
+) -> SpikformerEventProcessor:
+    """Create the processor of the dataset, with the mean and standard deviation of a pre-trained model.
+
+    Raises:
+        ValueError: A pre-trained model is only evaluated, but with frames that its own processor would not return.
+    """
+    cfg = model.config.to_dict()['pretrained_cfg']
+    mean, std = cfg['mean'], cfg['std']
+    if _is_pretrained(model_name):
+        with contextlib.suppress(OSError):  # there is no file
+            saved = SpikformerEventProcessor.from_pretrained(model_name)
+            mean, std = saved.image_mean, saved.image_std
+            requested, own = (dataset.time_steps, dataset.split_by), (saved.time_steps, saved.split_by)
+            if not is_training and requested != own:
+                raise ValueError(
+                    f'The processor of {model_name} has time_steps={own[0]} and split_by={own[1]}, but the name of the '
+                    f'dataset has time_steps={requested[0]} and split_by={requested[1]}. Use the same.')
+    size = model.config.image_size
+    return SpikformerEventProcessor(
+        size=(size, size) if isinstance(size, int) else size, sensor_size=sensor_size,
+        time_steps=dataset.time_steps, split_by=dataset.split_by, image_mean=mean, image_std=std)
 
 
 def main() -> None:
@@ -103,17 +147,29 @@ def main() -> None:
         parser.parse_json_file(sys.argv[1]) if is_file else parser.parse_args_into_dataclasses())
     set_seed(args.seed)
     name = parse_name(data_args.dataset_name)
+    for option in ('max_train_samples', 'max_eval_samples'):
+        if getattr(data_args, option) is not None:
+            check_count(f'--{option}', getattr(data_args, option))
+    if args.do_train and args.resume_from_checkpoint is None and os.path.isdir(args.output_dir):
+        if get_last_checkpoint(args.output_dir) is not None:
+            raise ValueError(
+                f'{args.output_dir} contains checkpoints of an earlier run. Continue it with --resume_from_checkpoint '
+                f'CHECKPOINT, or use another --output_dir.')
     splits = read_event_splits(data_args.dataset_name, data_args.data_dir)
-    model = _create_model(model_args.model, splits, name.time_steps)
-    size = model.config.image_size
-    processor = SpikformerEventProcessor(
-        size=(size, size) if isinstance(size, int) else size, sensor_size=splits['train'].source.size,
-        time_steps=name.time_steps, split_by=name.split_by)
-    train, test = splits['train'], splits['test']
+    classes = splits['train'].classes
+    model = _create_model(model_args.model, classes, name.time_steps)
+    processor = _create_processor(
+        model, model_args.model, name, splits['train'].source.size, args.do_train)
+    labels = ordered_labels(model.config.id2label)
+    train, test = (match_classes(splits[split], labels, len(labels)) for split in ('train', 'test'))
     if data_args.max_train_samples is not None:
         train = train.sample_stratified(data_args.max_train_samples, args.seed)
     if data_args.max_eval_samples is not None:
         test = test.sample_stratified(data_args.max_eval_samples, args.seed)
+    step_loss = None
+    if model_args.loss == 'tet':
+        step_loss = TETLoss(label_smoothing=args.label_smoothing_factor)
+        args.label_smoothing_factor = 0.
     train.transform = SequenceTransform(
         hflip=data_args.hflip, roll=name.roll, erase_prob=data_args.erase_prob)
     trainer = SpikformerTrainer(
@@ -125,13 +181,10 @@ def main() -> None:
         processing_class=processor,
         compute_metrics=_compute_accuracy,
         callbacks=[FiringRateCallback(log_layers=False)],
-        step_loss=TETLoss() if model_args.loss == 'tet' else None,
+        step_loss=step_loss,
     )
     if args.do_train:
-        checkpoint = args.resume_from_checkpoint
-        if checkpoint is None and os.path.isdir(args.output_dir):
-            checkpoint = get_last_checkpoint(args.output_dir)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         trainer.log_metrics('train', result.metrics)
         trainer.save_metrics('train', result.metrics)

@@ -119,6 +119,10 @@ class SpikformerTrainer(Trainer):
                 in place of the loss on the logits after all steps.
         """
         super().__init__(*args, **kwargs)
+        if step_loss is not None and self.args.label_smoothing_factor:
+            raise ValueError(
+                f'label_smoothing_factor={self.args.label_smoothing_factor} has no effect on step_loss. Set the label '
+                f'smoothing of the loss itself: TETLoss(label_smoothing=...).')
         self.layer_decay = layer_decay
         self.step_loss = step_loss
         if sync_bn and self.args.world_size > 1 and self.args.device.type == 'cuda':

@@ -70,7 +70,9 @@ def write_checkpoint(
     hf_model.save_pretrained(folder)
     if checkpoint.processor is None:
         config = hf_model.config
-        create_processor(config.to_dict()['pretrained_cfg'], config.time_steps).save_pretrained(folder)
+        args = {} if checkpoint.training is None else checkpoint.training.args
+        create_processor(
+            config.to_dict()['pretrained_cfg'], config.time_steps, args.get('dataset')).save_pretrained(folder)
     else:
         text = json.dumps(checkpoint.processor, indent=2) + '\n'
         (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
