@@ -221,7 +221,7 @@ def test_namespace(hub, client, shipped):
     requests = len(hub.requests)
     offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
     assert len(hub.requests) == requests
-    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name])
+    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name, shipped_mae])
     assert offline.stdout.splitlines()[2:] == out[2:]
     pinned = client.run(code, shipped / 'expected.pt', 'org@stable').stdout.splitlines()
     assert pinned[3] == f'org/{cifar}@stable'
