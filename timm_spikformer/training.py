@@ -228,7 +228,7 @@ def train(
         images: Training images with labels.
         config: timm's data config.
         recipe: Settings.
-        checkpoint: Path of the checkpoint.
+        checkpoint: Path of the checkpoint. Its folder is created.
         title: Title of the run for messages.
         kind: Kind of the folder of the checkpoint: see `folders.py`.
         run_config: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
@@ -239,6 +239,7 @@ def train(
         ValueError: The loss is not finite, or the checkpoint belongs to another run.
     """
     start = time.time()
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     callback = callback or Callback()
     device = next(model.parameters()).device
     loader = make_loader(
