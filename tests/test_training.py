@@ -25,8 +25,8 @@ def run(tmp_path, **recipe):
             assert model.training and model.head.fc.training
 
     result = train(
-        model, classify, images, training_data_config(), Recipe(2, 1e-2, 32, **recipe), tmp_path / 'x.pth.tar', 'Test',
-        'test', {}, callback=Modes())
+        model, classify, images, training_data_config(), Recipe(2, 1e-2, 32, **recipe),
+        tmp_path / 'new' / 'x.pth.tar', 'Test', 'test', {}, callback=Modes())
     return result, images, modes
 
 
