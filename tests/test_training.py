@@ -34,7 +34,7 @@ def test_fixed_bn(tmp_path):
     """The last updates use BN statistics that are computed once, and the result keeps them."""
     result, images, modes = run(tmp_path, fixed_bn=0.5)
     assert modes == [{True}] * 3 + [{False}] * 3
-    trained_at_the_end = torch.load(tmp_path / 'x.pth.tar', weights_only=True)['state_dict']
+    trained_at_the_end = torch.load(tmp_path / 'new' / 'x.pth.tar', weights_only=True)['state_dict']
     for name, buffer in result.model.named_buffers():
         assert torch.equal(buffer, trained_at_the_end[name]), name
     assert {m.num_batches_tracked.item() for m in norms(result.model)} == {3}
