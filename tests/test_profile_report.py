@@ -457,12 +457,9 @@ def test_command_on_empty_folder(tmp_path):
 
 # -- a real browser
 
-@pytest.mark.browser
-@pytest.mark.parametrize('width', [360, 1280])
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_page_in_browser(width, scheme, tmp_path):
+def check_in_browser(path, width, scheme):
+    """Open a page in Chromium, and check messages, requests, width, pictures, text size and contrast."""
     from playwright.sync_api import sync_playwright
-    run(tmp_path, SHIPPED, '--images', 60, '--time-steps', 1, 4)
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=os.environ.get('CHROMIUM', '/usr/bin/chromium'), args=[
             '--no-sandbox'])
@@ -471,10 +468,10 @@ def test_page_in_browser(width, scheme, tmp_path):
         page.on('console', lambda m: messages.append(m.text))
         page.on('pageerror', lambda e: messages.append(str(e)))
         page.on('request', lambda r: requests.append(r.url))
-        page.goto((tmp_path / 'out' / 'index.html').as_uri())
+        page.goto(path.as_uri())
         page.wait_for_load_state('networkidle')
         assert messages == []
-        assert [r for r in requests if not r.startswith('data:')] == [(tmp_path / 'out' / 'index.html').as_uri()]
+        assert [r for r in requests if not r.startswith('data:')] == [path.as_uri()]
         # nothing is wider than the window, all pictures load, and the smallest text is readable
         assert page.evaluate('document.documentElement.scrollWidth') <= width
         assert page.evaluate('[...document.images].every(i => i.naturalWidth > 0)')
@@ -494,6 +491,18 @@ def test_page_in_browser(width, scheme, tmp_path):
         }""")
         assert min(contrast) >= 4.5  # required by WCAG 2, level AA
         browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [360, 1280])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('kind', ['images', 'events'])
+def test_page_in_browser(kind, width, scheme, tmp_path, request):
+    if kind == 'images':
+        run(tmp_path, SHIPPED, '--images', 60, '--time-steps', 1, 4)
+    else:
+        run(tmp_path, request.getfixturevalue('event_model'), '--events', EVENTS, '--images', 20)
+    check_in_browser(tmp_path / 'out' / 'index.html', width, scheme)
 
 
 @v2_alone
