@@ -132,7 +132,8 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
     if t.energy_mj:
         console.print(Text(_encodable(
             console,
-            f'Energy per {"sequence" if profile.is_sequence else "image"}: {_energy(t.energy_mj)}. A dense ANN with the same layers: '
+            f'Energy per {"sequence" if profile.is_sequence else "image"}: {_energy(t.energy_mj)}. A dense ANN with '
+            f'the same layers: '
             f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.')))
     for line in _describe_assumptions(profile):
         console.print(Text(_encodable(console, f'  {line}')))
