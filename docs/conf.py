@@ -23,7 +23,7 @@ release = __version__
 language = 'en'
 
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton', 'sphinx_design']
-exclude_patterns = ['_build', '**/.ipynb_checkpoints']
+exclude_patterns = ['_build', '**/.ipynb_checkpoints', 'tutorials/output']
 default_role = 'code'  # single backticks in docstrings
 
 # MyST, and notebooks in tutorials/, which are Markdown in jupytext's format
