@@ -147,11 +147,10 @@ def init_bn_bias(model: nn.Module) -> None:
 def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
     """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
     model.eval()
-    device = next(model.parameters()).device
     top1 = AverageMeter()
     with FiringRateMonitor(model) as monitor:
         for x, y in loader:
-            top1.update(accuracy(model(x.to(device)), y.to(device))[0].item(), len(x))
+            top1.update(accuracy(model(x), y)[0].item(), len(x))
     return top1.avg, monitor.rates
 
 
@@ -277,7 +276,7 @@ def train(
                     monitor.reset()
                     monitor.enabled = True
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
-                    loss, logits = objective(model, _to_device(x, device), y.to(device))
+                    loss, logits = objective(model, _to_channels_last(x), y)
                 monitor.enabled = False
                 if not loss.isfinite():
                     raise ValueError(
@@ -309,9 +308,9 @@ def train(
     return TrainingResult(ema.module, history, seconds_before + time.time() - start)
 
 
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Move images or sequences to a device, images in channels-last layout; timm's prefetcher has moved images."""
-    return x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
+def _to_channels_last(x: Tensor) -> Tensor:
+    """Convert images to channels-last layout; sequences are returned unchanged."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _bn_layers(model: nn.Module) -> List[nn.Module]:

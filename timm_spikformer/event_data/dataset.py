@@ -1,5 +1,6 @@
 """Datasets of event sequences, and their loaders."""
 import copy
+import functools
 import inspect
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -104,7 +105,11 @@ class RecordedSource:
         return len(self.recordings)
 
     def name(self, i: int) -> str:
-        return self.recordings.names()[i]
+        return self._names[i]
+
+    @functools.cached_property
+    def _names(self) -> List[str]:
+        return self.recordings.names()
 
     def fingerprint(self) -> str:
         """Return a text that identifies the recordings and the settings."""
@@ -181,8 +186,9 @@ class EventSequences(Images):
 
     def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
         """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
-        # without timm's prefetcher, which supports only 8-bit images: the caller moves batches to a GPU
-        return create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
+        # without timm's prefetcher, which supports only 8-bit images
+        loader = create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
+        return _DeviceLoader(loader, options['device'])
 
 
 class _DeviceLoader:

@@ -11,6 +11,7 @@ from ..images import read_splits
 from .catalog import DATASETS
 from .dataset import EventSequences, RecordedSource, SimulatedSource, create_loader
 from .frames import check_integration
+from .readers import read_recordings, warn_about_overlap
 from .transforms import SequenceMixup
 
 __all__ = ['EventName', 'SIMULATED', 'install', 'is_event_name', 'parse_name', 'read_event_splits']
@@ -98,16 +99,24 @@ def read_event_splits(name: str, folder: Optional[str] = None) -> Dict[str, Even
         ValueError: The name is invalid, or the folder does not contain the dataset.
     """
     parsed = parse_name(name)
-    if parsed.dataset == SIMULATED and parsed.split:
+    splits = _simulate(name, parsed, folder) if parsed.dataset == SIMULATED else _read(name, parsed, folder)
+    for sequences in splits.values():
+        sequences.roll = parsed.roll
+    return splits
+
+
+def _simulate(name: str, parsed: EventName, folder: Optional[str]) -> Dict[str, EventSequences]:
+    if parsed.split:
         raise ValueError(f'{name}: the option split is for datasets without an official split.')
-    if parsed.dataset == SIMULATED:
-        return {
-            split: EventSequences(
-                SimulatedSource(images, parsed.time_steps, parsed.split_by, _SIMULATED_SIZE),
-                images.labels, images.classes, f'{images.name} (simulated events)', split)
-            for split, images in read_splits(folder or None).items()
-        }
-    from .readers import read_recordings, warn_about_overlap
+    return {
+        split: EventSequences(
+            SimulatedSource(images, parsed.time_steps, parsed.split_by, _SIMULATED_SIZE), images.labels,
+            images.classes, f'{images.name} (simulated events)', split)
+        for split, images in read_splits(folder or None).items()
+    }
+
+
+def _read(name: str, parsed: EventName, folder: Optional[str]) -> Dict[str, EventSequences]:
     if not folder:
         raise ValueError(f'{name} requires the folder of the dataset (timm scripts: --data-dir DIR).')
     splits = read_recordings(parsed.dataset, folder, parsed.split or None)
@@ -131,9 +140,7 @@ def _create_dataset(name: str, root: Optional[str] = None, split: str = 'validat
     wanted = 'train' if split in _TRAIN else 'test' if split in _TEST else split
     if wanted not in splits:
         raise ValueError(f'{name} has no split {split!r}, expected one of {", ".join(splits)}.')
-    dataset = splits[wanted]
-    dataset.roll = parse_name(name).roll
-    return dataset
+    return splits[wanted]
 
 
 def _create_loader(dataset: Dataset, *args: Any, **kwargs: Any):
