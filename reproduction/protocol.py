@@ -29,7 +29,7 @@ class Cell(NamedTuple):
         objective: 'classify', 'classify_steps' for the TET loss, or 'reconstruct' for masked pre-training.
         labels: Number of labeled training images; None for all.
         init: Name of the cell whose weights, with the same seed, initialize the model; None for random weights.
-        recipe: Fields of `timm_spikformer.training.Recipe`.
+        recipe: Fields of `timm_spikformer.training.Recipe`. In the file, null removes a field of the default recipe.
         tries: Alternative changes to the recipe. The try with the highest validation accuracy with seed 0 is used for
             all seeds.
         seeds: Seeds of the final runs.
@@ -131,6 +131,7 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
             raise ValueError(f'{path}: cell {name} has unknown keys {", ".join(unknown)}.')
         merged = {**text['defaults'], **entry}
         recipe = {**text['defaults']['recipe'], **entry.get('recipe', {})}
+        recipe = {key: value for key, value in recipe.items() if value is not None}
         cell = Cell(
             name, merged['title'], merged['dataset'], merged['model'], merged.get('model_kwargs', {}),
             merged.get('attention', 'ssa'), merged.get('objective', 'classify'), merged.get('labels'),

@@ -10,13 +10,13 @@ import timm
 import yaml
 
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
-from timm_spikformer.pretrained import SHA256_FILE, WEIGHTS_FOLDER, read_digests
+from timm_spikformer.pretrained import MODEL_ARGS_KEY, SHA256_FILE, WEIGHTS_FOLDER, read_digests
 
 from .data import DATASETS
 from .experiment import Study
 from .files import write
 from .models import AUTOENCODER
-from .protocol import Run
+from .protocol import Cell, Run
 
 __all__ = ['ship']
 
@@ -47,17 +47,22 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
 def _weights(study: Study, run: Run) -> bytes:
     model = study.train(run, study.read_data(run)).model
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    metadata = dict(format='pt', training=study.protocol.digest(run))
+    model_args = {**run.cell.model_kwargs, 'time_steps': _time_steps(run.cell)}
+    metadata = {
+        'format': 'pt', 'training': study.protocol.digest(run), MODEL_ARGS_KEY: json.dumps(model_args, sort_keys=True)}
     if run.cell.objective == 'reconstruct':
         metadata[AUTOENCODER_KEY] = json.dumps(AUTOENCODER)
     return safetensors.torch.save(tensors, metadata)
 
 
+def _time_steps(cell: Cell) -> int:
+    return timm.create_model(cell.model, **cell.model_kwargs).time_steps
+
+
 def _training_args(run: Run, result: Dict[str, Any]) -> str:
     cell, recipe = run.cell, run.config()['recipe']
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
-    time_steps = timm.create_model(cell.model, **cell.model_kwargs).time_steps
-    note = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=time_steps)
+    note = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
     if 'accuracy' in result['test']:
         note['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:

@@ -120,6 +120,14 @@ def test_bad_protocols(change, message, tmp_path):
         read_protocol(path)
 
 
+def test_null_removes_a_default_of_the_recipe(tmp_path):
+    text = {**TINY, 'questions': {}, 'cells': {
+        'mae': {'title': 'x', 'recipe': {'lr': 0.5}}, 'other': {'title': 'y', 'recipe': {'lr': None}}}}
+    (tmp_path / 'x.yaml').write_text(yaml.safe_dump(text))
+    cells = read_protocol(tmp_path / 'x.yaml').cells
+    assert cells['mae'].recipe['lr'] == 0.5 and cells['other'].recipe.keys() == cells['mae'].recipe.keys() - {'lr'}
+
+
 def test_changed_pretraining_invalidates_results_that_start_from_it(study):
     cells, digest = study.protocol.cells, study.protocol.digest
     tuned, scratch = (Run(cells[name], 0, 0, True) for name in ('tuned', 'scratch'))
@@ -258,6 +266,7 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     assert note['command'] == 'python -m reproduction run --only mae --seeds 0' and note['epochs'] == 3
     with safe_open(file, 'pt') as f:
         assert json.loads(f.metadata()['autoencoder'])['decoder_embed_dim'] == 64
+        assert json.loads(f.metadata()['model_args'])['time_steps'] == 1
 
     shutil.rmtree(study.checkpoints)
     assert not study.has_weights(run)

@@ -42,6 +42,21 @@ def test_fixed_bn(tmp_path):
     assert min(rates.values()) > 0
 
 
+def test_bf16_trains_with_autocast(tmp_path):
+    dtypes = set()
+
+    def record_dtype(module, args, output):
+        if isinstance(module, torch.nn.Linear) and module.training:
+            dtypes.add(output.dtype)
+
+    for bf16 in (False, True):
+        dtypes.clear()
+        with torch.nn.modules.module.register_module_forward_hook(record_dtype):
+            result, _, _ = run(tmp_path / str(bf16), bf16=bf16)
+        assert (torch.bfloat16 in dtypes) == bf16
+        assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+
+
 def test_statistics_are_computed_after_training_by_default(tmp_path):
     result, images, modes = run(tmp_path)
     assert modes == [{True}] * 6

@@ -4,6 +4,7 @@ There is no default namespace, because this project owns none and anyone could r
 downloaded, and their digest is compared with the one on the Hub.
 """
 import hashlib
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
+import safetensors
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -42,6 +44,7 @@ WEIGHTS_FILE = 'model.safetensors'
 NAMESPACE_VARIABLE = 'TIMM_SPIKFORMER_HUB'
 WEIGHTS_FOLDER = Path(__file__).parent / 'assets' / 'weights'
 SHA256_FILE = 'SHA256SUMS'  # digests of the files in that folder, in the format of sha256sum
+MODEL_ARGS_KEY = 'model_args'  # key of the `create_model` arguments, such as time_steps, in the metadata of the files
 _UNPUBLISHED_TAG = 'untrained'  # tag of models that are never published
 
 _HUB_TIMEOUT = 4.  # timeout for an answer from the Hub, in seconds
@@ -179,8 +182,8 @@ def locate_weights(
         kwargs: Arguments of the user, including timm's own.
 
     Returns:
-        `model_args` and `kwargs` with a local file of weights, and with the arguments that the config.json of the
-        repository contains.
+        `model_args` and `kwargs` with a local file of weights, and with the arguments that the weights were trained
+        with: those in the config.json of the repository, or in the metadata of a shipped file.
 
     Raises:
         RuntimeError: There are no weights to load; the message states why.
@@ -192,6 +195,9 @@ def locate_weights(
     if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
         if cfg.file and cfg.file == shipped_weights(name):
             check_shipped_weights(cfg.file)
+            with safetensors.safe_open(cfg.file, 'pt') as f:
+                trained_with = (f.metadata() or {}).get(MODEL_ARGS_KEY, '{}')
+            model_args = {**model_args, **json.loads(trained_with)}
         return model_args, kwargs
 
     repo = cfg.hf_hub_id or _repository(name)
