@@ -84,7 +84,7 @@ class _CPUSeconds(Callback):
         now = time.process_time()
         record['cpu_seconds'] = now - self.start
         self.start = now
-        accuracy = '' if record['accuracy'] is None else f', training accuracy {record["accuracy"]:.1f} %'
+        accuracy = '' if record['accuracy'] is None else f', training accuracy {record["accuracy"]:.1f}%'
         print(f'{self.name}: epoch {epoch + 1}/{self.epochs}, loss {record["loss"]:.4f}{accuracy}', flush=True)
 
 

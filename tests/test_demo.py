@@ -54,7 +54,7 @@ def saved_weights(output: Path) -> bytes:
 
 
 def test_linear_classifier_matches_scikit_learn():
-    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels, scaled to 0 to 1, gives 83.6 %."""
+    """scikit-learn's LogisticRegression(max_iter=1000) on the same pixels, scaled to 0 to 1, gives 83.6%."""
     train, test = select_train_test(read_splits())
     accuracy = fit_linear(train, test, training_data_config(), torch.device('cpu'))
     assert accuracy == pytest.approx(83.6, abs=0.3)
@@ -234,7 +234,7 @@ def test_quick(tmp_path, capsys):
     results = run_demo(tmp_path, '--quick', '--model', 'spikformer_v2_2_64_patch4_32')
     assert results['labeled'] == 40 and results['seconds'] < 300 and 85 < results['shipped_accuracy'] < 90
     out = capsys.readouterr().out
-    assert 'Accuracy 86.8 % on 1,000 images of Fashion-MNIST, test split' in out and 'Ankle boot' in out
+    assert 'Accuracy 86.8% on 1,000 images of Fashion-MNIST, test split' in out and 'Ankle boot' in out
 
 
 def test_stages(tmp_path):

@@ -202,7 +202,7 @@ def test_page_is_self_contained(model, images, labels):
     assert 'a <note>' in page.text and '<b>data</b>' in page.text  # escaped
     for layer in profiles[-1].layers:
         assert layer.name in page.text
-    assert f'{100 * profiles[-1].accuracy:.1f} %' in page.text
+    assert f'{100 * profiles[-1].accuracy:.1f}%' in page.text
     assert 'None' not in page.text and 'nan' not in page.text
 
 

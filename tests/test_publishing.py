@@ -218,7 +218,7 @@ def test_card_matches_results(tmp_path):
     assert card.data.datasets == [DATASET.id] and card.data.metrics == ['accuracy']
     text = card.text
     assert 'More Information Needed' not in text and str(tmp_path) not in card.content
-    assert f'| {entry["value"]} % |' in text and '80.38' not in text
+    assert f'| {entry["value"]}% |' in text and '80.38' not in text
     assert '516,354' in text and 'mJ' in text and '@article{zhou2024spikformerv2' in text
     assert not re.search(r'{[{%]|\| None', text)
 

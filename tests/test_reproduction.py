@@ -295,7 +295,7 @@ def test_report_of_incomplete_study(study, tmp_path):
     # a try and a final run with the same seed and settings count once: 2 cells, 3 trainings each, half an hour each
     assert 'took 3.0 CPU hours' in text
     interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
-    assert f'+1.25 points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f}: not shown' in text
+    assert f'+1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f}: not shown' in text
 
 
 def test_softmax_attention_matches_pytorch():
@@ -322,7 +322,7 @@ def test_attention_of_cell(attention, layer):
 
 @pytest.mark.parametrize('name, by', [('sps-parameters', 'parameters'), ('sps-operations', 'dense_macs')])
 def test_stems_are_compared_at_equal_size(name, by):
-    """Sizes differ by at most 1 %."""
+    """Sizes differ by at most 1%."""
     def size(name):
         model = models.create(Run(read_protocol().cells[name], 0, 0, True).config(), 10, 28)
         x = torch.rand(8, 3, 28, 28)

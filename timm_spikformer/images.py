@@ -203,7 +203,7 @@ class Images(Dataset):
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
             raise ValueError(f'{self.description}: no class has 2 images, so no test images can be held out.')
-        split = 'held-out tenth' if fraction == 0.1 else f'held-out {100 * fraction:.3g} %'
+        split = 'held-out tenth' if fraction == 0.1 else f'held-out {100 * fraction:.3g}%'
         split = split if self.split == 'all' else f'{split} of {self.split}'
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 

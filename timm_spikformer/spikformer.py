@@ -192,7 +192,7 @@ def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikform
     """Spikformer V2-2-64 for 32x32 images, the model of the demo, which trains in minutes on a CPU.
 
     The first stage, which converts the image to spikes, keeps the resolution, and the next two halve it. On the demo's
-    data, accuracy was 82.1 %, compared with 79.0 % for strides (2, 2, 1, 1), at 1.4 times the time.
+    data, accuracy was 82.1%, compared with 79.0% for strides (2, 2, 1, 1), at 1.4 times the time.
     """
     model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2, time_steps=1)
     return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained, model_args, kwargs)

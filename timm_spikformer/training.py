@@ -139,7 +139,7 @@ def init_bn_bias(model: nn.Module) -> None:
     """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
 
     At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
-    at least 2. About 2 % of the neurons do; with this bias, 10 %. This is the project's own choice.
+    at least 2. About 2% of the neurons do; with this bias, 10%. This is the project's own choice.
     """
     for module in _bn_layers(model):
         nn.init.constant_(module.bias, _BN_BIAS)

@@ -150,10 +150,10 @@ def _classify_shipped(path: Path) -> Dict[str, Any]:
     print(f'{model.pretrained_cfg["architecture"]} with the shipped weights, on {test.name}')
     print('  predicted      confidence  label')
     for name, share, label in zip(names, confidence, y):
-        print(f'  {name:<13}  {100 * share:8.0f} %  {examples.classes[label]}')
+        print(f'  {name:<13}  {100 * share:8.0f}%  {examples.classes[label]}')
     save_predictions(x, names, config, path)
     top1, _ = evaluate(model, make_loader(test, config, 250))
-    print(f'  Accuracy {top1:.1f} % on {test.description}. Picture: {path}\n')
+    print(f'  Accuracy {top1:.1f}% on {test.description}. Picture: {path}\n')
     return dict(shipped_accuracy=top1)
 
 
@@ -322,10 +322,10 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
         lines += [
             '',
             f'With all labels, tested on: {results["tested_on"]}',
-            f'  accuracy              {results["accuracy"]:.1f} %',
+            f'  accuracy              {results["accuracy"]:.1f}%',
             '  linear classifier     ' + (
                 'not fitted, because the dataset is large' if linear is None else
-                f'{linear:.1f} %  (logistic regression on the same pixels)'),
+                f'{linear:.1f}%  (logistic regression on the same pixels)'),
             f'  firing rate           {results["firing_rate"]:.3f} on average: from {rates[lowest]:.3f} ({lowest}) to '
             f'{rates[highest]:.3f} ({highest})',
         ]
@@ -333,8 +333,8 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
         lines += [
             '',
             f'With {results["labeled"]:,} labels',
-            f'  pre-trained           {results["finetuned_accuracy"]:.1f} %  in {results["finetuned_seconds"]:.0f} s',
-            f'  from scratch          {results["scratch_accuracy"]:.1f} %  in {results["scratch_seconds"]:.0f} s',
+            f'  pre-trained           {results["finetuned_accuracy"]:.1f}%  in {results["finetuned_seconds"]:.0f} s',
+            f'  from scratch          {results["scratch_accuracy"]:.1f}%  in {results["scratch_seconds"]:.0f} s',
             f'  reconstruction loss   {results["reconstruction_loss"]:.3f}; predicting the mean of each patch: '
             f'{results["reconstruction_loss_of_mean"]:.3f}',
             f'  picture               {output / _RECONSTRUCTIONS}  (original, masked, reconstructed)',

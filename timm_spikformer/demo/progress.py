@@ -47,7 +47,7 @@ class Progress:
         """
         self.bar = tqdm(
             total=total,
-            bar_format='{desc} |{bar}| {percentage:.0f} %, {elapsed} so far, {remaining} left{postfix}',
+            bar_format='{desc} |{bar}| {percentage:.0f}%, {elapsed} so far, {remaining} left{postfix}',
             dynamic_ncols=True,
             smoothing=0,
             mininterval=0.2,
@@ -98,6 +98,6 @@ class StageProgress(Callback):
         self.progress.update(num_images * self.stage.cost, f'loss {loss:.3f}')
 
     def on_epoch(self, epoch: int, model: nn.Module, record: Dict[str, Any]) -> None:
-        correct = '' if record['accuracy'] is None else f'training accuracy {record["accuracy"]:5.1f} %   '
+        correct = '' if record['accuracy'] is None else f'training accuracy {record["accuracy"]:5.1f}%   '
         self.progress.write(
             f'{self._title(epoch)}   loss {record["loss"]:.3f}   {correct}firing rate {record["firing_rate"]:.3f}')

@@ -28,7 +28,7 @@ def read_recordings(name: str, folder: PathLike, split: Optional[str] = None) ->
     Ways to split a dataset:
 
     - 'official': The split of the dataset's authors, given by folders or lists. Default of DVS128 Gesture and N-MNIST.
-    - 'first-90': The first 90 % of the files of each class are train, the others test. Files are sorted by name as
+    - 'first-90': The first 90% of the files of each class are train, the others test. Files are sorted by name as
       text, so cifar10_cat_10 is before cifar10_cat_2, and the test split of CIFAR10-DVS contains the files 91 to 99 and
       909 to 999 of the 1000 files of each class. This is spikingjelly's `split_to_train_test_set(0.9, dataset, 10)`,
       which V1's code uses (cifar10dvs/train.py). Default of CIFAR10-DVS and N-Caltech101.

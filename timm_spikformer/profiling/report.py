@@ -49,7 +49,7 @@ def _energy(mj: float) -> str:
 
 
 def _percent(share: Optional[float]) -> str:
-    return '' if share is None else f'{100 * share:.1f} %'
+    return '' if share is None else f'{100 * share:.1f}%'
 
 
 def _rate(rate: Optional[float]) -> str:
