@@ -30,7 +30,9 @@ pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / 'recipes'
 OF_TIMM = sorted(p for p in RECIPES.glob('*.yaml') if not p.name.startswith('accelerate'))
-OF_EVENTS = ('cifar10_dvs', 'dvs128_gesture')
+OF_EVENTS = {  # recipe: dataset, and function that writes small files in the original format
+    'cifar10_dvs': ('cifar10_dvs', write_cifar10_dvs), 'dvs128_gesture': ('dvs128_gesture', write_dvs128_gesture),
+    'simulated_events': ('simulated_fashion_mnist', None)}
 MODEL = 'spikformer_v2_2_64_patch4_32'
 TRAIN = ['--model', MODEL, '--num-classes', 10, '--device', 'cpu', '-j', 1, '-b', 16, '--epochs', 1, '--opt', 'adamw',
          '--lr', 1e-3, '--warmup-epochs', 0, '--experiment', 'run']
@@ -163,21 +165,26 @@ def test_recipe(run_script, recipe, folder, tmp_path):
 
 @pytest.mark.parametrize('recipe', OF_EVENTS)
 def test_event_recipe(run_script, recipe, tmp_path):
-    """Run the recipe with a smaller model on small files in the original format, then validate.py on the result."""
-    {'cifar10_dvs': write_cifar10_dvs, 'dvs128_gesture': write_dvs128_gesture}[recipe](tmp_path / 'data')
-    dataset = f'events/{recipe}?time_steps=2&roll=5'
+    """Run the recipe with a smaller model on few recordings or few time steps, then validate.py on the result."""
+    name, write_files = OF_EVENTS[recipe]
+    dataset, folder = f'events/{name}?time_steps=2', []
+    if write_files:
+        write_files(tmp_path / 'data')
+        dataset, folder = f'{dataset}&roll=5', ['--data-dir', tmp_path / 'data', '-b', 4]
+    settings = yaml.safe_load((RECIPES / f'{recipe}.yaml').read_text())
     kwargs = ['--model-kwargs', 'time_steps=2', 'depth=1', 'embed_dim=64', 'num_heads=4']
     run_script(
-        'train.py', '-c', RECIPES / f'{recipe}.yaml', '--data-dir', tmp_path / 'data', '--dataset', dataset, '--device',
-        'cpu', '-j', 1, '-b', 4, *kwargs, '--epochs', 1, '--warmup-epochs', 0, '--cooldown-epochs', 0, '--cutmix', 0.5,
-        '--output', tmp_path, '--experiment', 'run')
+        'train.py', '-c', RECIPES / f'{recipe}.yaml', *folder, '--dataset', dataset, '--device', 'cpu', '-j', 1,
+        *kwargs, '--epochs', 1, '--warmup-epochs', 0, '--cooldown-epochs', 0, '--cutmix', 0.5, '--output', tmp_path,
+        '--experiment', 'run')
     (row,) = read_summary(tmp_path)
     assert 0 < row['train_loss'] < 10
+    image = ['--img-size', settings['img_size'], '--mean', 0, 0, '--std', 1, 1] if 'img_size' in settings else []
     run_script(
-        'validate.py', '--model', 'spikformer_2_256_patch16_128', '--data-dir', tmp_path / 'data', '--dataset', dataset,
-        '--split', 'test', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--num-classes',
-        11 if recipe == 'dvs128_gesture' else 10, '--in-chans', 2, '--no-prefetcher', '--device', 'cpu', '-j', 1, '-b',
-        4, *kwargs, '--results-file', tmp_path / 'results.json', '--results-format', 'json')
+        'validate.py', '--model', settings['model'], *folder, '--dataset', dataset, '--split', 'test', '--checkpoint',
+        tmp_path / 'run' / 'last.pth.tar', '--num-classes', settings['num_classes'], '--in-chans', 2, *image,
+        '--no-prefetcher', '--device', 'cpu', '-j', 1, *kwargs, '--results-file', tmp_path / 'results.json',
+        '--results-format', 'json')
     measured = json.loads((tmp_path / 'results.json').read_text())
     measured = measured[0] if isinstance(measured, list) else measured
     assert measured['top1'] == pytest.approx(row['eval_top1'], abs=0.01)
