@@ -156,7 +156,7 @@ def test_what_is_said_of_the_weights():
     measured = profile(model, make_loader(read_splits()['test'], data_config(model), 250)).accuracy
     assert about['test_accuracy'] == round(100 * measured, 1) and about['time_steps'] == model.time_steps
     text = weights.describe(SHIPPED_MODEL)
-    for part in (SHIPPED_MODEL, '86.8 %', 'T = 1', 'only Fashion-MNIST', 'no ImageNet weights'):
+    for part in (SHIPPED_MODEL, '86.8%', 'T = 1', 'only Fashion-MNIST', 'no ImageNet weights'):
         assert part in text
 
 

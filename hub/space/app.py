@@ -167,7 +167,7 @@ def _steps_table(p: Prediction) -> str:
     for step, probabilities in zip(p.profile.steps, p.probabilities):
         best = probabilities.argmax().item()
         rows.append(
-            f'| {step.step} | {p.labels[best]} | {100 * probabilities[best]:.1f} % | {1e3 * step.energy_mj:.2f} µJ |')
+            f'| {step.step} | {p.labels[best]} | {100 * probabilities[best]:.1f}% | {1e3 * step.energy_mj:.2f} µJ |')
     return '\n'.join(rows)
 
 

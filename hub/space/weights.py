@@ -71,7 +71,7 @@ def describe(name: str) -> str:
     accuracy = 'Their test accuracy is not recorded.'
     if 'test_accuracy' in info:
         accuracy = (
-            f'Test accuracy: **{info["test_accuracy"]} %** with T = {info["time_steps"]}, as in training; '
+            f'Test accuracy: **{info["test_accuracy"]}%** with T = {info["time_steps"]}, as in training; '
             f'the accuracy differs for other T.')
     return (
         f'**Weights:** `{name}`. {accuracy} They classify only {dataset}: every image gets one of its '
