@@ -37,15 +37,15 @@ MAE_ARGS = dict(mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1, decoder_n
 
 
 @pytest.fixture(scope='module')
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp('picture') / 'picture.png'
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp('image') / 'image.png'
     read_splits()['test'][1][0].save(path)
     return str(path)
 
 
 @pytest.fixture(scope='module')
 def batch():
-    """What `picture` is to the model."""
+    """The fixture `image` as a batch for the model."""
     model = timm.create_model(SHIPPED_MODEL)
     return next(iter(make_loader(read_splits()['test'].select([1]), data_config(model), 1)))[0]
 
@@ -92,11 +92,11 @@ def mae_tag(mae, tmp_path, monkeypatch):
 # -- prediction
 
 @pytest.mark.parametrize('time_steps', [1, 4])
-def test_prediction_is_the_models(time_steps, picture, batch):
+def test_prediction_is_the_models(time_steps, image, batch):
     model = timm.create_model(SHIPPED_MODEL, pretrained=True, time_steps=time_steps).eval()
     with torch.no_grad():
         expected = model.forward_steps(batch)[:, 0].softmax(-1)
-    p = app.predict(picture, SHIPPED_MODEL, time_steps)
+    p = app.predict(image, SHIPPED_MODEL, time_steps)
     assert torch.equal(p.probabilities, expected) and p.probabilities.shape == (time_steps, 10)
     with torch.no_grad():
         assert torch.equal(p.probabilities[-1], model(batch)[0].softmax(-1))
@@ -111,31 +111,31 @@ def test_prediction_is_the_models(time_steps, picture, batch):
     assert p.events.shape == (1, time_steps, 2, 28, 28) and p.events.sum() > 100
 
 
-def test_inverted_picture(picture, batch):
-    p = app.predict(picture, SHIPPED_MODEL, 1, invert=True)
-    torch.testing.assert_close(p.activity.images, 1 - app.predict(picture, SHIPPED_MODEL, 1).activity.images)
+def test_inverted_image(image, batch):
+    p = app.predict(image, SHIPPED_MODEL, 1, invert=True)
+    torch.testing.assert_close(p.activity.images, 1 - app.predict(image, SHIPPED_MODEL, 1).activity.images)
 
 
-def test_reconstruction(picture, batch, mae, mae_folder):
-    p = app.predict(picture, SHIPPED_MODEL, 1, autoencoder=mae_folder)
+def test_reconstruction(image, batch, mae, mae_folder):
+    p = app.predict(image, SHIPPED_MODEL, 1, autoencoder=mae_folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         expected = record_activity(mae, batch)
     assert torch.equal(p.reconstruction.reconstructed, expected.reconstructed)
     assert (p.reconstruction.masked != p.reconstruction.reconstructed).any()
-    again = app.predict(picture, SHIPPED_MODEL, 1, autoencoder=mae_folder)
+    again = app.predict(image, SHIPPED_MODEL, 1, autoencoder=mae_folder)
     assert torch.equal(again.reconstruction.reconstructed, expected.reconstructed)
-    assert torch.equal(p.probabilities, app.predict(picture, SHIPPED_MODEL, 1).probabilities)
+    assert torch.equal(p.probabilities, app.predict(image, SHIPPED_MODEL, 1).probabilities)
 
 
-def test_a_registered_tag_is_enough(picture, mae, mae_tag, mae_folder):
+def test_a_registered_tag_is_enough(image, mae, mae_tag, mae_folder):
     assert weights.find_autoencoder() == mae_tag and weights.classifiers() == [SHIPPED_MODEL]
     loaded = weights.load_autoencoder(mae_tag)
     assert loaded.state_dict().keys() == mae.state_dict().keys()
     for name, value in mae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-    by_tag = app.predict(picture, SHIPPED_MODEL, 1).reconstruction
-    by_folder = app.predict(picture, SHIPPED_MODEL, 1, autoencoder=mae_folder).reconstruction
+    by_tag = app.predict(image, SHIPPED_MODEL, 1).reconstruction
+    by_folder = app.predict(image, SHIPPED_MODEL, 1, autoencoder=mae_folder).reconstruction
     torch.testing.assert_close(by_tag.reconstructed, by_folder.reconstructed)
 
 
@@ -156,7 +156,7 @@ def test_what_is_said_of_the_weights():
     measured = profile(model, make_loader(read_splits()['test'], data_config(model), 250)).accuracy
     assert about['test_accuracy'] == round(100 * measured, 1) and about['time_steps'] == model.time_steps
     text = weights.describe(SHIPPED_MODEL)
-    for part in (SHIPPED_MODEL, '86.8%', 'T = 1', 'Fashion-MNIST and nothing else', 'no weights for ImageNet'):
+    for part in (SHIPPED_MODEL, '86.8%', 'T = 1', 'only Fashion-MNIST', 'no ImageNet weights'):
         assert part in text
 
 
@@ -167,21 +167,21 @@ def save(path, image, **kwargs):
     return str(path)
 
 
-def test_pictures_that_are_refused(tmp_path):
+def test_images_that_are_refused(tmp_path):
     def message(path):
         with pytest.raises(ValueError) as e:
             app.predict(path, SHIPPED_MODEL, 1)
         assert str(tmp_path) not in str(e.value)
         return str(e.value)
 
-    assert message(None) == 'There is no picture. Upload one, or pick an example.'
+    assert message(None) == 'There is no image. Upload one, or pick an example.'
     (tmp_path / 'text.png').write_text('This is text.')
-    assert 'not a picture that can be read. Expected PNG, JPEG' in message(str(tmp_path / 'text.png'))
-    (tmp_path / 'picture.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
-    assert 'not a picture that can be read' in message(str(tmp_path / 'picture.svg'))
+    assert 'not an image that can be read. Expected PNG, JPEG' in message(str(tmp_path / 'text.png'))
+    (tmp_path / 'image.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    assert 'not an image that can be read' in message(str(tmp_path / 'image.svg'))
     whole = Path(save(tmp_path / 'whole.png', Image.effect_noise((64, 64), 50))).read_bytes()
     (tmp_path / 'half.png').write_bytes(whole[:len(whole) // 2])
-    assert message(str(tmp_path / 'half.png')).startswith('The picture cannot be read: ')
+    assert message(str(tmp_path / 'half.png')).startswith('The image cannot be read: ')
     frames = [Image.new('L', (28, 28), v) for v in (0, 100, 200)]
     gif = save(tmp_path / 'a.gif', frames[0], save_all=True, append_images=frames[1:])
     assert 'an animation of 3 frames' in message(gif)
@@ -192,9 +192,9 @@ def test_pictures_that_are_refused(tmp_path):
     assert 'floating-point' in message(save(tmp_path / 'float.tiff', Image.new('F', (28, 28))))
 
 
-def test_pictures_that_are_converted(tmp_path, picture):
-    gray = Image.open(picture).convert('L')
-    expected = app.predict(picture, SHIPPED_MODEL, 1).probabilities
+def test_images_that_are_converted(tmp_path, image):
+    gray = Image.open(image).convert('L')
+    expected = app.predict(image, SHIPPED_MODEL, 1).probabilities
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     p = app.predict(save(tmp_path / 'deep.png', deep), SHIPPED_MODEL, 1)
     assert torch.equal(p.probabilities, expected) and '16 bits' in p.note
@@ -206,14 +206,14 @@ def test_pictures_that_are_converted(tmp_path, picture):
 
 
 @pytest.mark.parametrize('time_steps', [0, 17, 2.5, -1, None, float('nan')])
-def test_time_steps_that_are_refused(time_steps, picture):
+def test_time_steps_that_are_refused(time_steps, image):
     with pytest.raises(ValueError, match='T must be a whole number from 1 to 16, got'):
-        app.predict(picture, SHIPPED_MODEL, time_steps)
+        app.predict(image, SHIPPED_MODEL, time_steps)
 
 
-def test_a_model_that_is_not_there(picture):
+def test_a_model_that_is_not_there(image):
     with pytest.raises(ValueError, match=f"no model 'spikformer_v2_8_512.in1k'. Expected one of {SHIPPED_MODEL}"):
-        app.predict(picture, 'spikformer_v2_8_512.in1k', 1)
+        app.predict(image, 'spikformer_v2_8_512.in1k', 1)
 
 
 # -- the page
@@ -299,7 +299,7 @@ def server(mae_folder, monkeypatch):
 def test_in_a_browser(width, scheme, server, tmp_path):
     from playwright.sync_api import sync_playwright
     broken = tmp_path / 'broken.png'
-    broken.write_bytes(b'no picture')
+    broken.write_bytes(b'no image')
     flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking',
              '--disable-component-update', '--disable-sync', '--no-first-run']
     with sync_playwright() as p:
@@ -320,9 +320,9 @@ def test_in_a_browser(width, scheme, server, tmp_path):
             assert page.evaluate('document.documentElement.scrollWidth') <= width
 
         page.goto(server)
-        page.get_by_text('They classify Fashion-MNIST and nothing else').wait_for()
+        page.get_by_text('They classify only Fashion-MNIST').wait_for()
         classify()
-        page.get_by_role('alert').get_by_text('There is no picture. Upload one, or pick an example.').wait_for()
+        page.get_by_role('alert').get_by_text('There is no image. Upload one, or pick an example.').wait_for()
         assert page.locator('#probabilities').count() == 0
         assert_fits()
 
@@ -345,9 +345,9 @@ def test_in_a_browser(width, scheme, server, tmp_path):
             page.get_by_role('tab', name=name).or_(
                 page.locator('.overflow-dropdown').get_by_text(name)).first.click()
             for figure in figures:
-                picture = page.locator(f'#{figure} .on-{scheme}')
-                picture.wait_for()
-                assert picture.evaluate('e => e.complete && e.naturalWidth > 0')
+                image = page.locator(f'#{figure} .on-{scheme}')
+                image.wait_for()
+                assert image.evaluate('e => e.complete && e.naturalWidth > 0')
                 other = page.locator(f'#{figure} .on-{"dark" if scheme == "light" else "light"}')
                 assert not other.is_visible()
             assert_fits()
@@ -356,7 +356,7 @@ def test_in_a_browser(width, scheme, server, tmp_path):
         page.locator('input[type=file]').set_input_files(broken)
         page.wait_for_timeout(1000)  # for the upload
         classify()
-        page.get_by_role('alert').get_by_text('The file is not a picture that can be read.').wait_for()
+        page.get_by_role('alert').get_by_text('The file is not an image that can be read.').wait_for()
         assert not page.locator('#probabilities').is_visible()
         assert_fits()
 

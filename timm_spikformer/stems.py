@@ -188,4 +188,5 @@ class SpikingPatchSplitting(_Stem):
         self.stages[-1].pos_embed = ConvBNLIF(embed_dim, embed_dim, **dd)
 
 
+#: Stem classes by name, `'scs'` and `'sps'`: the values of the model argument `stem`.
 STEMS = {'scs': SpikingConvStem, 'sps': SpikingPatchSplitting}

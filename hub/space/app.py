@@ -1,9 +1,9 @@
-"""A Hugging Face Space: classify a picture with a Spikformer, and look at its spikes, its attention and its energy.
+"""A Hugging Face Space: classify an image with a Spikformer, and show its spikes, attention and energy.
 
     python app.py
 
-It runs on the weights in the package and makes no request to other servers. `build` and `predict` accept the folder of
-a masked autoencoder, to show the reconstructions of one that is not in the package.
+It uses the weights in the package and makes no requests to other servers. `build` and `predict` accept the folder of a
+masked autoencoder, to show reconstructions by one that is not in the package.
 """
 import base64
 import html
@@ -43,37 +43,37 @@ _CAPTIONS = dict(
     probabilities='Probabilities of the labels after each time step.',
     rasters='Spikes of up to 64 neurons of some layers, over the time steps.',
     firing_rates='Firing rate of each layer at each time step.',
-    energy='Energy of each layer. The marks are the energy of a dense artificial network with the same layers.',
+    energy='Energy of each layer. The marks show the energy of a dense artificial network with the same layers.',
     attention='Attention that each token receives: q k^T, averaged over queries, heads and time steps. There is no '
               'softmax, so each map has its own scale.',
-    events='Events of a simulated event camera that moves in front of the picture in three saccades, one frame per '
-           'time step. ON (brighter) is blue, OFF (darker) is orange. The model above does not use them.',
-    reconstructions='The picture, the patches that the masked autoencoder sees, and its reconstruction of the other '
-                    'patches, displayed with their true mean and standard deviation.',
+    events='Events of a simulated event camera that moves in front of the image in three saccades, one frame per '
+           'time step. ON (brighter) is blue, OFF (darker) is orange. They are not the input of the model.',
+    reconstructions='The image, the patches that the masked autoencoder receives, its reconstruction of the other '
+                    'patches. The true mean and standard deviation of each patch are used to display it.',
 )
 
 
-# -- one picture
+# -- one image
 
 class Prediction(NamedTuple):
-    """What a model computes for one picture."""
+    """What a model computes for one image."""
     probabilities: Tensor  # [T, num_classes], after each time step
     labels: Sequence[str]
     profile: Profile
     activity: Activity
-    events: Tensor  # [1, T, 2, H, W], simulated events of the picture
+    events: Tensor  # [1, T, 2, H, W], simulated events of the image
     reconstruction: Optional[Activity]  # of the masked autoencoder; None without one
-    note: Optional[str]  # how the picture was converted; None if it was not
+    note: Optional[str]  # how the image was converted; None if it was not
 
 
-def read_picture(path: Optional[str], mode: str = 'RGB') -> Tuple[Image.Image, Optional[str]]:
-    """Return a picture in a Pillow mode, and a note on its conversion if it had another kind of pixels.
+def read_image(path: Optional[str], mode: str = 'RGB') -> Tuple[Image.Image, Optional[str]]:
+    """Return an image in a Pillow mode, and a note if its colors or bits per pixel were converted.
 
     Raises:
-        ValueError: There is no picture, or one that is damaged, animated, too small or too large.
+        ValueError: There is no image, or one that is damaged, animated, too small or too large.
     """
     if path is None:
-        raise ValueError('There is no picture. Upload one, or pick an example.')
+        raise ValueError('There is no image. Upload one, or pick an example.')
     data = Path(path).read_bytes()
     limits = f'Expected sides of {_MIN_SIDE} to {_MAX_SIDE:,} pixels, and at most {_MAX_MEGAPIXELS} megapixels.'
     try:
@@ -81,22 +81,22 @@ def read_picture(path: Optional[str], mode: str = 'RGB') -> Tuple[Image.Image, O
             (width, height), original, frames = image.size, image.mode, getattr(image, 'n_frames', 1)
             frames = 1 if image.format == 'MPO' else frames  # a photograph, with a preview as its second frame
     except Image.DecompressionBombError as e:
-        raise ValueError(f'The picture is too large. {limits}') from e
+        raise ValueError(f'The image is too large. {limits}') from e
     except Exception as e:  # Pillow raises errors of many types for damaged files
-        raise ValueError(f'The file is not a picture that can be read. Expected {", ".join(_FORMATS)}.') from e
+        raise ValueError(f'The file is not an image that can be read. Expected {", ".join(_FORMATS)}.') from e
     if frames > 1:
-        raise ValueError(f'The picture is an animation of {frames} frames. Expected one frame: save it as PNG.')
+        raise ValueError(f'The image is an animation of {frames} frames. Expected one frame: save it as PNG.')
     if min(width, height) < _MIN_SIDE or max(width, height) > _MAX_SIDE or width * height > _MAX_MEGAPIXELS * 1e6:
-        raise ValueError(f'The picture has {width:,} x {height:,} pixels. {limits}')
+        raise ValueError(f'The image has {width:,} x {height:,} pixels. {limits}')
     try:
-        picture = decode(io.BytesIO(data), mode)
+        image = decode(io.BytesIO(data), mode)
     except ValueError as e:
-        raise ValueError(f'The picture cannot be read: {e}') from e
+        raise ValueError(f'The image cannot be read: {e}') from e
     notes = {
-        'CMYK': 'The picture had CMYK colors. It was converted.',
-        'I;16': 'The picture had 16 bits per pixel. The upper 8 were used.',
+        'CMYK': 'The image was converted from CMYK.',
+        'I;16': 'The image has 16 bits per pixel. Only the upper 8 bits were used.',
     }
-    return picture, notes.get(original[:4])
+    return image, notes.get(original[:4])
 
 
 def predict(
@@ -106,10 +106,10 @@ def predict(
         invert: bool = False,
         autoencoder: Optional[str] = None,
 ) -> Prediction:
-    """Classify a picture, and record what the model does.
+    """Classify an image, and record what the model does.
 
     Args:
-        path: Picture file.
+        path: Image file.
         name: One of `classifiers()`.
         time_steps: Number of time steps T, from 1 to `MAX_TIME_STEPS`.
         invert: Invert the brightness.
@@ -123,11 +123,11 @@ def predict(
     if time_steps not in range(1, MAX_TIME_STEPS + 1):
         raise ValueError(f'T must be a whole number from 1 to {MAX_TIME_STEPS}, got {time_steps!r}.')
     model = load_classifier(name, int(time_steps))
-    picture, note = read_picture(path, 'L' if model.in_chans == 1 else 'RGB')
-    picture = ImageOps.invert(picture) if invert else picture
+    image, note = read_image(path, 'L' if model.in_chans == 1 else 'RGB')
+    image = ImageOps.invert(image) if invert else image
 
     def to_batch(m: nn.Module) -> Tensor:
-        return create_transform(**data_config(m))(picture).unsqueeze(0)
+        return create_transform(**data_config(m))(image).unsqueeze(0)
 
     x = to_batch(model)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def predict(
     if autoencoder is not None:
         mae = load_autoencoder(autoencoder)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same mask for every picture
+            torch.manual_seed(0)  # the same mask for every image
             reconstruction = record_activity(mae, to_batch(mae.encoder))
     gray = to_pixels(x, data_config(model))[0].mean(0).clamp(0, 1)
     events = torch.from_numpy(simulate_frames(gray.numpy(), int(time_steps)).astype('float32')).unsqueeze(0)
@@ -159,7 +159,7 @@ def _figures(figures: Dict[str, bytes], *names: str) -> str:
         caption = _CAPTIONS[name]
         images = image(figures[name], 'light', caption) + image(to_dark(figures[name]), 'dark', caption)
         parts.append(f'<figure id="{name}">{images}<figcaption>{html.escape(caption)}</figcaption></figure>')
-    return f'<div class="pictures">{"".join(parts)}</div>'
+    return f'<div class="figures">{"".join(parts)}</div>'
 
 
 def _steps_table(p: Prediction) -> str:
@@ -167,14 +167,14 @@ def _steps_table(p: Prediction) -> str:
     for step, probabilities in zip(p.profile.steps, p.probabilities):
         best = probabilities.argmax().item()
         rows.append(
-            f'| {step.step} | {p.labels[best]} | {100 * probabilities[best]:.1f} % | {1e3 * step.energy_mj:.2f} µJ |')
+            f'| {step.step} | {p.labels[best]} | {100 * probabilities[best]:.1f}% | {1e3 * step.energy_mj:.2f} µJ |')
     return '\n'.join(rows)
 
 
 def _energy_text(p: Profile) -> str:
     return (
-        f'{1e3 * p.totals.energy_mj:.2f} µJ for this picture, and {p.firing_rate:.3f} spikes per neuron and time step '
-        f'on average over the layers. A dense artificial network with the same layers takes '
+        f'{1e3 * p.totals.energy_mj:.2f} µJ for this image, and {p.firing_rate:.3f} spikes per neuron and time step '
+        f'on average over the layers. A dense artificial network with the same layers needs '
         f'{1e3 * p.totals.ann_energy_mj:.2f} µJ. These are estimates of arithmetic only: {p.cost.mac_pj:g} pJ for a '
         f'multiply-accumulate, {p.cost.ac_pj:g} pJ for an accumulate ({p.cost.source}).')
 
@@ -202,16 +202,16 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
 
     with gr.Blocks(title='Spikformer V2', analytics_enabled=False) as page:
         gr.Markdown(
-            '# Spikformer V2\nA vision transformer whose neurons emit binary spikes over T time steps. Pick a picture '
-            'and T, and see the prediction after each time step, the spikes, the energy and the attention.')
+            '# Spikformer V2\nA vision transformer whose neurons emit binary spikes over T time steps. Select an '
+            'image and T to see the prediction after each time step, the spikes, the energy and the attention.')
         about = gr.Markdown(describe(names[0]))
         with gr.Row():
             with gr.Column(scale=2):
-                picture = gr.Image(
-                    label='Picture', sources=['upload', 'clipboard'], type='filepath', format='png', height=240,
+                image = gr.Image(
+                    label='Image', sources=['upload', 'clipboard'], type='filepath', format='png', height=240,
                     elem_classes='pixels', buttons=[])
                 gr.Examples(
-                    examples, [picture], label='Fashion-MNIST test images, one of each class', elem_id='examples')
+                    examples, [image], label='Fashion-MNIST test images, one of each class', elem_id='examples')
                 model = gr.Dropdown(names, value=names[0], label='Model')
                 time_steps = gr.Slider(1, MAX_TIME_STEPS, value=4, step=1, label='Time steps T')
                 invert = gr.Checkbox(
@@ -219,7 +219,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
                 button = gr.Button('Classify', variant='primary')
             with gr.Column(scale=3):
                 message = gr.HTML(
-                    _message('Pick an example or upload a picture, and press Classify.')['value'], elem_id='message')
+                    _message('Pick an example or upload an image, and press Classify.')['value'], elem_id='message')
                 with gr.Column(visible=False) as results:
                     label = gr.Label(num_top_classes=3, label='Prediction after all time steps', elem_id='label')
                     curve = gr.HTML()
@@ -235,8 +235,8 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
             with gr.Tab('Event camera'):
                 events = gr.HTML()
             with gr.Tab('Reconstruction', visible=autoencoder is not None):
-                gr.Markdown(mae and f'**Weights:** `{Path(autoencoder).name}`, a masked autoencoder of T = '
-                                    f'{mae.encoder.time_steps} that sees {1 - mae.mask_ratio:.0%} of the patches.')
+                gr.Markdown(mae and f'**Weights:** `{Path(autoencoder).name}`, a masked autoencoder with T = '
+                                    f'{mae.encoder.time_steps} that receives {1 - mae.mask_ratio:.0%} of the patches.')
                 reconstruction = gr.HTML()
 
         def classify(file: Optional[Dict], name: str, T: float, is_inverted: bool) -> Dict[Any, Any]:
@@ -268,9 +268,9 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
 
         outputs = [
             message, results, tabs, label, curve, steps, spikes, energy_text, energy, attention, events, reconstruction]
-        # without Gradio's preprocessing, whose errors have no message for the visitor: `predict` checks the values
+        # Gradio's preprocessing is off, because its errors show no message to the visitor; `predict` checks the values
         button.click(
-            classify, [picture, model, time_steps, invert], outputs, scroll_to_output=True, preprocess=False)
+            classify, [image, model, time_steps, invert], outputs, scroll_to_output=True, preprocess=False)
         model.change(describe, model, about)
     return page
 

@@ -1,4 +1,4 @@
-"""The weights that the Space runs on: which there are, what is known about them, and how they are loaded."""
+"""List, describe and load the weights that the Space uses."""
 import functools
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -20,7 +20,7 @@ def metadata(name: str) -> Dict[str, Any]:
 
 
 def _local_models() -> List[str]:
-    """Return the names, MODEL.TAG, of the models for pictures whose weights are on this machine."""
+    """Return the names, MODEL.TAG, of the models for images whose weights are on this machine."""
     cfgs = {name: timm.get_pretrained_cfg(name) for name in timm.list_pretrained('*spikformer*')}
     return [name for name, cfg in cfgs.items() if cfg.file and Path(cfg.file).is_file() and cfg.input_size[0] in (1, 3)]
 
@@ -71,8 +71,8 @@ def describe(name: str) -> str:
     accuracy = 'Their test accuracy is not recorded.'
     if 'test_accuracy' in info:
         accuracy = (
-            f'Test accuracy: **{info["test_accuracy"]} %** with T = {info["time_steps"]}, the T of their training; '
-            f'with other T, the accuracy differs.')
+            f'Test accuracy: **{info["test_accuracy"]}%** with T = {info["time_steps"]}, as in training; '
+            f'the accuracy differs for other T.')
     return (
-        f'**Weights:** `{name}`. {accuracy} They classify {dataset} and nothing else: any picture gets one of its '
-        f'{cfg.num_classes} labels. There are no weights for ImageNet.')
+        f'**Weights:** `{name}`. {accuracy} They classify only {dataset}: every image gets one of its '
+        f'{cfg.num_classes} labels. There are no ImageNet weights.')
