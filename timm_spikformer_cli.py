@@ -51,7 +51,8 @@ COMMANDS = {
         'publishing', "convert a checkpoint of the authors' V1 code or of spikingjelly", 'add_convert_arguments',
         'run_convert'),
     'recipe': Command(
-        'assets', "list, print or write recipes for timm's train.py", 'add_recipe_arguments', 'run_recipe', True),
+        'assets', "list, print or write recipes for timm's train.py and for accelerate", 'add_recipe_arguments',
+        'run_recipe', True),
     'config': Command(
         'assets', "list, print or write configurations for transformers' scripts", 'add_config_arguments',
         'run_config', True),

@@ -70,9 +70,9 @@ copybutton_prompt_text = r'>>> |\.\.\. |\$ '
 copybutton_prompt_is_regexp = True
 
 # Files outside this folder that are pages of the site, or parts of one. A page contains a line
-#     <!-- include FILE: TEXT -->
-# and gets the content of the file without its title, or TEXT if there is no such file.
-_INCLUDE = re.compile(r'^<!-- include (\S+): (.+) -->$', re.M)
+#     See [FILE](PATH). <!-- include -->
+# which is a link on GitHub. On the site, it is replaced by the content of the file without its title.
+_INCLUDE = re.compile(r'^See \[[^\]]+\]\((\S+)\)\. <!-- include -->$', re.M)
 _TOCTREE = re.compile(r'^```\{toctree\}\n.*?^```$', re.M | re.S)
 _LINK = re.compile(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)')
 _PAGES = {  # pages of the site for links in these files
@@ -110,13 +110,11 @@ def adapt_links(text: str, source: Path, folder: Path) -> str:
 
 
 def include(text: str, folder: Path) -> str:
-    """Replace the `include` lines of a page in a folder by the content of the files that they name."""
+    """Replace the `include` lines of a page in a folder by the content of the files that they link to."""
     def read(match: 're.Match[str]') -> str:
-        path = ROOT / match[1]
-        if not path.is_file():
-            return match[2]
+        path = (folder / match[1]).resolve()
         content = path.read_text(encoding='utf-8')
-        if match[1] == 'benchmarks/README.md':
+        if path == ROOT / 'benchmarks' / 'README.md':
             content = update(content, json.loads((ROOT / 'benchmarks/events.json').read_text(encoding='utf-8')))
         content = re.sub(r'\A\s*# .*\n', '', content)
         return adapt_links(content, path, folder)

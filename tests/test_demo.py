@@ -349,6 +349,8 @@ def test_resume_rejects_other_arguments_or_data(finished, folder, tmp_path):
                           (['--data', data], '--data is .*data, but the run to resume was started with .*')):
         with pytest.raises(SystemExit, match=f'error: {message}'):
             run_demo(output, '--resume', *args)
+    with pytest.raises(SystemExit, match='--epochs is 10, but the run'):  # the default, given explicitly
+        cli.main(['demo', '--resume', '--output', str(output), '--epochs', '10'])
     shutil.copytree(folder, data)
     other = tmp_path / 'other'
     run_demo(other, '--data', data, '--epochs', 1, '--stages', 'train')
@@ -416,6 +418,7 @@ def test_ascii_and_narrow_terminals(encoding, width, folder, tmp_path):
     (['--batch-size', 10 ** 25], '--batch-size must be at most 2147483647, got 1'),
     (['--seed', -1], '--seed must be from 0'),
     (['--device', 'abacus'], '--device abacus cannot be used'),
+    (['--stages', 'classify', '--data', '.'], '--data has no effect on it. Omit --data or classify'),
 ])
 def test_bad_arguments(args, message, tmp_path):
     with pytest.raises(SystemExit, match=message):

@@ -154,6 +154,11 @@ def test_training_script_refuses_a_model_of_images(tmp_path, monkeypatch):
         run_event_classification.main()
 
 
+def test_training_script_refuses_an_unknown_loss(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="loss must be 'mean' or 'tet', got 'TET'"):
+        run_script(monkeypatch, tmp_path, 'output', loss='TET', model='test_spikformer_v2')
+
+
 def run_script(monkeypatch, tmp_path, output, **arguments):
     arguments = dict(
         dict(dataset_name='events/n_mnist?time_steps=3', data_dir=str(tmp_path / 'data'), use_cpu=True, report_to=[],

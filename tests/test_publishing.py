@@ -442,6 +442,13 @@ def test_rejected_output_folders(small, tmp_path, monkeypatch):
 
 # -- bad input
 
+@pytest.mark.parametrize('option', ['--dataset-name', '--split'])
+def test_description_of_no_dataset_is_an_error(option, tmp_path):
+    with pytest.raises(SystemExit, match='error: --dataset-name and --split describe .* specify its id with --dataset'):
+        cli.main(['publish', 'x', '--repo', 'a/b', '--license', 'mit', '--dry-run', '--output', str(tmp_path / 'y'),
+                  option, 'test'])
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(repo='name'), "'name' contains no organization or user. Expected ORG/NAME"),
     (dict(repo='../me/name'), 'is not a valid name of a repository. Expected ORG/NAME'),
@@ -454,6 +461,7 @@ def test_rejected_output_folders(small, tmp_path, monkeypatch):
     (dict(train_datasets=['a b']), "'a b' is not a valid id of a Hub dataset"),
     (dict(dataset=Dataset('me/..', 'x')), "'me/..' is not a valid id of a Hub dataset"),
     (dict(eval_data=FASHION_MNIST), 'A result requires the dataset that it was measured on'),
+    (dict(dataset=DATASET), 'The dataset of a result is given, but no result'),
     (dict(output=None), 'A dry run requires an output folder'),
     (dict(labels=['a', 'b']), 'The model has 10 classes, but 2 labels were given'),
     (dict(labels=['a'] * 10), "The label 'a' occurs twice, as number 1 and 2"),

@@ -19,17 +19,18 @@ def conf():
 
 
 def test_file_is_included(conf):
-    text = conf.include('# Changelog\n\n<!-- include CHANGELOG.md: None. -->\n', DOCS)
-    assert text.count('# Changelog') == 1 and '## Unreleased' in text and 'None.' not in text
+    text = conf.include('# Changelog\n\nSee [CHANGELOG.md](../CHANGELOG.md). <!-- include -->\n', DOCS)
+    assert text.count('# Changelog') == 1 and '## Unreleased' in text and 'See [' not in text
 
 
-def test_missing_file_is_replaced_by_a_text(conf):
-    text = 'a\n<!-- include MISSING.md: There are *none* yet. -->\nb'
-    assert conf.include(text, DOCS) == 'a\nThere are *none* yet.\nb'
+def test_included_files_exist(conf):
+    pages = {path: conf._INCLUDE.findall(path.read_text(encoding='utf-8')) for path in DOCS.rglob('*.md')}
+    targets = {(path.parent / target).resolve() for path, found in pages.items() for target in found}
+    assert targets == {ROOT / name for name in conf._PAGES if name != 'README.md'}
 
 
 def test_tables_are_those_of_the_results(conf):
-    text = conf.include('<!-- include benchmarks/README.md: None. -->', DOCS / 'results')
+    text = conf.include('See [it](../../benchmarks/README.md). <!-- include -->', DOCS / 'results')
     results = json.loads((ROOT / 'benchmarks/events.json').read_text(encoding='utf-8'))
     from benchmarks.tables import events_tables
     assert events_tables(results) in text and '](../../benchmarks/scaling.png)' in text

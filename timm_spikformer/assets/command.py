@@ -10,6 +10,7 @@ from ..folders import write_folder, write_new_file
 
 _ASSETS = Path(__file__).parent
 _DATA = 'timm_spikformer/assets/'  # path of the shipped images in these files, relative to a checkout
+_CONFIGS = 'hf_configs/'  # path of the configurations of models in argument files, relative to a checkout
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +78,9 @@ def _look_up(name: str, known: Dict[str, Path], kind: str) -> Path:
 
 
 def _print_or_write(path: Path, args: argparse.Namespace) -> None:
-    """Print or write a file, with the paths of the shipped images adapted to this installation."""
+    """Print or write a file, with the paths of shipped images and configurations adapted to this installation."""
     text = path.read_text(encoding='utf-8').replace(_DATA, f'{_ASSETS.as_posix()}/')
+    text = text.replace(f'"{_CONFIGS}', f'"{_find("hf_configs").as_posix()}/')
     if args.output is None:
         print(text, end='')
         return

@@ -2,7 +2,7 @@
 import argparse
 import os
 import shlex
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Union
 
 DESCRIPTION = """Run a small Spikformer V2 on real images, in three stages; select stages with --stages.
 
@@ -16,29 +16,43 @@ SETTINGS = 'args.json'  # name of the file in the output folder that stores the 
 KIND = 'demo'  # kind of the output folder, see folders.py
 
 
+DEFAULTS = dict(
+    quick=False, model='spikformer_v2_2_64_patch4_32', time_steps=1, epochs=10, pretrain_epochs=2, finetune_epochs=15,
+    labeled=600, mask_ratio=0.75, batch_size=32, lr=1e-2, pretrain_lr=4e-3, weight_decay=0.05, seed=0)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-spikformer demo`.
+
+    The parser leaves omitted arguments at None, so that --resume can restore them; a new run uses `DEFAULTS`.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+
+    def add_number(name: str, kind: Callable[[str], Union[int, float]], metavar: str, help: str) -> None:
+        default = DEFAULTS[name.removeprefix('--').replace('-', '_')]
+        add(name, type=kind, metavar=metavar, help=f'{help} (default: {default})')
+
     add('--stages', nargs='+', choices=STAGES, metavar='STAGE',
         help=f'{", ".join(STAGES)} (default: all; with --data, all but classify)')
     add('--data', metavar='DIR',
         help='DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png or parquet files (default: the shipped Fashion-MNIST)')
     add('--output', metavar='DIR', default='output/demo', help='folder to write (default: %(default)s)')
     add('--resume', action='store_true', help='continue from the last checkpoint in the output folder')
-    add('--quick', action='store_true', help='train one epoch on few images per stage, to check that everything runs')
-    add('--model', default='spikformer_v2_2_64_patch4_32', metavar='NAME', help='model to train (default: %(default)s)')
-    add('--time-steps', type=int, default=1, metavar='T', help='number of time steps (default: %(default)s)')
-    add('--epochs', type=int, default=10, metavar='N', help='epochs of training with all labels (default: %(default)s)')
-    add('--pretrain-epochs', type=int, default=2, metavar='N', help='epochs of pre-training (default: %(default)s)')
-    add('--finetune-epochs', type=int, default=15, metavar='N', help='epochs of fine-tuning (default: %(default)s)')
-    add('--labeled', type=int, default=600, metavar='N', help='labeled images for fine-tuning (default: %(default)s)')
-    add('--mask-ratio', type=float, default=0.75, metavar='R', help='fraction of masked patches (default: %(default)s)')
-    add('--batch-size', type=int, default=32, metavar='N', help='images per batch (default: %(default)s)')
-    add('--lr', type=float, default=1e-2, help='peak learning rate (default: %(default)s)')
-    add('--pretrain-lr', type=float, default=4e-3, metavar='LR',
-        help='peak learning rate of pre-training (default: %(default)s)')
-    add('--weight-decay', type=float, default=0.05, metavar='W', help='weight decay (default: %(default)s)')
-    add('--seed', type=int, default=0, metavar='N', help='random seed (default: %(default)s)')
+    add('--quick', action='store_true', default=None,
+        help='train one epoch on few images per stage, to check that everything runs')
+    add('--model', metavar='NAME', help=f'model to train (default: {DEFAULTS["model"]})')
+    add_number('--time-steps', int, 'T', 'number of time steps')
+    add_number('--epochs', int, 'N', 'epochs of training with all labels')
+    add_number('--pretrain-epochs', int, 'N', 'epochs of pre-training')
+    add_number('--finetune-epochs', int, 'N', 'epochs of fine-tuning')
+    add_number('--labeled', int, 'N', 'labeled images for fine-tuning')
+    add_number('--mask-ratio', float, 'R', 'fraction of masked patches')
+    add_number('--batch-size', int, 'N', 'images per batch')
+    add_number('--lr', float, 'LR', 'peak learning rate')
+    add_number('--pretrain-lr', float, 'LR', 'peak learning rate of pre-training')
+    add_number('--weight-decay', float, 'W', 'weight decay')
+    add_number('--seed', int, 'N', 'random seed')
     add('--device', help='PyTorch device (default: cuda if available, else cpu)')
 
 

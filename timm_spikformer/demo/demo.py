@@ -40,7 +40,7 @@ from ..linear import fit_linear
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
 from ..training import Objective, Recipe, classify, evaluate, init_bn_bias, reconstruct, train
-from .command import KIND, SETTINGS, STAGES, add_arguments
+from .command import DEFAULTS, KIND, SETTINGS, STAGES
 from .pictures import reconstruction_loss, save_predictions, save_reconstructions
 from .progress import Progress, Stage, StageProgress
 
@@ -67,6 +67,9 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     if args.resume:
         _restore_args(args, output / SETTINGS)
         print(f'Resuming the run in {output} with its arguments.')
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     data = [args.data] if args.data else []
@@ -111,14 +114,11 @@ def _restore_args(args: argparse.Namespace, settings: Path) -> None:
         raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
     check_file(settings, KIND)
     saved = json.loads(settings.read_text(encoding='utf-8'))
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args([]))
-    expected = defaults.keys() - {*_ARGS_NOT_RESTORED}
+    expected = vars(args).keys() - {*_ARGS_NOT_RESTORED}
     if not expected <= saved.keys():
         raise ValueError(f'{settings} does not contain the arguments of this version. Start without --resume.')
     for name in sorted(expected):
-        if getattr(args, name) not in (defaults[name], saved[name]):
+        if getattr(args, name) not in (None, saved[name]):
             raise ValueError(
                 f'--{name.replace("_", "-")} is {getattr(args, name)}, but the run to resume was started with '
                 f'{saved[name]}. Omit it, or start without --resume.')
@@ -127,6 +127,10 @@ def _restore_args(args: argparse.Namespace, settings: Path) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     check_model_name(args.model)
+    if args.data is not None and 'classify' in (args.stages or ()):
+        raise ValueError(
+            'The stage classify uses the shipped images and weights, so --data has no effect on it. Omit --data or '
+            'classify.')
     for name in ('time_steps', 'epochs', 'pretrain_epochs', 'finetune_epochs', 'batch_size', 'labeled'):
         check_count(f'--{name.replace("_", "-")}', getattr(args, name))
     check_number('--mask-ratio', args.mask_ratio, above=0, below=1)

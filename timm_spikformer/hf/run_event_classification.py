@@ -57,6 +57,10 @@ class ModelArguments:
         metadata={'help': 'mean: cross-entropy of the mean of the logits over time; tet: TETLoss.',
                   'choices': ['mean', 'tet']})
 
+    def __post_init__(self):
+        if self.loss not in ('mean', 'tet'):  # transformers does not check the choices of a JSON file
+            raise ValueError(f"loss must be 'mean' or 'tet', got {self.loss!r}.")
+
 
 class _ModelInputs(Dataset):
     """Preprocessed sequences and their labels, as keyword arguments of the model."""

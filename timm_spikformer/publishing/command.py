@@ -37,6 +37,8 @@ def run_publish(args: argparse.Namespace) -> None:
     """Publish, and print the URL or the output folder."""
     from .card import Dataset
     from .upload import publish
+    if args.dataset is None and (args.dataset_name is not None or args.split is not None):
+        raise ValueError('--dataset-name and --split describe the dataset of a result; specify its id with --dataset.')
     dataset = args.dataset and Dataset(args.dataset, args.dataset_name or args.dataset, args.split)
     published = publish(
         args.checkpoint, args.repo, args.license, model=args.model, ema=args.ema, labels=read_labels(args.labels),

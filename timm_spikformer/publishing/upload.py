@@ -146,6 +146,10 @@ def _check_arguments(
         hub.check_dataset_id(id)
     if (results is not None or eval_data is not None) and dataset is None:
         raise ValueError('A result requires the dataset that it was measured on; specify it with --dataset.')
+    if dataset is not None and results is None and eval_data is None:
+        raise ValueError(
+            'The dataset of a result is given, but no result; specify it with --results or --eval-data. If the model '
+            'was trained on this dataset, use --train-dataset.')
     if dry_run and output is None:
         raise ValueError('A dry run requires an output folder; specify it with --output.')
 
