@@ -96,21 +96,21 @@ def events_tables(results: Dict[str, Any]) -> str:
         raise ValueError('The results do not contain the group events. Run `python -m benchmarks events --json FILE`.')
     if results.get('quick'):
         raise ValueError('These are results of --quick, which measures small shapes only. Run without --quick.')
-    found = EventResults.from_json(results['events'])
+    events = EventResults.from_json(results['events'])
     parts = [f'Measured with: {format_environment(results["environment"])}.\n']
     parts.append('Speedup of a layer at T = 4 and batch size 1, by the number of events per input value.\n')
     for metric, title in _LAYER_METRICS.items():
-        parts += [f'{title}:\n', _layer_table(found.layers, metric)]
+        parts += [f'{title}:\n', _layer_table(events.layers, metric)]
     parts += [
         'Time of a step in units of its dense floor, by the number of events per input value, weighted by operations\n'
         '(empty: not measured):\n',
-        _model_table(found.models),
+        _model_table(events.models),
         'Peak memory of a step:\n',
-        _memory_table(found.memory),
+        _memory_table(events.memory),
         "Speedup of a step of the demo's model by event-driven products:\n",
-        _demo_table(found.demo),
+        _demo_table(events.demo),
         'Time of the first call, in which numba compiles kernels or reads them from its cache on disk:\n',
-        _first_call_table(found.first_calls),
+        _first_call_table(events.first_calls),
     ]
     return '\n'.join(parts)
 
