@@ -4,39 +4,51 @@
 """
 import argparse
 import importlib
-import json
-import platform
-from importlib.metadata import version
+import time
 from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from . import plot
+from .plot import draw_scaling
+from .results import describe_environment, format_environment, write_results
 
 GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy', 'profiling', 'energy', 'events')
 
 
-def main() -> None:
+def _parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.splitlines()[0])
     parser.add_argument('groups', nargs='*', metavar='GROUP', help=f'one of {", ".join(GROUPS)} (default: all)')
     parser.add_argument('--quick', action='store_true', help='few rounds of small shapes, to check that all groups run')
-    parser.add_argument('--json', metavar='FILE', help='write the results to a JSON file')
-    parser.add_argument('--plot', metavar='FILE', help='plot the results of the group scaling')
-    args = parser.parse_args()
-    unknown = set(args.groups) - set(GROUPS)
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results to a JSON file after each group')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='plot the results of the group scaling')
+    args = parser.parse_args(argv)
+    args.groups = args.groups or GROUPS
+    unknown = [group for group in args.groups if group not in GROUPS]
     if unknown:
-        parser.error(f'unknown group {min(unknown)!r}, expected one of {", ".join(GROUPS)}')
-    if args.plot and 'scaling' not in (args.groups or GROUPS):
+        parser.error(f'unknown group {unknown[0]!r}, expected one of {", ".join(GROUPS)}')
+    if args.plot and 'scaling' not in args.groups:
         parser.error('--plot requires the group scaling')
-    results = {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'machine': platform.machine()}
-    print(f'torch {torch.__version__}, spikingjelly {version("spikingjelly")}, {torch.get_num_threads()} threads')
-    for name in args.groups or GROUPS:
+    for option, path in (('--json', args.json), ('--plot', args.plot)):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            parser.error(f'{option} {path}: expected a file in an existing folder')
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = _parse_args(argv)
+    environment = describe_environment(torch.get_num_threads())
+    results: Dict[str, Any] = {'environment': environment, 'quick': args.quick}
+    print(format_environment(environment))
+    for name in args.groups:
         print(name)
+        start = time.perf_counter()
         results[name] = importlib.import_module(f'benchmarks.{name}').run(args.quick)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+        print(f'  took {time.perf_counter() - start:.0f} s')
+        if args.json:
+            write_results(args.json, results)
     if args.plot:
-        plot.draw(results['scaling'], args.plot)
+        draw_scaling(results, args.plot)
 
 
 if __name__ == '__main__':

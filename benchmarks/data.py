@@ -5,7 +5,7 @@
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import numpy as np
 import timm
@@ -38,21 +38,22 @@ def _epoch(loader) -> Source:
     return Source(lambda: [None for _ in loader], sum(len(x) for x, _ in loader))
 
 
-def _compare(title: str, model: Source, loaders: Dict[str, Source], rounds: int) -> Dict[str, object]:
-    sources = {title: model, **loaders}
+def _compare(model: str, training: Source, loaders: Dict[str, Source], rounds: int) -> Dict[str, Any]:
+    """Return the images/s of training a model and of each loader, and the ratios of loader to training."""
+    sources = {model: training, **loaders}
     times = interleave({name: source.call for name, source in sources.items()}, rounds)
     per_image = {name: [t / sources[name].count for t in seconds] for name, seconds in times.items()}
     speed = {name: 1 / statistics.median(seconds) for name, seconds in per_image.items()}
-    print(f'  {title}: {speed[title]:.4g} images/s')
-    results: Dict[str, object] = {'images/s': speed[title]}
+    print(f'  training of {model}: {speed[model]:.4g} images/s')
+    rows = []
     for name in loaders:
-        gain = ratio(per_image[title], per_image[name])
-        print(f'    {name}: {speed[name]:.4g} images/s, {gain} times as many')
-        results[name] = {'images/s': speed[name], 'gain': gain._asdict()}
-    return results
+        relative = ratio(per_image[model], per_image[name])
+        print(f'    {name}: {speed[name]:.4g} images/s, {relative} times as many')
+        rows.append(dict(loader=name, images_per_second=speed[name], relative_to_training=relative._asdict()))
+    return dict(model=model, images_per_second=speed[model], loaders=rows)
 
 
-def _demo(quick: bool) -> Dict[str, object]:
+def _demo(quick: bool) -> Dict[str, Any]:
     """Compare the demo's loader with its training on all labels."""
     name = 'spikformer_v2_2_64_patch4_32'
     images = read_splits()['train'].sample_stratified(320 if quick else 6000, seed=0)
@@ -72,7 +73,7 @@ def _demo(quick: bool) -> Dict[str, object]:
             ema.update(model)
 
     return _compare(
-        'training of the demo, batch 32', Source(steps, len(loader) * len(x)), {'loader of the demo': _epoch(loader)},
+        'the demo, batch 32', Source(steps, len(loader) * len(x)), {'loader of the demo': _epoch(loader)},
         2 if quick else 5)
 
 
@@ -85,7 +86,7 @@ def _write_jpegs(folder: Path, count: int) -> None:
             crop(photograph).save(folder / name / f'{i}.jpg', quality=90)
 
 
-def _imagenet(quick: bool) -> Dict[str, object]:
+def _imagenet(quick: bool) -> Dict[str, Any]:
     """Compare timm's loader, configured as in the ImageNet recipe, with a training step."""
     recipe = yaml.safe_load(RECIPE.read_text())
     name = 'test_spikformer_v2' if quick else recipe['model']
@@ -110,11 +111,11 @@ def _imagenet(quick: bool) -> Dict[str, object]:
         _write_jpegs(Path(folder), 64 if quick else 384)
         loaders = {f'JPEGs with {n} worker{"s" * (n > 1)}': _epoch(make(n)) for n in (1, 2)}
         return _compare(
-            f'training of {name}, T = {model.time_steps}, batch {len(x)}',
+            f'{name}, T = {model.time_steps}, batch {len(x)}',
             Source(training_step(model.train(), x), len(x)), loaders, 1 if quick else 5)
 
 
-def _simulated_events(quick: bool) -> Dict[str, object]:
+def _simulated_events(quick: bool) -> Dict[str, Any]:
     """Compare the simulation of events with training on them."""
     sequences = read_event_splits('events/simulated_fashion_mnist?time_steps=4&split_by=time')['train']
     config = dict(input_size=(2, 28, 28), mean=(0., 0.), std=(1., 1.), interpolation='bilinear', crop_pct=1.)
@@ -122,11 +123,11 @@ def _simulated_events(quick: bool) -> Dict[str, object]:
     x, _ = next(iter(loader))
     model = timm.create_model('spikformer_v2_2_64_patch4_32', in_chans=2)
     return _compare(
-        'training of spikformer_v2_2_64_patch4_32 on sequences, T = 4, batch 32',
+        'spikformer_v2_2_64_patch4_32 on sequences, T = 4, batch 32',
         Source(training_step(model.train(), x), len(x)), {'simulated events': _epoch(loader)}, 2 if quick else 5)
 
 
-def _cached_events(quick: bool) -> Dict[str, object]:
+def _cached_events(quick: bool) -> Dict[str, Any]:
     """Compare frames of the size of CIFAR10-DVS from a memory-mapped file with training on them."""
     count, shape = (16, (2, 2, 128, 128)) if quick else (256, (16, 2, 128, 128))
     config = dict(input_size=shape[1:], mean=(0., 0.), std=(1., 1.), interpolation='bilinear', crop_pct=1.)
@@ -154,12 +155,10 @@ def _cached_events(quick: bool) -> Dict[str, object]:
         name = 'test_spikformer_v2' if quick else 'spikformer_2_256_patch16_128'
         model = timm.create_model(name, in_chans=2, num_classes=10)
         return _compare(
-            f'training of {name} on sequences, T = {len(x[0])}, batch 2',
+            f'{name} on sequences, T = {len(x[0])}, batch 2',
             Source(training_step(model.train(), x[:2]), 2),
             {'frames from a memory-mapped file': _epoch(loader)}, 1 if quick else 3)
 
 
-def run(quick: bool) -> Dict[str, object]:
-    return dict(
-        demo=_demo(quick), imagenet=_imagenet(quick), simulated_events=_simulated_events(quick),
-        cached_events=_cached_events(quick))
+def run(quick: bool) -> List[Dict[str, Any]]:
+    return [measure(quick) for measure in (_demo, _imagenet, _simulated_events, _cached_events)]

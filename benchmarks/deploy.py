@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 from unittest import mock
 
 import onnxruntime
@@ -104,37 +104,39 @@ def _compare(
         session: onnxruntime.InferenceSession,
         x: Tensor,
         rounds: int,
-) -> Dict[str, object]:
+) -> Dict[str, Any]:
+    """Return the median time of each side, and of each but the first the speedup over it and the logit difference."""
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
     steps = dict(
         plain=inference(model, x), folded=inference(folded, x),
         onnxruntime=lambda: torch.from_numpy(session.run(None, feed)[0]))
-    result = {}
+    result: Dict[str, Any] = dict(batch_size=len(x))
     if len(x) == 1:  # compiled for one batch size only, as compiling takes minutes
-        steps['compiled'], result = compiled(folded, x)
+        steps['compiled'], result['compilation'] = compiled(folded, x)
     expected = steps['folded']()
     times = interleave(steps, rounds)
     result['seconds'] = {side: statistics.median(t) for side, t in times.items()}
     print(f'  batch {len(x)}: {result["seconds"]["plain"]:.3f} s as trained')
+    result['sides'] = []
     for side in list(steps)[1:]:
-        gain, difference = ratio(times['plain'], times[side]), (steps[side]() - expected).abs().max().item()
-        print(f'    {side}: {gain} times faster; logits differ from those of the folded model by {difference:.1e}')
-        result[side] = dict(gain=gain._asdict(), difference=difference)
+        speedup, difference = ratio(times['plain'], times[side]), (steps[side]() - expected).abs().max().item()
+        print(f'    {side}: {speedup} times as fast; logits differ from those of the folded model by {difference:.1e}')
+        result['sides'].append(dict(side=side, speedup=speedup._asdict(), logit_difference=difference))
     return result
 
 
-def run(quick: bool) -> Dict[str, object]:
-    results: Dict[str, object] = {}
+def run(quick: bool) -> List[Dict[str, Any]]:
+    rows = []
     name, size, rounds = ('test_spikformer_v2', 64, 1) if quick else ('spikformer_v2_8_512', 224, 3)
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         for time_steps in (1,) if quick else (4, 1):
             x = photographs(8, size)
             model = create(name, time_steps, x[:4])
             folded = reparameterize_model(model)
-            title = f'{name}, T = {time_steps}'
-            print(f' {title}')
-            results[title] = compare_folded(model, folded, x[:2])
-            session, results[f'{title}, ONNX'] = onnx_session(folded, x[:2])
-            for batch_size in (1,) if quick else (1, 8):
-                results[f'{title}, batch {batch_size}'] = _compare(model, folded, session, x[:batch_size], rounds)
-    return results
+            print(f' {name}, T = {time_steps}')
+            folding = compare_folded(model, folded, x[:2])
+            session, export = onnx_session(folded, x[:2])
+            batches = [
+                _compare(model, folded, session, x[:batch_size], rounds) for batch_size in ((1,) if quick else (1, 8))]
+            rows.append(dict(model=name, time_steps=time_steps, folding=folding, onnx=export, batches=batches))
+    return rows

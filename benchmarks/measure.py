@@ -61,7 +61,7 @@ def peak_memory(make: Callable[..., Callable[[], object]], *arguments: object) -
 
 
 def _memory_growth(make: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    # M_MMAP_THRESHOLD: return freed memory to the system at once, so that fragmentation of glibc's heap does not count
+    # M_MMAP_THRESHOLD: return freed memory to the system immediately, so that heap fragmentation does not count
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     function = make(*arguments)
     before = _read_status_mib('VmRSS')

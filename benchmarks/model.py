@@ -4,7 +4,7 @@
 """
 import copy
 import statistics
-from typing import Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import timm
 import torch
@@ -55,16 +55,23 @@ def _compare(
         peer: nn.Module,
         x: Tensor,
         rounds: int,
-) -> Dict[str, object]:
+) -> Dict[str, Any]:
+    """Return the time of a step, relative to the dense floor and to that of the peer, all measured in each round."""
     ours, theirs = make(model, x), make(peer, x)
-    times = interleave(dict(ours=ours, peer=theirs), rounds)
-    with torch.set_grad_enabled(make is training_step):
-        floor, _ = dense_floor(ours if make is training_step else lambda: model(x))
+    times: Dict[str, List[float]] = dict(ours=[], peer=[])
+    floors = []
+    for _ in range(rounds):
+        for side, values in interleave(dict(ours=ours, peer=theirs), 1, warmup=0 if floors else 1).items():
+            times[side].extend(values)
+        with torch.set_grad_enabled(make is training_step):
+            floors.append(dense_floor(ours if make is training_step else lambda: model(x), 1)[0])
     seconds = statistics.median(times['ours'])
-    gain = ratio(times['peer'], times['ours'])
-    of_floor = seconds / floor
-    print(f'  {title}: {seconds:.2f} s, {of_floor:.2f} times the dense floor; spikingjelly takes {gain} times as long')
-    return dict(seconds=seconds, floor=floor, of_floor=of_floor, peer=gain._asdict())
+    relative_time, speedup = ratio(times['ours'], floors), ratio(times['peer'], times['ours'])
+    print(
+        f'  {title}: {seconds:.2f} s, {relative_time} times the dense floor; {speedup} times as fast as spikingjelly')
+    return dict(
+        seconds=seconds, floor_seconds=statistics.median(floors), relative_to_floor=relative_time._asdict(),
+        speedup_over_spikingjelly=speedup._asdict())
 
 
 def _make_step(side: str, name: str, time_steps: int, batch_size: int) -> Callable[[], None]:
@@ -75,8 +82,8 @@ def _make_step(side: str, name: str, time_steps: int, batch_size: int) -> Callab
     return training_step(model.train(), x)
 
 
-def run(quick: bool) -> Dict[str, object]:
-    results: Dict[str, object] = {}
+def run(quick: bool) -> List[Dict[str, Any]]:
+    rows: List[Dict[str, Any]] = []
     rounds = 1 if quick else 3
     for name in ('test_spikformer_v2',) if quick else MODELS:
         size = timm.get_pretrained_cfg(name).input_size[-1]
@@ -92,18 +99,19 @@ def run(quick: bool) -> Dict[str, object]:
                 sides = [copy.deepcopy(side).double()(x[:2].double()) for side in (model, peer)]
                 difference = (sides[0] - sides[1]).abs().max().item()
             print(f' {name}, T = {time_steps}, firing rate {rate:.3f}; logits differ by {difference:.1e}')
-            for batch_size in (1, 8):
-                title = f'inference, batch {batch_size}'
-                results[f'{name}, T = {time_steps}, {title}'] = _compare(
-                    title, inference, model, peer, x[:batch_size], rounds)
-            model.train(), peer.train()
-            for batch_size in (1, 4):
-                title = f'training step, batch {batch_size}'
-                entry = _compare(title, training_step, model, peer, x[:batch_size], rounds)
-                memory = {
-                    side: peak_memory(_make_step, side, name, time_steps, batch_size) for side in ('ours', 'peer')}
-                entry['memory_mib'] = memory
-                share = memory['ours'] / memory['peer']
-                print(f'    peak memory {memory["ours"]:.0f} MiB, {share:.0%} of that with spikingjelly')
-                results[f'{name}, T = {time_steps}, {title}'] = entry
-    return results
+            for make, step, batch_sizes in (
+                    (inference, 'inference', (1, 8)), (training_step, 'training step', (1, 4))):
+                is_training = make is training_step
+                model.train(is_training), peer.train(is_training)
+                for batch_size in batch_sizes:
+                    entry = _compare(f'{step}, batch {batch_size}', make, model, peer, x[:batch_size], rounds)
+                    if is_training:
+                        entry['memory_mib'] = memory = {
+                            side: peak_memory(_make_step, side, name, time_steps, batch_size)
+                            for side in ('ours', 'peer')}
+                        print(
+                            f'    peak memory {memory["ours"]:.0f} MiB, {memory["ours"] / memory["peer"]:.0%} of that '
+                            'with spikingjelly')
+                    rows.append(dict(
+                        model=name, time_steps=time_steps, batch_size=batch_size, step=step, firing_rate=rate, **entry))
+    return rows

@@ -3,7 +3,7 @@
     python -m benchmarks neuron
 """
 import statistics
-from typing import Callable, Dict
+from typing import Any, Callable, Dict
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -40,7 +40,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return sum(storages.values())
 
 
-def run(quick: bool) -> Dict[str, object]:
+def run(quick: bool) -> Dict[str, Any]:
     torch.manual_seed(0)
     shape = (4, 2, 16, 8, 8) if quick else (4, 2, 512, 56, 56)
     rounds = 2 if quick else 15
@@ -64,20 +64,21 @@ def run(quick: bool) -> Dict[str, object]:
         spikes = peer(x)
         assert torch.equal(spikes, lif(x)) and torch.equal(spikes, compiled(x)), 'the spikes differ'
     print(f'  {list(shape)}, firing rate {spikes.mean():.3f}')
-    results: Dict[str, object] = {}
+    rows, relative_to_copy = [], []
     for title, wrap in (('forward', inference), ('forward and backward', training)):
         times = interleave(
             {'spikingjelly': wrap(peer), 'eager': wrap(lif), 'compiled': wrap(compiled),
              'copy': inference(torch.clone)},
             rounds, warmup=2)
         for name in ('eager', 'compiled'):
-            gain = ratio(times['spikingjelly'], times[name])
-            results[f'{title}, {name}'] = gain._asdict()
-            print(f'  {title}, {name}: {gain} times faster than spikingjelly')
-        per_copy = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
-        results[f'{title}, in copies'] = per_copy
-        print('    relative to a copy of it: ' + ', '.join(f'{name} {value:.2f}' for name, value in per_copy.items()))
+            speedup = ratio(times['spikingjelly'], times[name])
+            rows.append(dict(step=title, mode=name, speedup=speedup._asdict()))
+            print(f'  {title}, {name}: {speedup} times as fast as spikingjelly')
+        relative = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
+        relative_to_copy.append(dict(step=title, **relative))
+        print('    time / time of a copy: ' + ', '.join(f'{name} {value:.2f}' for name, value in relative.items()))
     ours, theirs = (saved_bytes(function, x_grad) / x.numel() for function in (lif, peer))
-    results['saved bytes per neuron and step'] = dict(ours=ours, spikingjelly=theirs)
     print(f'  saved for backward: {ours:.1f} bytes per neuron and time step, spikingjelly {theirs:.1f}')
-    return results
+    return dict(
+        shape=list(shape), firing_rate=spikes.mean().item(), speedups=rows, relative_to_copy=relative_to_copy,
+        saved_bytes_per_neuron_and_step=dict(ours=ours, spikingjelly=theirs))

@@ -4,10 +4,9 @@
 """
 import statistics
 from functools import lru_cache
-from typing import Callable, Dict, NamedTuple, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
-import torch
 
 from .images import photographs
 from .measure import interleave, peak_memory
@@ -61,28 +60,33 @@ def _make_step(kind: str, point: Point) -> Callable[[], object]:
 _memory = lru_cache(maxsize=None)(lambda kind, point: peak_memory(_make_step, kind, point))  # the axes share points
 
 
-def run(quick: bool) -> Dict[str, object]:
+def run(quick: bool) -> Dict[str, Any]:
+    """Return the configuration `base`, and a curve for each kind of step and each axis.
+
+    A curve has the values of the axis, `x`, and for each metric, `seconds` and `mib`, the values `y` and their `Fit`.
+    """
     base = Point('test_spikformer_v2', size=64, depth=2) if quick else Point()
-    title = f'{base.name}, T = {base.time_steps}, batch {base.batch_size}, {base.size}x{base.size}, depth {base.depth}'
-    print(f'  {title}, except for the varying axis')
-    lines: Dict[str, object] = {}
-    for kind in STEPS:
+    print(
+        f'  {base.name}, T = {base.time_steps}, batch {base.batch_size}, {base.size}x{base.size}, depth {base.depth}, '
+        'except for the varying axis')
+    curves: List[Dict[str, Any]] = []
+    for step in STEPS:
         for axis, values in (QUICK_AXES if quick else AXES).items():
             points = [base._replace(**{axis: value}) for value in values]
-            times = interleave({point: _make_step(kind, point) for point in points}, 2 if quick else 5)
+            times = interleave({point: _make_step(step, point) for point in points}, 2 if quick else 5)
             x = [(value // 16) ** 2 for value in values] if axis == 'size' else list(values)
             name = 'tokens' if axis == 'size' else axis.replace('_', ' ')
-            print(f'  {kind}, {name} {", ".join(map(str, x))}')
-            entry: Dict[str, object] = {'x': x}
-            for unit, digits, y in (
-                    ('s', 3, [statistics.median(times[point]) for point in points]),
-                    ('MiB', 0, [_memory(kind, point) for point in points]),
+            print(f'  {step}, {name} {", ".join(map(str, x))}')
+            curve: Dict[str, Any] = dict(step=step, axis=name, x=x)
+            for metric, unit, digits, y in (
+                    ('seconds', 's', 3, [statistics.median(times[point]) for point in points]),
+                    ('mib', 'MiB', 0, [_memory(step, point) for point in points]),
             ):
                 line = fit(x, y)
                 bend = f'upper half {line.bend:.2f} times as steep' if abs(line.slope) > 0.02 else 'flat'
                 print(
                     f'    {", ".join(f"{v:.{digits}f}" for v in y)} {unit}: slope {line.slope:.2f}; '
                     f'{line.fixed:.2g} {unit} + {line.each:.2g} each, {bend}')
-                entry[unit] = dict(y=y, **line._asdict())
-            lines[f'{kind}, {name}'] = entry
-    return dict(base=title, threads=torch.get_num_threads(), lines=lines)
+                curve[metric] = dict(y=y, **line._asdict())
+            curves.append(curve)
+    return dict(base=base._asdict(), curves=curves)

@@ -1,5 +1,4 @@
 """Configuration of the documentation, which builds offline: `sphinx-build -W -n -b html docs docs/_build/html`."""
-import json
 import os
 import re
 import sys
@@ -11,7 +10,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.tables import update  # noqa: E402
+from benchmarks.results import read_results  # noqa: E402
+from benchmarks.tables import RESULTS, update  # noqa: E402
 from timm_spikformer import __version__  # noqa: E402
 
 _URLS = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']
@@ -115,7 +115,7 @@ def include(text: str, folder: Path) -> str:
         path = (folder / match[1]).resolve()
         content = path.read_text(encoding='utf-8')
         if path == ROOT / 'benchmarks' / 'README.md':
-            content = update(content, json.loads((ROOT / 'benchmarks/events.json').read_text(encoding='utf-8')))
+            content = update(content, read_results(RESULTS))
         content = re.sub(r'\A\s*# .*\n', '', content)
         return adapt_links(content, path, folder)
 

@@ -1,4 +1,4 @@
-"""The picture of the architecture is the one that its script draws."""
+"""Tests that the committed pictures of the architecture are the ones that docs/architecture.py draws."""
 import importlib.util
 import re
 from pathlib import Path
@@ -49,6 +49,13 @@ def test_labels_are_read_from_the_model(script, tmp_path, monkeypatch):
     script.main(tmp_path)
     text = '\n'.join(_labels(tmp_path / 'architecture-light.svg'))
     assert 'encoder block × 16' in text and '96 ch' in text and '3072 to 768' in text and '12 heads' in text
+
+
+def test_unsupported_model_or_theme_raises(script):
+    with pytest.raises(ValueError, match='Spikformer V2, got SpikingPatchSplitting'):
+        script.draw(timm.create_model('spikformer_8_384', device='meta'), 'light')
+    with pytest.raises(ValueError, match="unknown theme 'blue', expected one of light, dark"):
+        script.draw(timm.create_model(script.MODEL, device='meta'), 'blue')
 
 
 def test_background_is_transparent():

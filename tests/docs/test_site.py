@@ -1,6 +1,5 @@
 """What the build of the site adds to Sphinx: files of the repository as pages, and the check of links."""
 import importlib.util
-import json
 
 import pytest
 from site_pages import DOCS, ROOT
@@ -31,9 +30,9 @@ def test_included_files_exist(conf):
 
 def test_tables_are_those_of_the_results(conf):
     text = conf.include('See [it](../../benchmarks/README.md). <!-- include -->', DOCS / 'results')
-    results = json.loads((ROOT / 'benchmarks/events.json').read_text(encoding='utf-8'))
-    from benchmarks.tables import events_tables
-    assert events_tables(results) in text and '](../../benchmarks/scaling.png)' in text
+    from benchmarks.results import read_results
+    from benchmarks.tables import RESULTS, events_tables
+    assert events_tables(read_results(RESULTS)) in text and '](../../benchmarks/scaling.png)' in text
 
 
 @pytest.mark.parametrize('link, adapted', [
