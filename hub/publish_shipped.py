@@ -17,7 +17,7 @@ from timm_spikformer.reading import TrainingRecord, checkpoint_from_model, set_l
 # Evaluation data, its description, and the license of the weights (that of Fashion-MNIST)
 EVAL_DATA = {
     'spikformer_v2_2_64_patch4_32.fashion_mnist': (
-        FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (slice)', 'test'), 'mit'),
+        FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (1,000 of the 10,000 test images)', 'test'), 'mit'),
 }
 
 

@@ -23,6 +23,7 @@ from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read
 from timm_spikformer.training import evaluate, init_bn_bias
 
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
+SHIPPED_T4 = 'spikformer_v2_2_64_patch4_32.fashion_mnist_t4'
 SHIPPED_MAE = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
 
 
@@ -35,13 +36,25 @@ def namespace(monkeypatch):
 
 
 def test_accuracy_of_shipped_weights(monkeypatch):
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
     test = read_splits()['test']
     top1, rates = evaluate(model, make_loader(test, data_config(model), 250))
-    assert 85. < top1 < 95.
+    assert 92. < top1 < 95.
     assert min(rates.values()) > 0.005
     assert tuple(test.classes) == tuple(model.pretrained_cfg['label_names'])
+
+
+def test_shipped_weights_for_four_time_steps():
+    """The default number of time steps is that of training, and the accuracy does not fall with more steps."""
+    model = timm.create_model(SHIPPED_T4, pretrained=True).eval()
+    assert model.time_steps == 4 and timm.create_model(SHIPPED_T4, pretrained=True, time_steps=2).time_steps == 2
+    test, correct = read_splits()['test'], torch.zeros(4)
+    with torch.no_grad():
+        for x, y in make_loader(test, data_config(model), 250):
+            correct += (model.forward_steps(x).argmax(-1) == y).sum(1)
+    accuracies = 100 * correct / len(test)
+    assert accuracies.min() > 90 and (accuracies.diff() > -0.5).all()
 
 
 def test_damaged_weights_raise(monkeypatch, tmp_path):
@@ -126,7 +139,7 @@ def test_default_namespace_is_unset():
 
 def test_list_pretrained_with_namespace(namespace, monkeypatch):
     namespace('org')
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]  # nothing in the cache
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]  # nothing in the cache
     monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: {
         'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
     namespace('org@v1')
@@ -134,7 +147,7 @@ def test_list_pretrained_with_namespace(namespace, monkeypatch):
     assert timm.get_pretrained_cfg('spikformer_v2_8_512').hf_hub_id == 'org/spikformer_v2_8_512.in1k@v1'
     assert timm.get_pretrained_cfg(SHIPPED).file
     namespace(None)
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE]
+    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]
     assert len(timm.list_models(module='spikformer')) == 14
 
 

@@ -30,7 +30,7 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # keys of timm's data config
-SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'  # trained on the shipped images
+SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'  # trained on all of Fashion-MNIST
 FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
 
 _SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # by folder name

@@ -60,6 +60,8 @@ _CIFAR10 = dict(
 
 _FASHION_MNIST = dict(
     num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), mean=(0.286,) * 3, std=(0.353,) * 3,
+    label_names=(
+        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
 )
 
 # In the authors' code, frames are event counts, which are passed to the network without normalization.
@@ -76,14 +78,13 @@ default_cfgs = generate_default_cfgs({
     'spikformer_v2_4_384_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_128_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_64_patch4_32.fashion_mnist': _cfg(
-        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist'),
-        label_names=(
-            'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
-        **_FASHION_MNIST,
-    ),
+        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist'), **_FASHION_MNIST),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist_t4': _cfg(
+        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist_t4'), **_FASHION_MNIST),
     'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_64_patch4_32.mae_fashion_mnist': _cfg(
-        file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'), **{**_FASHION_MNIST, 'num_classes': 0}),
+        file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'),
+        **{**_FASHION_MNIST, 'num_classes': 0, 'label_names': None}),
     'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
     'spikformer_v2_2_256_patch16_128.dvs128_gesture': _cfg(**_DVS128_GESTURE),
     'test_spikformer_v2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
