@@ -97,12 +97,12 @@ def check_number(
         below: Exclusive upper bound; by default the number must be finite.
         maximum: Inclusive upper bound, used instead of `below`.
     """
+    if _is_number(value) and (value >= 0 if above is None else value > above) and (
+            value < below if maximum is None else value <= maximum):
+        return
     lower = 'at least 0' if above is None else f'greater than {above:g}'
     if maximum is not None:
         upper = f' and at most {maximum:g}'
     else:
         upper = ' and finite' if below == math.inf else f' and less than {below:g}'
-    is_valid = _is_number(value) and (value >= 0 if above is None else value > above) and (
-        value < below if maximum is None else value <= maximum)
-    if not is_valid:
-        raise ValueError(f'{name} must be {lower}{upper}, got {value!r}.')
+    raise ValueError(f'{name} must be {lower}{upper}, got {value!r}.')
