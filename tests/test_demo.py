@@ -416,6 +416,8 @@ def test_ascii_and_narrow_terminals(encoding, width, folder, tmp_path):
     (['--mask-ratio', 'nan'], '--mask-ratio must be greater than 0 and less than 1, got nan'),
     (['--time-steps', 10 ** 25], '--time-steps must be at most 2147483647, got 1'),
     (['--batch-size', 10 ** 25], '--batch-size must be at most 2147483647, got 1'),
+    (['--labeled', 1], 'Fine-tuning has 1 image.*Raise --labeled, which is 1, or lower --batch-size'),
+    (['--batch-size', 10_000], 'Training has .* fewer than its batch size of 10000. Lower --batch-size'),
     (['--seed', -1], '--seed must be from 0'),
     (['--device', 'abacus'], '--device abacus cannot be used'),
     (['--stages', 'classify', '--data', '.'], '--data has no effect on it. Omit --data or classify'),

@@ -17,6 +17,7 @@ from timm_spikformer import folders
 from timm_spikformer.folders import (
     MANIFEST,
     check_output,
+    check_writable,
     lock_folder_for_run,
     manifest_files,
     remove_files,
@@ -254,6 +255,17 @@ def test_read_only_file_system(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='Read-only file system; nothing was written') as info:
         write(tmp_path / 'out', {'a': '1'})
     assert info.value.filename == str(tmp_path / 'out') and not os.listdir(tmp_path)
+    for folder in (tmp_path, tmp_path / 'new' / 'out'):
+        with pytest.raises(OSError, match='Read-only file system; nothing was written') as info:
+            check_writable(folder)
+        assert info.value.filename == str(folder)
+
+
+def test_check_of_writable_folder_leaves_no_files(tmp_path):
+    (tmp_path / 'out').mkdir()
+    for folder in (tmp_path / 'out', tmp_path / 'new' / 'out'):
+        check_writable(folder)
+    assert read(tmp_path) == {} and [*tmp_path.iterdir()] == [tmp_path / 'out']
 
 
 def test_write_file_and_remove_files(tmp_path):

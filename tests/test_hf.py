@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_neurons_fire, calibrate
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -252,10 +253,20 @@ def test_gradient_checkpointing(cls, images):
     (dict(num_attention_heads=5), 'num_attention_heads=5'),
     (dict(time_steps=0), 'time_steps must be at least 1, got 0'),
     (dict(mask_ratio=1.0), 'mask_ratio must be greater than 0 and less than 1, got 1.0'),
+    (dict(patch_size=0), 'patch_size must be at least 1, got 0'),
+    (dict(image_size=[224]), 'image_size must be one integer, or a height and a width'),
 ])
 def test_bad_configurations(kwargs, message):
-    with pytest.raises(Exception, match=message):
+    is_type = 'hidden_size' in kwargs
+    with pytest.raises(
+            StrictDataclassFieldValidationError if is_type else StrictDataclassClassValidationError, match=message):
         SpikformerConfig(**kwargs)
+
+
+def test_configuration_of_other_model():
+    for model in ('resnet18', timm.create_model('resnet18')):
+        with pytest.raises(ValueError, match='Expected a timm_spikformer.Spikformer, .* got a ResNet'):
+            SpikformerConfig.from_timm(model)
 
 
 def test_bad_values(images):
@@ -452,6 +463,8 @@ def test_silent_and_saturated_layers_are_reported(images, tmp_path, caplog):
     assert 'blocks.0.mlp.fc1.lif is silent' in caplog.text and 'blocks.1.mlp.fc1.lif is saturated' in caplog.text
     with pytest.raises(ValueError, match='0 <= silent < saturated <= 1'):
         FiringRateCallback(silent=0.5, saturated=0.1)
+    with pytest.raises(ValueError, match="silent must be at least 0 and at most 1, got 'a'"):
+        FiringRateCallback(silent='a')
 
 
 @pytest.mark.slow

@@ -541,6 +541,26 @@ def test_images_with_one_channel(tmp_path):
         make_loader(images, dict(CONFIG, input_size=(2, 32, 32)), 2)
 
 
+@pytest.mark.parametrize('sample, message', [
+    (lambda images: images.sample_stratified(-1, 0), 'count must be an integer of at least 0, got -1'),
+    (lambda images: images.sample_stratified(10, -1), 'seed must be an integer of at least 0, got -1'),
+    (lambda images: images.sample_evenly(-1), 'count must be an integer of at least 0, got -1'),
+    (lambda images: images.sample_evenly(2.5), 'count must be an integer of at least 0, got 2.5'),
+    (lambda images: images.hold_out(0, fraction=1.), 'fraction must be greater than 0 and less than 1, got 1.0'),
+])
+def test_bad_samples_raise(sample, message):
+    with pytest.raises(ValueError, match=message):
+        sample(read_splits()['test'])
+
+
+def test_images_without_labels_cannot_be_sampled_by_class():
+    images = read_splits()['test']
+    images.labels = None
+    for function in (lambda: images.sample_stratified(10, 0), lambda: images.hold_out(0), images.digest):
+        with pytest.raises(ValueError, match='1,000 images of Fashion-MNIST, test split: there are no labels'):
+            function()
+
+
 def test_loader_does_not_change_images(tmp_path):
     images = read_splits(write_tree(tmp_path, 'a/1.png', 'b/2.png'))['all']
     list(make_loader(images, CONFIG, 2, augment=True))

@@ -36,7 +36,8 @@ def test_shapes_are_checked(logits, target):
         TETLoss()(logits, target)
 
 
-@pytest.mark.parametrize('kwargs', [dict(weight=1.), dict(constant=float('nan')), dict(label_smoothing=2.)])
+@pytest.mark.parametrize('kwargs', [
+    dict(weight=1.), dict(constant=float('nan')), dict(constant='a'), dict(label_smoothing=2.)])
 def test_arguments_are_checked(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         TETLoss(**kwargs)

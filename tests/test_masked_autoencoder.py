@@ -192,6 +192,12 @@ def test_bad_masks(images, kwargs, message):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(mask_ratio=0.), 'mask_ratio must be greater than 0 and less than 1, got 0'),
     (dict(mask_ratio=1.), 'got 1'),
+    (dict(mask_ratio='a'), "mask_ratio must be greater than 0 and less than 1, got 'a'"),
+    (dict(mask_unit='a'), "mask_unit must be an integer of at least 1, got 'a'"),
+    (dict(decoder_embed_dim=0), 'decoder_embed_dim must be an integer of at least 1, got 0'),
+    (dict(decoder_depth=-1), 'decoder_depth must be an integer of at least 0, got -1'),
+    (dict(decoder_num_heads=0), 'decoder_num_heads must be an integer of at least 1, got 0'),
+    (dict(decoder_mlp_ratio=0), 'decoder_mlp_ratio must be a finite number greater than 0, got 0'),
     (dict(mask_unit=24), 'mask_unit must be a multiple of the patch size 16, got 24'),
     (dict(decoder_embed_dim=30, decoder_num_heads=2), 'divisible by 4.*got 30'),
 ])
@@ -208,7 +214,7 @@ def test_bad_inputs(images):
         mae(images[:, :, :40])
     with pytest.raises(ValueError, match='multiples of the patch size 16'):
         mae(images[:, :, :40], bool_masked_pos=torch.arange(8).repeat(16, 1) > 3)
-    with pytest.raises(TypeError, match='must be a Spikformer, got ResNet'):
+    with pytest.raises(ValueError, match='must be a Spikformer, got ResNet'):
         SpikformerMAE(timm.create_model('test_resnet'))
 
 

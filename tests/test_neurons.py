@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
 from timm_spikformer import LIF, lif
-from timm_spikformer.neurons import lif_plain
+from timm_spikformer.neurons import lif_plain, membrane_potentials
 
 DTYPES = (torch.float32, torch.bfloat16)
 BACK_ENDS = dict(eager=lif, plain=lif_plain)
@@ -161,6 +162,31 @@ def test_scripted_neuron_has_gradients():
     assert spikes.any() and torch.equal(out.detach(), spikes) and x.grad.abs().min() > 0
 
 
-def test_bad_tau():
-    with pytest.raises(ValueError, match='tau must be greater than 1'):
-        LIF(tau=0.5)
+@pytest.mark.parametrize('name, value, expected', [
+    *[('tau', value, 'greater than 1 and at most inf') for value in (1, 0.5, 0., -1., math.nan, None)],
+    *[('v_threshold', value, 'greater than 0 and at most inf') for value in (0., -1., math.nan, '1')],
+    *[('alpha', value, 'greater than 0 and finite') for value in (0, -4., math.inf, math.nan)],
+])
+def test_constants_out_of_range(name, value, expected):
+    functions = [LIF, *(lambda f=f, **kwargs: f(torch.rand(2, 3), **kwargs) for f in (lif, lif_plain))]
+    if name != 'alpha':
+        functions.append(lambda **kwargs: membrane_potentials(torch.rand(2, 3), **kwargs))
+    for function in functions:
+        with pytest.raises(ValueError, match=f'{name} must be {expected}, got {value!r}'):
+            function(**{name: value})
+
+
+def test_infinite_constants_and_tensors_are_accepted():
+    x = torch.full((3, 2), 5.)
+    assert not lif(x, tau=math.inf).any() and not LIF(v_threshold=math.inf)(x).any()
+    tau = torch.tensor(2., requires_grad=True)
+    spikes = lif(x, tau=tau)
+    spikes.sum().backward()
+    assert torch.equal(spikes.detach(), lif(x)) and tau.grad != 0
+
+
+@pytest.mark.parametrize('shape', [(), (0, 3)])
+def test_currents_without_time_steps(shape):
+    for function in (lif, membrane_potentials):
+        with pytest.raises(ValueError, match='at least one time step'):
+            function(torch.rand(shape))

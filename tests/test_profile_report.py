@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments
 
 from timm_spikformer import (
+    FiringRateCallback,
     ProfileCallback,
     SpikformerForImageClassification,
     SpikformerForMaskedImageModeling,
@@ -309,8 +310,25 @@ def test_callback(model, images, labels, tmp_path):
     assert metrics['profile/energy_mj'] == pytest.approx(expected.totals.energy_mj)
     tags, _ = read_events(tmp_path / 'runs' / 'profile')
     assert 'profile/rasters' in tags['images'] and 'profile/energy_mj/mlp' in tags['scalars']
-    with pytest.raises(ValueError, match='max_batches must be at least 1'):
+    with pytest.raises(ValueError, match='max_batches must be an integer of at least 1'):
         ProfileCallback(max_batches=0)
+
+
+@v2_alone
+def test_callback_after_diverged_training_warns(model, images, labels, tmp_path, caplog):
+    hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model))
+    torch.nn.init.constant_(hf.timm_model.blocks[1].mlp.fc1.linear.weight, torch.nan)
+    data = [dict(pixel_values=x, labels=y) for x, y in zip(images, labels)]
+    args = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=8, report_to='none', eval_strategy='steps', eval_steps=1,
+        use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True)
+    trainer = SpikformerTrainer(
+        hf, args, train_dataset=data, eval_dataset=data, callbacks=[ProfileCallback(), FiringRateCallback()])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert 'Step 1: there is no profile. The output of stem.stages.0.down contains NaN' in caplog.text
+    assert 'layers are NaN, first in timm_model.blocks.1.mlp.fc1.lif, because' in caplog.text
+    assert not any('profile/energy_mj' in entry for entry in trainer.state.log_history)
 
 
 # -- the command
@@ -433,6 +451,9 @@ def test_command_in_non_utf8_terminals(encoding, width, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['resnet18'], "There is no Spikformer 'resnet18'"),
     (['spikformer_v2_8_512'], 'Specify weights with --checkpoint, or use random weights with --calibrate'),
+    ([f'{SHIPPED}.nope'],
+     f"There are no weights named '{SHIPPED}.nope', expected {SHIPPED} or one of {SHIPPED}.fashion_mnist, "),
+    ([f'{SHIPPED}.nope', '--calibrate'], 'There are no weights named'),
     ([SHIPPED, '--time-steps', '0'], '--time-steps must be at least 1'),
     ([SHIPPED, '--images', '0'], '--images must be at least 1'),
     ([SHIPPED, '--time-steps', '1', f'1{"0" * 25}'], '--time-steps must be at most 2147483647'),
@@ -447,6 +468,17 @@ def test_command_with_bad_input(args, message, tmp_path, capsys):
         run(tmp_path, *args)
     assert str(e.value).startswith('error: ') and message in str(e.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_command_checks_output_before_it_measures(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError('the model is loaded before the output folder is checked')
+
+    monkeypatch.setattr('timm_spikformer.profiling.run._load', fail)
+    (tmp_path / 'file').write_text('x')
+    for folder in (tmp_path / 'file' / 'out', '/proc/out'):
+        with pytest.raises(SystemExit, match=f'error: {folder}.*'):
+            cli.main(['profile', SHIPPED, '--output', str(folder)])
 
 
 def test_command_on_empty_folder(tmp_path):

@@ -532,7 +532,10 @@ def test_csv(model, images):
     (lambda m, x: profile(m, [{'image': x}]), 'pixel_values'),
     (lambda m, x: profile(m, x, time_steps=0), 'at least 1'),
     (lambda m, x: profile(m, x, cost='fp64'), "no cost model 'fp64'"),
-    (lambda m, x: profile(m, x, cost=(-1., 0.)), 'not negative'),
+    (lambda m, x: profile(m, x, cost=(-1., 0.)), 'mac_pj must be at least 0 and finite, got -1.0'),
+    (lambda m, x: profile(m, x, cost=5), 'Expected two values'),
+    (lambda m, x: CostModel('mine', '4.6', 0.9), "mac_pj must be at least 0 and finite, got '4.6'"),
+    (lambda m, x: profile(m, [x], max_batches=-1), 'max_batches must be an integer of at least 1, got -1'),
     (lambda m, x: profile(m, x).layer('blocks.7'), "no layer 'blocks.7'"),
     (lambda m, x: profile(m, x).with_conventions(residual='max'), "residual must be one of 'sum'"),
     (lambda m, x: profile(nn.Linear(3, 3), x), 'Expected a Spikformer'),
@@ -541,6 +544,27 @@ def test_csv(model, images):
 def test_bad_input(model, images, make, message):
     with pytest.raises(ValueError, match=message):
         make(model, images)
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+@pytest.mark.parametrize('name, message', [
+    ('images', 'The input of stem.stages.0.{first}conv contains NaN or infinity'),
+    ('stem.stages.2.{first}conv', 'The output of stem.stages.2'),
+    ('blocks.0.attn.qkv.linear', 'The output of blocks.0.attn.qkv contains NaN or infinity'),
+    ('blocks.1.mlp.fc1.linear', 'The output of blocks.1.mlp.fc1 contains NaN or infinity'),
+    ('head.fc', 'The output of head.fc contains NaN or infinity'),
+])
+def test_first_layer_with_nonfinite_activations_is_named(model, images, name, message, value):
+    first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)).split('.')[3]
+    x = images.clone()
+    if name == 'images':
+        x[3, 0, 5, 5] = value
+        message = f'The input of stem.stages.0.{first} contains NaN or infinity'
+    else:
+        nn.init.constant_(model.get_submodule(name.format(first=f'{first}.')).weight, value)
+    with pytest.raises(ValueError, match=message):
+        profile(model, [images[:2], x] if name == 'images' else [x])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_labels_can_be_ignored(model, images):

@@ -1,4 +1,5 @@
 """The training loop of the demo and the study."""
+import pytest
 import timm
 import torch
 from timm.utils import random_seed
@@ -28,6 +29,38 @@ def run(tmp_path, **recipe):
         model, classify, images, training_data_config(), Recipe(2, 1e-2, 32, **recipe),
         tmp_path / 'new' / 'x.pth.tar', 'Test', 'test', {}, callback=Modes())
     return result, images, modes
+
+
+@pytest.mark.parametrize('recipe, message', [
+    (dict(epochs=0), 'epochs must be an integer of at least 1, got 0'),
+    (dict(batch_size=0), 'batch_size must be an integer of at least 1, got 0'),
+    (dict(batch_size=33), 'Run: the training data is 32 images of Fashion-MNIST, .* fewer than the batch_size of 33'),
+    (dict(lr='1e-3'), "lr must be at least 0 and finite, got '1e-3'"),
+    (dict(fixed_bn=2.), 'fixed_bn must be at least 0 and at most 1, got 2.0'),
+    (dict(ema_decay=1.5), 'ema_decay must be at least 0 and at most 1, got 1.5'),
+    (None, 'Run: 32 images of Fashion-MNIST, .* have no labels'),
+])
+def test_bad_settings(recipe, message, tmp_path):
+    images = read_splits()['train'].sample_stratified(32, seed=0)
+    if recipe is None:
+        images.labels = None
+    recipe = Recipe(**{**dict(epochs=1, lr=1e-2, batch_size=16), **(recipe or {})})
+    with pytest.raises(ValueError, match=message):
+        train(
+            timm.create_model('spikformer_v2_2_64_patch4_32', num_classes=10, img_size=28, embed_dim=16), classify,
+            images, training_data_config(), recipe, tmp_path / 'new' / 'x.pth.tar', 'Run', 'test', {})
+    assert not (tmp_path / 'new').exists()
+
+
+def test_evaluation_of_diverged_model_raises():
+    model = timm.create_model('spikformer_v2_2_64_patch4_32', num_classes=10, img_size=28, embed_dim=16)
+    batch = torch.rand(2, 3, 28, 28), torch.tensor([0, 1])
+    evaluate(model, [batch])
+    torch.nn.init.constant_(model.blocks[0].mlp.fc1.linear.weight, torch.nan)
+    with pytest.raises(ValueError, match='The logits contain NaN'):
+        evaluate(model, [batch])
+    with pytest.raises(ValueError, match='There is no data'):
+        evaluate(model, [])
 
 
 def test_fixed_bn(tmp_path):

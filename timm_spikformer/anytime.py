@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_number
 from .network import find_spikformer
 from .neurons import StatefulInference
 
@@ -59,7 +60,7 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
 
     Raises:
         ValueError: The model has no classifier, is in train mode, or contains a module that cannot run step by step; or
-            the shape of `x` is invalid or `confidence` is out of range.
+            the shape of `x` is invalid or `confidence` is out of range; or the probabilities of a sample are NaN.
 
     >>> import timm
     >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', pretrained=True, time_steps=2).eval()
@@ -67,8 +68,7 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
     tensor([1, 1, 1])
     """
     encoder = find_spikformer(model)
-    if not 0. < confidence <= 1.:
-        raise ValueError(f'confidence must be a probability greater than 0 and at most 1, got {confidence}.')
+    check_number('confidence', confidence, above=0, maximum=1)
     if encoder.num_classes == 0:
         raise ValueError('predict_anytime requires a classifier; call reset_classifier(num_classes).')
     if x.ndim not in (4, 5):
@@ -87,7 +87,12 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
             logits = torch.empty_like(out)
         logits[remaining] = out
         steps[remaining] = t + 1
-        is_below = out.float().softmax(-1).amax(-1) < confidence
+        highest = out.float().softmax(-1).amax(-1)
+        if highest.isnan().any():
+            raise ValueError(
+                f'The logits of {highest.isnan().sum()} of {len(highest)} samples contain NaN or infinity after '
+                f'{t + 1} time step(s), so there is no prediction. Check the input and the weights of the model.')
+        is_below = highest < confidence
         if not is_below.any():
             break
         if not is_below.all():

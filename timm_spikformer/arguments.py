@@ -3,7 +3,8 @@ import math
 import numbers
 from typing import Any, Optional
 
-__all__ = ['check_count', 'check_integer', 'check_number', 'check_pooling', 'check_positive', 'check_rate']
+__all__ = [
+    'check_count', 'check_finite', 'check_integer', 'check_number', 'check_pooling', 'check_positive', 'check_rate']
 
 _HIGHEST = 2 ** 31 - 1
 _POOLINGS = ('', 'avg', 'max', 'avgmax', 'catavgmax')  # pooling types of timm's SelectAdaptivePool2d
@@ -21,8 +22,22 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_number(value) and math.isfinite(value)
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Check that a value is a finite number.
+
+    Raises:
+        ValueError: The value is not such a number.
+    """
+    if not _is_finite(value):
+        raise ValueError(f'{name} must be a finite number, got {value!r}.')
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -66,14 +81,28 @@ def check_count(option: str, value: int) -> None:
         raise ValueError(f'{option} must be at most {_HIGHEST}, got {value}.')
 
 
-def check_number(option: str, value: float, above: Optional[float] = None, below: float = math.inf) -> None:
-    """Raise a ValueError if the value of an option is not finite or not in its range.
+def check_number(
+        name: str,
+        value: Any,
+        above: Optional[float] = None,
+        below: float = math.inf,
+        maximum: Optional[float] = None,
+) -> None:
+    """Raise a ValueError if the value of an argument or option is not a number in its range.
 
     Args:
+        name: Name of the argument or option.
+        value: Its value.
         above: Exclusive lower bound; by default the number must be at least 0.
-        below: Exclusive upper bound.
+        below: Exclusive upper bound; by default the number must be finite.
+        maximum: Inclusive upper bound, used instead of `below`.
     """
+    if _is_number(value) and (value >= 0 if above is None else value > above) and (
+            value < below if maximum is None else value <= maximum):
+        return
     lower = 'at least 0' if above is None else f'greater than {above:g}'
-    upper = ' and finite' if below == math.inf else f' and less than {below:g}'
-    if not (value >= 0 if above is None else value > above) or not value < below:
-        raise ValueError(f'{option} must be {lower}{upper}, got {value}.')
+    if maximum is not None:
+        upper = f' and at most {maximum:g}'
+    else:
+        upper = ' and finite' if below == math.inf else f' and less than {below:g}'
+    raise ValueError(f'{name} must be {lower}{upper}, got {value!r}.')

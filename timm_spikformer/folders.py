@@ -29,8 +29,8 @@ from .temporaries import (
 )
 
 __all__ = [
-    'MANIFEST', 'check_file', 'check_output', 'lock_folder_for_run', 'manifest_files', 'remove_files', 'write_file',
-    'write_folder', 'write_manifest', 'write_new_file']
+    'MANIFEST', 'check_file', 'check_output', 'check_writable', 'lock_folder_for_run', 'manifest_files', 'remove_files',
+    'write_file', 'write_folder', 'write_manifest', 'write_new_file']
 
 PathLike = Union[str, 'os.PathLike[str]']
 # Allowed SHA-256 digests by path in the folder, with '/'. A file has two digests while it is being replaced.
@@ -106,6 +106,18 @@ def check_output(
             for name in (*old.files, *names):
                 _check_replaceable(path, name, old.files)
     return path
+
+
+def check_writable(folder: PathLike) -> None:
+    """Check that a folder can be written, before a long computation. Nothing remains on the disk.
+
+    Raises:
+        OSError: The folder cannot be created, or no file can be created in it.
+    """
+    path = Path(os.path.abspath(folder))
+    parent = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    with create_temporary(path, parent, is_folder=True):
+        pass
 
 
 def manifest_files(folder: PathLike) -> List[str]:

@@ -20,6 +20,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .arguments import check_integer, check_number
 from .pretrained import get_training_cfg
 
 __all__ = [
@@ -175,11 +176,21 @@ class Images(Dataset):
         return selected
 
     def sample_evenly(self, count: int) -> 'Images':
-        """Return at most `count` images, evenly spaced."""
+        """Return at most `count` images, evenly spaced.
+
+        Raises:
+            ValueError: `count` is negative or not an integer.
+        """
+        check_integer('count', count, 0)
         return self if count >= len(self) else self.select(np.linspace(0, len(self) - 1, count).round())
 
     def sample_stratified(self, count: int, seed: int) -> 'Images':
-        """Return at most `count` images, sampled randomly (`seed`) from each class in proportion to its size."""
+        """Return at most `count` images, sampled randomly (`seed`) from each class in proportion to its size.
+
+        Raises:
+            ValueError: `count` or `seed` is negative or not an integer, or there are no labels.
+        """
+        check_integer('count', count, 0)
         if count >= len(self):
             return self
         order, rank, sizes = self._rank_within_class(seed)
@@ -193,11 +204,12 @@ class Images(Dataset):
 
         Args:
             seed: Random seed for choosing the images.
-            fraction: Fraction of each class to hold out, but at least one image.
+            fraction: Fraction of each class to hold out, greater than 0 and less than 1, but at least one image.
 
         Raises:
-            ValueError: Every class has only one image.
+            ValueError: Every class has only one image, there are no labels, or an argument is out of its range.
         """
+        check_number('fraction', fraction, above=0, below=1)
         order, rank, sizes = self._rank_within_class(seed)
         held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(fraction * sizes + 0.5)))
         is_test = rank < held_out[self.labels[order]]
@@ -208,7 +220,12 @@ class Images(Dataset):
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the encoded images and their labels, in order."""
+        """Return the SHA-256 of the encoded images and their labels, in order.
+
+        Raises:
+            ValueError: There are no labels.
+        """
+        self._check_labels()
         total = hashlib.sha256()
         for i, label in zip(self._indices, self.labels):
             with self.source.open(int(i)) as stream:
@@ -231,8 +248,14 @@ class Images(Dataset):
         self.mode = modes[channels]
         return create_loader(self, batch_size=batch_size, use_prefetcher=use_prefetcher, **config, **options)
 
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            raise ValueError(f'{self.description}: there are no labels.')
+
     def _rank_within_class(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`."""
+        self._check_labels()
+        check_integer('seed', seed, 0)
         order = np.random.default_rng(seed).permutation(len(self))
         sizes = np.bincount(self.labels)
         by_class = np.argsort(self.labels[order], kind='stable')
@@ -466,8 +489,7 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     Raises:
         ValueError: The images have no labels, or have classes that the model does not have.
     """
-    if images.labels is None:
-        raise ValueError(f'{images.description}: there are no labels.')
+    images._check_labels()
     _check_names(names, 'The model')
     if names is None or images.classes is None:
         count = images.labels.max() + 1 if images.classes is None else len(images.classes)

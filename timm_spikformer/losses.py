@@ -1,10 +1,8 @@
 """Losses on the logits of each time step."""
-import math
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_rate
+from .arguments import check_finite, check_rate
 
 __all__ = ['TETLoss']
 
@@ -33,8 +31,7 @@ class TETLoss(nn.Module):
         super().__init__()
         check_rate('weight', weight)
         check_rate('label_smoothing', label_smoothing)
-        if not math.isfinite(constant):
-            raise ValueError(f'constant must be a finite number, got {constant}.')
+        check_finite('constant', constant)
         self.weight = weight
         self.constant = constant
         self.label_smoothing = label_smoothing

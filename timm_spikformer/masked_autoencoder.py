@@ -17,6 +17,7 @@ from timm.models import get_arch_pretrained_cfgs
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .arguments import check_integer, check_number, check_positive
 from .network import Spikformer
 from .pretrained import check_shipped_weights, shipped_weights
 
@@ -63,7 +64,7 @@ class MAEDecoder(nn.Module):
         mlp_ratio: Ratio of the MLP's hidden width to embed_dim.
 
     Raises:
-        ValueError: `embed_dim` is not divisible by 4 and by `num_heads`.
+        ValueError: `embed_dim` is not divisible by 4 and by `num_heads`, or a value is out of its range.
     """
 
     def __init__(
@@ -79,6 +80,10 @@ class MAEDecoder(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        check_integer('decoder_embed_dim', embed_dim, 1)
+        check_integer('decoder_depth', depth, 0)
+        check_integer('decoder_num_heads', num_heads, 1)
+        check_positive('decoder_mlp_ratio', mlp_ratio)
         if embed_dim % 4 != 0 or embed_dim % num_heads != 0:
             raise ValueError(
                 f'decoder_embed_dim must be divisible by 4 (for the position embedding) and by '
@@ -183,18 +188,16 @@ class SpikformerMAE(nn.Module):
             norm_pix_loss: Reconstruct patches normalized by their own mean and standard deviation.
 
         Raises:
-            TypeError: `encoder` is not a Spikformer.
-            ValueError: `mask_ratio` is not in (0, 1), `mask_unit` is not a multiple of the patch size, or
-                `decoder_embed_dim` is invalid.
+            ValueError: `encoder` is not a Spikformer, `mask_ratio` is not in (0, 1), `mask_unit` is not a multiple of
+                the patch size, or an argument of the decoder is invalid.
         """
         super().__init__()
         if not isinstance(encoder, Spikformer):
-            raise TypeError(f'encoder must be a Spikformer, got {type(encoder).__name__}.')
-        if not 0. < mask_ratio < 1.:
-            raise ValueError(f'mask_ratio must be greater than 0 and less than 1, got {mask_ratio}.')
+            raise ValueError(f'encoder must be a Spikformer, got {type(encoder).__name__}.')
+        check_number('mask_ratio', mask_ratio, above=0, below=1)
         self.patch_size = encoder.patch_size
         self.mask_unit = self.patch_size if mask_unit is None else mask_unit
-        if self.mask_unit < 1 or self.mask_unit % self.patch_size != 0:
+        if check_integer('mask_unit', self.mask_unit, 1) % self.patch_size != 0:
             raise ValueError(f'mask_unit must be a multiple of the patch size {self.patch_size}, got {mask_unit}.')
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss

@@ -8,6 +8,7 @@ Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `d
 to share.
 """
 import contextlib
+import math
 from contextvars import ContextVar
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .arguments import check_integer, check_number
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
 from .kernels.rules import back_end, context_fallback_reason, record_original_methods, runs_in_kernel
 
@@ -27,6 +29,24 @@ __all__ = [
     'membrane_potentials',
     'record_membrane_potentials',
 ]
+
+
+def _check_currents(x: Tensor) -> None:
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise ValueError(f'Expected currents [T, ...] of at least one time step, got shape {x.shape}.')
+
+
+def _check_constants(tau: Any, v_threshold: Any, alpha: Any = 4.) -> None:
+    """Check the constants of a neuron. Tensors are not checked, because reading them from a GPU would wait for it.
+
+    Raises:
+        ValueError: A constant is not a number, or is out of its range.
+    """
+    # an infinite tau or v_threshold is a neuron that never charges or never fires; an infinite alpha would give NaN
+    for name, value, above, maximum in (
+            ('tau', tau, 1, math.inf), ('v_threshold', v_threshold, 0, math.inf), ('alpha', alpha, 0, None)):
+        if not isinstance(value, Tensor):
+            check_number(name, value, above=above, maximum=maximum)
 
 
 def lif_plain(
@@ -44,7 +64,12 @@ def lif_plain(
         v_threshold: See `lif`.
         alpha: See `lif`.
         has_grad: Whether to include the surrogate. False keeps it out of exported inference graphs.
+
+    Raises:
+        ValueError: A constant is out of its range.
     """
+    if not torch.jit.is_scripting():
+        _check_constants(tau, v_threshold, alpha)
     spikes, v = _lif_steps(x, None, tau, v_threshold, alpha, has_grad)
     return spikes
 
@@ -133,21 +158,23 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
     Args:
         x: Input current, `[T, ...]`, floating point. It may be expanded over time; its memory format is preserved.
         tau: Membrane time constant, in time steps, > 1.
-        v_threshold: Firing threshold.
-        alpha: Steepness of the surrogate gradient.
+        v_threshold: Firing threshold, > 0.
+        alpha: Steepness of the surrogate gradient, > 0.
 
     Returns:
         Binary spikes, 0 or 1, of the shape and dtype of `x`.
 
     Raises:
-        ValueError: `x` has no time dimension or zero time steps.
+        ValueError: `x` has no time dimension or zero time steps, or a constant is out of its range.
 
     >>> lif(torch.tensor([[2.0, 1.0], [2.0, 1.5]]))
     tensor([[1., 0.],
             [1., 1.]])
     """
-    if not torch.jit.is_tracing() and (x.ndim == 0 or x.shape[0] == 0):
-        raise ValueError(f'Expected currents [T, ...] of at least one time step, got shape {x.shape}.')
+    if not torch.jit.is_scripting():
+        _check_constants(tau, v_threshold, alpha)
+    if not torch.jit.is_tracing():
+        _check_currents(x)
     if torch.jit.is_scripting():
         return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
     if torch.jit.is_tracing():  # even under no_grad, so that the traced graph can be trained
@@ -162,11 +189,11 @@ class LIF(nn.Module):
 
     Args:
         tau: Membrane time constant, in time steps, > 1.
-        v_threshold: Firing threshold.
-        alpha: Steepness of the surrogate gradient.
+        v_threshold: Firing threshold, > 0.
+        alpha: Steepness of the surrogate gradient, > 0.
 
     Raises:
-        ValueError: `tau` is not greater than 1.
+        ValueError: A constant is out of its range.
 
     >>> LIF(v_threshold=0.5)(torch.ones(2, 1, 1)).flatten()
     tensor([1., 1.])
@@ -174,8 +201,7 @@ class LIF(nn.Module):
 
     def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0):
         super().__init__()
-        if not tau > 1.:
-            raise ValueError(f'tau must be greater than 1 time step, got {tau}.')
+        _check_constants(tau, v_threshold, alpha)
         self.tau = float(tau)
         self.v_threshold = float(v_threshold)
         self.alpha = float(alpha)
@@ -206,15 +232,20 @@ def membrane_potentials(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0) -
     Args:
         x: Input current, `[T, ...]`.
         tau: Membrane time constant, in time steps, > 1.
-        v_threshold: Firing threshold.
+        v_threshold: Firing threshold, > 0.
 
     Returns:
         h and v, `[T, ...]`, float32 (float64 for float64 input). spikingjelly's neurons store v as `v_seq`.
+
+    Raises:
+        ValueError: `x` has no time dimension or zero time steps, or a constant is out of its range.
 
     >>> h, v = membrane_potentials(torch.tensor([[1.5], [1.5]]))
     >>> h.flatten().tolist(), v.flatten().tolist()
     ([0.75, 1.125], [0.75, 0.0])
     """
+    _check_constants(tau, v_threshold)
+    _check_currents(x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     v = torch.zeros_like(x[0])
     before_reset, after_reset = [], []
@@ -294,7 +325,8 @@ class StatefulInference:
         time_steps: Number of time steps per call for images `[B, C, H, W]`; ignored for sequences.
 
     Raises:
-        ValueError: The model contains a module that cannot run in parts, or a call has a different batch shape.
+        ValueError: The model contains a module that cannot run in parts, a call has a different batch shape, or
+            `time_steps` is not an integer of at least 1.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2').eval()
@@ -307,7 +339,7 @@ class StatefulInference:
 
     def __init__(self, model: nn.Module, time_steps: int = 1):
         self.model = model
-        self.time_steps = time_steps
+        self.time_steps = check_integer('time_steps', time_steps, 1)
         _check_can_run_stepwise(model)
         self._states: List[Tuple[Any, ...]] = []
         self._next_index = 0

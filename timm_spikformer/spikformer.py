@@ -11,7 +11,13 @@ paper and its published parameter counts; docstrings state which choices are thi
 from typing import Any, Dict
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, list_models, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    list_models,
+    register_model,
+)
 from torch import Tensor
 
 from ._timm import FeatureGetterNet
@@ -19,7 +25,7 @@ from .checkpoints import check_keys, checkpoint_filter_fn
 from .network import Spikformer, find_spikformer
 from .pretrained import locate_weights, shipped_weights
 
-__all__ = ['Spikformer', 'check_model_name', 'find_spikformer']
+__all__ = ['Spikformer', 'check_model_name', 'check_model_tag', 'find_spikformer']
 
 
 def check_model_name(name: str) -> None:
@@ -31,6 +37,19 @@ def check_model_name(name: str) -> None:
     models = list_models(module='spikformer')
     if name not in models:
         raise ValueError(f'There is no Spikformer {name!r}, expected one of {", ".join(models)}.')
+
+
+def check_model_tag(name: str) -> None:
+    """Check the name of a model with or without a tag, `MODEL` or `MODEL.TAG`.
+
+    Raises:
+        ValueError: It is not the name of a registered Spikformer, or the model has no such tag.
+    """
+    model, dot, _ = name.partition('.')
+    check_model_name(model)
+    tagged = list(get_arch_pretrained_cfgs(model))
+    if dot and name not in tagged:
+        raise ValueError(f'There are no weights named {name!r}, expected {model} or one of {", ".join(tagged)}.')
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from .arguments import check_integer, check_number
 from .folders import write_file
 from .images import Images, make_loader
 from .losses import TETLoss
@@ -147,12 +148,23 @@ def init_bn_bias(model: nn.Module) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
-    """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer."""
+    """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer.
+
+    Raises:
+        ValueError: There are no images, or a logit is NaN, as of a model whose training has diverged.
+    """
     model.eval()
     top1 = AverageMeter()
     with FiringRateMonitor(model) as monitor:
         for x, y in loader:
-            top1.update(accuracy(model(x), y)[0].item(), len(x))
+            logits = model(x)
+            if logits.isnan().any():
+                raise ValueError(
+                    'The logits contain NaN, so the accuracy cannot be computed. Check the images and the weights of '
+                    'the model.')
+            top1.update(accuracy(logits, y)[0].item(), len(x))
+    if top1.count == 0:
+        raise ValueError('There is no data: the loader returned no images.')
     return top1.avg, monitor.rates
 
 
@@ -237,9 +249,11 @@ def train(
         callback: Its methods are called during training.
 
     Raises:
-        ValueError: The loss is not finite, or the checkpoint belongs to another run.
+        ValueError: A setting is out of its range, there are no labels or fewer images than one batch, the loss is not
+            finite, or the checkpoint belongs to another run.
     """
     start = time.time()
+    _check_settings(images, recipe, title)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     callback = callback or Callback()
     device = next(model.parameters()).device
@@ -308,6 +322,21 @@ def train(
     else:  # the averaged running statistics lag behind the weights: with them, many neurons would not fire
         _compute_bn(ema.module, images, config, recipe)
     return TrainingResult(ema.module, history, seconds_before + time.time() - start)
+
+
+def _check_settings(images: Images, recipe: Recipe, title: str) -> None:
+    for name in ('epochs', 'batch_size'):
+        check_integer(name, getattr(recipe, name), 1)
+    for name in ('lr', 'weight_decay', 'warmup_epochs'):
+        check_number(name, getattr(recipe, name))
+    for name in ('fixed_bn', 'ema_decay', 'hflip'):
+        check_number(name, getattr(recipe, name), maximum=1)
+    if images.labels is None:
+        raise ValueError(f'{title}: {images.description} have no labels, which training requires.')
+    if len(images) < recipe.batch_size:
+        raise ValueError(
+            f'{title}: the training data is {images.description}, fewer than the batch_size of {recipe.batch_size}. '
+            f'Lower batch_size.')
 
 
 def _to_channels_last(x: Tensor) -> Tensor:

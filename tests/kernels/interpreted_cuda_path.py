@@ -120,7 +120,7 @@ RAMP = torch.linspace(0., 3., 12).view(3, 4)
     (RAMP[:, :0], {}),
     (RAMP, dict(tau=torch.inf)),
     (RAMP, dict(v_threshold=torch.inf)),
-    (RAMP, dict(alpha=0.)),
+    (RAMP, dict(alpha=1e39)),
 ], ids=['float64', 'one dimension', 'empty', 'tau', 'v_threshold', 'alpha'])
 def test_unsupported_inputs_use_lif_plain(x, kwargs):
     x = x.clone().requires_grad_()

@@ -165,14 +165,15 @@ class _TrainingRun(NamedTuple):
     """Settings and images of a training run."""
     stage: Stage
     images: Images
+    advice: str = 'Lower --batch-size.'
 
     def check(self) -> None:
         """Raise a ValueError if there are fewer images than one batch needs."""
-        stage, images = self
+        stage, images, advice = self
         if len(images) < stage.recipe.batch_size:
             raise ValueError(
-                f'{stage.title} has {len(images)} images, fewer than its batch size of {stage.recipe.batch_size}. '
-                f'Lower --batch-size.')
+                f'{stage.title} has {len(images)} image(s), fewer than its batch size of {stage.recipe.batch_size}. '
+                f'{advice}')
 
 
 def _describe_images(images: Images) -> str:
@@ -199,7 +200,11 @@ class _Demo:
         if args.quick:
             self.images = self.images.sample_stratified(320, args.seed)
             self.test_images = self.test_images.sample_stratified(100, args.seed)
-        labeled_images = self.images.sample_stratified(min(args.labeled, max(1, len(self.images) // 2)), args.seed)
+        most_labeled = max(1, len(self.images) // 2)
+        labeled_images = self.images.sample_stratified(min(args.labeled, most_labeled), args.seed)
+        labeled_advice = 'Lower --batch-size.'
+        if args.labeled < min(most_labeled, args.batch_size):
+            labeled_advice = f'Raise --labeled, which is {args.labeled}, or lower --batch-size.'
 
         def stage(name: str, title: str, epochs: int, cost: float = 1., **kwargs: Any) -> Stage:
             defaults = dict(
@@ -212,8 +217,8 @@ class _Demo:
             _TrainingRun(stage(
                 'pretraining', 'Pre-training', args.pretrain_epochs, lr=args.pretrain_lr,
                 batch_size=2 * args.batch_size, beta2=0.95, cost=_PRETRAINING_COST), self.images),
-            _TrainingRun(stage('finetuning', 'Fine-tuning', args.finetune_epochs), labeled_images),
-            _TrainingRun(stage('scratch', 'From scratch', args.finetune_epochs), labeled_images),
+            _TrainingRun(stage('finetuning', 'Fine-tuning', args.finetune_epochs), labeled_images, labeled_advice),
+            _TrainingRun(stage('scratch', 'From scratch', args.finetune_epochs), labeled_images, labeled_advice),
         ]
         for run in (*self.supervised, *self.self_supervised):
             run.check()
@@ -250,7 +255,7 @@ class _Demo:
             progress: Progress,
     ) -> Tuple[nn.Module, float]:
         """Return the trained model and the training time in seconds."""
-        stage, images = run
+        stage, images = run.stage, run.images
         trained = train(
             model, objective, images, self.config, stage.recipe, self.output / stage.checkpoint, stage.title, KIND,
             self.run_config, self.args.resume, StageProgress(progress, stage, images))

@@ -125,7 +125,9 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
             that for ImageNet.
 
     Raises:
-        ValueError: Values are inconsistent. A value of the wrong type raises a subclass of ValueError.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: A value has the wrong type.
+        huggingface_hub.errors.StrictDataclassClassValidationError: A value is out of its range, or values are
+            inconsistent. The other values are checked when a model is created.
 
     >>> config = SpikformerConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=10)
     >>> config.to_timm_args(num_classes=10)['embed_dim']
@@ -175,6 +177,10 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         if self.time_steps < 1:
             raise ValueError(f'time_steps must be at least 1, got {self.time_steps}.')
+        if self.patch_size < 1:
+            raise ValueError(f'patch_size must be at least 1, got {self.patch_size}.')
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f'image_size must be one integer, or a height and a width, got {self.image_size}.')
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f'hidden_size must be divisible by num_attention_heads, got hidden_size={self.hidden_size} and '
@@ -213,8 +219,18 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @staticmethod
     def fields_from_timm(model) -> Dict[str, Any]:
-        """Return the fields that correspond to the arguments of a timm model."""
+        """Return the fields that correspond to the arguments of a timm model.
+
+        Raises:
+            ValueError: The model is not a Spikformer.
+        """
         from timm.models import get_model_input_config
+
+        from ..network import Spikformer
+        if not isinstance(model, Spikformer):
+            raise ValueError(
+                f'Expected a timm_spikformer.Spikformer, or the registered name of one, got a {type(model).__name__}. '
+                f'The names are those of timm.list_models("*spikformer*").')
         args = dict(model.get_init_args(), img_size=get_model_input_config(model)['input_size'][1:])
         fields = {field: _to_json(args[arg]) for arg, field in _FIELDS_BY_ARG.items()}
         height, width = fields['image_size']
@@ -259,6 +275,9 @@ class SpikformerConfig(BackboneConfigMixin, PreTrainedConfig):
         Args:
             model: Registered name, or a `timm_spikformer.Spikformer`.
             kwargs: Fields of the configuration, which take precedence.
+
+        Raises:
+            ValueError: The model is not a Spikformer.
         """
         if isinstance(model, str):
             import timm

@@ -1,5 +1,6 @@
 """Callbacks and a Trainer for spiking networks."""
 import logging
+import math
 from typing import Any, Dict, Optional
 
 import torch
@@ -7,6 +8,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..arguments import check_number
 from ..monitor import FiringRateMonitor
 
 __all__ = ['FiringRateCallback', 'SpikformerTrainer']
@@ -15,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 class FiringRateCallback(TrainerCallback):
-    """Add firing rates to Trainer's log, and warn about layers that are silent or saturated.
+    """Add firing rates to Trainer's log, and warn about layers that are silent or saturated, or whose spikes are NaN.
 
     Rates (spikes per neuron and time step) are those of the logged training step: `firing_rate` is the mean over
     layers, `firing_rate/NAME` the rate of one layer.
@@ -43,7 +45,9 @@ class FiringRateCallback(TrainerCallback):
             saturated: Rate above which a layer is reported as saturated.
             log_layers: Log the rate of each layer, not only the mean.
         """
-        if not 0. <= silent < saturated <= 1.:
+        for name, value in (('silent', silent), ('saturated', saturated)):
+            check_number(name, value, maximum=1)
+        if silent >= saturated:
             raise ValueError(f'Expected 0 <= silent < saturated <= 1, got silent={silent} and saturated={saturated}.')
         self.silent = silent
         self.saturated = saturated
@@ -74,6 +78,11 @@ class FiringRateCallback(TrainerCallback):
             added.update({f'firing_rate/{name}': rate for name, rate in rates.items()})
         logs.update(added)  # for reporting callbacks
         state.log_history[-1].update(added)
+        bad = [name for name, rate in rates.items() if not math.isfinite(rate)]
+        if bad:
+            _logger.warning(
+                'Step %d: the spikes of %d of %d layers are NaN, first in %s, because a current is NaN or infinite.',
+                state.global_step, len(bad), len(rates), bad[0])
         for name, rate in rates.items():
             if rate < self.silent or rate > self.saturated:
                 what = 'silent' if rate < self.silent else 'saturated'

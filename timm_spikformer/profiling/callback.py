@@ -1,23 +1,29 @@
 """Callback that profiles a model during training with transformers' Trainer."""
 import itertools
+import logging
 import os
 from typing import Any, Dict, Optional
 
 from torch import nn
 from transformers import TrainerCallback
 
+from ..arguments import check_integer
 from .activity import record_activity
 from .counting import profile
+from .recording import NonFiniteError
 from .tensorboard import log_profile
 
 __all__ = ['ProfileCallback']
+
+_logger = logging.getLogger(__name__)
 
 
 class ProfileCallback(TrainerCallback):
     """Profile the model at each evaluation.
 
     Firing rate and energy (mJ per image) are added to Trainer's log; details and pictures are written to TensorBoard.
-    All processes run the profile because the data loader is shared; only the main process writes to TensorBoard.
+    All processes run the profile because the data loader is shared; only the main process writes to TensorBoard. If an
+    activation is NaN or infinite, as after a training that has diverged, a warning replaces the profile.
 
     >>> import tempfile, timm, torch
     >>> from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -40,9 +46,7 @@ class ProfileCallback(TrainerCallback):
             tb_writer: A `SummaryWriter`; by default, one that writes to Trainer's TensorBoard folder.
             options: Options of `timm_spikformer.profiling.profile`: time_steps, conventions, cost.
         """
-        if max_batches < 1:
-            raise ValueError(f'max_batches must be at least 1, got {max_batches}.')
-        self.max_batches = max_batches
+        self.max_batches = check_integer('max_batches', max_batches, 1)
         self.tb_writer = tb_writer
         self.options = options
 
@@ -57,7 +61,11 @@ class ProfileCallback(TrainerCallback):
             **kwargs,
     ) -> None:
         batches = list(itertools.islice(eval_dataloader, self.max_batches))
-        result = profile(model, batches, **self.options)
+        try:
+            result = profile(model, batches, **self.options)
+        except NonFiniteError as e:
+            _logger.warning('Step %d: there is no profile. %s', state.global_step, e)
+            return
         added = {'profile/firing_rate': result.firing_rate, 'profile/energy_mj': result.totals.energy_mj}
         state.log_history[-1].update(added)
         if metrics is not None:

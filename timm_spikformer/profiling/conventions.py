@@ -4,6 +4,7 @@ from typing import Any, Dict, Tuple, Union
 
 from spikingjelly.activation_based.op_counter import LemaireEnergyCostConfig, SimpleEnergyCostConfig
 
+from ..arguments import check_number
 from .choices import CHOICES
 
 __all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
@@ -90,11 +91,8 @@ class CostModel:
     source: str = 'given by the user'
 
     def __post_init__(self) -> None:
-        values = self.mac_pj, self.ac_pj, self.memory_pj_per_byte
-        if not all(0. <= value < float('inf') for value in values):
-            raise ValueError(
-                f'Energies must be finite and not negative, got {values} pJ for a multiply-accumulate, an accumulate '
-                f'and a byte of memory.')
+        for name in ('mac_pj', 'ac_pj', 'memory_pj_per_byte'):
+            check_number(name, getattr(self, name))
 
     def energy_mj(self, macs: Any, acs: Any, memory_bytes: Any) -> Any:
         """Return the energy in millijoules of given numbers (or tensors) of operations and bytes."""
@@ -140,7 +138,7 @@ def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
                 f'There is no cost model {cost!r}, expected one of {", ".join(map(repr, COST_MODELS))}, or a pair of '
                 f'picojoules for a multiply-accumulate and an accumulate.')
         return COST_MODELS[cost]
-    if len(cost) != 2:
+    if not hasattr(cost, '__len__') or len(cost) != 2:
         raise ValueError(f'Expected two values, picojoules of a multiply-accumulate and of an accumulate, got {cost}.')
     mac_pj, ac_pj = cost
     return CostModel('custom', float(mac_pj), float(ac_pj))

@@ -10,12 +10,13 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_integer
 from ..masked_autoencoder import SpikformerMAE
 from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
-from .recording import LayerCounts, Recorder
+from .recording import LayerCounts, NonFiniteError, Recorder
 
 __all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
 
@@ -142,6 +143,10 @@ class _Predictions:
     def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
         """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
         confidence, predicted = logits.float().softmax(-1).cpu().max(-1)
+        if confidence.isnan().any():
+            raise NonFiniteError(
+                'The output of head.fc contains NaN or infinity, so the model cannot be profiled. Check the weights of '
+                'the classifier.')
         self.agreement = self.agreement + (predicted == predicted[-1]).sum(1)
         self.confidence = self.confidence + confidence.double().sum(1)
         self.correct = None if y is None or self.correct is None else self.correct + (predicted == y.cpu()).sum(1)
@@ -459,13 +464,16 @@ def profile(
         cost: Energy per operation: a key of `COST_MODELS` such as 'fp32' or 'int8', a pair of picojoules
             (multiply-accumulate, accumulate), or a `CostModel`.
         accuracy: Whether to compute accuracy; by default, if the data has labels.
-        max_batches: Maximum number of batches.
+        max_batches: Maximum number of batches, at least 1; by default all.
 
     Raises:
         ValueError: The model is not a Spikformer; there is no data; accuracy is requested but there are no labels or no
-            classifier; or the number of time steps of a sequence differs from `time_steps` or between batches.
+            classifier; the number of time steps of a sequence differs from `time_steps` or between batches; or an
+            activation is NaN or infinite, in which case the message names the first such layer.
     """
     encoder = find_spikformer(model)
+    if max_batches is not None:
+        check_integer('max_batches', max_batches, 1)
     is_mae = any(isinstance(m, SpikformerMAE) for m in model.modules())
     predictions = _Predictions() if encoder.num_classes > 0 else None
     if accuracy and predictions is None:

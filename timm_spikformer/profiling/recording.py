@@ -20,9 +20,13 @@ from ..layers import ConvBNLIF, LinearBNLIF, SpikingSelfAttention
 from ..network import Spikformer
 from ..stems import SpikingConvStem
 
-__all__ = ['AttentionCounts', 'LayerCounts', 'Recorder']
+__all__ = ['AttentionCounts', 'LayerCounts', 'NonFiniteError', 'Recorder']
 
 _aten = torch.ops.aten
+
+
+class NonFiniteError(ValueError):
+    """Activations that are NaN or infinite, so that spikes and operations cannot be counted."""
 
 
 def _sum_per_step(x: Tensor) -> Tensor:
@@ -33,6 +37,15 @@ def _sum_per_step(x: Tensor) -> Tensor:
 
 def _is_nonzero(x: Tensor) -> Tensor:
     return torch.ne(x, 0, out=torch.empty_like(x))
+
+
+def _check_finite(sums: Tensor, what: str) -> Tensor:
+    """Check sums of activations on the CPU, which are finite only if the activations are; return them."""
+    if not sums.isfinite().all():
+        raise NonFiniteError(
+            f'The {what} contains NaN or infinity, so the model cannot be profiled. Check the input and the weights of '
+            f'the model; a training that has diverged gives such weights.')
+    return sums
 
 
 def _add_to(total: Optional[Tensor], x: Tensor) -> Tensor:
@@ -90,9 +103,9 @@ class LayerCounts:
     attention: Optional['AttentionCounts'] = None
 
     def add_input(self, x: Tensor) -> None:
-        """Add the input of the layer, `[steps, ...]`."""
+        """Add the input of the layer, `[steps, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
         self.input_numel += x[0].numel()
-        self.input_sum = _add_to(self.input_sum, _sum_per_step(x))
+        self.input_sum = _add_to(self.input_sum, _check_finite(_sum_per_step(x), f'input of {self.name}'))
         if self.input == 'spikes':
             self.num_nonzero = self.input_sum
         else:
@@ -114,11 +127,11 @@ class LayerCounts:
             self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_is_nonzero(x), args, steps))
 
     def add_spikes(self, spikes: Tensor, channel_dim: int) -> None:
-        """Add the output of the neurons, `[T, B, ...]`."""
+        """Add the output of the neurons, `[T, B, ...]`; raise a `NonFiniteError` if it contains NaN."""
         T, B = spikes.shape[:2]
         self.output_numel += spikes[0].numel()
         fired = spikes.sum(1, dtype=torch.promote_types(spikes.dtype, torch.float32))
-        self.spikes = _add_to(self.spikes, _sum_per_step(fired))
+        self.spikes = _add_to(self.spikes, _check_finite(_sum_per_step(fired), f'output of {self.name}'))
         fired = fired.sum(0).movedim(channel_dim - 2, 0)  # [C, positions]
         earlier = None if self.neuron_spikes is None else self.neuron_spikes.counts
         if earlier is not None and earlier.shape != fired.shape:

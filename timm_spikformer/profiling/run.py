@@ -14,11 +14,12 @@ from torch.optim.swa_utils import update_bn
 from ..arguments import check_count
 from ..devices import choose_device
 from ..event_data.names import parse_name, read_event_splits
+from ..folders import check_writable
 from ..images import Images, data_config, make_loader, match_classes, read_splits, select_profiling_split
 from ..kernels import time_layers, use_kernels
 from ..masked_autoencoder import SpikformerMAE
 from ..reading import Checkpoint, read_checkpoint, read_checkpoint_source
-from ..spikformer import Spikformer, check_model_name, find_spikformer
+from ..spikformer import Spikformer, check_model_tag, find_spikformer
 from .activity import check_layers, record_activity
 from .conventions import Conventions, CostModel, cost_model
 from .counting import Profile, profile
@@ -39,6 +40,7 @@ def run_profile(args: argparse.Namespace) -> Path:
 
     Raises:
         ValueError: An argument, the model, the data or the output folder is invalid.
+        OSError: The output folder cannot be written.
     """
     console = create_console()
     device = _check_arguments(args)
@@ -46,6 +48,7 @@ def run_profile(args: argparse.Namespace) -> Path:
     conventions = Conventions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Conventions)})
     check_report_folder(
         args.output, *([path] if path is not None else [] for path in (args.checkpoint, args.data)))
+    check_writable(args.output)  # before the measurement, which takes minutes
     notes: List[str] = []
     splits = read_splits(args.data, labels=False) if args.events is None else read_event_splits(args.events, args.data)
     images = select_profiling_split(splits).sample_evenly(args.images)
@@ -136,7 +139,7 @@ def _load(args: argparse.Namespace, notes: List[str]) -> _LoadedModel:
     name = args.model
     is_registered = not name.startswith(('hf-hub:', 'local-dir:'))
     if is_registered:
-        check_model_name(name.split('.')[0])
+        check_model_tag(name)
     if args.checkpoint is not None:
         return _from_checkpoint(_read_checkpoint(args.checkpoint, name))
     try:
