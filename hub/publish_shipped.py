@@ -15,9 +15,10 @@ from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.reading import TrainingRecord, checkpoint_from_model, set_labels
 
 # Evaluation data, its description, and the license of the weights (that of Fashion-MNIST)
+_SUBSET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (1,000 of the 10,000 test images)', 'test')
 EVAL_DATA = {
-    'spikformer_v2_2_64_patch4_32.fashion_mnist': (
-        FASHION_MNIST, Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST (1,000 of the 10,000 test images)', 'test'), 'mit'),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist': (FASHION_MNIST, _SUBSET, 'mit'),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist_t4': (FASHION_MNIST, _SUBSET, 'mit'),
 }
 
 

@@ -103,6 +103,8 @@ def test_bad_input(v1, tmp_path):
     torch.save(authors_checkpoint(v1, False), tmp_path / 'a.pth')
     with pytest.raises(ValueError, match='There is no file .*nothing.pth'):
         convert(tmp_path / 'nothing.pth', tmp_path / 'out')
+    with pytest.raises(ValueError, match='is a folder, expected a checkpoint file'):
+        convert(tmp_path, tmp_path / 'out')
     with pytest.raises(ValueError, match="There is no Spikformer 'resnet18'"):
         convert(tmp_path / 'a.pth', tmp_path / 'out', 'resnet18')
     with pytest.raises(ValueError, match='does not fit the model'):

@@ -99,7 +99,8 @@ def convert(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'There is no file {path}.')
+        problem = f'{path} is a folder, expected a checkpoint file' if path.is_dir() else f'There is no file {path}'
+        raise ValueError(f'{problem}.')
     if model_kwargs and model is None:
         raise ValueError('--model-kwargs requires --model, the registered name of the model that they modify.')
     state_dict = find_state_dict(path, read_tensors(path))
