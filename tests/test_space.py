@@ -33,6 +33,7 @@ sys.path.insert(0, str(SPACE))
 app = importlib.import_module('app')
 weights = importlib.import_module('weights')
 MODEL, TAG = SHIPPED_MODEL.split('.')
+DEFAULT_MODEL = f'{SHIPPED_MODEL}_t4'
 MAE_ARGS = dict(mask_ratio=0.5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)
 
 
@@ -129,7 +130,7 @@ def test_reconstruction(image, batch, mae, mae_folder):
 
 
 def test_a_registered_tag_is_enough(image, mae, mae_tag, mae_folder):
-    assert weights.find_autoencoder() == mae_tag and weights.classifiers() == [SHIPPED_MODEL]
+    assert weights.find_autoencoder() == mae_tag and weights.classifiers() == [SHIPPED_MODEL, DEFAULT_MODEL]
     loaded = weights.load_autoencoder(mae_tag)
     assert loaded.state_dict().keys() == mae.state_dict().keys()
     for name, value in mae.state_dict().items():
@@ -228,7 +229,7 @@ def test_the_page(mae_folder):
     assert tabs(page) == dict.fromkeys(['Spikes', 'Energy', 'Attention', 'Event camera', 'Reconstruction'], True)
     assert tabs(app.build(mae_folder))['Reconstruction'] is True
     shown = [c['props'].get('value') for c in page.get_config_file()['components']]
-    assert weights.describe(SHIPPED_MODEL) in shown and not page.analytics_enabled
+    assert weights.describe(DEFAULT_MODEL) in shown and not page.analytics_enabled
 
 
 def test_the_page_without_an_autoencoder(monkeypatch):

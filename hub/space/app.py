@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor, nn
-from weights import classifiers, describe, find_autoencoder, load_autoencoder, load_classifier
+from weights import classifiers, default_classifier, describe, find_autoencoder, load_autoencoder, load_classifier
 
 from timm_spikformer.event_data.simulated import simulate_frames
 from timm_spikformer.images import data_config, decode, read_splits, to_pixels
@@ -194,7 +194,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
     Raises:
         ValueError: `autoencoder` is not a masked autoencoder.
     """
-    names = classifiers()
+    name = default_classifier()
     autoencoder = autoencoder or find_autoencoder()
     mae = load_autoencoder(autoencoder) if autoencoder is not None else None
     test = read_splits()['test']
@@ -204,7 +204,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
         gr.Markdown(
             '# Spikformer V2\nA vision transformer whose neurons emit binary spikes over T time steps. Select an '
             'image and T to see the prediction after each time step, the spikes, the energy and the attention.')
-        about = gr.Markdown(describe(names[0]))
+        about = gr.Markdown(describe(name))
         with gr.Row():
             with gr.Column(scale=2):
                 image = gr.Image(
@@ -212,7 +212,7 @@ def build(autoencoder: Optional[str] = None) -> gr.Blocks:
                     elem_classes='pixels', buttons=[])
                 gr.Examples(
                     examples, [image], label='Fashion-MNIST test images, one of each class', elem_id='examples')
-                model = gr.Dropdown(names, value=names[0], label='Model')
+                model = gr.Dropdown(classifiers(), value=name, label='Model')
                 time_steps = gr.Slider(1, MAX_TIME_STEPS, value=4, step=1, label='Time steps T')
                 invert = gr.Checkbox(
                     label='Invert brightness', info='The weights expect a light object on a black background.')

@@ -10,7 +10,7 @@ from torch import nn
 import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer.masked_autoencoder import SpikformerMAE
 
-__all__ = ['classifiers', 'describe', 'find_autoencoder', 'load_autoencoder', 'load_classifier']
+__all__ = ['classifiers', 'default_classifier', 'describe', 'find_autoencoder', 'load_autoencoder', 'load_classifier']
 
 
 def metadata(name: str) -> Dict[str, Any]:
@@ -32,6 +32,11 @@ def _is_autoencoder(name: str) -> bool:
 def classifiers() -> List[str]:
     """Return the names of the classifiers whose weights are on this machine."""
     return [name for name in _local_models() if not _is_autoencoder(name)]
+
+
+def default_classifier() -> str:
+    """Return the name of the classifier that was trained with the most time steps, for a prediction at each step."""
+    return max(classifiers(), key=lambda name: metadata(name).get('time_steps', 1))
 
 
 def find_autoencoder() -> Optional[str]:
