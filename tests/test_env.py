@@ -47,7 +47,8 @@ def test_versions_are_those_that_are_installed(capsys):
     assert packages['timm-spikformer'].startswith(metadata.version('timm-spikformer') + ', in ')
     assert report['PyTorch']['threads'] == str(torch.get_num_threads())
     model = 'spikformer_v2_2_64_patch4_32'
-    assert report['Weights']['in the package'] == f'{model}.fashion_mnist, {model}.mae_fashion_mnist'
+    assert report['Weights']['in the package'] == ', '.join(
+        f'{model}.{tag}' for tag in ('fashion_mnist', 'fashion_mnist_t4', 'mae_fashion_mnist'))
 
 
 def test_text_and_json_say_the_same(capsys):
@@ -131,7 +132,8 @@ def test_without_torch(tmp_path):
     assert set(report['PyTorch'].values()) == {'unknown: torch is not installed'}
     assert report['Kernels']['mode'] == 'unknown: torch is not installed'
     model = 'spikformer_v2_2_64_patch4_32'
-    assert report['Weights']['in the package'] == f'{model}.fashion_mnist, {model}.mae_fashion_mnist'
+    assert report['Weights']['in the package'] == ', '.join(
+        f'{model}.{tag}' for tag in ('fashion_mnist', 'fashion_mnist_t4', 'mae_fashion_mnist'))
 
 
 def test_broken_packages(tmp_path):

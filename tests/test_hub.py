@@ -211,9 +211,9 @@ def test_namespace(hub, client, shipped):
     cifar = 'spikformer_v2_2_64_patch4_32.cifar10'
     shipped_name = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
     out = client.run(code, shipped / 'expected.pt', 'org').stdout.splitlines()
-    shipped_mae = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
-    assert out[0] == str([shipped_name, shipped_mae])
-    assert out[1] == str([cifar, shipped_name, shipped_mae, 'spikformer_v2_8_384.in1k'])
+    others = [f'{shipped_name}_t4', 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist']  # also shipped
+    assert out[0] == str([shipped_name, *others])
+    assert out[1] == str([cifar, shipped_name, *others, 'spikformer_v2_8_384.in1k'])
     assert out[3] == f'org/{cifar}'
     assert out[4] == (
         'error The repository org/spikformer_v2_8_384.in1k contains the model spikformer_v2_2_64_patch4_32, expected '
@@ -221,7 +221,7 @@ def test_namespace(hub, client, shipped):
     requests = len(hub.requests)
     offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
     assert len(hub.requests) == requests
-    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name, shipped_mae])
+    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name, *others])
     assert offline.stdout.splitlines()[2:] == out[2:]
     pinned = client.run(code, shipped / 'expected.pt', 'org@stable').stdout.splitlines()
     assert pinned[3] == f'org/{cifar}@stable'

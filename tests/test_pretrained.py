@@ -143,7 +143,8 @@ def test_list_pretrained_with_namespace(namespace, monkeypatch):
     monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: {
         'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
     namespace('org@v1')
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_MAE, 'spikformer_v2_8_512.in1k']
+    assert timm.list_pretrained('*spikformer*') == [
+        SHIPPED, SHIPPED_T4, SHIPPED_MAE, 'spikformer_v2_8_512.in1k']
     assert timm.get_pretrained_cfg('spikformer_v2_8_512').hf_hub_id == 'org/spikformer_v2_8_512.in1k@v1'
     assert timm.get_pretrained_cfg(SHIPPED).file
     namespace(None)

@@ -362,7 +362,7 @@ def test_command_with_custom_cost(tmp_path, no_pictures):
     assert values['totals']['energy_mj'] == pytest.approx(
         (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
     for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', "got '1,x'"), ('1,2,3', 'two values'),
-                          ('-1,2', 'not negative')):
+                          ('-1,2', 'at least 0 and finite, got -1')):
         with pytest.raises(SystemExit, match=f'error: .*{message}'):
             run(tmp_path, SHIPPED, f'--cost={text}')
 

@@ -30,7 +30,7 @@ def test_registered_models():
     assert len(MODELS) == 14
     assert MODELS == timm.list_models(module='spikformer')
     assert timm.list_pretrained('*spikformer*') == [
-        'spikformer_v2_2_64_patch4_32.fashion_mnist', 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist']
+        f'spikformer_v2_2_64_patch4_32.{tag}' for tag in ('fashion_mnist', 'fashion_mnist_t4', 'mae_fashion_mnist')]
     for name in MODELS:
         cfg = get_pretrained_cfg(name)
         assert cfg.license == 'apache-2.0' and cfg.paper_ids.startswith('arXiv:') and cfg.origin_url

@@ -90,8 +90,8 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
         highest = out.float().softmax(-1).amax(-1)
         if highest.isnan().any():
             raise ValueError(
-                f'The logits of {highest.isnan().sum()} of {len(highest)} samples contain NaN or infinity after '
-                f'{t + 1} time step(s), so there is no prediction. Check the input and the weights of the model.')
+                f'The logits of {highest.isnan().sum()} of {len(highest)} samples contain NaN or infinity in time '
+                f'step {t + 1}, so there is no prediction. Check the input and the weights of the model.')
         is_below = highest < confidence
         if not is_below.any():
             break

@@ -485,8 +485,8 @@ def test_bytes_of_users_are_refused_as_by_pytorch(kind):
         products.product(layer, x.byte())
 
 
-@pytest.mark.parametrize('tau, v_threshold', [(0., 1.), (1e-40, 1.), (2., torch.inf), (torch.inf, 1e300), (2., 1e300)])
-def test_constants_out_of_range(tau, v_threshold):
+@pytest.mark.parametrize('tau, v_threshold', [(2., torch.inf), (torch.inf, 1e300), (2., 1e300)])
+def test_extreme_constants(tau, v_threshold):
     layer = unit('3x3', 64, 48)
     layer.lif.tau, layer.lif.v_threshold = tau, v_threshold
     x = spikes((2, 1, 64, 8, 8), 0.2)

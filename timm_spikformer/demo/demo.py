@@ -172,8 +172,12 @@ class _TrainingRun(NamedTuple):
         stage, images, advice = self
         if len(images) < stage.recipe.batch_size:
             raise ValueError(
-                f'{stage.title} has {len(images)} image(s), fewer than its batch size of {stage.recipe.batch_size}. '
-                f'{advice}')
+                f'{stage.title} has {_count(len(images), "image")}, fewer than its batch size of '
+                f'{stage.recipe.batch_size}. {advice}')
+
+
+def _count(number: int, noun: str) -> str:
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def _describe_images(images: Images) -> str:
@@ -228,8 +232,8 @@ class _Demo:
                 self._create_mae().eval()(torch.zeros(1, *self.config['input_size'], device=self.device))
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
-            f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.time_steps} time '
-            f'step(s), on {self.device}\nTraining on {self.images.description}; testing on '
+            f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, '
+            f'{_count(args.time_steps, "time step")}, on {self.device}\nTraining on {self.images.description}; testing on '
             f'{self.test_images.description}; {len(self.images.classes)} classes')
 
     def _create_model(self) -> nn.Module:
