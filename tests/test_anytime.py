@@ -129,7 +129,7 @@ def test_anytime_runs_only_remaining_samples(model, images):
     (lambda m, x: predict_anytime(m, x, 1.5), 'confidence must be greater than 0 and at most 1'),
     (lambda m, x: predict_anytime(m, x, 'a'), "confidence must be greater than 0 and at most 1, got 'a'"),
     (lambda m, x: predict_anytime(m, x.where(torch.arange(16).view(16, 1, 1, 1) > 1, torch.nan)),
-     'The logits of 2 of 16 samples contain NaN or infinity after 1 time step'),
+     'The logits of 2 of 16 samples contain NaN or infinity in time step 1'),
     (lambda m, x: StatefulInference(m, time_steps=0), 'time_steps must be an integer of at least 1, got 0'),
     (lambda m, x: predict_anytime(m.train(), x), 'train mode'),
     (lambda m, x: predict_anytime(timm.create_model('test_spikformer_v2', num_classes=0).eval(), x),

@@ -233,8 +233,8 @@ class _Demo:
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
             f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-            f'{_count(args.time_steps, "time step")}, on {self.device}\nTraining on {self.images.description}; testing on '
-            f'{self.test_images.description}; {len(self.images.classes)} classes')
+            f'{_count(args.time_steps, "time step")}, on {self.device}\nTraining on {self.images.description}; '
+            f'testing on {self.test_images.description}; {len(self.images.classes)} classes')
 
     def _create_model(self) -> nn.Module:
         C, H, W = self.config['input_size']
