@@ -47,7 +47,8 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = 'hide'
 # Types of other projects: links to them would need the network
 nitpick_ignore_regex = [
-    ('py:.*', r'(torch|timm|transformers|numpy|np|nn|spikingjelly|collections|typing|pathlib|os|rich|huggingface_hub)\..*'),
+    ('py:.*', r'(torch|timm|transformers|numpy|np|nn|spikingjelly|collections|typing|pathlib|os|rich)\..*'),
+    ('py:.*', r'huggingface_hub\..*'),
     ('py:.*', r'(Tensor|Path|PathLike|Any|ndarray|Console|optional|Namespace|TransformersKwargs)'),
 ]
 
