@@ -61,7 +61,7 @@ def main() -> None:
     assert {'model.safetensors', 'config.json', 'README.md', 'modeling_spikformer.py'} <= set(os.listdir('published'))
     Path('script.py').write_text('import timm; print(timm.create_model("test_spikformer_v2").num_classes)')
     assert run(sys.executable, '-m', 'timm_spikformer', 'script.py') == '1000\n'
-    print(f'timm-spikformer {version}: accuracy {100 * accuracy:.1f} % on the included images; all commands passed')
+    print(f'timm-spikformer {version}: accuracy {100 * accuracy:.1f}% on the included images; all commands passed')
 
 
 if __name__ == '__main__':
