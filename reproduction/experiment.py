@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-import safetensors
 import timm
 import torch
 from safetensors.torch import load_file
@@ -18,7 +17,7 @@ from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader
-from timm_spikformer.pretrained import WEIGHTS_FOLDER
+from timm_spikformer.pretrained import WEIGHTS_FOLDER, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
 from timm_spikformer.training import (
@@ -157,9 +156,7 @@ class Study(NamedTuple):
         path = WEIGHTS_FOLDER / f'{run.cell.ships}.safetensors'
         if not (run.is_final and run.seed == 0 and path.is_file()):
             return None
-        with safetensors.safe_open(path, 'pt') as f:
-            training = (f.metadata() or {}).get('training')
-        return path if training == self.protocol.digest(run) else None
+        return path if read_metadata(path).get('training') == self.protocol.digest(run) else None
 
     def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:
         """Return the trained weights of a run, from the package or from `train`."""

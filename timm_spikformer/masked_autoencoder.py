@@ -8,7 +8,6 @@ same authors. All other choices are this project's own.
 import json
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-import safetensors
 import timm
 import torch
 from safetensors.torch import load_file
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .arguments import check_integer, check_number, check_positive
 from .network import Spikformer
-from .pretrained import check_shipped_weights, shipped_weights
+from .pretrained import check_shipped_weights, read_metadata, shipped_weights
 
 __all__ = ['AUTOENCODER_KEY', 'SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
@@ -235,8 +234,7 @@ class SpikformerMAE(nn.Module):
             raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
         if file == shipped_weights(name):
             check_shipped_weights(file)
-        with safetensors.safe_open(file, 'pt') as f:
-            args = (f.metadata() or {}).get(AUTOENCODER_KEY)
+        args = read_metadata(file).get(AUTOENCODER_KEY)
         if args is None:
             raise ValueError(f'{name} is not a masked autoencoder. Load it with timm.create_model.')
         mae = cls(timm.create_model(name, **kwargs), **json.loads(args))

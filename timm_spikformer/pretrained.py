@@ -37,7 +37,7 @@ from timm.models import (
 
 __all__ = [
     'check_hub_connection', 'check_shipped_weights', 'download', 'get_training_cfg', 'locate_weights', 'read_digests',
-    'set_hub_namespace', 'shipped_weights',
+    'read_metadata', 'set_hub_namespace', 'shipped_weights',
 ]
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -74,6 +74,12 @@ def check_shipped_weights(file: str) -> None:
     expected = read_digests(WEIGHTS_FOLDER).get(os.path.basename(file))
     if _sha256(file) != expected:
         raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
+
+
+def read_metadata(file: Union[str, Path]) -> Dict[str, str]:
+    """Return the metadata of a safetensors file; empty if it has none."""
+    with safetensors.safe_open(file, 'pt') as f:
+        return f.metadata() or {}
 
 
 def get_training_cfg(model: str) -> PretrainedCfg:
@@ -195,9 +201,7 @@ def locate_weights(
     if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
         if cfg.file and cfg.file == shipped_weights(name):
             check_shipped_weights(cfg.file)
-            with safetensors.safe_open(cfg.file, 'pt') as f:
-                trained_with = (f.metadata() or {}).get(MODEL_ARGS_KEY, '{}')
-            model_args = {**model_args, **json.loads(trained_with)}
+            model_args = {**model_args, **json.loads(read_metadata(cfg.file).get(MODEL_ARGS_KEY, '{}'))}
         return model_args, kwargs
 
     repo = cfg.hf_hub_id or _repository(name)

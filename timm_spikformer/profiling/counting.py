@@ -16,7 +16,7 @@ from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
 from .conventions import Conventions, CostModel, cost_model
-from .recording import LayerCounts, NonFiniteError, Recorder
+from .recording import LayerCounts, Recorder, check_finite_sums
 
 __all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
 
@@ -143,10 +143,7 @@ class _Predictions:
     def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
         """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
         confidence, predicted = logits.float().softmax(-1).cpu().max(-1)
-        if confidence.isnan().any():
-            raise NonFiniteError(
-                'The output of head.fc contains NaN or infinity, so the model cannot be profiled. Check the weights of '
-                'the classifier.')
+        check_finite_sums(confidence, 'output of head.fc')
         self.agreement = self.agreement + (predicted == predicted[-1]).sum(1)
         self.confidence = self.confidence + confidence.double().sum(1)
         self.correct = None if y is None or self.correct is None else self.correct + (predicted == y.cpu()).sum(1)
