@@ -94,7 +94,8 @@ class Protocol(NamedTuple):
         cells: Cells by name, in the order in which they are run.
         held_out: For each dataset, the fraction of the training images that is held out for validation.
         seeds: Default seeds of the final runs.
-        questions: For each question, its title, text, `rows` (names of cells) and `differences` (pairs of names).
+        questions: For each question, its title, text, `rows` (names of cells) and `claims` (names of the two or four
+            cells whose test accuracies are compared, by claim).
         label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
@@ -140,15 +141,19 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
         cells[name] = cell
     questions = text.get('questions', {})
     for name, question in questions.items():
-        used = {*question['rows'], *(cell for pair in question['differences'] for cell in pair)}
+        claims = question['claims']
+        used = {*question['rows'], *(cell for compared in claims.values() for cell in compared)}
         if not used <= cells.keys():
             raise ValueError(f'{path}: {name} uses cells that do not exist: {", ".join(sorted(used - cells.keys()))}.')
-        for first, second in question['differences']:
-            a, b = cells[first], cells[second]
-            if len(a.tries) != len(b.tries) or a.seeds != b.seeds:
-                raise ValueError(
-                    f'{path}: {name} compares {first} and {second}. They must have the same seeds and the same number '
-                    f'of tries.')
+        for claim, compared in claims.items():
+            if len(compared) not in (2, 4):
+                raise ValueError(f'{path}: {name}: the claim {claim!r} needs 2 or 4 cells, got {len(compared)}.')
+            for first, second in zip(compared[::2], compared[1::2]):
+                a, b = cells[first], cells[second]
+                if len(a.tries) != len(b.tries) or not a.seeds == b.seeds == cells[compared[0]].seeds:
+                    raise ValueError(
+                        f'{path}: {name} compares {first} and {second}. They must have the same seeds and the same '
+                        f'number of tries.')
     return Protocol(cells, held_out, text['seeds'], questions, text.get('label_curves', {}))
 
 

@@ -56,11 +56,18 @@ class Row(NamedTuple):
         return text + (f', layer decay {recipe["layer_decay"]:g}' if recipe.get('layer_decay') else '')
 
 
-class Comparison(NamedTuple):
-    """Two cells, and the difference of their test accuracies; None if runs are missing."""
-    first: Row
-    second: Row
+class Claim(NamedTuple):
+    """A claim, and the difference of test accuracies that it is about; None if runs are missing."""
+    text: str
     difference: Optional[Difference]
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is None:
+            return 'Runs are missing'
+        if not self.difference.is_shown:
+            return 'Not shown'
+        return 'Shown' if self.difference.mean > 0 else 'The opposite is shown'
 
 
 def _rows(study: Study) -> Dict[str, Row]:
@@ -71,11 +78,14 @@ def _rows(study: Study) -> Dict[str, Row]:
     return rows
 
 
-def _compare(first: Row, second: Row) -> Comparison:
-    difference = None
-    if first.is_complete and second.is_complete:
-        difference = paired_difference(first.values('test', 'accuracy'), second.values('test', 'accuracy'))
-    return Comparison(first, second, difference)
+def _examine(text: str, rows: List[Row]) -> Claim:
+    """Compare two cells, or the difference of two cells with that of two others."""
+    if not all(row.is_complete for row in rows):
+        return Claim(text, None)
+    first, second, *others = [row.values('test', 'accuracy') for row in rows]
+    if others:
+        first, second = ([a - b for a, b in zip(*pair)] for pair in ((first, second), others))
+    return Claim(text, paired_difference(first, second))
 
 
 def _cpu_hours(study: Study) -> float:
@@ -103,7 +113,7 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
         questions.append(dict(
             name=name, title=question['title'], text=question['text'].strip(),
             rows=[rows[cell] for cell in question['rows']],
-            comparisons=[_compare(rows[a], rows[b]) for a, b in question['differences']]))
+            claims=[_examine(text, [rows[cell] for cell in cells]) for text, cells in question['claims'].items()]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined)

@@ -41,7 +41,8 @@ TINY = dict(
         tuned=dict(title='pre-trained', init='mae'),
         scratch=dict(title='scratch')),
     questions=dict(Q=dict(
-        title='Does it help?', text='An example.', rows=['tuned', 'scratch'], differences=[['tuned', 'scratch']])),
+        title='Does it help?', text='An example.', rows=['tuned', 'scratch'],
+        claims={'it helps': ['tuned', 'scratch']})),
 )
 
 
@@ -78,7 +79,8 @@ def test_committed_report_matches_committed_runs(tmp_path):
 def test_compared_cells_have_equal_conditions():
     """Compared cells have the same seeds, number of tries and training images."""
     protocol = read_protocol()
-    pairs = [pair for question in protocol.questions.values() for pair in question['differences']]
+    compared = [cells for question in protocol.questions.values() for cells in question['claims'].values()]
+    pairs = [pair for cells in compared for pair in zip(cells[::2], cells[1::2])]
     assert pairs
     for a, b in pairs:
         first, second = protocol.cells[a], protocol.cells[b]
@@ -109,6 +111,7 @@ def test_interval_matches_scipy():
     ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
     ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'same seeds and the same number of tries'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 cells, got 1'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_bad_protocols(change, message, tmp_path):
     path = tmp_path / 'x.yaml'
@@ -239,7 +242,7 @@ def test_killed_study_resumes(study, tmp_path):
     assert len(results(whole)) == 2 + 2 * 4 and results(killed) == results(whole)
     for folder in (whole, killed):
         write_report(study.protocol, folder / 'runs', folder)
-    assert 'not shown' in (whole / 'README.md').read_text() or 'shown, ' in (whole / 'README.md').read_text()
+    assert 'Difference ' in (whole / 'README.md').read_text()
 
     def text(folder):
         return [line for line in (folder / 'README.md').read_text().splitlines() if 'CPU hours' not in line]
@@ -279,23 +282,52 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     assert not study.has_weights(run)
 
 
-def test_report_of_incomplete_study(study, tmp_path):
-    cells = study.protocol.cells
-    for name, accuracies in (('tuned', (80., 81.)), ('scratch', (79., 79.5))):
-        for run in study.tries(cells[name]):
+def pretend_final_runs(study: Study, **accuracies) -> None:
+    """Write results of all tries and final runs of cells; `accuracies` are the test accuracies by seed."""
+    for name, values in accuracies.items():
+        cell = study.protocol.cells[name]
+        for run in study.tries(cell):
             pretend(study, run, validation=dict(accuracy=50.), cpu_seconds=1800.)
-        for run, accuracy in zip(study.final_runs(cells[name]), accuracies):
+        for run, accuracy in zip(study.final_runs(cell), values):
             pretend(
                 study, run, cpu_seconds=1800., test=dict(accuracy=accuracy), machine=dict.fromkeys(
                     ('cpu', 'python', 'torch', 'timm'), 'x'),
                 operations=dict(parameters=1e6, dense_macs=2e6, energy_uj=3., firing_rate=0.2))
+
+
+def test_report_of_incomplete_study(study, tmp_path):
+    pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
     assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
     # a try and a final run with the same seed and settings count once: 2 cells, 3 trainings each, half an hour each
     assert 'took 3.0 CPU hours' in text
     interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
-    assert f'+1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f}: not shown' in text
+    assert (
+        f'- **Not shown:** it helps. Difference +1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f}.'
+        in text)
+
+
+@pytest.mark.parametrize('tuned, verdict', [
+    ((80., 80.5), 'Shown'), ((78., 78.5), 'The opposite is shown'), ((80., 79.), 'Not shown'),
+    ((80.,), 'Runs are missing')], ids=lambda value: value if isinstance(value, str) else '')
+def test_verdict(tuned, verdict, study, tmp_path):
+    pretend_final_runs(study, tuned=tuned, scratch=(79., 79.51))
+    write_report(study.protocol, study.runs, tmp_path)
+    assert f'- **{verdict}:** it helps.' in (tmp_path / 'README.md').read_text()
+
+
+def test_difference_of_differences(study, tmp_path):
+    text = yaml.safe_load((tmp_path / 'protocol.yaml').read_text())
+    text['cells'].update(deep=dict(title='deep, scratch'), tuned_deep=dict(title='deep, pre-trained', init='mae'))
+    text['questions']['Q']['claims'] = {'it helps more': ['tuned_deep', 'deep', 'tuned', 'scratch']}
+    (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(text, sort_keys=False))
+    study = study._replace(protocol=read_protocol(tmp_path / 'protocol.yaml'))
+    pretend_final_runs(study, tuned_deep=(86., 87.), deep=(80., 82.), tuned=(81., 83.), scratch=(79., 81.5))
+    write_report(study.protocol, study.runs, tmp_path)
+    low, high = stats.ttest_rel([6., 5.], [2., 1.5]).confidence_interval(0.95)  # 4, 3.5
+    line = f'- **Shown:** it helps more. Difference +3.75 points, 95% interval {low:+.2f} to {high:+.2f}.'
+    assert line in (tmp_path / 'README.md').read_text()
 
 
 def test_softmax_attention_matches_pytorch():
