@@ -12,13 +12,13 @@ __all__ = ['DATASETS', 'Data', 'read_data']
 # display names
 DATASETS = {
     'fashion_mnist': 'Fashion-MNIST',
-    'cifar10': 'CIFAR-10',
+    'cifar10': 'CIFAR-10 (JPEG copies of the images)',
     'simulated_events': 'Fashion-MNIST (6,000 images, simulated events)',
 }
 # pretrained configurations of timm that contain the pixel statistics of each dataset
 _CONFIGS = {
     'fashion_mnist': 'spikformer_v2_2_64_patch4_32.fashion_mnist',
-    'cifar10': 'spikformer_v2_2_64_patch4_32.cifar10',
+    'cifar10': 'spikformer_v2_2_128_patch4_32.cifar10',
 }
 _EVENTS = 'events/simulated_fashion_mnist?time_steps=4&split_by=time'
 _EVENT_CONFIG = dict(

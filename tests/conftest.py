@@ -21,6 +21,12 @@ from timm_spikformer.event_data.catalog import DATASETS
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.monitor import FiringRateMonitor
 
+SHIPPED_WEIGHTS = [  # in the package
+    'spikformer_v2_2_64_patch4_32.fashion_mnist',
+    'spikformer_v2_2_64_patch4_32.fashion_mnist_t4',
+    'spikformer_v2_2_64_patch4_32.mae_fashion_mnist',
+]
+
 
 def firing_rates(model: nn.Module, x: Tensor) -> Dict[str, float]:
     """Return the firing rate of each neuron layer in one forward pass."""

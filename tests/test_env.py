@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHIPPED_WEIGHTS
 
 from timm_spikformer import cli, set_kernels
 from timm_spikformer.environment import command
@@ -46,9 +47,7 @@ def test_versions_are_those_that_are_installed(capsys):
         assert packages[name] == metadata.version(name)
     assert packages['timm-spikformer'].startswith(metadata.version('timm-spikformer') + ', in ')
     assert report['PyTorch']['threads'] == str(torch.get_num_threads())
-    model = 'spikformer_v2_2_64_patch4_32'
-    assert report['Weights']['in the package'] == ', '.join(
-        f'{model}.{tag}' for tag in ('fashion_mnist', 'fashion_mnist_t4', 'mae_fashion_mnist'))
+    assert report['Weights']['in the package'] == ', '.join(SHIPPED_WEIGHTS)
 
 
 def test_text_and_json_say_the_same(capsys):
@@ -131,9 +130,7 @@ def test_without_torch(tmp_path):
     assert packages['numba'] == metadata.version('numba')
     assert set(report['PyTorch'].values()) == {'unknown: torch is not installed'}
     assert report['Kernels']['mode'] == 'unknown: torch is not installed'
-    model = 'spikformer_v2_2_64_patch4_32'
-    assert report['Weights']['in the package'] == ', '.join(
-        f'{model}.{tag}' for tag in ('fashion_mnist', 'fashion_mnist_t4', 'mae_fashion_mnist'))
+    assert report['Weights']['in the package'] == ', '.join(SHIPPED_WEIGHTS)
 
 
 def test_broken_packages(tmp_path):

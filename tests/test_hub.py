@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import calibrate, firing_rates
+from conftest import SHIPPED_WEIGHTS, calibrate, firing_rates
 from loopback_hub import Fault, File, LoopbackHub, Repo, User
 
 from timm_spikformer import SpikformerMAE
@@ -209,11 +209,9 @@ def test_namespace(hub, client, shipped):
     except (ValueError, RuntimeError) as e:
         print('error', e)"""
     cifar = 'spikformer_v2_2_64_patch4_32.cifar10'
-    shipped_name = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
     out = client.run(code, shipped / 'expected.pt', 'org').stdout.splitlines()
-    others = [f'{shipped_name}_t4', 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist']  # also shipped
-    assert out[0] == str([shipped_name, *others])
-    assert out[1] == str([cifar, shipped_name, *others, 'spikformer_v2_8_384.in1k'])
+    assert out[0] == str(SHIPPED_WEIGHTS)
+    assert out[1] == str(sorted([*SHIPPED_WEIGHTS, cifar, 'spikformer_v2_8_384.in1k']))
     assert out[3] == f'org/{cifar}'
     assert out[4] == (
         'error The repository org/spikformer_v2_8_384.in1k contains the model spikformer_v2_2_64_patch4_32, expected '
@@ -221,7 +219,7 @@ def test_namespace(hub, client, shipped):
     requests = len(hub.requests)
     offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
     assert len(hub.requests) == requests
-    assert offline.stdout.splitlines()[0] == str([cifar, shipped_name, *others])
+    assert offline.stdout.splitlines()[0] == str(sorted([*SHIPPED_WEIGHTS, cifar]))
     assert offline.stdout.splitlines()[2:] == out[2:]
     pinned = client.run(code, shipped / 'expected.pt', 'org@stable').stdout.splitlines()
     assert pinned[3] == f'org/{cifar}@stable'

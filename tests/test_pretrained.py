@@ -2,18 +2,21 @@
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 import timm
 import torch
-from conftest import calibrate
+from conftest import SHIPPED_WEIGHTS, calibrate
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from transformers import AutoModelForMaskedImageModeling
 
 import timm_spikformer
 from timm_spikformer import SpikformerMAE, pretrained
@@ -22,6 +25,7 @@ from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
 from timm_spikformer.training import evaluate, init_bn_bias
 
+ROOT = Path(__file__).parents[1]
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 SHIPPED_T4 = 'spikformer_v2_2_64_patch4_32.fashion_mnist_t4'
 SHIPPED_MAE = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
@@ -36,7 +40,7 @@ def namespace(monkeypatch):
 
 
 def test_accuracy_of_shipped_weights(monkeypatch):
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]
+    assert timm.list_pretrained('*spikformer*') == SHIPPED_WEIGHTS
     model = timm.create_model(SHIPPED.split('.')[0], pretrained=True)
     test = read_splits()['test']
     top1, rates = evaluate(model, make_loader(test, data_config(model), 250))
@@ -80,7 +84,9 @@ def test_autoencoder_from_shipped_weights(monkeypatch, tmp_path):
     x = torch.rand(8, 3, 64, 64)
     calibrate(mae, x)
     file = tmp_path / f'{name}.safetensors'
-    save_file(mae.state_dict(), file, dict(format='pt', autoencoder=json.dumps(args)))
+    save_file(
+        mae.state_dict(), file,
+        dict(format='pt', autoencoder=json.dumps(args), model_args=json.dumps(dict(time_steps=2))))
     (tmp_path / 'SHA256SUMS').write_text(f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n')
     monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     registry = timm.models._registry
@@ -90,7 +96,8 @@ def test_autoencoder_from_shipped_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(registry._model_with_tags, 'test_spikformer_v2', [name])
     encoder = timm.create_model(name, pretrained=True, num_classes=5)
     assert torch.equal(encoder.stem.stages[0].down.conv.weight, mae.encoder.stem.stages[0].down.conv.weight)
-    loaded = SpikformerMAE.from_pretrained(name, time_steps=2)
+    loaded = SpikformerMAE.from_pretrained(name)
+    assert loaded.encoder.time_steps == 2 and SpikformerMAE.from_pretrained(name, time_steps=3).encoder.time_steps == 3
     noise = torch.rand(8, 16)
     assert loaded(x, noise=noise).loss == mae(x, noise=noise).loss
     with pytest.raises(ValueError, match="The package has no weights named 'test_spikformer_v2.other'"):
@@ -131,6 +138,22 @@ def test_shipped_autoencoder():
     assert classifier.head.fc.out_features == 7
 
 
+def test_publish_shipped_weights(tmp_path):
+    """One folder for each of the weights, which both libraries load, with the accuracy on the given images."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'fashion_mnist').symlink_to(FASHION_MNIST)
+    publish_shipped = runpy.run_path(str(ROOT / 'hub' / 'publish_shipped.py'))
+    for name in (SHIPPED, SHIPPED_MAE):
+        publish_shipped['publish_weights'](name, 'me', tmp_path / 'data', tmp_path / 'output', dry_run=True)
+    model = timm.create_model(f'local-dir:{tmp_path / "output" / SHIPPED}', pretrained=True)
+    test = make_loader(read_splits()['test'], data_config(model), 250)
+    accuracy = evaluate(model, test)[0]
+    assert f'| test | Top-1 accuracy | {accuracy:g}% |' in (tmp_path / 'output' / SHIPPED / 'README.md').read_text()
+    mae = AutoModelForMaskedImageModeling.from_pretrained(tmp_path / 'output' / SHIPPED_MAE)
+    shipped = SpikformerMAE.from_pretrained(SHIPPED_MAE).state_dict()
+    assert all(torch.equal(value, shipped[name]) for name, value in mae.mae.state_dict().items())
+
+
 def test_default_namespace_is_unset():
     assert pretrained._namespace is None
     for name in timm.list_models(module='spikformer'):
@@ -139,16 +162,15 @@ def test_default_namespace_is_unset():
 
 def test_list_pretrained_with_namespace(namespace, monkeypatch):
     namespace('org')
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]  # nothing in the cache
+    assert timm.list_pretrained('*spikformer*') == SHIPPED_WEIGHTS  # nothing in the cache
     monkeypatch.setattr(pretrained, '_list_repos', lambda namespace: {
         'org/spikformer_v2_8_512.in1k', 'org/another_model', 'org/test_spikformer_v2.untrained', f'org/{SHIPPED}'})
     namespace('org@v1')
-    assert timm.list_pretrained('*spikformer*') == [
-        SHIPPED, SHIPPED_T4, SHIPPED_MAE, 'spikformer_v2_8_512.in1k']
+    assert timm.list_pretrained('*spikformer*') == [*SHIPPED_WEIGHTS, 'spikformer_v2_8_512.in1k']
     assert timm.get_pretrained_cfg('spikformer_v2_8_512').hf_hub_id == 'org/spikformer_v2_8_512.in1k@v1'
     assert timm.get_pretrained_cfg(SHIPPED).file
     namespace(None)
-    assert timm.list_pretrained('*spikformer*') == [SHIPPED, SHIPPED_T4, SHIPPED_MAE]
+    assert timm.list_pretrained('*spikformer*') == SHIPPED_WEIGHTS
     assert len(timm.list_models(module='spikformer')) == 14
 
 

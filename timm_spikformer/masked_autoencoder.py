@@ -237,7 +237,8 @@ class SpikformerMAE(nn.Module):
         args = read_metadata(file).get(AUTOENCODER_KEY)
         if args is None:
             raise ValueError(f'{name} is not a masked autoencoder. Load it with timm.create_model.')
-        mae = cls(timm.create_model(name, **kwargs), **json.loads(args))
+        encoder = timm.create_model(name, pretrained=True, **kwargs)  # with the arguments that it was trained with
+        mae = cls(encoder, **json.loads(args))
         mae.load_state_dict(load_file(file))
         return mae.eval()
 

@@ -83,8 +83,9 @@ def read_metadata(file: Union[str, Path]) -> Dict[str, str]:
 
 
 def get_training_cfg(model: str) -> PretrainedCfg:
-    """Return the pretrained cfg to train `model` with, which is the first one without shipped weights."""
-    return next(cfg for cfg in get_arch_pretrained_cfgs(model).values() if not cfg.file)
+    """Return the pretrained cfg to train `model` with: the first one without shipped weights, or else the first one."""
+    cfgs = list(get_arch_pretrained_cfgs(model).values())
+    return next((cfg for cfg in cfgs if not cfg.file), cfgs[0])
 
 
 def _sha256(path: Union[str, Path]) -> str:

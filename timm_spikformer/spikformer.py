@@ -75,6 +75,7 @@ def _cfg_v1(**kwargs) -> Dict[str, Any]:
 _CIFAR10 = dict(
     num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8),
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
 )
 
 _FASHION_MNIST = dict(
@@ -88,21 +89,17 @@ _CIFAR10_DVS = dict(
     num_classes=10, input_size=(2, 128, 128), pool_size=(8, 8), mean=(0., 0.), std=(1., 1.), interpolation='bilinear')
 _DVS128_GESTURE = {**_CIFAR10_DVS, 'num_classes': 11}
 
-# Without `file`, weights are loaded from the repository with the same name in the Hub namespace that the user has set.
-default_cfgs = generate_default_cfgs({
+_CFGS = {
     'spikformer_v2_8_384.in1k': _cfg(),
     'spikformer_v2_8_512.in1k': _cfg(),
     'spikformer_v2_8_768.in1k': _cfg(),
     'spikformer_v2_16_768.in1k': _cfg(),
     'spikformer_v2_4_384_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_128_patch4_32.cifar10': _cfg(**_CIFAR10),
-    'spikformer_v2_2_64_patch4_32.fashion_mnist': _cfg(
-        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist'), **_FASHION_MNIST),
-    'spikformer_v2_2_64_patch4_32.fashion_mnist_t4': _cfg(
-        file=shipped_weights('spikformer_v2_2_64_patch4_32.fashion_mnist_t4'), **_FASHION_MNIST),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist': _cfg(**_FASHION_MNIST),
+    'spikformer_v2_2_64_patch4_32.fashion_mnist_t4': _cfg(**_FASHION_MNIST),
     'spikformer_v2_2_64_patch4_32.cifar10': _cfg(**_CIFAR10),
     'spikformer_v2_2_64_patch4_32.mae_fashion_mnist': _cfg(
-        file=shipped_weights('spikformer_v2_2_64_patch4_32.mae_fashion_mnist'),
         **{**_FASHION_MNIST, 'num_classes': 0, 'label_names': None}),
     'spikformer_v2_2_256_patch16_128.cifar10_dvs': _cfg(**_CIFAR10_DVS),
     'spikformer_v2_2_256_patch16_128.dvs128_gesture': _cfg(**_DVS128_GESTURE),
@@ -114,7 +111,11 @@ default_cfgs = generate_default_cfgs({
     'spikformer_4_384_patch4_32.cifar10': _cfg_v1(**_CIFAR10),
     'spikformer_2_256_patch16_128.cifar10_dvs': _cfg_v1(**_CIFAR10_DVS),
     'spikformer_2_256_patch16_128.dvs128_gesture': _cfg_v1(**_DVS128_GESTURE),
-})
+}
+
+# Weights that are not in the package are loaded from the repository with the same name in the Hub namespace that the
+# user has set.
+default_cfgs = generate_default_cfgs({name: {**cfg, 'file': shipped_weights(name)} for name, cfg in _CFGS.items()})
 
 
 def _pretrained_filter_fn(state_dict: Dict[str, Any], model: Spikformer) -> Dict[str, Tensor]:
