@@ -3,6 +3,7 @@ import json
 import platform
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -149,7 +150,11 @@ class Study(NamedTuple):
 
     def has_weights(self, run: Run) -> bool:
         """Return whether the trained weights of a run exist; results are committed to git, most weights are not."""
-        return (self.folder(run) / _FINISHED).is_file() or self._shipped_file(run) is not None
+        return self._is_trained(run) or self._shipped_file(run) is not None
+
+    def _is_trained(self, run: Run) -> bool:
+        """Return whether the checkpoint of a run is that of its last epoch."""
+        return all((self.folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
         """Return the file in the package with the weights that a run has trained; None if there is none."""
@@ -181,7 +186,8 @@ class Study(NamedTuple):
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
-        with lock_folder_for_run(folder):
+        # finished weights are only read, and several runs that start from them may do so at the same time
+        with nullcontext() if self._is_trained(run) else lock_folder_for_run(folder):
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,

@@ -26,6 +26,7 @@ from reproduction.protocol import PROTOCOL, Run, read_protocol
 from reproduction.report import FOLDER, write_report
 from reproduction.statistics import paired_difference, summarize
 from timm_spikformer import training
+from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.profiling import profile
 
@@ -159,7 +160,8 @@ def test_order_of_jobs(study):
         pretend(study, run)
     assert names('tuned') == ['mae/seed-0 weights']
     study.folder(Run(cells['mae'], 0, 0, True)).mkdir(parents=True)
-    (study.folder(Run(cells['mae'], 0, 0, True)) / 'finished').touch()
+    for name in ('last.pth.tar', 'finished'):
+        (study.folder(Run(cells['mae'], 0, 0, True)) / name).touch()
     assert names('tuned') == ['tuned/try-0', 'tuned/try-1']
     for run, accuracy in zip(study.tries(cells['tuned']), (70., 71.)):
         assert study.final_runs(cells['tuned']) == []
@@ -214,6 +216,24 @@ def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monk
         assert not study.path(run).exists()
     assert without_times(study.execute(run)) == without_times(expected)
     assert json.loads(study.path(run).read_text())['history'] != []
+
+
+def test_finished_weights_are_verified_and_can_be_read_by_several_runs(study):
+    """`run --jobs 2` starts several tries at once, which load the same initial weights."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    data, path = study.read_data(run), study.folder(run) / 'last.pth.tar'
+    expected = study.train(run, data).model.state_dict()
+    with lock_folder_for_run(path.parent):
+        loaded = study.train(run, data).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+        (path.parent / 'finished').unlink()
+        with pytest.raises(ValueError, match='Another run of timm-spikformer is writing'):
+            study.train(run, data)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='last.pth.tar has been changed since timm-spikformer wrote it'):
+        study.train(run, data)
 
 
 @pytest.mark.slow
