@@ -18,7 +18,7 @@ from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader
-from timm_spikformer.pretrained import WEIGHTS_FOLDER, read_metadata
+from timm_spikformer.pretrained import WEIGHTS_FOLDER, check_shipped_weights, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
 from timm_spikformer.training import (
@@ -157,10 +157,18 @@ class Study(NamedTuple):
         return all((self.folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
-        """Return the file in the package with the weights that a run has trained; None if there is none."""
+        """Return the file in the package with the weights that a run has trained; None if there is none.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         path = WEIGHTS_FOLDER / f'{run.cell.ships}.safetensors'
         if not (run.is_final and run.seed == 0 and path.is_file()):
             return None
+        try:
+            check_shipped_weights(str(path))
+        except RuntimeError as e:
+            raise ValueError(str(e)) from e
         return path if read_metadata(path).get('training') == self.protocol.digest(run) else None
 
     def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:

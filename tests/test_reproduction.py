@@ -298,8 +298,29 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
     study.train(tuned, study.read_data(tuned))
     assert [path.name for path in study.checkpoints.iterdir()] == [study.protocol.digest(tuned)]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:1000]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match='x.mae_y.safetensors is damaged: its sha256 is not'):
+            study.has_weights(run)
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
     cell.recipe['lr'] = 0.5
     assert not study.has_weights(run)
+
+
+def test_failed_export_changes_nothing(study, tmp_path):
+    """Otherwise, SHA256SUMS would not match the weights that were written before the error."""
+    cells = study.protocol.cells
+    for name in ('mae', 'scratch'):
+        cells[name] = cells[name]._replace(ships=f'x.{name}')
+    run = study.final_runs(cells['mae'])[0]
+    study.train(run, study.read_data(run))
+    pretend(study, run, test={})
+    with pytest.raises(ValueError, match='The result of scratch is missing'):
+        shipping.ship(study, tmp_path / 'weights')
+    assert not (tmp_path / 'weights').exists()
 
 
 def pretend_final_runs(study: Study, **accuracies) -> None:
