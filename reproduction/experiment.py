@@ -178,18 +178,27 @@ class Study(NamedTuple):
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
-        return read_data(self.data, dataset, self.protocol.held_out[dataset])
+        return read_data(self.data, dataset, self.protocol.held_out[dataset], self.protocol.sizes[dataset])
 
     def train(self, run: Run, data: Data) -> TrainingResult:
-        """Train the weights of a run, or load them if they exist already."""
+        """Train the weights of a run, or load them if they exist already.
+
+        Raises:
+            ValueError: The settings do not fit the model or the data, see `create` and `training.train`.
+        """
         cell, config = run.cell, run.config()
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
         initial = self.initial_run(run)
         if initial is not None:
-            model.load_state_dict(self._weights(initial, data))
+            try:
+                model.load_state_dict(self._weights(initial, data))
+            except RuntimeError as e:
+                raise ValueError(f'{run.name}: the weights of {initial.name} are those of another model: {e}') from e
         objective = classify_steps if cell.objective == 'classify_steps' else classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct
+        if cell.labels is not None and cell.labels > len(data.train):
+            raise ValueError(f'{run.name}: labels is {cell.labels}, but there are {data.train.description}.')
         images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)

@@ -106,13 +106,31 @@ def test_interval_matches_scipy():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a has unknown keys labelled'),
+    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: it has unknown keys labelled'),
     ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must name a cell above it, got 'b'"),
     ({'cells': {'a': {'title': 'x', 'attention': 'linear'}}}, "attention must be one of .*got 'linear'"),
     ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
-    ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'same seeds and the same number of tries'),
+    ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'must have the same number of tries'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
-    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 cells, got 1'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 different .*mae'),
+    ({'seeds': [0, 0, 1]}, r'cell mae: seeds must be a list of different integers, got \[0, 0, 1\]'),
+    ({'seeds': [0]}, 'Q: tuned has no labels or only one seed, so it cannot be compared'),
+    ({'seeds': None}, 'cell mae: seeds must be a list'),
+    ({'datasets': {'fashion_mnist': {'held_out': 2}}}, 'held_out must be greater than 0 and less than 1'),
+    ({'datasets': {'mnist': {'held_out': 0.1}}}, 'dataset mnist: expected one of fashion_mnist, '),
+    ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults has unknown keys attnetion'),
+    ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and finite, got '1e-2'"),
+    ({'cells': {'a': {'title': 'x', 'tries': [{'lrr': 1}]}}}, 'cell a: the recipe has unknown keys lrr'),
+    ({'cells': {'a': {'title': 'x', 'tries': [{'epochs': '1.5x'}]}}}, 'or a factor such as 2x, got .1.5x'),
+    ({'cells': {'a': {'title': 'x', 'labels': 0}}}, 'cell a: labels must be an integer of at least 1, got 0'),
+    ({'cells': {'a': {'title': 'x', 'model': 'nothing'}}}, "model must be the name of a timm model, got 'nothing'"),
+    ({'cells': {'../a': {'title': 'x'}}}, 'the name must consist of letters, digits, .*, got ....a'),
+    ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, 'only one try is possible without labels'),
+    ({'cells': {'a': {}}}, 'cell a: it lacks title'),
+    ({'cells': [1]}, r'cells must be a mapping, got \[1\]'),
+    ({'questions': {'Q': {}}}, 'Q lacks claims, rows, text, title'),
+    ({'label_curves': {'a': {'b': {50: 'scratch'}}}}, 'scratch is not a cell with 50 labels'),
+    ({'lable_curves': {}}, 'the file has unknown keys lable_curves'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_bad_protocols(change, message, tmp_path):
     path = tmp_path / 'x.yaml'
@@ -124,12 +142,46 @@ def test_bad_protocols(change, message, tmp_path):
         read_protocol(path)
 
 
+@pytest.mark.parametrize('content, message', [
+    ('a: [1', 'x.yaml is not a YAML file: .*expected'), ('', 'the file must be a mapping, got None'),
+    ('a: 1\nb: 2\na: 3', "the key 'a' appears twice"), (None, 'x.yaml cannot be read: No such file')], ids=repr)
+def test_files_that_are_not_protocols(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / 'x.yaml').write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_protocol(tmp_path / 'x.yaml')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'labels': 6000}, 'tuned/try-0: labels is 6000, but there are 5,700 images'),
+    ({'model_kwargs': {'x': 1}}, "cannot be created with {'x': 1}: .*unexpected keyword argument 'x'"),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}, 'attention': 'softmax'}, 'is not a Spikformer, so'),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}}, 'the weights of mae/seed-0 are those of another model'),
+], ids=str)
+def test_settings_that_do_not_fit(change, message, study, monkeypatch):
+    """These errors are raised before training."""
+    run = Run(study.protocol.cells['tuned']._replace(**change), 0, 0, False)
+    weights = models.create(Run(study.protocol.cells['scratch'], 0, 0, False).config(), 10, 28).state_dict()
+    monkeypatch.setattr(Study, '_weights', lambda self, run, data: weights)
+    with pytest.raises(ValueError, match=message):
+        study.train(run, study.read_data(run))
+    assert not study.checkpoints.exists()
+
+
+def test_part_of_a_dataset_raises(study):
+    """The slice in the package has the file names and classes of the whole dataset."""
+    with pytest.raises(ValueError, match='6,000 images of fashion_mnist, train split: the protocol requires 60,000'):
+        study._replace(protocol=read_protocol()).read_data(Run(read_protocol().cells['ssa'], 0, 0, True))
+
+
 def test_null_removes_a_default_of_the_recipe(tmp_path):
     text = {**TINY, 'questions': {}, 'cells': {
-        'mae': {'title': 'x', 'recipe': {'lr': 0.5}}, 'other': {'title': 'y', 'recipe': {'lr': None}}}}
+        'mae': {'title': 'x', 'recipe': {'weight_decay': 0.5}},
+        'other': {'title': 'y', 'recipe': {'weight_decay': None}}}}
     (tmp_path / 'x.yaml').write_text(yaml.safe_dump(text))
     cells = read_protocol(tmp_path / 'x.yaml').cells
-    assert cells['mae'].recipe['lr'] == 0.5 and cells['other'].recipe.keys() == cells['mae'].recipe.keys() - {'lr'}
+    assert cells['mae'].recipe['weight_decay'] == 0.5
+    assert cells['other'].recipe.keys() == cells['mae'].recipe.keys() - {'weight_decay'}
 
 
 def test_changed_pretraining_invalidates_results_that_start_from_it(study):
