@@ -1,5 +1,6 @@
 """Command line of the study: `python -m reproduction {run,status,report,ship}`."""
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -55,12 +56,17 @@ def main() -> None:
             _run(study, args)
     except ValueError as e:
         sys.exit(f'error: {e}')
+    except OSError as e:
+        sys.exit(f'error: {e.filename or "a file"}: {e.strerror or e}')
+    except KeyboardInterrupt:
+        sys.exit('\nInterrupted. Run the same command again to continue.')
 
 
 def _run(study, args: argparse.Namespace) -> None:
     from .schedule import run_missing
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit('Terminated.'))  # `run_missing` ends its processes on an exit
     options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
     failed = run_missing(study, args.only, args.seeds, args.jobs, options)
     if failed:

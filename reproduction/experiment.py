@@ -41,6 +41,8 @@ __all__ = ['Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
+_RESULT_KEYS = ('attempt', 'cpu_seconds', 'machine', 'validation')  # keys of results that other files use
+_FINAL_KEYS = ('operations', 'test')
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
 
@@ -106,12 +108,25 @@ class Study(NamedTuple):
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
-        """Return the result of a run; None if it is missing or belongs to different settings."""
+        """Return the result of a run; None if it is missing or belongs to different settings.
+
+        Raises:
+            ValueError: The file is damaged or is not the result of such a run.
+        """
         path = self.path(run)
         if not path.is_file():
             return None
-        result = json.loads(path.read_text(encoding='utf-8'))
-        return result if result['training'] == self.protocol.digest(run) else None
+        try:
+            result = json.loads(path.read_text(encoding='utf-8'))
+            if result['training'] != self.protocol.digest(run):
+                return None
+            for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())):
+                result[key]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(
+                f'{path} is damaged or is not the result of this run: {e!r}. Restore it, or remove it to execute the '
+                f'run again.') from e
+        return result
 
     def tries(self, cell: Cell) -> List[Run]:
         """Return the runs that select the settings of a cell; empty if the cell has only one try."""
@@ -215,6 +230,7 @@ class Study(NamedTuple):
 
     def execute(self, run: Run) -> Dict[str, Any]:
         """Train and evaluate a run, write its result to a JSON file, and return it."""
+        self.path(run).parent.mkdir(parents=True, exist_ok=True)  # before hours of training
         data = self.read_data(run)
         commit = _commit()
         trained = self.train(run, data)

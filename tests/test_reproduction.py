@@ -20,7 +20,8 @@ from conftest import calibrate
 from safetensors import safe_open
 from scipy import stats
 
-from reproduction import experiment, models, schedule, shipping
+from reproduction import experiment, models, report, schedule, shipping
+from reproduction.__main__ import main
 from reproduction.experiment import Study
 from reproduction.protocol import PROTOCOL, Run, read_protocol
 from reproduction.report import FOLDER, write_report
@@ -64,7 +65,9 @@ def without_times(value):
 
 def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
-    experiment.write_json(study.path(run), dict(training=study.protocol.digest(run), attempt=run.attempt, **values))
+    empty = dict(cpu_seconds=0., machine={}, validation={}, test={}, operations={})
+    experiment.write_json(
+        study.path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
 
 
 def test_committed_report_matches_committed_runs(tmp_path):
@@ -226,6 +229,96 @@ def test_order_of_jobs(study):
     other = read_protocol(study.runs.parent / 'protocol.yaml')
     other.cells['tuned'].recipe['lr'] = 0.5  # results of other settings are ignored
     assert study._replace(protocol=other).result(Run(other.cells['tuned'], 1, 0, True)) is None
+
+
+def test_tries_with_other_seeds_require_seed_0_of_the_initial_cell(study):
+    names = [job.run.name for job in schedule.next_jobs(study, ['tuned'], seeds=[1])]
+    assert names == ['mae/seed-0', 'mae/seed-1']
+
+
+class FakeProcess:
+    """Process that ends without an error and without a result."""
+    started, returncode, poll = [], 0, lambda self: 0
+
+    def __init__(self, command, env):
+        self.started.append(command[4])
+        assert len(self.started) < 10
+
+
+@pytest.fixture
+def fake_processes(monkeypatch):
+    monkeypatch.setattr(FakeProcess, 'started', [])
+    monkeypatch.setattr(schedule.subprocess, 'Popen', FakeProcess)
+    monkeypatch.setattr(schedule.time, 'sleep', lambda seconds: None)
+    return FakeProcess
+
+
+def test_run_without_a_result_is_not_repeated(study, fake_processes):
+    """The result of a run does not belong to the protocol if the file was changed after `run` had started."""
+    assert schedule.run_missing(study, ['mae'], None, 1, []) == ['mae/seed-0', 'mae/seed-1']
+    assert fake_processes.started == ['mae/seed-0', 'mae/seed-1']
+
+
+def command_line(study, monkeypatch, command, *options):
+    """Run the command line on a study in this process."""
+    folders = dict(protocol=study.runs.parent / 'protocol.yaml', runs=study.runs)
+    if command != 'report':
+        folders.update(checkpoints=study.checkpoints, data=study.data)
+    defaults = [f'--{name}={path}' for name, path in folders.items()]
+    monkeypatch.setattr(sys, 'argv', ['reproduction', command, *defaults, *options])
+    monkeypatch.setattr(report, 'write', lambda path, content: pytest.fail('the committed report would be replaced'))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch):
+    """Otherwise they would lock the folders of the runs that the next `run` starts."""
+    ended = []
+    monkeypatch.setattr(fake_processes, 'poll', lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    for name in ('terminate', 'wait'):
+        monkeypatch.setattr(fake_processes, name, lambda self, name=name: ended.append(name), raising=False)
+    before = signal.signal(signal.SIGTERM, lambda *args: pytest.fail('not handled'))
+    try:
+        with pytest.raises(SystemExit, match='Terminated'):
+            command_line(study, monkeypatch, 'run')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ['terminate', 'wait']
+
+
+@pytest.mark.parametrize('command, options, message', [
+    ('run', ['--only', 'mae', 'typo'], 'There is no cell typo, expected one of mae, scratch, tuned'),
+    ('run', ['--seeds', '7'], 'None of the selected cells has the seed 7'),
+    ('run', ['--jobs', '0'], '--jobs must be at least 1, got 0'),
+    ('run-one', ['scratch/seed-0'], 'There is no run scratch/seed-0, or it is a final run and not all tries'),
+    ('run-one', ['mae/seed-0', '--data', 'nothing'], 'nothing/fashion_mnist is missing'),
+    ('run-one', ['mae/seed-0', '--runs', __file__], f'error: {__file__}/mae: Not a directory'),
+    ('run-one', ['mae/seed-0', '--checkpoints', __file__], f'error: {__file__}/.*: Not a directory'),
+    ('status', ['--protocol', 'nothing'], 'nothing cannot be read: No such file'),
+    ('report', ['--runs', 'nothing'], 'nothing is not a folder with results'),
+], ids=str)
+def test_wrong_options(command, options, message, study, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        command_line(study, monkeypatch, command, *options)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"a": 1', 'JSONDecodeError'), ('{"a": 1}', "KeyError.'training'"), ('[1]', 'TypeError'),
+    (None, "KeyError.'test'"),
+], ids=str)
+def test_damaged_results(content, message, study, monkeypatch):
+    """Also the result of a try that was copied to that of a final run, which has the same settings."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    pretend(study, run)
+    result = json.loads(study.path(run).read_text())
+    del result['test']
+    study.path(run).write_text(json.dumps(result) if content is None else content)
+    for command in ('status', 'run', 'report'):
+        with pytest.raises(SystemExit, match=f'error: .*seed-0.json is damaged or is not the result .*{message}'):
+            command_line(study, monkeypatch, command)
 
 
 def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, monkeypatch):
@@ -390,6 +483,8 @@ def pretend_final_runs(study: Study, **accuracies) -> None:
 
 def test_report_of_incomplete_study(study, tmp_path):
     pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
+    old = Run(study.protocol.cells['mae']._replace(labels=5), 0, 0, True)  # a result of settings that have been changed
+    pretend(study, old, cpu_seconds=9000.)
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
     assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
