@@ -22,13 +22,14 @@ from scipy import stats
 
 from reproduction import experiment, models, report, schedule, shipping
 from reproduction.__main__ import main
+from reproduction.data import Data
 from reproduction.experiment import Study
 from reproduction.protocol import PROTOCOL, Run, read_protocol
 from reproduction.report import FOLDER, write_report
 from reproduction.statistics import paired_difference, summarize
 from timm_spikformer import training
 from timm_spikformer.folders import lock_folder_for_run
-from timm_spikformer.images import FASHION_MNIST
+from timm_spikformer.images import FASHION_MNIST, read_splits, training_data_config
 from timm_spikformer.profiling import profile
 
 TINY = dict(
@@ -549,6 +550,18 @@ def test_stems_are_compared_at_equal_size(name, by):
         return getattr(profile(calibrate(model, x), [x]).totals, by)
 
     assert size(name) == pytest.approx(size('ssa'), rel=0.01)
+
+
+def test_operations_of_non_spiking_networks():
+    """Multiply-accumulates of all products, also of attention, and their energy."""
+    cell = read_protocol().cells['vit']
+    model = models.create(Run(cell, 0, 0, True).config(), 10, 28).eval()
+    images = read_splits()['test'].sample_evenly(2)
+    operations = experiment._operations(model, Data(images, images, images, training_data_config()))
+    C, depth, N = 104, 4, 7 * 7 + 1
+    expected = 49 * C * 3 * 4 ** 2 + depth * (N * 12 * C ** 2 + 2 * N ** 2 * C) + C * 10
+    assert operations['macs'] == operations['dense_macs'] == expected and operations['acs'] == 0
+    assert operations['energy_uj'] == pytest.approx(4.6e-6 * expected)
 
 
 def test_default_path_of_protocol():
