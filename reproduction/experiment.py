@@ -261,12 +261,18 @@ class Study(NamedTuple):
 
 
 @torch.no_grad()
-def _count_macs(model: nn.Module, data: Data) -> float:
-    """Return the dense multiply-accumulates of a model for one image."""
+def _count_macs(model: nn.Module, data: Data, module: str = 'Global') -> float:
+    """Return the dense multiply-accumulates of a model, or of a module of it, for one image.
+
+    Args:
+        model: The model.
+        data: Dataset of the images.
+        module: Name of the module, `CLASS.NAME`, where CLASS is that of the model.
+    """
     # FlopCounterMode does not count the fused attention of a CPU, but the products of the plain one
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *data.config['input_size']))
-    return counter.get_total_flops() / 2
+    return sum(counter.get_flop_counts()[module].values()) / 2
 
 
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
@@ -279,10 +285,9 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
             energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
     result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
-    operations = {}
+    operations, totals = {}, result.totals
     if isinstance(model, SpikformerMAE):
-        operations['total_macs'] = _count_macs(model, data)  # including the decoder
-    totals = result.totals
+        operations['total_macs'] = totals.dense_macs + _count_macs(model, data, 'SpikformerMAE.decoder')
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():
         if isinstance(module, SoftmaxAttention):  # the input of `proj` is real-valued, so it costs MACs

@@ -29,7 +29,7 @@ from reproduction.report import FOLDER, write_report
 from reproduction.statistics import paired_difference, summarize
 from timm_spikformer import training
 from timm_spikformer.folders import lock_folder_for_run
-from timm_spikformer.images import FASHION_MNIST, read_splits, training_data_config
+from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_data_config
 from timm_spikformer.profiling import profile
 
 TINY = dict(
@@ -562,6 +562,25 @@ def test_operations_of_non_spiking_networks():
     expected = 49 * C * 3 * 4 ** 2 + depth * (N * 12 * C ** 2 + 2 * N ** 2 * C) + C * 10
     assert operations['macs'] == operations['dense_macs'] == expected and operations['acs'] == 0
     assert operations['energy_uj'] == pytest.approx(4.6e-6 * expected)
+
+
+def test_operations_of_autoencoder():
+    """The encoder processes 12 of the 49 patches, and the decoder all of them."""
+    cell = read_protocol().cells['mae-2']
+    model = models.create_autoencoder(models.create(Run(cell, 0, 0, True).config(), 10, 28))
+    images = read_splits()['test'].sample_evenly(32)
+    data = Data(images, images, images, training_data_config())
+    calibrate(model, next(iter(make_loader(images, data.config, 32)))[0])
+    operations = experiment._operations(model, data)
+    C, N, visible, pixels = 64, 49, 12, 3 * 4 ** 2
+    decoder = visible * C * C + 2 * (N * 12 * C ** 2 + 2 * N ** 2 * C) + N * C * pixels
+    assert operations['total_macs'] == operations['dense_macs'] + decoder
+    classifier = profile(calibrate(models.create(Run(cell, 0, 0, True).config(), 10, 28), torch.rand(8, 3, 28, 28)), [
+        torch.rand(1, 3, 28, 28)]).totals
+    assert operations['dense_macs'] == pytest.approx(classifier.dense_macs * visible / N, rel=0.02)
+    committed = json.loads((FOLDER / 'runs' / 'mae-2' / 'seed-0.json').read_text())['operations']
+    assert {key: operations[key] for key in ('total_macs', 'dense_macs', 'parameters')} == {
+        key: committed[key] for key in ('total_macs', 'dense_macs', 'parameters')}
 
 
 def test_default_path_of_protocol():
