@@ -96,11 +96,15 @@ def run_missing(
     """
     running: Dict[str, Tuple[Job, subprocess.Popen]] = {}
     failed: List[str] = []
+    has_started = False
     try:
         while True:
             waiting = [job for job in next_jobs(study, patterns, seeds) if job.run.name not in (*running, *failed)]
             if not running and not waiting:
+                if not has_started:
+                    print(f'There are no missing runs. To repeat a run, remove its result from {study.runs}.')
                 return failed
+            has_started = True
             for job in waiting[:jobs - len(running)]:
                 print(f'{job.run.name}: started', flush=True)
                 command = [sys.executable, '-m', 'reproduction', 'run-one', job.run.name, *options]

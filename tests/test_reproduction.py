@@ -275,6 +275,13 @@ def command_line(study, monkeypatch, command, *options):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_finished_study_says_so(study, monkeypatch, capsys):
+    for run in study.final_runs(study.protocol.cells['mae']):
+        pretend(study, run)
+    command_line(study, monkeypatch, 'run', '--only', 'mae')
+    assert 'There are no missing runs. To repeat a run, remove its result from ' in capsys.readouterr().out
+
+
 def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch):
     """Otherwise they would lock the folders of the runs that the next `run` starts."""
     ended = []
