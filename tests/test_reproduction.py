@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -311,6 +312,25 @@ def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch)
 def test_wrong_options(command, options, message, study, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         command_line(study, monkeypatch, command, *options)
+
+
+def test_closed_pipe():
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'reproduction', 'status'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does
+    error = process.stderr.read()
+    assert 'Traceback' not in error and 'error' not in error and process.wait() == 1
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--full'], '--full requires --output'),
+    (['--full', '--output', 'x'], 'lacks train-images-idx3-ubyte.gz, train-'),
+])
+def test_conversion_of_images_with_wrong_options(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['make_slice.py', str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FASHION_MNIST / 'make_slice.py'), run_name='__main__')
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('content, message', [
