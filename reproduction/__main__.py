@@ -1,5 +1,7 @@
 """Command line of the study: `python -m reproduction {run,status,report,ship}`."""
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -55,12 +57,20 @@ def main() -> None:
             _run(study, args)
     except ValueError as e:
         sys.exit(f'error: {e}')
+    except BrokenPipeError:  # the reader of the output, such as `head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        sys.exit(f'error: {e.filename or "a file"}: {e.strerror or e}')
+    except KeyboardInterrupt:
+        sys.exit('\nInterrupted. Run the same command again to continue.')
 
 
 def _run(study, args: argparse.Namespace) -> None:
     from .schedule import run_missing
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit('Terminated.'))  # `run_missing` ends its processes on an exit
     options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
     failed = run_missing(study, args.only, args.seeds, args.jobs, options)
     if failed:
@@ -85,7 +95,8 @@ def _print_status(study) -> None:
         tries = study.tries(cell)
         done = [study.result(run) is not None for run in tries]
         final = [study.result(run) is not None for run in study.final_runs(cell)]
-        print(f'{cell.name:<22} tries {sum(done)}/{len(tries)}   final runs {sum(final)}/{len(cell.seeds)}')
+        counts = f'tries {sum(done)}/{len(tries)}   final runs {sum(final)}/{len(cell.seeds)}'
+        print(f'{cell.name:<22} {counts}', flush=True)
 
 
 if __name__ == '__main__':

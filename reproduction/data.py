@@ -1,13 +1,16 @@
 """Datasets of the study."""
 from pathlib import Path
-from typing import Any, Dict, NamedTuple
+from types import MappingProxyType
+from typing import Any, Dict, Mapping, NamedTuple
 
 import timm
 
 from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.images import DATA_KEYS, Images, read_splits
 
-__all__ = ['DATASETS', 'Data', 'read_data']
+__all__ = ['DATASETS', 'SPLITS', 'Data', 'read_data']
+
+SPLITS = ('train', 'test')  # splits of each dataset; validation images are held out from those for training
 
 # display names
 DATASETS = {
@@ -33,7 +36,7 @@ class Data(NamedTuple):
     config: Dict[str, Any]
 
 
-def read_data(folder: Path, dataset: str, held_out: float) -> Data:
+def read_data(folder: Path, dataset: str, held_out: float, sizes: Mapping[str, int] = MappingProxyType({})) -> Data:
     """Read a dataset, and hold out a fraction of the training images of each class for validation.
 
     Args:
@@ -42,19 +45,23 @@ def read_data(folder: Path, dataset: str, held_out: float) -> Data:
         dataset: 'fashion_mnist', 'cifar10', or 'simulated_events', which needs no files: its events are simulated from
             the images in the package, with four time steps.
         held_out: Fraction of the training images to hold out. The selection is the same in every call.
+        sizes: Expected numbers of images by split, so that a part of a dataset is not mistaken for all of it.
 
     Raises:
         ValueError: The dataset is missing or incomplete.
     """
     if dataset == 'simulated_events':
-        splits = read_event_splits(_EVENTS)
-        return Data(*splits['train'].hold_out(seed=0, fraction=held_out), splits['test'], _EVENT_CONFIG)
-    root = folder / dataset
-    if not root.is_dir():
-        raise ValueError(f'{root} is missing. See reproduction/README.md for how to get the images.')
-    splits = read_splits(root)
-    if not {'train', 'test'} <= splits.keys():
-        raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')
-    train, validation = splits['train'].hold_out(seed=0, fraction=held_out)
-    cfg = timm.get_pretrained_cfg(_CONFIGS[dataset])
-    return Data(train, validation, splits['test'], {key: getattr(cfg, key) for key in DATA_KEYS})
+        splits, config = read_event_splits(_EVENTS), _EVENT_CONFIG
+    else:
+        root = folder / dataset
+        if not root.is_dir():
+            raise ValueError(f'{root} is missing. See reproduction/README.md for how to get the images.')
+        splits = read_splits(root)
+        if not {*SPLITS} <= splits.keys():
+            raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')
+        cfg = timm.get_pretrained_cfg(_CONFIGS[dataset])
+        config = {key: getattr(cfg, key) for key in DATA_KEYS}
+    for split, size in sizes.items():
+        if len(splits[split]) != size:
+            raise ValueError(f'{splits[split].description}: the protocol requires {size:,} images.')
+    return Data(*splits['train'].hold_out(seed=0, fraction=held_out), splits['test'], config)

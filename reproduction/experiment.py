@@ -3,6 +3,7 @@ import json
 import platform
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spikformer import SpikformerMAE
@@ -17,7 +19,7 @@ from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader
-from timm_spikformer.pretrained import WEIGHTS_FOLDER, read_metadata
+from timm_spikformer.pretrained import WEIGHTS_FOLDER, check_shipped_weights, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
 from timm_spikformer.training import (
@@ -40,6 +42,8 @@ __all__ = ['Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
+_RESULT_KEYS = ('attempt', 'cpu_seconds', 'machine', 'validation')  # keys of results that other files use
+_FINAL_KEYS = ('operations', 'test')
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
 
@@ -105,12 +109,25 @@ class Study(NamedTuple):
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
-        """Return the result of a run; None if it is missing or belongs to different settings."""
+        """Return the result of a run; None if it is missing or belongs to different settings.
+
+        Raises:
+            ValueError: The file is damaged or is not the result of such a run.
+        """
         path = self.path(run)
         if not path.is_file():
             return None
-        result = json.loads(path.read_text(encoding='utf-8'))
-        return result if result['training'] == self.protocol.digest(run) else None
+        try:
+            result = json.loads(path.read_text(encoding='utf-8'))
+            if result['training'] != self.protocol.digest(run):
+                return None
+            for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())):
+                result[key]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(
+                f'{path} is damaged or is not the result of this run: {e!r}. Restore it, or remove it to execute the '
+                f'run again.') from e
+        return result
 
     def tries(self, cell: Cell) -> List[Run]:
         """Return the runs that select the settings of a cell; empty if the cell has only one try."""
@@ -149,13 +166,25 @@ class Study(NamedTuple):
 
     def has_weights(self, run: Run) -> bool:
         """Return whether the trained weights of a run exist; results are committed to git, most weights are not."""
-        return (self.folder(run) / _FINISHED).is_file() or self._shipped_file(run) is not None
+        return self._is_trained(run) or self._shipped_file(run) is not None
+
+    def _is_trained(self, run: Run) -> bool:
+        """Return whether the checkpoint of a run is that of its last epoch."""
+        return all((self.folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
-        """Return the file in the package with the weights that a run has trained; None if there is none."""
+        """Return the file in the package with the weights that a run has trained; None if there is none.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         path = WEIGHTS_FOLDER / f'{run.cell.ships}.safetensors'
         if not (run.is_final and run.seed == 0 and path.is_file()):
             return None
+        try:
+            check_shipped_weights(str(path))
+        except RuntimeError as e:
+            raise ValueError(str(e)) from e
         return path if read_metadata(path).get('training') == self.protocol.digest(run) else None
 
     def _weights(self, run: Run, data: Data) -> Dict[str, torch.Tensor]:
@@ -165,23 +194,33 @@ class Study(NamedTuple):
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
-        return read_data(self.data, dataset, self.protocol.held_out[dataset])
+        return read_data(self.data, dataset, self.protocol.held_out[dataset], self.protocol.sizes[dataset])
 
     def train(self, run: Run, data: Data) -> TrainingResult:
-        """Train the weights of a run, or load them if they exist already."""
+        """Train the weights of a run, or load them if they exist already.
+
+        Raises:
+            ValueError: The settings do not fit the model or the data, see `create` and `training.train`.
+        """
         cell, config = run.cell, run.config()
         model = create(config, len(data.train.classes), data.config['input_size'][-1])
         initial = self.initial_run(run)
         if initial is not None:
-            model.load_state_dict(self._weights(initial, data))
+            try:
+                model.load_state_dict(self._weights(initial, data))
+            except RuntimeError as e:
+                raise ValueError(f'{run.name}: the weights of {initial.name} are those of another model: {e}') from e
         objective = classify_steps if cell.objective == 'classify_steps' else classify
         if cell.objective == 'reconstruct':
             model, objective = create_autoencoder(model), reconstruct
+        if cell.labels is not None and cell.labels > len(data.train):
+            raise ValueError(f'{run.name}: labels is {cell.labels}, but there are {data.train.description}.')
         images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
-        with lock_folder_for_run(folder):
+        # finished weights are only read, and several runs that start from them may do so at the same time
+        with nullcontext() if self._is_trained(run) else lock_folder_for_run(folder):
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
@@ -192,6 +231,7 @@ class Study(NamedTuple):
 
     def execute(self, run: Run) -> Dict[str, Any]:
         """Train and evaluate a run, write its result to a JSON file, and return it."""
+        self.path(run).parent.mkdir(parents=True, exist_ok=True)  # before hours of training
         data = self.read_data(run)
         commit = _commit()
         trained = self.train(run, data)
@@ -221,11 +261,18 @@ class Study(NamedTuple):
 
 
 @torch.no_grad()
-def _count_macs(model: nn.Module, data: Data) -> float:
-    """Return the dense multiply-accumulates of a model for one image."""
-    with FlopCounterMode(display=False) as counter:
+def _count_macs(model: nn.Module, data: Data, module: str = 'Global') -> float:
+    """Return the dense multiply-accumulates of a model, or of a module of it, for one image.
+
+    Args:
+        model: The model.
+        data: Dataset of the images.
+        module: Name of the module, `CLASS.NAME`, where CLASS is that of the model.
+    """
+    # FlopCounterMode does not count the fused attention of a CPU, but the products of the plain one
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *data.config['input_size']))
-    return counter.get_total_flops() / 2
+    return sum(counter.get_flop_counts()[module].values()) / 2
 
 
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
@@ -238,10 +285,9 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
             parameters=parameters, dense_macs=macs, macs=macs, acs=0.,
             energy_uj=COST_MODELS['fp32'].energy_mj(macs, 0., 0.) * 1e3)
     result = profile(model, make_loader(images, data.config, _BATCH_SIZE))
-    operations = {}
+    operations, totals = {}, result.totals
     if isinstance(model, SpikformerMAE):
-        operations['total_macs'] = _count_macs(model, data)  # including the decoder
-    totals = result.totals
+        operations['total_macs'] = totals.dense_macs + _count_macs(model, data, 'SpikformerMAE.decoder')
     macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
     for name, module in model.named_modules():
         if isinstance(module, SoftmaxAttention):  # the input of `proj` is real-valued, so it costs MACs

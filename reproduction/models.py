@@ -50,12 +50,22 @@ def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
         config: See `Run.config`.
         num_classes: Number of classes.
         size: Height and width of the images in pixels.
+
+    Raises:
+        ValueError: timm does not accept the arguments, or the attention or objective requires a Spikformer.
     """
     random_seed(config['recipe']['seed'])
     name, kwargs = config['model'], dict(config['model_kwargs'])
     if not name.startswith('convnext'):  # timm's ConvNeXt does not accept img_size
         kwargs['img_size'] = size
-    model = timm.create_model(name, num_classes=num_classes, **kwargs)
+    try:
+        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as e:
+        raise ValueError(f'The model {name} cannot be created with {config["model_kwargs"]}: {e}') from e
+    if not isinstance(model, Spikformer) and (config['attention'], config['objective']) != ('ssa', 'classify'):
+        raise ValueError(
+            f'{name} is not a Spikformer, so attention {config["attention"]!r} and objective {config["objective"]!r} '
+            f'are not possible.')
     if isinstance(model, Spikformer):
         for block in model.blocks:
             attn = block.attn

@@ -1,17 +1,27 @@
 """Reader of `protocol.yaml`: cells, and the training runs of each cell."""
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Collection, Dict, List, NamedTuple, Optional
 
+import timm
 import yaml
+
+from timm_spikformer.arguments import check_integer, check_number
+from timm_spikformer.training import Recipe, check_recipe
+
+from .data import DATASETS, SPLITS
 
 __all__ = ['PROTOCOL', 'Cell', 'Protocol', 'Run', 'read_protocol']
 
 PROTOCOL = Path(__file__).with_name('protocol.yaml')
+_REQUIRED = {'seeds', 'datasets', 'defaults', 'cells'}
 _CELL_KEYS = {
     'title', 'dataset', 'model', 'model_kwargs', 'attention', 'objective', 'labels', 'init', 'recipe', 'tries', 'seeds',
     'ships'}
+_RECIPE_KEYS = {*Recipe._fields} - {'seed'}  # the seed is that of the run
+_RECIPE_REQUIRED = {*Recipe._fields} - {*Recipe._field_defaults}
 _ATTENTIONS = ('ssa', 'softmax', 'none')
 _OBJECTIVES = ('classify', 'classify_steps', 'reconstruct')
 
@@ -93,6 +103,7 @@ class Protocol(NamedTuple):
     Args:
         cells: Cells by name, in the order in which they are run.
         held_out: For each dataset, the fraction of the training images that is held out for validation.
+        sizes: For each dataset, the required numbers of images by split, 'train' or 'test', if the file states them.
         seeds: Default seeds of the final runs.
         questions: For each question, its title, text, `rows` (names of cells) and `claims` (names of the two or four
             cells whose test accuracies are compared, by claim).
@@ -100,6 +111,7 @@ class Protocol(NamedTuple):
     """
     cells: Dict[str, Cell]
     held_out: Dict[str, float]
+    sizes: Dict[str, Dict[str, int]]
     seeds: List[int]
     questions: Dict[str, Dict[str, Any]]
     label_curves: Dict[str, Dict[str, Dict[int, str]]]
@@ -123,53 +135,180 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
     Raises:
         ValueError: The file is not a valid protocol. The message names the cell and the problem.
     """
-    text = yaml.safe_load(path.read_text(encoding='utf-8'))
-    held_out = {name: float(entry['held_out']) for name, entry in text['datasets'].items()}
+    try:
+        return _read(path)
+    except OSError as e:
+        raise ValueError(f'{path} cannot be read: {e.strerror}.') from e
+    except yaml.YAMLError as e:
+        raise ValueError(f'{path} is not a YAML file: {" ".join(str(e).split())}.') from e
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader that does not accept the same key twice; by default, the first of two cells with one name is ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f'the key {key!r} appears twice in one mapping, at line {node.start_mark.line + 1}.')
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Protocol:
+    text = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    _check_keys('the file', text, _REQUIRED, _REQUIRED | {'recipes', 'tries', 'questions', 'label_curves'})
+    for key in ('datasets', 'cells', 'questions', 'label_curves'):
+        _check_mapping(key, text.get(key, {}))
+    for name, entry in text['datasets'].items():
+        where = f'dataset {name}'
+        _check_keys(where, entry, {'held_out'}, {'held_out', *SPLITS})
+        if name not in DATASETS:
+            raise ValueError(f'{where}: expected one of {", ".join(DATASETS)}.')
+        check_number(f'{where}: held_out', entry['held_out'], above=0, below=1)
+        for split in SPLITS:
+            check_integer(f'{where}: {split}', entry.get(split, 1), 1)
+    _check_keys('defaults', text['defaults'], {'recipe'}, _CELL_KEYS)
     cells: Dict[str, Cell] = {}
     for name, entry in text['cells'].items():
-        unknown = sorted(entry.keys() - _CELL_KEYS)
-        if unknown:
-            raise ValueError(f'{path}: cell {name} has unknown keys {", ".join(unknown)}.')
-        merged = {**text['defaults'], **entry}
-        recipe = {**text['defaults']['recipe'], **entry.get('recipe', {})}
-        recipe = {key: value for key, value in recipe.items() if value is not None}
-        cell = Cell(
-            name, merged['title'], merged['dataset'], merged['model'], merged.get('model_kwargs', {}),
-            merged.get('attention', 'ssa'), merged.get('objective', 'classify'), merged.get('labels'),
-            merged.get('init'), recipe, merged['tries'], merged.get('seeds', text['seeds']), merged.get('ships'))
-        _check(cell, cells, held_out, path)
-        cells[name] = cell
-    questions = text.get('questions', {})
+        try:
+            cells[name] = _read_cell(name, entry, text, cells)
+        except ValueError as e:
+            raise ValueError(f'cell {name}: {e}') from e
+    questions, curves = text.get('questions', {}), text.get('label_curves', {})
     for name, question in questions.items():
-        claims = question['claims']
-        used = {*question['rows'], *(cell for compared in claims.values() for cell in compared)}
-        if not used <= cells.keys():
-            raise ValueError(f'{path}: {name} uses cells that do not exist: {", ".join(sorted(used - cells.keys()))}.')
-        for claim, compared in claims.items():
-            if len(compared) not in (2, 4):
-                raise ValueError(f'{path}: {name}: the claim {claim!r} needs 2 or 4 cells, got {len(compared)}.')
-            for first, second in zip(compared[::2], compared[1::2]):
-                a, b = cells[first], cells[second]
-                if len(a.tries) != len(b.tries) or not a.seeds == b.seeds == cells[compared[0]].seeds:
-                    raise ValueError(
-                        f'{path}: {name} compares {first} and {second}. They must have the same seeds and the same '
-                        f'number of tries.')
-    return Protocol(cells, held_out, text['seeds'], questions, text.get('label_curves', {}))
+        _check_question(name, question, cells)
+    _check_label_curves(curves, cells)
+    held_out = {name: entry['held_out'] for name, entry in text['datasets'].items()}
+    sizes = {name: {split: entry[split] for split in SPLITS if split in entry}
+             for name, entry in text['datasets'].items()}
+    return Protocol(cells, held_out, sizes, text['seeds'], questions, curves)
 
 
-def _check(cell: Cell, before: Dict[str, Cell], held_out: Dict[str, float], path: Path) -> None:
-    problem = None
-    if cell.dataset not in held_out:
-        problem = f'dataset must be one of {", ".join(held_out)}, got {cell.dataset!r}'
-    elif cell.attention not in _ATTENTIONS:
-        problem = f'attention must be one of {", ".join(_ATTENTIONS)}, got {cell.attention!r}'
-    elif cell.objective not in _OBJECTIVES:
-        problem = f'objective must be one of {", ".join(_OBJECTIVES)}, got {cell.objective!r}'
-    elif cell.init is not None and cell.init not in before:
-        problem = f'init must name a cell above it, got {cell.init!r}'
-    elif cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
-        problem = f'its initial cell {cell.init} must have all of its seeds, {cell.seeds}'
-    elif not cell.tries or 0 not in cell.seeds:
-        problem = 'at least one try and the seed 0 are required'
-    if problem is not None:
-        raise ValueError(f'{path}: cell {cell.name}: {problem}.')
+def _read_cell(name: Any, entry: Any, text: Dict[str, Any], before: Dict[str, Cell]) -> Cell:
+    """Return a cell.
+
+    Args:
+        name: Name of the cell.
+        entry: Entry of the cell in the file.
+        text: Content of the file.
+        before: Cells above it.
+    """
+    _check_keys('it', entry, {'title'}, _CELL_KEYS)
+    merged = {**text['defaults'], **entry}
+    for key in ('recipe', 'model_kwargs'):
+        _check_mapping(key, merged.get(key, {}))
+    recipe = {**text['defaults']['recipe'], **merged['recipe']}
+    cell = Cell(
+        name, merged['title'], merged.get('dataset'), merged.get('model'), merged.get('model_kwargs', {}),
+        merged.get('attention', 'ssa'), merged.get('objective', 'classify'), merged.get('labels'), merged.get('init'),
+        {key: value for key, value in recipe.items() if value is not None}, merged.get('tries'),
+        merged.get('seeds', text['seeds']), merged.get('ships'))
+    for key, value in (('the name', name), ('ships', cell.ships)):  # names of files
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value)):
+            raise ValueError(f'{key} must consist of letters, digits, ".", "_" and "-", got {value!r}.')
+    if cell.ships is not None and any(cell.ships == other.ships for other in before.values()):
+        raise ValueError(f'another cell has the same value of ships, {cell.ships}.')
+    for key, value, allowed in (
+            ('dataset', cell.dataset, tuple(text['datasets'])),
+            ('attention', cell.attention, _ATTENTIONS),
+            ('objective', cell.objective, _OBJECTIVES)):
+        if value not in allowed:
+            raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {value!r}.')
+    if not isinstance(cell.model, str) or not timm.is_model(cell.model):
+        raise ValueError(f'model must be the name of a timm model, got {cell.model!r}.')
+    if cell.labels is not None:
+        check_integer('labels', cell.labels, 1)
+    _check_seeds(cell.seeds)
+    if not isinstance(cell.tries, list) or not cell.tries or 0 not in cell.seeds:
+        raise ValueError('at least one try and the seed 0 are required.')
+    if cell.objective == 'reconstruct' and len(cell.tries) > 1:
+        raise ValueError('only one try is possible without labels, because tries are selected by their accuracy.')
+    if cell.init is not None and not _is_name(cell.init, before):
+        raise ValueError(f'init must name a cell above it, got {cell.init!r}.')
+    if cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
+        raise ValueError(f'its initial cell {cell.init} must have all of its seeds, {cell.seeds}.')
+    for i, change in enumerate(cell.tries):
+        _check_mapping(f'try {i}', change)
+        _check_recipe(cell.recipe, change)
+    return cell
+
+
+def _is_name(value: Any, cells: Dict[str, Cell]) -> bool:
+    return isinstance(value, str) and value in cells
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a mapping, got {value!r}.')
+
+
+def _check_keys(name: str, value: Any, required: Collection[str], allowed: Collection[str]) -> None:
+    """Check that a value is a mapping with all required and no unknown keys."""
+    _check_mapping(name, value)
+    unknown = sorted(str(key) for key in value if key not in allowed)
+    missing = sorted(key for key in required if key not in value)
+    for problem, keys in (('has unknown keys', unknown), ('lacks', missing)):
+        if keys:
+            raise ValueError(f'{name} {problem} {", ".join(keys)}.')
+
+
+def _check_seeds(seeds: Any) -> None:
+    """Check that seeds differ: results of equal seeds would be counted as independent."""
+    is_list = isinstance(seeds, list)
+    for seed in seeds if is_list else ():
+        check_integer('each seed', seed, 0)
+    if not is_list or len({*seeds}) < len(seeds):
+        raise ValueError(f'seeds must be a list of different integers, got {seeds!r}.')
+
+
+def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
+    """Check the recipe of a try."""
+    _check_keys('the recipe', {**recipe, **change}, _RECIPE_REQUIRED, _RECIPE_KEYS)
+    factor = change.get('epochs')
+    if isinstance(factor, str):
+        if not re.fullmatch(r'[1-9]\d*x', factor):
+            raise ValueError(f'epochs of a try must be an integer, or a factor such as 2x, got {factor!r}.')
+        _check_keys('the recipe', recipe, {'epochs', 'warmup_epochs'}, _RECIPE_KEYS)
+        change = {key: value for key, value in change.items() if key != 'epochs'}
+    check_recipe(Recipe(**{**recipe, **change}))
+
+
+def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
+    keys = {'title', 'text', 'rows', 'claims'}
+    _check_keys(name, question, keys, keys)
+    _check_mapping(f'{name}: claims', question['claims'])
+    lists = [('rows', question['rows']), *question['claims'].items()]
+    for key, names in lists:
+        if not isinstance(names, list):
+            raise ValueError(f'{name}: {key}: expected a list of cells, got {names!r}.')
+        unknown = sorted(str(cell) for cell in names if not _is_name(cell, cells))
+        if unknown:
+            raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
+    for claim, compared in question['claims'].items():
+        if len(compared) not in (2, 4) or len({*compared}) < len(compared):
+            raise ValueError(f'{name}: the claim {claim!r} needs 2 or 4 different cells, got {", ".join(compared)}.')
+        first = cells[compared[0]]
+        for cell in (cells[other] for other in compared):
+            if cell.objective == 'reconstruct' or len(cell.seeds) < 2:
+                raise ValueError(f'{name}: {cell.name} has no labels or only one seed, so it cannot be compared.')
+            if (cell.dataset, cell.seeds) != (first.dataset, first.seeds):
+                raise ValueError(
+                    f'{name} compares {first.name} and {cell.name}. They must have the same dataset and seeds.')
+        for a, b in zip(compared[::2], compared[1::2]):
+            if len(cells[a].tries) != len(cells[b].tries):
+                raise ValueError(f'{name} compares {a} and {b}. They must have the same number of tries.')
+
+
+def _check_label_curves(curves: Dict[str, Any], cells: Dict[str, Cell]) -> None:
+    for panel, lines in curves.items():
+        _check_mapping(f'label_curves: {panel}', lines)
+        for line, points in lines.items():
+            where = f'label_curves: {panel}, {line}'
+            _check_mapping(where, points)
+            for count, name in points.items():
+                check_integer(f'{where}: each number of labels', count, 1)
+                cell = cells[name] if _is_name(name, cells) else None
+                if cell is None or cell.objective == 'reconstruct' or cell.labels not in (None, count):
+                    raise ValueError(f'{where}: {name} is not a cell with {count} labels.')

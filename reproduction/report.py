@@ -1,6 +1,5 @@
 """Writer of README.md and the figures of the study, from the protocol and the results in runs/."""
 import io
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -91,9 +90,11 @@ def _examine(text: str, rows: List[Row]) -> Claim:
 def _cpu_hours(study: Study) -> float:
     """Return the CPU hours of all training runs; a try and a final run with the same weights count once."""
     seconds: Dict[str, float] = {}
-    for path in sorted(study.runs.glob('*/*.json')):
-        result = json.loads(path.read_text(encoding='utf-8'))
-        seconds[result['training']] = result['cpu_seconds']
+    for cell in study.protocol.cells.values():
+        for run in [*study.tries(cell), *study.final_runs(cell)]:
+            result = study.result(run)
+            if result is not None:
+                seconds[result['training']] = result['cpu_seconds']
     return math.fsum(seconds.values()) / 3600
 
 
@@ -166,10 +167,16 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
 
 
 def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
-    """Write README.md and figures/ to a folder."""
+    """Write README.md and figures/ to a folder.
+
+    Raises:
+        ValueError: There is no folder `runs`, or a result in it is damaged. Nothing is written.
+    """
+    if not runs.is_dir():
+        raise ValueError(f'{runs} is not a folder with results.')
     study = Study(protocol, runs, runs, runs)
     rows = _rows(study)
-    write(output / 'README.md', _render(study, rows).encode())
+    files = {'README.md': _render(study, rows).encode()}
     with matplotlib.rc_context(_SVG):
         figures = {'energy': _energy_figure(rows)}
         if protocol.label_curves:
@@ -177,4 +184,6 @@ def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
         for name, figure in figures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format='svg', metadata={'Date': None})
-            write(output / 'figures' / f'{name}.svg', buffer.getvalue())
+            files[f'figures/{name}.svg'] = buffer.getvalue()
+    for name, content in files.items():
+        write(output / name, content)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Container, Dict, List, NamedTuple, Optional, Sequence
+from typing import Collection, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .experiment import Study
 from .protocol import Run
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 def next_jobs(
         study: Study,
         patterns: Sequence[str] = ('*',),
-        seeds: Optional[Container[int]] = None,
+        seeds: Optional[Collection[int]] = None,
 ) -> List[Job]:
     """Return the missing runs that can start now, in the order of the protocol.
 
@@ -34,18 +34,33 @@ def next_jobs(
         study: The study.
         patterns: Names of cells, or patterns such as `pretrained-*`. Cells that provide their initial weights are
             included.
-        seeds: Seeds of the final runs; all seeds by default.
+        seeds: Seeds of the final runs; all seeds by default. Runs with seed 0 that provide the initial weights of tries
+            are included.
+
+    Raises:
+        ValueError: A pattern matches no cell, or no selected cell has one of the seeds.
     """
     cells = study.protocol.cells
+    for pattern in patterns:
+        if not fnmatch.filter(cells, pattern):
+            raise ValueError(f'There is no cell {pattern}, expected one of {", ".join(cells)}, or a pattern.')
     wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    for seed in seeds or ():
+        if not any(seed in cells[name].seeds for name in wanted):
+            raise ValueError(f'None of the selected cells has the seed {seed}.')
+    with_seed_0 = set()  # cells whose final run with seed 0 provides initial weights of tries
     for name in reversed(cells):
         if name in wanted and cells[name].init is not None:
             wanted.add(cells[name].init)
+            if study.tries(cells[name]) or name in with_seed_0:
+                with_seed_0.add(cells[name].init)
     jobs: Dict[str, Job] = {}
     for name in (name for name in cells if name in wanted):
         cell = cells[name]
         for run in [*study.tries(cell), *study.final_runs(cell)]:
-            if study.result(run) is not None or run.is_final and seeds is not None and run.seed not in seeds:
+            if study.result(run) is not None:
+                continue
+            if run.is_final and not (seeds is None or run.seed in seeds or (run.seed == 0 and name in with_seed_0)):
                 continue
             job: Optional[Job] = Job(run)
             if cell.init is not None and not study.has_weights(run):
@@ -63,7 +78,7 @@ def next_jobs(
 def run_missing(
         study: Study,
         patterns: Sequence[str],
-        seeds: Optional[Container[int]],
+        seeds: Optional[Collection[int]],
         jobs: int,
         options: Sequence[str],
 ) -> List[str]:
@@ -75,30 +90,46 @@ def run_missing(
         seeds: See `next_jobs`.
         jobs: Number of processes.
         options: Command-line options with the folders, which are passed to each process.
+
+    Raises:
+        ValueError: See `next_jobs`.
     """
-    running: Dict[str, subprocess.Popen] = {}
+    running: Dict[str, Tuple[Job, subprocess.Popen]] = {}
     failed: List[str] = []
+    has_started = False
     try:
         while True:
             waiting = [job for job in next_jobs(study, patterns, seeds) if job.run.name not in (*running, *failed)]
             if not running and not waiting:
+                if not has_started:
+                    print(f'There are no missing runs. To repeat a run, remove its result from {study.runs}.')
                 return failed
+            has_started = True
             for job in waiting[:jobs - len(running)]:
                 print(f'{job.run.name}: started', flush=True)
                 command = [sys.executable, '-m', 'reproduction', 'run-one', job.run.name, *options]
                 if job.weights_only:
                     command.append('--weights-only')
-                running[job.run.name] = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
+                running[job.run.name] = job, subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
             ended: List[str] = []
             while not ended:
                 time.sleep(0.5)
-                ended = [name for name, process in running.items() if process.poll() is not None]
+                ended = [name for name, (_, process) in running.items() if process.poll() is not None]
             for name in ended:
-                is_failed = running.pop(name).returncode != 0
-                failed += [name] if is_failed else []
-                print(f'{name}: {"failed" if is_failed else "done"}', flush=True)
+                job, process = running.pop(name)
+                outcome = 'done'
+                if process.returncode != 0:
+                    outcome = 'failed'
+                elif not _is_done(study, job):  # otherwise, it would start again and again
+                    outcome = 'failed: its result does not belong to the protocol, which has been changed'
+                failed += [] if outcome == 'done' else [name]
+                print(f'{name}: {outcome}', flush=True)
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
+
+
+def _is_done(study: Study, job: Job) -> bool:
+    return study.has_weights(job.run) if job.weights_only else study.result(job.run) is not None

@@ -30,6 +30,7 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
     Raises:
         ValueError: The result of one of these runs is missing.
     """
+    files: Dict[str, bytes] = {}  # all weights are trained first, so that an error does not leave some without a digest
     digests = read_digests(folder)
     for cell in study.protocol.cells.values():
         if cell.ships is None:
@@ -39,8 +40,10 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
             raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
         data = _weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
-        write(folder / f'{cell.ships}.safetensors', data)
-        write(folder / f'{cell.ships}.yaml', _training_args(finals[0], study.result(finals[0])).encode())
+        files[f'{cell.ships}.safetensors'] = data
+        files[f'{cell.ships}.yaml'] = _training_args(finals[0], study.result(finals[0])).encode()
+    for name, content in files.items():
+        write(folder / name, content)
     write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,16 @@ from conftest import calibrate
 from safetensors import safe_open
 from scipy import stats
 
-from reproduction import experiment, models, schedule, shipping
+from reproduction import experiment, models, report, schedule, shipping
+from reproduction.__main__ import main
+from reproduction.data import Data
 from reproduction.experiment import Study
 from reproduction.protocol import PROTOCOL, Run, read_protocol
 from reproduction.report import FOLDER, write_report
 from reproduction.statistics import paired_difference, summarize
 from timm_spikformer import training
-from timm_spikformer.images import FASHION_MNIST
+from timm_spikformer.folders import lock_folder_for_run
+from timm_spikformer.images import FASHION_MNIST, make_loader, read_splits, training_data_config
 from timm_spikformer.profiling import profile
 
 TINY = dict(
@@ -63,7 +67,9 @@ def without_times(value):
 
 def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
-    experiment.write_json(study.path(run), dict(training=study.protocol.digest(run), attempt=run.attempt, **values))
+    empty = dict(cpu_seconds=0., machine={}, validation={}, test={}, operations={})
+    experiment.write_json(
+        study.path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
 
 
 def test_committed_report_matches_committed_runs(tmp_path):
@@ -105,13 +111,31 @@ def test_interval_matches_scipy():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a has unknown keys labelled'),
+    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: it has unknown keys labelled'),
     ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must name a cell above it, got 'b'"),
     ({'cells': {'a': {'title': 'x', 'attention': 'linear'}}}, "attention must be one of .*got 'linear'"),
     ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
-    ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'same seeds and the same number of tries'),
+    ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'must have the same number of tries'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
-    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 cells, got 1'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 different .*mae'),
+    ({'seeds': [0, 0, 1]}, r'cell mae: seeds must be a list of different integers, got \[0, 0, 1\]'),
+    ({'seeds': [0]}, 'Q: tuned has no labels or only one seed, so it cannot be compared'),
+    ({'seeds': None}, 'cell mae: seeds must be a list'),
+    ({'datasets': {'fashion_mnist': {'held_out': 2}}}, 'held_out must be greater than 0 and less than 1'),
+    ({'datasets': {'mnist': {'held_out': 0.1}}}, 'dataset mnist: expected one of fashion_mnist, '),
+    ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults has unknown keys attnetion'),
+    ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and finite, got '1e-2'"),
+    ({'cells': {'a': {'title': 'x', 'tries': [{'lrr': 1}]}}}, 'cell a: the recipe has unknown keys lrr'),
+    ({'cells': {'a': {'title': 'x', 'tries': [{'epochs': '1.5x'}]}}}, 'or a factor such as 2x, got .1.5x'),
+    ({'cells': {'a': {'title': 'x', 'labels': 0}}}, 'cell a: labels must be an integer of at least 1, got 0'),
+    ({'cells': {'a': {'title': 'x', 'model': 'nothing'}}}, "model must be the name of a timm model, got 'nothing'"),
+    ({'cells': {'../a': {'title': 'x'}}}, 'the name must consist of letters, digits, .*, got ....a'),
+    ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, 'only one try is possible without labels'),
+    ({'cells': {'a': {}}}, 'cell a: it lacks title'),
+    ({'cells': [1]}, r'cells must be a mapping, got \[1\]'),
+    ({'questions': {'Q': {}}}, 'Q lacks claims, rows, text, title'),
+    ({'label_curves': {'a': {'b': {50: 'scratch'}}}}, 'scratch is not a cell with 50 labels'),
+    ({'lable_curves': {}}, 'the file has unknown keys lable_curves'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_bad_protocols(change, message, tmp_path):
     path = tmp_path / 'x.yaml'
@@ -123,12 +147,46 @@ def test_bad_protocols(change, message, tmp_path):
         read_protocol(path)
 
 
+@pytest.mark.parametrize('content, message', [
+    ('a: [1', 'x.yaml is not a YAML file: .*expected'), ('', 'the file must be a mapping, got None'),
+    ('a: 1\nb: 2\na: 3', "the key 'a' appears twice"), (None, 'x.yaml cannot be read: No such file')], ids=repr)
+def test_files_that_are_not_protocols(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / 'x.yaml').write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_protocol(tmp_path / 'x.yaml')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'labels': 6000}, 'tuned/try-0: labels is 6000, but there are 5,700 images'),
+    ({'model_kwargs': {'x': 1}}, "cannot be created with {'x': 1}: .*unexpected keyword argument 'x'"),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}, 'attention': 'softmax'}, 'is not a Spikformer, so'),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}}, 'the weights of mae/seed-0 are those of another model'),
+], ids=str)
+def test_settings_that_do_not_fit(change, message, study, monkeypatch):
+    """These errors are raised before training."""
+    run = Run(study.protocol.cells['tuned']._replace(**change), 0, 0, False)
+    weights = models.create(Run(study.protocol.cells['scratch'], 0, 0, False).config(), 10, 28).state_dict()
+    monkeypatch.setattr(Study, '_weights', lambda self, run, data: weights)
+    with pytest.raises(ValueError, match=message):
+        study.train(run, study.read_data(run))
+    assert not study.checkpoints.exists()
+
+
+def test_part_of_a_dataset_raises(study):
+    """The slice in the package has the file names and classes of the whole dataset."""
+    with pytest.raises(ValueError, match='6,000 images of fashion_mnist, train split: the protocol requires 60,000'):
+        study._replace(protocol=read_protocol()).read_data(Run(read_protocol().cells['ssa'], 0, 0, True))
+
+
 def test_null_removes_a_default_of_the_recipe(tmp_path):
     text = {**TINY, 'questions': {}, 'cells': {
-        'mae': {'title': 'x', 'recipe': {'lr': 0.5}}, 'other': {'title': 'y', 'recipe': {'lr': None}}}}
+        'mae': {'title': 'x', 'recipe': {'weight_decay': 0.5}},
+        'other': {'title': 'y', 'recipe': {'weight_decay': None}}}}
     (tmp_path / 'x.yaml').write_text(yaml.safe_dump(text))
     cells = read_protocol(tmp_path / 'x.yaml').cells
-    assert cells['mae'].recipe['lr'] == 0.5 and cells['other'].recipe.keys() == cells['mae'].recipe.keys() - {'lr'}
+    assert cells['mae'].recipe['weight_decay'] == 0.5
+    assert cells['other'].recipe.keys() == cells['mae'].recipe.keys() - {'weight_decay'}
 
 
 def test_changed_pretraining_invalidates_results_that_start_from_it(study):
@@ -159,7 +217,8 @@ def test_order_of_jobs(study):
         pretend(study, run)
     assert names('tuned') == ['mae/seed-0 weights']
     study.folder(Run(cells['mae'], 0, 0, True)).mkdir(parents=True)
-    (study.folder(Run(cells['mae'], 0, 0, True)) / 'finished').touch()
+    for name in ('last.pth.tar', 'finished'):
+        (study.folder(Run(cells['mae'], 0, 0, True)) / name).touch()
     assert names('tuned') == ['tuned/try-0', 'tuned/try-1']
     for run, accuracy in zip(study.tries(cells['tuned']), (70., 71.)):
         assert study.final_runs(cells['tuned']) == []
@@ -172,6 +231,122 @@ def test_order_of_jobs(study):
     other = read_protocol(study.runs.parent / 'protocol.yaml')
     other.cells['tuned'].recipe['lr'] = 0.5  # results of other settings are ignored
     assert study._replace(protocol=other).result(Run(other.cells['tuned'], 1, 0, True)) is None
+
+
+def test_tries_with_other_seeds_require_seed_0_of_the_initial_cell(study):
+    names = [job.run.name for job in schedule.next_jobs(study, ['tuned'], seeds=[1])]
+    assert names == ['mae/seed-0', 'mae/seed-1']
+
+
+class FakeProcess:
+    """Process that ends without an error and without a result."""
+    started, returncode, poll = [], 0, lambda self: 0
+
+    def __init__(self, command, env):
+        self.started.append(command[4])
+        assert len(self.started) < 10
+
+
+@pytest.fixture
+def fake_processes(monkeypatch):
+    monkeypatch.setattr(FakeProcess, 'started', [])
+    monkeypatch.setattr(schedule.subprocess, 'Popen', FakeProcess)
+    monkeypatch.setattr(schedule.time, 'sleep', lambda seconds: None)
+    return FakeProcess
+
+
+def test_run_without_a_result_is_not_repeated(study, fake_processes):
+    """The result of a run does not belong to the protocol if the file was changed after `run` had started."""
+    assert schedule.run_missing(study, ['mae'], None, 1, []) == ['mae/seed-0', 'mae/seed-1']
+    assert fake_processes.started == ['mae/seed-0', 'mae/seed-1']
+
+
+def command_line(study, monkeypatch, command, *options):
+    """Run the command line on a study in this process."""
+    folders = dict(protocol=study.runs.parent / 'protocol.yaml', runs=study.runs)
+    if command != 'report':
+        folders.update(checkpoints=study.checkpoints, data=study.data)
+    defaults = [f'--{name}={path}' for name, path in folders.items()]
+    monkeypatch.setattr(sys, 'argv', ['reproduction', command, *defaults, *options])
+    monkeypatch.setattr(report, 'write', lambda path, content: pytest.fail('the committed report would be replaced'))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_finished_study_says_so(study, monkeypatch, capsys):
+    for run in study.final_runs(study.protocol.cells['mae']):
+        pretend(study, run)
+    command_line(study, monkeypatch, 'run', '--only', 'mae')
+    assert 'There are no missing runs. To repeat a run, remove its result from ' in capsys.readouterr().out
+
+
+def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch):
+    """Otherwise they would lock the folders of the runs that the next `run` starts."""
+    ended = []
+    monkeypatch.setattr(fake_processes, 'poll', lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    for name in ('terminate', 'wait'):
+        monkeypatch.setattr(fake_processes, name, lambda self, name=name: ended.append(name), raising=False)
+    before = signal.signal(signal.SIGTERM, lambda *args: pytest.fail('not handled'))
+    try:
+        with pytest.raises(SystemExit, match='Terminated'):
+            command_line(study, monkeypatch, 'run')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ['terminate', 'wait']
+
+
+@pytest.mark.parametrize('command, options, message', [
+    ('run', ['--only', 'mae', 'typo'], 'There is no cell typo, expected one of mae, scratch, tuned'),
+    ('run', ['--seeds', '7'], 'None of the selected cells has the seed 7'),
+    ('run', ['--jobs', '0'], '--jobs must be at least 1, got 0'),
+    ('run-one', ['scratch/seed-0'], 'There is no run scratch/seed-0, or it is a final run and not all tries'),
+    ('run-one', ['mae/seed-0', '--data', 'nothing'], 'nothing/fashion_mnist is missing'),
+    ('run-one', ['mae/seed-0', '--runs', __file__], f'error: {__file__}/mae: Not a directory'),
+    ('run-one', ['mae/seed-0', '--checkpoints', __file__], f'error: {__file__}/.*: Not a directory'),
+    ('status', ['--protocol', 'nothing'], 'nothing cannot be read: No such file'),
+    ('report', ['--runs', 'nothing'], 'nothing is not a folder with results'),
+], ids=str)
+def test_wrong_options(command, options, message, study, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        command_line(study, monkeypatch, command, *options)
+
+
+def test_closed_pipe():
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'reproduction', 'status'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does
+    error = process.stderr.read()
+    assert 'Traceback' not in error and 'error' not in error and process.wait() == 1
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--full'], '--full requires --output'),
+    (['--full', '--output', 'x'], 'lacks train-images-idx3-ubyte.gz, train-'),
+])
+def test_conversion_of_images_with_wrong_options(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['make_slice.py', str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FASHION_MNIST / 'make_slice.py'), run_name='__main__')
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"a": 1', 'JSONDecodeError'), ('{"a": 1}', "KeyError.'training'"), ('[1]', 'TypeError'),
+    (None, "KeyError.'test'"),
+], ids=str)
+def test_damaged_results(content, message, study, monkeypatch):
+    """Also the result of a try that was copied to that of a final run, which has the same settings."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    pretend(study, run)
+    result = json.loads(study.path(run).read_text())
+    del result['test']
+    study.path(run).write_text(json.dumps(result) if content is None else content)
+    for command in ('status', 'run', 'report'):
+        with pytest.raises(SystemExit, match=f'error: .*seed-0.json is damaged or is not the result .*{message}'):
+            command_line(study, monkeypatch, command)
 
 
 def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, monkeypatch):
@@ -214,6 +389,24 @@ def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monk
         assert not study.path(run).exists()
     assert without_times(study.execute(run)) == without_times(expected)
     assert json.loads(study.path(run).read_text())['history'] != []
+
+
+def test_finished_weights_are_verified_and_can_be_read_by_several_runs(study):
+    """`run --jobs 2` starts several tries at once, which load the same initial weights."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    data, path = study.read_data(run), study.folder(run) / 'last.pth.tar'
+    expected = study.train(run, data).model.state_dict()
+    with lock_folder_for_run(path.parent):
+        loaded = study.train(run, data).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+        (path.parent / 'finished').unlink()
+        with pytest.raises(ValueError, match='Another run of timm-spikformer is writing'):
+            study.train(run, data)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='last.pth.tar has been changed since timm-spikformer wrote it'):
+        study.train(run, data)
 
 
 @pytest.mark.slow
@@ -278,8 +471,29 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
     study.train(tuned, study.read_data(tuned))
     assert [path.name for path in study.checkpoints.iterdir()] == [study.protocol.digest(tuned)]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:1000]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match='x.mae_y.safetensors is damaged: its sha256 is not'):
+            study.has_weights(run)
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
     cell.recipe['lr'] = 0.5
     assert not study.has_weights(run)
+
+
+def test_failed_export_changes_nothing(study, tmp_path):
+    """Otherwise, SHA256SUMS would not match the weights that were written before the error."""
+    cells = study.protocol.cells
+    for name in ('mae', 'scratch'):
+        cells[name] = cells[name]._replace(ships=f'x.{name}')
+    run = study.final_runs(cells['mae'])[0]
+    study.train(run, study.read_data(run))
+    pretend(study, run, test={})
+    with pytest.raises(ValueError, match='The result of scratch is missing'):
+        shipping.ship(study, tmp_path / 'weights')
+    assert not (tmp_path / 'weights').exists()
 
 
 def pretend_final_runs(study: Study, **accuracies) -> None:
@@ -297,6 +511,8 @@ def pretend_final_runs(study: Study, **accuracies) -> None:
 
 def test_report_of_incomplete_study(study, tmp_path):
     pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
+    old = Run(study.protocol.cells['mae']._replace(labels=5), 0, 0, True)  # a result of settings that have been changed
+    pretend(study, old, cpu_seconds=9000.)
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
     assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
@@ -361,6 +577,37 @@ def test_stems_are_compared_at_equal_size(name, by):
         return getattr(profile(calibrate(model, x), [x]).totals, by)
 
     assert size(name) == pytest.approx(size('ssa'), rel=0.01)
+
+
+def test_operations_of_non_spiking_networks():
+    """Multiply-accumulates of all products, also of attention, and their energy."""
+    cell = read_protocol().cells['vit']
+    model = models.create(Run(cell, 0, 0, True).config(), 10, 28).eval()
+    images = read_splits()['test'].sample_evenly(2)
+    operations = experiment._operations(model, Data(images, images, images, training_data_config()))
+    C, depth, N = 104, 4, 7 * 7 + 1
+    expected = 49 * C * 3 * 4 ** 2 + depth * (N * 12 * C ** 2 + 2 * N ** 2 * C) + C * 10
+    assert operations['macs'] == operations['dense_macs'] == expected and operations['acs'] == 0
+    assert operations['energy_uj'] == pytest.approx(4.6e-6 * expected)
+
+
+def test_operations_of_autoencoder():
+    """The encoder processes 12 of the 49 patches, and the decoder all of them."""
+    cell = read_protocol().cells['mae-2']
+    model = models.create_autoencoder(models.create(Run(cell, 0, 0, True).config(), 10, 28))
+    images = read_splits()['test'].sample_evenly(32)
+    data = Data(images, images, images, training_data_config())
+    calibrate(model, next(iter(make_loader(images, data.config, 32)))[0])
+    operations = experiment._operations(model, data)
+    C, N, visible, pixels = 64, 49, 12, 3 * 4 ** 2
+    decoder = visible * C * C + 2 * (N * 12 * C ** 2 + 2 * N ** 2 * C) + N * C * pixels
+    assert operations['total_macs'] == operations['dense_macs'] + decoder
+    classifier = profile(calibrate(models.create(Run(cell, 0, 0, True).config(), 10, 28), torch.rand(8, 3, 28, 28)), [
+        torch.rand(1, 3, 28, 28)]).totals
+    assert operations['dense_macs'] == pytest.approx(classifier.dense_macs * visible / N, rel=0.02)
+    committed = json.loads((FOLDER / 'runs' / 'mae-2' / 'seed-0.json').read_text())['operations']
+    assert {key: operations[key] for key in ('total_macs', 'dense_macs', 'parameters')} == {
+        key: committed[key] for key in ('total_macs', 'dense_macs', 'parameters')}
 
 
 def test_default_path_of_protocol():

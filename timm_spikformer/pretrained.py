@@ -66,12 +66,12 @@ def read_digests(folder: Path) -> Dict[str, str]:
 
 
 def check_shipped_weights(file: str) -> None:
-    """Check the digest of a file of shipped weights.
+    """Check the digest of a file of shipped weights; SHA256SUMS is in its folder.
 
     Raises:
         RuntimeError: The digest is not the expected one.
     """
-    expected = read_digests(WEIGHTS_FOLDER).get(os.path.basename(file))
+    expected = read_digests(Path(file).parent).get(os.path.basename(file))
     if _sha256(file) != expected:
         raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
 

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from .arguments import check_integer, check_number
-from .folders import write_file
+from .folders import check_file, write_file
 from .images import Images, make_loader
 from .losses import TETLoss
 from .monitor import FiringRateMonitor
 
 __all__ = [
-    'Callback', 'Recipe', 'TrainingResult', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias', 'reconstruct',
-    'train',
+    'Callback', 'Recipe', 'TrainingResult', 'check_recipe', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias',
+    'reconstruct', 'train',
 ]
 
 # Function of (model, images, labels) that returns the loss and the logits, or None without logits
@@ -250,7 +250,7 @@ def train(
 
     Raises:
         ValueError: A setting is out of its range, there are no labels or fewer images than one batch, the loss is not
-            finite, or the checkpoint belongs to another run.
+            finite, or the checkpoint was changed since it was written or belongs to another run.
     """
     start = time.time()
     _check_settings(images, recipe, title)
@@ -268,6 +268,7 @@ def train(
         step_on_epochs=False, updates_per_epoch=len(loader))
     start_epoch, history, seconds_before = 0, [], 0.
     if resume and checkpoint.is_file():
+        check_file(checkpoint, kind)  # torch.load does not notice all kinds of damage
         start_epoch, history, seconds_before = load_checkpoint(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
             run_config)
@@ -324,13 +325,25 @@ def train(
     return TrainingResult(ema.module, history, seconds_before + time.time() - start)
 
 
-def _check_settings(images: Images, recipe: Recipe, title: str) -> None:
+def check_recipe(recipe: Recipe) -> None:
+    """Check the settings of a recipe, before any data is read.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
     for name in ('epochs', 'batch_size'):
         check_integer(name, getattr(recipe, name), 1)
     for name in ('lr', 'weight_decay', 'warmup_epochs'):
         check_number(name, getattr(recipe, name))
     for name in ('fixed_bn', 'ema_decay', 'hflip'):
         check_number(name, getattr(recipe, name), maximum=1)
+    check_number('beta2', recipe.beta2, below=1)
+    if recipe.layer_decay is not None:
+        check_number('layer_decay', recipe.layer_decay, above=0, maximum=1)
+
+
+def _check_settings(images: Images, recipe: Recipe, title: str) -> None:
+    check_recipe(recipe)
     if images.labels is None:
         raise ValueError(f'{title}: {images.description} have no labels, which training requires.')
     if len(images) < recipe.batch_size:

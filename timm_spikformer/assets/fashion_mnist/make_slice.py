@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 CLASSES = [
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot',
 ]
+FILES = [f'{split}-{kind}-ubyte.gz' for split in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
 
 
 def read_split(folder: Path, name: str, num_per_class: Optional[int]) -> Dataset:
@@ -36,8 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, help='folder of the IDX files')
     parser.add_argument('--full', action='store_true', help='all 70,000 images instead of the slice')
-    parser.add_argument('--output', type=Path, default=Path(__file__).parent)
+    parser.add_argument('--output', type=Path, help='folder to write (default without --full: that of this file)')
     args = parser.parse_args()
+    if args.full and args.output is None:
+        parser.error('--full requires --output, so that the slice in the package is not replaced.')
+    args.output = args.output or Path(__file__).parent
+    missing = [name for name in FILES if not (args.folder / name).is_file()]
+    if missing:
+        parser.error(f'{args.folder} lacks {", ".join(missing)}.')
     for name, source, num_per_class in (('train', 'train', 600), ('test', 't10k', 100)):
         split = read_split(args.folder, source, None if args.full else num_per_class)
         args.output.mkdir(parents=True, exist_ok=True)
