@@ -48,7 +48,9 @@ def main() -> None:
     for name, source, num_per_class in (('train', 'train', 600), ('test', 't10k', 100)):
         split = read_split(args.folder, source, None if args.full else num_per_class)
         args.output.mkdir(parents=True, exist_ok=True)
-        split.to_parquet(args.output / f'{name}.parquet')
+        path = args.output / f'{name}.parquet'
+        split.to_parquet(path.with_suffix('.partial'))
+        path.with_suffix('.partial').replace(path)
         print(f'{name}: {len(split)} images')
 
 
