@@ -66,7 +66,7 @@ class Claim(NamedTuple):
             return 'Runs are missing'
         if not self.difference.is_shown:
             return 'Not shown'
-        return 'Shown' if self.difference.mean > 0 else 'The opposite is shown'
+        return 'Shown' if self.difference.mean > 0 else 'Shown to be wrong'
 
 
 def _rows(study: Study) -> Dict[str, Row]:

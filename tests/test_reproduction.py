@@ -525,7 +525,7 @@ def test_report_of_incomplete_study(study, tmp_path):
 
 
 @pytest.mark.parametrize('tuned, verdict', [
-    ((80., 80.5), 'Shown'), ((78., 78.5), 'The opposite is shown'), ((80., 79.), 'Not shown'),
+    ((80., 80.5), 'Shown'), ((78., 78.5), 'Shown to be wrong'), ((80., 79.), 'Not shown'),
     ((80.,), 'Runs are missing')], ids=lambda value: value if isinstance(value, str) else '')
 def test_verdict(tuned, verdict, study, tmp_path):
     pretend_final_runs(study, tuned=tuned, scratch=(79., 79.51))
