@@ -105,8 +105,8 @@ class Protocol(NamedTuple):
         held_out: For each dataset, the fraction of the training images that is held out for validation.
         sizes: For each dataset, the required numbers of images by split, 'train' or 'test', if the file states them.
         seeds: Default seeds of the final runs.
-        questions: For each question, its title, text, `rows` (names of cells) and `claims` (names of the two or four
-            cells whose test accuracies are compared, by claim).
+        questions: For each question, its title, text, `rows` (names of cells), `claims` (names of the two or four
+            cells whose test accuracies are compared, by claim) and, once there are results, `conclusion`.
         label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
@@ -277,7 +277,7 @@ def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
 
 def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
     keys = {'title', 'text', 'rows', 'claims'}
-    _check_keys(name, question, keys, keys)
+    _check_keys(name, question, keys, keys | {'conclusion'})
     _check_mapping(f'{name}: claims', question['claims'])
     lists = [('rows', question['rows']), *question['claims'].items()]
     for key, names in lists:

@@ -114,7 +114,8 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
         questions.append(dict(
             name=name, title=question['title'], text=question['text'].strip(),
             rows=[rows[cell] for cell in question['rows']],
-            claims=[_examine(text, [rows[cell] for cell in cells]) for text, cells in question['claims'].items()]))
+            claims=[_examine(text, [rows[cell] for cell in cells]) for text, cells in question['claims'].items()],
+            conclusion=question.get('conclusion', '').strip()))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined)
