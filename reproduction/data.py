@@ -1,6 +1,5 @@
 """Datasets of the study."""
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Dict, Mapping, NamedTuple
 
 import timm
@@ -10,7 +9,7 @@ from timm_spikformer.images import DATA_KEYS, Images, read_splits
 
 __all__ = ['DATASETS', 'SPLITS', 'Data', 'read_data']
 
-SPLITS = ('train', 'test')  # splits of each dataset; validation images are held out from those for training
+SPLITS = ('train', 'validation', 'test')
 
 # display names
 DATASETS = {
@@ -36,19 +35,18 @@ class Data(NamedTuple):
     config: Dict[str, Any]
 
 
-def read_data(folder: Path, dataset: str, held_out: float, sizes: Mapping[str, int] = MappingProxyType({})) -> Data:
-    """Read a dataset, and hold out a fraction of the training images of each class for validation.
+def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
+    """Read a dataset, and hold out validation images from the training images, the same share of each class.
 
     Args:
         folder: Contains `DATASET/train.parquet` and `DATASET/test.parquet`, or one of the other layouts of
             `timm_spikformer.images.read_splits`.
         dataset: 'fashion_mnist', 'cifar10', or 'simulated_events', which needs no files: its events are simulated from
             the images in the package, with four time steps.
-        held_out: Fraction of the training images to hold out. The selection is the same in every call.
-        sizes: Expected numbers of images by split, so that a part of a dataset is not mistaken for all of it.
+        sizes: Numbers of images by split. The selection of the validation images is the same in every call.
 
     Raises:
-        ValueError: The dataset is missing or incomplete.
+        ValueError: The dataset is missing, or has other numbers of images.
     """
     if dataset == 'simulated_events':
         splits, config = read_event_splits(_EVENTS), _EVENT_CONFIG
@@ -57,11 +55,13 @@ def read_data(folder: Path, dataset: str, held_out: float, sizes: Mapping[str, i
         if not root.is_dir():
             raise ValueError(f'{root} is missing. See reproduction/README.md for how to get the images.')
         splits = read_splits(root)
-        if not {*SPLITS} <= splits.keys():
+        if not {'train', 'test'} <= splits.keys():
             raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')
         cfg = timm.get_pretrained_cfg(_CONFIGS[dataset])
         config = {key: getattr(cfg, key) for key in DATA_KEYS}
-    for split, size in sizes.items():
+    count = sizes['train'] + sizes['validation']
+    for split, size in (('train', count), ('test', sizes['test'])):
         if len(splits[split]) != size:
             raise ValueError(f'{splits[split].description}: the protocol requires {size:,} images.')
-    return Data(*splits['train'].hold_out(seed=0, fraction=held_out), splits['test'], config)
+    train, validation = splits['train'].hold_out(seed=0, fraction=sizes['validation'] / count)
+    return Data(train, validation, splits['test'], config)

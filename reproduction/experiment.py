@@ -72,8 +72,8 @@ def _machine() -> Dict[str, Any]:
         timm=timm.__version__)
 
 
-class _CPUSeconds(Callback):
-    """Record the CPU time of each epoch, and print one line per epoch."""
+class _EpochLogger(Callback):
+    """Record the CPU time of each epoch, and print progress after it."""
 
     def __init__(self, name: str, epochs: int):
         self.name = name
@@ -105,7 +105,7 @@ class Study(NamedTuple):
     checkpoints: Path
     data: Path
 
-    def path(self, run: Run) -> Path:
+    def result_path(self, run: Run) -> Path:
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
@@ -114,15 +114,16 @@ class Study(NamedTuple):
         Raises:
             ValueError: The file is damaged or is not the result of such a run.
         """
-        path = self.path(run)
+        path = self.result_path(run)
         if not path.is_file():
             return None
         try:
             result = json.loads(path.read_text(encoding='utf-8'))
             if result['training'] != self.protocol.digest(run):
                 return None
-            for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())):
-                result[key]
+            missing = [key for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())) if key not in result]
+            if missing:
+                raise KeyError(*missing)
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(
                 f'{path} is damaged or is not the result of this run: {e!r}. Restore it, or remove it to execute the '
@@ -160,26 +161,26 @@ class Study(NamedTuple):
                 return initial
         raise ValueError(f'{run.name} starts from the weights of {run.cell.init}, whose tries have not finished yet.')
 
-    def folder(self, run: Run) -> Path:
+    def checkpoint_folder(self, run: Run) -> Path:
         """Return the folder with the checkpoint of a run."""
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the trained weights of a run exist; results are committed to git, most weights are not."""
+        """Return whether the weights of a run exist; most of those whose results are in git are not in git."""
         return self._is_trained(run) or self._shipped_file(run) is not None
 
     def _is_trained(self, run: Run) -> bool:
         """Return whether the checkpoint of a run is that of its last epoch."""
-        return all((self.folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
+        return all((self.checkpoint_folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
-        """Return the file in the package with the weights that a run has trained; None if there is none.
+        """Return the file in the package with the weights of a run; None if there is none.
 
         Raises:
             ValueError: The file is damaged.
         """
         path = WEIGHTS_FOLDER / f'{run.cell.ships}.safetensors'
-        if not (run.is_final and run.seed == 0 and path.is_file()):
+        if run.cell.ships is None or not run.is_final or run.seed != 0 or not path.is_file():
             return None
         try:
             check_shipped_weights(str(path))
@@ -194,7 +195,7 @@ class Study(NamedTuple):
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
-        return read_data(self.data, dataset, self.protocol.held_out[dataset], self.protocol.sizes[dataset])
+        return read_data(self.data, dataset, self.protocol.sizes[dataset])
 
     def train(self, run: Run, data: Data) -> TrainingResult:
         """Train the weights of a run, or load them if they exist already.
@@ -216,22 +217,22 @@ class Study(NamedTuple):
         if cell.labels is not None and cell.labels > len(data.train):
             raise ValueError(f'{run.name}: labels is {cell.labels}, but there are {data.train.description}.')
         images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)
-        folder = self.folder(run)
+        folder = self.checkpoint_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
-        # finished weights are only read, and several runs that start from them may do so at the same time
+        # no lock for finished weights: several runs may read them at the same time
         with nullcontext() if self._is_trained(run) else lock_folder_for_run(folder):
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
-                callback=_CPUSeconds(run.name, recipe.epochs))
+                callback=_EpochLogger(run.name, recipe.epochs))
             (folder / _FINISHED).touch()
         trained.model.eval()
         return trained
 
     def execute(self, run: Run) -> Dict[str, Any]:
         """Train and evaluate a run, write its result to a JSON file, and return it."""
-        self.path(run).parent.mkdir(parents=True, exist_ok=True)  # before hours of training
+        self.result_path(run).parent.mkdir(parents=True, exist_ok=True)  # fail before training if this is impossible
         data = self.read_data(run)
         commit = _commit()
         trained = self.train(run, data)
@@ -256,7 +257,7 @@ class Study(NamedTuple):
                     result['firing_rates'] = rates
         if run.is_final:
             result['operations'] = _operations(model, data)
-        write_json(self.path(run), result)
+        write_json(self.result_path(run), result)
         return result
 
 
@@ -269,7 +270,7 @@ def _count_macs(model: nn.Module, data: Data, module: str = 'Global') -> float:
         data: Dataset of the images.
         module: Name of the module, `CLASS.NAME`, where CLASS is that of the model.
     """
-    # FlopCounterMode does not count the fused attention of a CPU, but the products of the plain one
+    # FlopCounterMode does not count fused attention on a CPU; the matrix products of the math back end are counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *data.config['input_size']))
     return sum(counter.get_flop_counts()[module].values()) / 2

@@ -8,7 +8,7 @@ from typing import Any, Collection, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
-from timm_spikformer.arguments import check_integer, check_number
+from timm_spikformer.arguments import check_integer
 from timm_spikformer.training import Recipe, check_recipe
 
 from .data import DATASETS, SPLITS
@@ -89,7 +89,7 @@ class Run(NamedTuple):
         return f'{self.cell.name}/' + (f'seed-{self.seed}' if self.is_final else f'try-{self.attempt}')
 
     def config(self) -> Dict[str, Any]:
-        """Return everything that determines the trained weights, except the initial weights."""
+        """Return the settings of the run, as stored in its result."""
         cell = self.cell
         return dict(
             dataset=cell.dataset, model=cell.model, model_kwargs=cell.model_kwargs, attention=cell.attention,
@@ -102,29 +102,33 @@ class Protocol(NamedTuple):
 
     Args:
         cells: Cells by name, in the order in which they are run.
-        held_out: For each dataset, the fraction of the training images that is held out for validation.
-        sizes: For each dataset, the required numbers of images by split, 'train' or 'test', if the file states them.
+        sizes: For each dataset, the numbers of images by split: 'train', 'validation' (held out from the training
+            images) and 'test'.
         seeds: Default seeds of the final runs.
         questions: For each question, its title, text, `rows` (names of cells), `claims` (names of the two or four
             cells whose test accuracies are compared, by claim) and, once there are results, `conclusion`.
         label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
-    held_out: Dict[str, float]
     sizes: Dict[str, Dict[str, int]]
     seeds: List[int]
     questions: Dict[str, Dict[str, Any]]
     label_curves: Dict[str, Dict[str, Dict[int, str]]]
 
     def digest(self, run: Run) -> str:
-        """Return a digest of everything that determines the trained weights. A try and a final run may share one."""
-        config = {**run.config(), 'held_out': self.held_out[run.cell.dataset]}
+        """Return a digest of the settings that affect the trained weights, including those of the initial cells.
+
+        A try and a final run may share one. Changes of the code are not detected.
+        """
+        sizes = self.sizes[run.cell.dataset]
+        held_out = sizes['validation'] / (sizes['train'] + sizes['validation'])
+        config = {**run.config(), 'held_out': held_out}
         if run.cell.init is not None:
             config['initial'] = self._settings(self.cells[run.cell.init])
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
     def _settings(self, cell: Cell) -> Dict[str, Any]:
-        """Return everything that determines the weights of a cell, except the seed."""
+        """Return the settings that affect the weights of a cell, except the seed."""
         initial = None if cell.init is None else self._settings(self.cells[cell.init])
         return {**Run(cell, 0, 0, True).config(), 'recipe': cell.recipe, 'tries': cell.tries, 'initial': initial}
 
@@ -146,7 +150,7 @@ def read_protocol(path: Path = PROTOCOL) -> Protocol:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that does not accept the same key twice; by default, the first of two cells with one name is ignored."""
+    """Loader that rejects duplicate keys; PyYAML silently uses the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -157,61 +161,56 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> Protocol:
-    text = yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    _check_keys('the file', text, _REQUIRED, _REQUIRED | {'recipes', 'tries', 'questions', 'label_curves'})
+    content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    _check_keys('the file', content, _REQUIRED, _REQUIRED | {'recipes', 'tries', 'questions', 'label_curves'})
     for key in ('datasets', 'cells', 'questions', 'label_curves'):
-        _check_mapping(key, text.get(key, {}))
-    for name, entry in text['datasets'].items():
-        where = f'dataset {name}'
-        _check_keys(where, entry, {'held_out'}, {'held_out', *SPLITS})
+        _check_mapping(key, content.get(key, {}))
+    for name, sizes in content['datasets'].items():
         if name not in DATASETS:
-            raise ValueError(f'{where}: expected one of {", ".join(DATASETS)}.')
-        check_number(f'{where}: held_out', entry['held_out'], above=0, below=1)
+            raise ValueError(f'unknown dataset {name!r}, expected one of {", ".join(DATASETS)}.')
+        _check_keys(f'dataset {name}', sizes, SPLITS, SPLITS)
         for split in SPLITS:
-            check_integer(f'{where}: {split}', entry.get(split, 1), 1)
-    _check_keys('defaults', text['defaults'], {'recipe'}, _CELL_KEYS)
+            check_integer(f'dataset {name}: {split}', sizes[split], 1)
+    _check_keys('defaults', content['defaults'], {'recipe'}, _CELL_KEYS)
     cells: Dict[str, Cell] = {}
-    for name, entry in text['cells'].items():
+    for name, entry in content['cells'].items():
         try:
-            cells[name] = _read_cell(name, entry, text, cells)
+            cells[name] = _read_cell(name, entry, content, cells)
         except ValueError as e:
             raise ValueError(f'cell {name}: {e}') from e
-    questions, curves = text.get('questions', {}), text.get('label_curves', {})
+    questions, curves = content.get('questions', {}), content.get('label_curves', {})
     for name, question in questions.items():
         _check_question(name, question, cells)
     _check_label_curves(curves, cells)
-    held_out = {name: entry['held_out'] for name, entry in text['datasets'].items()}
-    sizes = {name: {split: entry[split] for split in SPLITS if split in entry}
-             for name, entry in text['datasets'].items()}
-    return Protocol(cells, held_out, sizes, text['seeds'], questions, curves)
+    return Protocol(cells, content['datasets'], content['seeds'], questions, curves)
 
 
-def _read_cell(name: Any, entry: Any, text: Dict[str, Any], before: Dict[str, Cell]) -> Cell:
+def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str, Cell]) -> Cell:
     """Return a cell.
 
     Args:
         name: Name of the cell.
         entry: Entry of the cell in the file.
-        text: Content of the file.
+        content: Parsed content of the file.
         before: Cells above it.
     """
-    _check_keys('it', entry, {'title'}, _CELL_KEYS)
-    merged = {**text['defaults'], **entry}
+    _check_keys('', entry, {'title'}, _CELL_KEYS)
+    merged = {**content['defaults'], **entry}
     for key in ('recipe', 'model_kwargs'):
         _check_mapping(key, merged.get(key, {}))
-    recipe = {**text['defaults']['recipe'], **merged['recipe']}
-    cell = Cell(
-        name, merged['title'], merged.get('dataset'), merged.get('model'), merged.get('model_kwargs', {}),
-        merged.get('attention', 'ssa'), merged.get('objective', 'classify'), merged.get('labels'), merged.get('init'),
-        {key: value for key, value in recipe.items() if value is not None}, merged.get('tries'),
-        merged.get('seeds', text['seeds']), merged.get('ships'))
-    for key, value in (('the name', name), ('ships', cell.ships)):  # names of files
+    recipe = {**content['defaults']['recipe'], **merged['recipe']}
+    cell = Cell(**{
+        'name': name, 'dataset': None, 'model': None, 'model_kwargs': {}, 'attention': 'ssa', 'objective': 'classify',
+        'labels': None, 'init': None, 'tries': None, 'seeds': content['seeds'], **merged,
+        'recipe': {key: value for key, value in recipe.items() if value is not None}})
+    for key, value in (('the name', name), ('ships', cell.ships)):  # both are names of files
         if value is not None and not (isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value)):
             raise ValueError(f'{key} must consist of letters, digits, ".", "_" and "-", got {value!r}.')
-    if cell.ships is not None and any(cell.ships == other.ships for other in before.values()):
-        raise ValueError(f'another cell has the same value of ships, {cell.ships}.')
+    for other in before.values():
+        if cell.ships is not None and cell.ships == other.ships:
+            raise ValueError(f'ships is {cell.ships!r}, which cell {other.name} uses already.')
     for key, value, allowed in (
-            ('dataset', cell.dataset, tuple(text['datasets'])),
+            ('dataset', cell.dataset, tuple(content['datasets'])),
             ('attention', cell.attention, _ATTENTIONS),
             ('objective', cell.objective, _OBJECTIVES)):
         if value not in allowed:
@@ -221,21 +220,23 @@ def _read_cell(name: Any, entry: Any, text: Dict[str, Any], before: Dict[str, Ce
     if cell.labels is not None:
         check_integer('labels', cell.labels, 1)
     _check_seeds(cell.seeds)
-    if not isinstance(cell.tries, list) or not cell.tries or 0 not in cell.seeds:
-        raise ValueError('at least one try and the seed 0 are required.')
+    if not isinstance(cell.tries, list) or not cell.tries:
+        raise ValueError(f'tries must be a list that is not empty, got {cell.tries!r}.')
+    if 0 not in cell.seeds:
+        raise ValueError(f'seeds must include 0, the seed of the tries, got {cell.seeds}.')
     if cell.objective == 'reconstruct' and len(cell.tries) > 1:
-        raise ValueError('only one try is possible without labels, because tries are selected by their accuracy.')
-    if cell.init is not None and not _is_name(cell.init, before):
-        raise ValueError(f'init must name a cell above it, got {cell.init!r}.')
+        raise ValueError("the objective 'reconstruct' allows one try only: tries are selected by validation accuracy.")
+    if cell.init is not None and not _is_cell(cell.init, before):
+        raise ValueError(f'init must be a cell that is listed earlier in the file, got {cell.init!r}.')
     if cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
-        raise ValueError(f'its initial cell {cell.init} must have all of its seeds, {cell.seeds}.')
+        raise ValueError(f'seeds {cell.seeds} include some that the initial cell {cell.init} lacks.')
     for i, change in enumerate(cell.tries):
         _check_mapping(f'try {i}', change)
         _check_recipe(cell.recipe, change)
     return cell
 
 
-def _is_name(value: Any, cells: Dict[str, Cell]) -> bool:
+def _is_cell(value: Any, cells: Dict[str, Cell]) -> bool:
     return isinstance(value, str) and value in cells
 
 
@@ -246,12 +247,12 @@ def _check_mapping(name: str, value: Any) -> None:
 
 def _check_keys(name: str, value: Any, required: Collection[str], allowed: Collection[str]) -> None:
     """Check that a value is a mapping with all required and no unknown keys."""
-    _check_mapping(name, value)
+    _check_mapping(name or 'the entry', value)
     unknown = sorted(str(key) for key in value if key not in allowed)
     missing = sorted(key for key in required if key not in value)
-    for problem, keys in (('has unknown keys', unknown), ('lacks', missing)):
+    for problem, keys in (('unknown keys', unknown), ('missing keys', missing)):
         if keys:
-            raise ValueError(f'{name} {problem} {", ".join(keys)}.')
+            raise ValueError(f'{name}: {problem}: {", ".join(keys)}.'.removeprefix(': '))
 
 
 def _check_seeds(seeds: Any) -> None:
@@ -283,7 +284,7 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
     for key, names in lists:
         if not isinstance(names, list):
             raise ValueError(f'{name}: {key}: expected a list of cells, got {names!r}.')
-        unknown = sorted(str(cell) for cell in names if not _is_name(cell, cells))
+        unknown = sorted(str(cell) for cell in names if not _is_cell(cell, cells))
         if unknown:
             raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
     for claim, compared in question['claims'].items():
@@ -291,8 +292,10 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
             raise ValueError(f'{name}: the claim {claim!r} needs 2 or 4 different cells, got {", ".join(compared)}.')
         first = cells[compared[0]]
         for cell in (cells[other] for other in compared):
-            if cell.objective == 'reconstruct' or len(cell.seeds) < 2:
-                raise ValueError(f'{name}: {cell.name} has no labels or only one seed, so it cannot be compared.')
+            if cell.objective == 'reconstruct':
+                raise ValueError(f"{name}: {cell.name} cannot be compared: its objective is 'reconstruct'.")
+            if len(cell.seeds) < 2:
+                raise ValueError(f'{name}: {cell.name} cannot be compared: it has only one seed.')
             if (cell.dataset, cell.seeds) != (first.dataset, first.seeds):
                 raise ValueError(
                     f'{name} compares {first.name} and {cell.name}. They must have the same dataset and seeds.')
@@ -309,6 +312,6 @@ def _check_label_curves(curves: Dict[str, Any], cells: Dict[str, Cell]) -> None:
             _check_mapping(where, points)
             for count, name in points.items():
                 check_integer(f'{where}: each number of labels', count, 1)
-                cell = cells[name] if _is_name(name, cells) else None
+                cell = cells[name] if _is_cell(name, cells) else None
                 if cell is None or cell.objective == 'reconstruct' or cell.labels not in (None, count):
                     raise ValueError(f'{where}: {name} is not a cell with {count} labels.')

@@ -63,10 +63,10 @@ class Claim(NamedTuple):
     @property
     def verdict(self) -> str:
         if self.difference is None:
-            return 'Runs are missing'
-        if not self.difference.is_shown:
-            return 'Not shown'
-        return 'Shown' if self.difference.mean > 0 else 'Shown to be wrong'
+            return 'runs are missing'
+        if not self.difference.excludes_zero:
+            return 'not shown'
+        return 'shown' if self.difference.mean > 0 else 'contradicted'
 
 
 def _rows(study: Study) -> Dict[str, Row]:
@@ -120,7 +120,7 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
         loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined)
     missing = [
-        f'{row.cell.name}: {len(row.results)} of {len(row.cell.seeds)}' for row in rows.values() if not row.is_complete]
+        f'{row.cell.name} {len(row.results)}/{len(row.cell.seeds)}' for row in rows.values() if not row.is_complete]
     return environment.get_template(TEMPLATE).render(
         questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(study), machines=_machines(rows),
         seeds=len(study.protocol.seeds))
@@ -150,13 +150,13 @@ def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, st
 
 
 def _energy_figure(rows: Dict[str, Row]) -> Figure:
-    """Plot the test accuracy against the energy per image for the cells trained with all labels."""
+    """Plot the test accuracy against the energy per image for the cells with several seeds and all labels."""
     figure = Figure(figsize=(7.5, 4), layout='constrained')
     ax = figure.subplots()
     for name, row in rows.items():
         cell = row.cell
-        is_comparable = cell.labels is None and cell.objective == 'classify' and cell.dataset == 'fashion_mnist'
-        if row.is_complete and is_comparable:
+        is_classifier = cell.objective == 'classify' and cell.dataset == 'fashion_mnist'
+        if is_classifier and cell.labels is None and len(cell.seeds) > 1 and row.is_complete:
             accuracy, energy = row.summary('test', 'accuracy'), row.summary('operations', 'energy_uj')
             ax.errorbar(energy.mean, accuracy.mean, yerr=accuracy.deviation, marker='o', capsize=3, color='C0')
             ax.annotate(name, (energy.mean, accuracy.mean), xytext=(5, 3), textcoords='offset points')

@@ -11,14 +11,14 @@ from .protocol import Run
 
 __all__ = ['Job', 'next_jobs', 'run_missing']
 
-# Two processes with one thread each process more images per second than one process with two threads. The MALLOC
+# Two processes with one thread each have a higher throughput in total than one process with two threads. The MALLOC
 # variables make glibc keep freed memory, which saves about a tenth of the time of a training step.
 _ENVIRONMENT = dict(
     OMP_NUM_THREADS='1', MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(1 << 34), MALLOC_TOP_PAD_=str(1 << 28))
 
 
 class Job(NamedTuple):
-    """A run to execute. `weights_only`: the result exists, but another run needs the weights, which are missing."""
+    """A run to execute. `weights_only`: train missing weights that another run needs, and keep the existing result."""
     run: Run
     weights_only: bool = False
 
@@ -32,7 +32,7 @@ def next_jobs(
 
     Args:
         study: The study.
-        patterns: Names of cells, or patterns such as `pretrained-*`. Cells that provide their initial weights are
+        patterns: Names of cells, or patterns such as `pretrained-*`. The cells that they are initialized from are
             included.
         seeds: Seeds of the final runs; all seeds by default. Runs with seed 0 that provide the initial weights of tries
             are included.
@@ -43,7 +43,7 @@ def next_jobs(
     cells = study.protocol.cells
     for pattern in patterns:
         if not fnmatch.filter(cells, pattern):
-            raise ValueError(f'There is no cell {pattern}, expected one of {", ".join(cells)}, or a pattern.')
+            raise ValueError(f'No cell matches {pattern!r}. Cells: {", ".join(cells)}.')
     wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
     for seed in seeds or ():
         if not any(seed in cells[name].seeds for name in wanted):
@@ -67,7 +67,7 @@ def next_jobs(
                 has_best_try = study.best_try(cells[cell.init]) is not None
                 initial = study.initial_run(run) if has_best_try else None
                 if initial is None or study.result(initial) is None:
-                    job = None  # a job above must finish first
+                    job = None  # wait for the initial run
                 elif not study.has_weights(initial):
                     job = Job(initial, weights_only=True)
             if job is not None:
@@ -120,8 +120,8 @@ def run_missing(
                 outcome = 'done'
                 if process.returncode != 0:
                     outcome = 'failed'
-                elif not _is_done(study, job):  # otherwise, it would start again and again
-                    outcome = 'failed: its result does not belong to the protocol, which has been changed'
+                elif not _is_done(study, job):  # the same run would be started again and again
+                    outcome = 'failed: the protocol has been changed during the run, so the result is outdated'
                 failed += [] if outcome == 'done' else [name]
                 print(f'{name}: {outcome}', flush=True)
     finally:

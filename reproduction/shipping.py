@@ -38,16 +38,16 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         finals = [run for run in study.final_runs(cell) if run.seed == 0]
         if not finals or study.result(finals[0]) is None:
             raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
-        data = _weights(study, finals[0])
-        digests[f'{cell.ships}.safetensors'] = hashlib.sha256(data).hexdigest()
-        files[f'{cell.ships}.safetensors'] = data
-        files[f'{cell.ships}.yaml'] = _training_args(finals[0], study.result(finals[0])).encode()
+        weights = _weights_file(study, finals[0])
+        digests[f'{cell.ships}.safetensors'] = hashlib.sha256(weights).hexdigest()
+        files[f'{cell.ships}.safetensors'] = weights
+        files[f'{cell.ships}.yaml'] = _training_file(finals[0], study.result(finals[0])).encode()
     for name, content in files.items():
         write(folder / name, content)
     write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
-def _weights(study: Study, run: Run) -> bytes:
+def _weights_file(study: Study, run: Run) -> bytes:
     model = study.train(run, study.read_data(run)).model
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     model_args = {**run.cell.model_kwargs, 'time_steps': _time_steps(run.cell)}
@@ -62,14 +62,15 @@ def _time_steps(cell: Cell) -> int:
     return timm.create_model(cell.model, **cell.model_kwargs).time_steps
 
 
-def _training_args(run: Run, result: Dict[str, Any]) -> str:
+def _training_file(run: Run, result: Dict[str, Any]) -> str:
     cell, recipe = run.cell, run.config()['recipe']
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
-    note = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
+    values = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
     if 'accuracy' in result['test']:
-        note['test_accuracy'] = round(result['test']['accuracy'], 2)
+        values['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:
-        note['initialized_from'] = cell.init
+        values['initialized_from'] = cell.init
     # nested values as text, because the model card shows a table
-    note.update({key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in recipe.items()})
-    return yaml.safe_dump(note, sort_keys=False)
+    for key, value in recipe.items():
+        values[key] = json.dumps(value) if isinstance(value, (dict, list)) else value
+    return yaml.safe_dump(values, sort_keys=False)

@@ -22,7 +22,7 @@ class Difference(NamedTuple):
     count: int
 
     @property
-    def is_shown(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 

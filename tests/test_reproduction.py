@@ -35,7 +35,7 @@ from timm_spikformer.profiling import profile
 
 TINY = dict(
     seeds=[0, 1],
-    datasets={'fashion_mnist': {'held_out': 0.05}},
+    datasets={'fashion_mnist': {'train': 5700, 'validation': 300, 'test': 1000}},
     defaults=dict(
         dataset='fashion_mnist', model='spikformer_v2_2_64_patch4_32', model_kwargs={'embed_dim': 16}, labels=96,
         recipe=dict(epochs=3, lr=1e-2, batch_size=32, weight_decay=0.05, warmup_epochs=0.25),
@@ -69,7 +69,7 @@ def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
     empty = dict(cpu_seconds=0., machine={}, validation={}, test={}, operations={})
     experiment.write_json(
-        study.path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
+        study.result_path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
 
 
 def test_committed_report_matches_committed_runs(tmp_path):
@@ -100,42 +100,43 @@ def test_interval_matches_scipy():
     ours = paired_difference(a, b)
     theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
-    assert ours.mean == pytest.approx(np.mean(a) - np.mean(b)) and ours.count == 3 and not ours.is_shown
+    assert ours.mean == pytest.approx(np.mean(a) - np.mean(b)) and ours.count == 3 and not ours.excludes_zero
     # by hand: differences 1, 2, 3 have mean 2 and standard deviation 1, and t(0.975, 2) = 4.303
     margin = 4.303 / 3 ** 0.5
     assert paired_difference([1, 2, 3], [0, 0, 0])[:3] == pytest.approx((2, 2 - margin, 2 + margin), abs=1e-3)
-    assert paired_difference([1, 1.1, 1.2], [0, 0, 0]).is_shown and paired_difference([0, 0, 0], [1, 1.1, 1.2]).is_shown
+    for pair in ([1, 1.1, 1.2], [0, 0, 0]), ([0, 0, 0], [1, 1.1, 1.2]):
+        assert paired_difference(*pair).excludes_zero
     assert summarize([1, 2, 3]).deviation == pytest.approx(np.std([1, 2, 3], ddof=1))
     with pytest.raises(ValueError, match='got 1 and 1 values'):
         paired_difference([1], [2])
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: it has unknown keys labelled'),
-    ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must name a cell above it, got 'b'"),
+    ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: unknown keys: labelled'),
+    ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must be a cell .* earlier .*, got 'b'"),
     ({'cells': {'a': {'title': 'x', 'attention': 'linear'}}}, "attention must be one of .*got 'linear'"),
     ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
     ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'must have the same number of tries'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'rows': ['nothing']}}}, 'cells that do not exist: nothing'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {'it helps': ['mae']}}}}, 'needs 2 or 4 different .*mae'),
     ({'seeds': [0, 0, 1]}, r'cell mae: seeds must be a list of different integers, got \[0, 0, 1\]'),
-    ({'seeds': [0]}, 'Q: tuned has no labels or only one seed, so it cannot be compared'),
+    ({'seeds': [0]}, 'Q: tuned cannot be compared: it has only one seed'),
     ({'seeds': None}, 'cell mae: seeds must be a list'),
-    ({'datasets': {'fashion_mnist': {'held_out': 2}}}, 'held_out must be greater than 0 and less than 1'),
-    ({'datasets': {'mnist': {'held_out': 0.1}}}, 'dataset mnist: expected one of fashion_mnist, '),
-    ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults has unknown keys attnetion'),
+    ({'datasets': {'fashion_mnist': {'train': 5700, 'validation': 0, 'test': 1}}}, 'integer of at least 1, got 0'),
+    ({'datasets': {'mnist': {}}}, "unknown dataset 'mnist', expected one of fashion_mnist, "),
+    ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults: unknown keys: attnetion'),
     ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and finite, got '1e-2'"),
-    ({'cells': {'a': {'title': 'x', 'tries': [{'lrr': 1}]}}}, 'cell a: the recipe has unknown keys lrr'),
+    ({'cells': {'a': {'title': 'x', 'tries': [{'lrr': 1}]}}}, 'cell a: the recipe: unknown keys: lrr'),
     ({'cells': {'a': {'title': 'x', 'tries': [{'epochs': '1.5x'}]}}}, 'or a factor such as 2x, got .1.5x'),
     ({'cells': {'a': {'title': 'x', 'labels': 0}}}, 'cell a: labels must be an integer of at least 1, got 0'),
     ({'cells': {'a': {'title': 'x', 'model': 'nothing'}}}, "model must be the name of a timm model, got 'nothing'"),
     ({'cells': {'../a': {'title': 'x'}}}, 'the name must consist of letters, digits, .*, got ....a'),
-    ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, 'only one try is possible without labels'),
-    ({'cells': {'a': {}}}, 'cell a: it lacks title'),
+    ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, "'reconstruct' allows one try only"),
+    ({'cells': {'a': {}}}, 'cell a: missing keys: title'),
     ({'cells': [1]}, r'cells must be a mapping, got \[1\]'),
-    ({'questions': {'Q': {}}}, 'Q lacks claims, rows, text, title'),
+    ({'questions': {'Q': {}}}, 'Q: missing keys: claims, rows, text, title'),
     ({'label_curves': {'a': {'b': {50: 'scratch'}}}}, 'scratch is not a cell with 50 labels'),
-    ({'lable_curves': {}}, 'the file has unknown keys lable_curves'),
+    ({'lable_curves': {}}, 'the file: unknown keys: lable_curves'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_bad_protocols(change, message, tmp_path):
     path = tmp_path / 'x.yaml'
@@ -216,9 +217,9 @@ def test_order_of_jobs(study):
     for run in study.final_runs(cells['mae']):
         pretend(study, run)
     assert names('tuned') == ['mae/seed-0 weights']
-    study.folder(Run(cells['mae'], 0, 0, True)).mkdir(parents=True)
+    study.checkpoint_folder(Run(cells['mae'], 0, 0, True)).mkdir(parents=True)
     for name in ('last.pth.tar', 'finished'):
-        (study.folder(Run(cells['mae'], 0, 0, True)) / name).touch()
+        (study.checkpoint_folder(Run(cells['mae'], 0, 0, True)) / name).touch()
     assert names('tuned') == ['tuned/try-0', 'tuned/try-1']
     for run, accuracy in zip(study.tries(cells['tuned']), (70., 71.)):
         assert study.final_runs(cells['tuned']) == []
@@ -256,7 +257,7 @@ def fake_processes(monkeypatch):
 
 
 def test_run_without_a_result_is_not_repeated(study, fake_processes):
-    """The result of a run does not belong to the protocol if the file was changed after `run` had started."""
+    """The result of a run is outdated if the protocol was changed after `run` had started."""
     assert schedule.run_missing(study, ['mae'], None, 1, []) == ['mae/seed-0', 'mae/seed-1']
     assert fake_processes.started == ['mae/seed-0', 'mae/seed-1']
 
@@ -299,7 +300,7 @@ def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch)
 
 
 @pytest.mark.parametrize('command, options, message', [
-    ('run', ['--only', 'mae', 'typo'], 'There is no cell typo, expected one of mae, scratch, tuned'),
+    ('run', ['--only', 'mae', 'typo'], "No cell matches 'typo'. Cells: mae, scratch, tuned"),
     ('run', ['--seeds', '7'], 'None of the selected cells has the seed 7'),
     ('run', ['--jobs', '0'], '--jobs must be at least 1, got 0'),
     ('run-one', ['scratch/seed-0'], 'There is no run scratch/seed-0, or it is a final run and not all tries'),
@@ -341,9 +342,9 @@ def test_damaged_results(content, message, study, monkeypatch):
     """Also the result of a try that was copied to that of a final run, which has the same settings."""
     run = study.final_runs(study.protocol.cells['mae'])[0]
     pretend(study, run)
-    result = json.loads(study.path(run).read_text())
+    result = json.loads(study.result_path(run).read_text())
     del result['test']
-    study.path(run).write_text(json.dumps(result) if content is None else content)
+    study.result_path(run).write_text(json.dumps(result) if content is None else content)
     for command in ('status', 'run', 'report'):
         with pytest.raises(SystemExit, match=f'error: .*seed-0.json is damaged or is not the result .*{message}'):
             command_line(study, monkeypatch, command)
@@ -373,7 +374,7 @@ def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monk
     run = Run(cell, 0, 0, len(cell.tries) == 1)
     expected = study.execute(run)
     shutil.rmtree(study.checkpoints)
-    study.path(run).unlink()
+    study.result_path(run).unlink()
     save, stops = training.save_checkpoint, [1, 2]
 
     def save_and_stop(path, kind, **state):
@@ -386,15 +387,15 @@ def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monk
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             study.execute(run)
-        assert not study.path(run).exists()
+        assert not study.result_path(run).exists()
     assert without_times(study.execute(run)) == without_times(expected)
-    assert json.loads(study.path(run).read_text())['history'] != []
+    assert json.loads(study.result_path(run).read_text())['history'] != []
 
 
 def test_finished_weights_are_verified_and_can_be_read_by_several_runs(study):
     """`run --jobs 2` starts several tries at once, which load the same initial weights."""
     run = study.final_runs(study.protocol.cells['mae'])[0]
-    data, path = study.read_data(run), study.folder(run) / 'last.pth.tar'
+    data, path = study.read_data(run), study.checkpoint_folder(run) / 'last.pth.tar'
     expected = study.train(run, data).model.state_dict()
     with lock_folder_for_run(path.parent):
         loaded = study.train(run, data).model.state_dict()
@@ -435,7 +436,7 @@ def test_killed_study_resumes(study, tmp_path):
     assert len(results(whole)) == 2 + 2 * 4 and results(killed) == results(whole)
     for folder in (whole, killed):
         write_report(study.protocol, folder / 'runs', folder)
-    assert 'Difference ' in (whole / 'README.md').read_text()
+    assert ' points, 95% interval ' in (whole / 'README.md').read_text()
 
     def text(folder):
         return [line for line in (folder / 'README.md').read_text().splitlines() if 'CPU hours' not in line]
@@ -515,22 +516,22 @@ def test_report_of_incomplete_study(study, tmp_path):
     pretend(study, old, cpu_seconds=9000.)
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
-    assert 'mae: 0 of 2' in text and '80.50 ± 0.71' in text
+    assert 'mae 0/2' in text and '80.50 ± 0.71' in text
     # a try and a final run with the same seed and settings count once: 2 cells, 3 trainings each, half an hour each
     assert 'took 3.0 CPU hours' in text
     interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
     assert (
-        f'- **Not shown:** it helps. Difference +1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f}.'
+        f'- It helps: **not shown** (+1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f})'
         in text)
 
 
 @pytest.mark.parametrize('tuned, verdict', [
-    ((80., 80.5), 'Shown'), ((78., 78.5), 'Shown to be wrong'), ((80., 79.), 'Not shown'),
-    ((80.,), 'Runs are missing')], ids=lambda value: value if isinstance(value, str) else '')
+    ((80., 80.5), 'shown'), ((78., 78.5), 'contradicted'), ((80., 79.), 'not shown'), ((80.,), 'runs are missing'),
+], ids=lambda value: value if isinstance(value, str) else '')
 def test_verdict(tuned, verdict, study, tmp_path):
     pretend_final_runs(study, tuned=tuned, scratch=(79., 79.51))
     write_report(study.protocol, study.runs, tmp_path)
-    assert f'- **{verdict}:** it helps.' in (tmp_path / 'README.md').read_text()
+    assert f'- It helps: **{verdict}**' in (tmp_path / 'README.md').read_text()
 
 
 def test_difference_of_differences(study, tmp_path):
@@ -542,7 +543,7 @@ def test_difference_of_differences(study, tmp_path):
     pretend_final_runs(study, tuned_deep=(86., 87.), deep=(80., 82.), tuned=(81., 83.), scratch=(79., 81.5))
     write_report(study.protocol, study.runs, tmp_path)
     low, high = stats.ttest_rel([6., 5.], [2., 1.5]).confidence_interval(0.95)  # 4, 3.5
-    line = f'- **Shown:** it helps more. Difference +3.75 points, 95% interval {low:+.2f} to {high:+.2f}.'
+    line = f'- It helps more: **shown** (+3.75 points, 95% interval {low:+.2f} to {high:+.2f})'
     assert line in (tmp_path / 'README.md').read_text()
 
 
