@@ -14,8 +14,9 @@ from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.reading import TrainingRecord, checkpoint_from_model, set_labels
 
 ROOT = Path(__file__).parents[1]
-# Dataset and license of the weights, by the part of the tag that is also the folder of the images
-DATASETS = {
+# By name of the dataset, which is part of the tag of the weights and the folder under --data: the dataset, and the
+# license of the weights
+PUBLISHED_DATASETS = {
     'fashion_mnist': (Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test'), 'mit'),
     'cifar10': (Dataset('uoft-cs/cifar10', 'CIFAR-10 (JPEG copies of the images)', 'test'), 'apache-2.0'),
 }
@@ -26,8 +27,10 @@ def publish_weights(name: str, organization: str, data: Path, output: Path, dry_
     cfg = timm.get_pretrained_cfg(name)
     training = yaml.safe_load(Path(cfg.file).with_suffix('.yaml').read_text(encoding='utf-8'))
     training.pop('test_accuracy', None)  # the card has the accuracy that is measured now
-    folder = next(key for key in DATASETS if key in cfg.tag)
-    dataset, license = DATASETS[folder]
+    folder = next((key for key in PUBLISHED_DATASETS if key in cfg.tag), None)
+    if folder is None:
+        raise ValueError(f'No dataset is known for the tag {cfg.tag!r}. Add it to PUBLISHED_DATASETS.')
+    dataset, license = PUBLISHED_DATASETS[folder]
     if cfg.num_classes:
         model, evaluation = timm.create_model(name, pretrained=True), dict(eval_data=data / folder, dataset=dataset)
     else:

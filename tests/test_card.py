@@ -1,11 +1,21 @@
-"""Results on model cards: only accuracies of the published checkpoint are accepted."""
+"""Model cards: only accuracies of the published checkpoint are accepted, and the examples run."""
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
+from conftest import calibrate
+from PIL import Image
 
+from timm_spikformer import SpikformerMAE
+from timm_spikformer.publishing import publish
 from timm_spikformer.publishing.card import Dataset, read_results
 from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
+from timm_spikformer.training import init_bn_bias
 
+ROOT = Path(__file__).parents[1]
 DATASET = Dataset('zalando-datasets/fashion_mnist', 'Fashion-MNIST', 'test')
 
 
@@ -86,3 +96,32 @@ def test_results_with_tag_require_same_tag(small, tmp_path):
         read_results(tmp_path / 'r.json', DATASET, read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2'))
     named = read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2.untrained')
     assert [r.value for r in read_results(tmp_path / 'r.json', DATASET, named)] == [81.]
+
+
+@pytest.mark.parametrize('kind', ['classifier', 'autoencoder', 'events'])
+def test_examples_run(kind, images, tmp_path):
+    """With the published folder in place of the repository, the examples for timm and transformers run."""
+    torch.manual_seed(0)
+    x = torch.rand(16, 2, 2, 32, 32) if kind == 'events' else images
+    overlay = dict(mean=(0., 0.), std=(1., 1.)) if kind == 'events' else {}
+    model = timm.create_model(
+        'test_spikformer_v2', in_chans=x.shape[-3], num_classes=10, img_size=x.shape[-1], time_steps=2,
+        pretrained_cfg_overlay=overlay)
+    init_bn_bias(model)
+    calibrate(model, x)
+    if kind == 'autoencoder':
+        model = calibrate(SpikformerMAE(model, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2), x)
+    publish(model, 'me/name', 'mit', output=tmp_path / 'out', dry_run=True)
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    card = card.replace('hf-hub:me/name', f'local-dir:{tmp_path / "out"}').replace('me/name', str(tmp_path / 'out'))
+    for code in re.findall('```python\n(.*?)```', card, re.S):
+        image = Image.open(ROOT / 'docs' / 'ankle_boot.png').convert('RGB')
+        events = {name: np.arange(40) % size for name, size in dict(t=40, x=32, y=32, p=2).items()}
+        variables = dict(image=image, events=events, frames=x)
+        exec(code, variables)
+        output = variables['output']
+        if kind == 'autoencoder':
+            assert output.reconstruction.isfinite().all() if 'processor' in variables else output.shape == (1, 64)
+        else:
+            logits = output.logits if 'processor' in variables else output
+            assert logits.shape == (16 if logits is output and kind == 'events' else 1, 10) and logits.std() > 0

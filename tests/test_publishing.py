@@ -444,7 +444,7 @@ def test_rejected_output_folders(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('option', ['--dataset-name', '--split'])
 def test_description_of_no_dataset_is_an_error(option, tmp_path):
-    with pytest.raises(SystemExit, match='error: --dataset-name and --split describe .* specify its id with --dataset'):
+    with pytest.raises(SystemExit, match='error: --dataset-name and --split require --dataset'):
         cli.main(['publish', 'x', '--repo', 'a/b', '--license', 'mit', '--dry-run', '--output', str(tmp_path / 'y'),
                   option, 'test'])
 

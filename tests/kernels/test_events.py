@@ -33,7 +33,7 @@ def small_products_are_event_driven(monkeypatch):
     monkeypatch.setattr(events, 'MIN_MACS_IN_TRAINING', 0)
     monkeypatch.setattr(events, 'MIN_CHANNELS', 1)
     monkeypatch.setattr(events, 'MIN_CHANNELS_IN_TRAINING', 1)
-    monkeypatch.setattr(events, 'MAX_DENSITY', {1: 99., 2: 99., 3: 99.})
+    monkeypatch.setattr(events, 'MAX_DENSITY', 99.)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_units_of_other_constants_and_folded_ones(tau):
 
 
 def test_a_dense_input_is_not_event_driven(monkeypatch):
-    monkeypatch.setattr(events, 'MAX_DENSITY', {1: 0.4, 2: 0.4, 3: 0.4})
+    monkeypatch.setattr(events, 'MAX_DENSITY', 0.4)
     layer, x = make('3x3', 64, 64, rate=0.6)
     with torch.no_grad():
         assert not events.try_read_events(layer, x).is_sparse

@@ -41,9 +41,9 @@ __all__ = [
     'weight_gradient',
 ]
 
-# Maximum density, in events per input value, of an event-driven product, by kernel size. The measured break-even is 0.4
-# to 0.6, depending on the shape: see `python -m benchmarks events`.
-MAX_DENSITY = {3: 0.45, 2: 0.45, 1: 0.45}
+# Maximum density, in events per input value, of an event-driven product. The measured break-even is 0.4 to 0.6,
+# depending on the shape: see `python -m benchmarks events`.
+MAX_DENSITY = 0.45
 # Minimum multiply-accumulates of an event-driven product, counted densely. In smaller ones, the cost of calls and of
 # distributing work to threads dominates: with two threads, training of small models would be slower. The limits do not
 # depend on the number of threads, so results do not either.
@@ -57,7 +57,7 @@ DTYPE = torch.float32
 _CLASSES = ((nn.Conv2d, nn.Linear),)
 _MAX_TILE_PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
 _NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
-_CPU_FLOAT32 = {'dtype': torch.float32, 'device': 'cpu'}  # whatever PyTorch's defaults are
+_CPU_FLOAT32 = {'dtype': torch.float32, 'device': 'cpu'}  # so that PyTorch's default dtype and device have no effect
 _MAX_MAGNITUDE = 1e30  # upper bound for sums of absolute weights, so that no intermediate result overflows
 
 
@@ -102,9 +102,8 @@ class Events(NamedTuple):
     @property
     def dense_reason(self) -> Optional[str]:
         """Why the product should be dense, or None if it should be event-driven."""
-        limit = MAX_DENSITY[2 if self.shape.block == 2 else self.shape.kernel_size]
-        if self.density > limit:
-            return f'{self.density:.2f} events per input, more than {limit}'
+        if self.density > MAX_DENSITY:
+            return f'{self.density:.2f} events per input, more than {MAX_DENSITY}'
         return None
 
 
@@ -160,9 +159,10 @@ def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
         return 'no event-driven kernel for this kernel size, stride, padding, dilation or groups'
     channels = shape.C // shape.block ** 2
     min_channels = MIN_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else MIN_CHANNELS
-    if shape.C % CHANNEL_MULTIPLE != 0 or min(channels, shape.OC) < min_channels:
-        return (f'{channels} input and {shape.OC} output channels: too few, or input channels not a multiple of '
-                f'{CHANNEL_MULTIPLE}')
+    if min(channels, shape.OC) < min_channels:
+        return f'{channels} input and {shape.OC} output channels: at least {min_channels} of each are required'
+    if shape.C % CHANNEL_MULTIPLE != 0:
+        return f'{channels} input channels: a multiple of {CHANNEL_MULTIPLE // shape.block ** 2} is required'
     if shape.macs < _min_macs():
         return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to be faster'
     return None
@@ -216,11 +216,11 @@ def try_read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
         _observe(layer, None, 'too small to be faster')
         return None
     reason = event_fallback_reason(layer, x)
-    events = read_events(layer, x) if runs_in_kernel(lambda: reason) else None
-    if events is not None:
-        reason = events.dense_reason
-    _observe(
-        layer, events, reason if events is not None or reason else 'input values are not integers from 0 to 15')
+    if not runs_in_kernel(lambda: reason):
+        _observe(layer, None, reason or 'the first forward pass of the checkpointed segment was dense')
+        return None
+    events = read_events(layer, x)
+    _observe(layer, events, 'input values are not integers from 0 to 15' if events is None else events.dense_reason)
     return events
 
 

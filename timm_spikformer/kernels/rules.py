@@ -148,15 +148,15 @@ def context_fallback_reason() -> Optional[str]:
 def _arguments_fallback_reason(m: nn.Module) -> Optional[str]:
     if isinstance(m, nn.Conv2d):
         if m.padding_mode != 'zeros' or isinstance(m.padding, str):
-            return f'padding={m.padding!r}, padding_mode={m.padding_mode!r}'
+            return f'padding={m.padding!r} and padding_mode={m.padding_mode!r} are not supported'
     elif isinstance(m, nn.modules.batchnorm._BatchNorm):
         parameters, buffers = m._parameters, m._buffers
         if parameters['weight'] is None or parameters['bias'] is None:
-            return 'weight or bias is None'
+            return 'its weight or bias is None'
         if not m.track_running_stats or buffers['running_mean'] is None or buffers['running_var'] is None:
-            return 'no running statistics'
+            return 'it has no running statistics'
         if buffers['num_batches_tracked'] is None:
-            return 'num_batches_tracked is None'
+            return 'its num_batches_tracked is None'
     return None
 
 

@@ -18,7 +18,7 @@ from .counting import Profile
 
 __all__ = ['PICTURES', 'draw', 'render', 'render_events', 'render_probabilities', 'to_dark']
 
-# keys of `render`
+# names of the figures, in the order in which they are shown
 PICTURES = ('events', 'firing_rates', 'energy', 'anytime', 'rasters', 'attention', 'reconstructions')
 
 _COLORS = dict(stem='#3b82c4', attention='#d9822b', mlp='#4f9d69', head='#9b6bb3')
@@ -71,8 +71,8 @@ def _energy(profile: Profile) -> Figure:
     axes = fig.subplots()
     at = np.arange(len(layers))
     for group in profile.groups:
-        mine = [i for i, x in enumerate(layers) if x.group == group]
-        axes.barh(at[mine], [layers[i].energy_mj / 1e3 for i in mine], color=_COLORS[group], label=group)
+        members = [i for i, x in enumerate(layers) if x.group == group]
+        axes.barh(at[members], [layers[i].energy_mj / 1e3 for i in members], color=_COLORS[group], label=group)
     axes.plot(
         [x.ann_energy_mj / 1e3 for x in layers], at, linestyle='', marker='|', markersize=7,
         color=matplotlib.rcParams['text.color'], label='dense ANN')
@@ -269,7 +269,7 @@ def render(
         activity: Source of spike rasters, attention maps and reconstructions.
         format: 'png' on a white background, or 'svg' without a background.
         dark: Use colors for a dark background.
-        names: Names of the figures to draw, of `PICTURES`; by default all.
+        names: Names of the figures to draw, from `PICTURES`; all by default.
 
     Returns:
         The encoded files, for each of the names for which there is data.
@@ -308,8 +308,8 @@ def render_probabilities(
 ) -> bytes:
     """Draw the probabilities of the classes of one image after each time step, and return the encoded image file.
 
-    Only the classes that lead at some time step are drawn, and those with the highest probabilities after the last
-    time step, up to four classes in total.
+    Up to four classes are drawn: those with the highest probability after any time step, then those with the next
+    highest after the last one.
 
     Args:
         probabilities: Probabilities after each time step, `[T, num_classes]`, such as the softmax of `forward_steps`.

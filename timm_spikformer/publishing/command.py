@@ -38,7 +38,7 @@ def run_publish(args: argparse.Namespace) -> None:
     from .card import Dataset
     from .upload import publish
     if args.dataset is None and (args.dataset_name is not None or args.split is not None):
-        raise ValueError('--dataset-name and --split describe the dataset of a result; specify its id with --dataset.')
+        raise ValueError('--dataset-name and --split require --dataset, the id of the dataset on the Hub.')
     dataset = args.dataset and Dataset(args.dataset, args.dataset_name or args.dataset, args.split)
     published = publish(
         args.checkpoint, args.repo, args.license, model=args.model, ema=args.ema, labels=read_labels(args.labels),
