@@ -92,11 +92,14 @@ def run_missing(
         options: Command-line options with the folders, which are passed to each process.
 
     Raises:
-        ValueError: See `next_jobs`.
+        ValueError: A dataset is missing or incomplete. See also `next_jobs`.
     """
     running: Dict[str, Tuple[Job, subprocess.Popen]] = {}
     failed: List[str] = []
     has_started = False
+    # before the first run, because each run would fail otherwise
+    for run in {job.run.cell.dataset: job.run for job in next_jobs(study, patterns, seeds)}.values():
+        study.read_data(run)
     try:
         while True:
             waiting = [job for job in next_jobs(study, patterns, seeds) if job.run.name not in (*running, *failed)]

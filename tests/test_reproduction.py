@@ -303,6 +303,7 @@ def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch)
     ('run', ['--only', 'mae', 'typo'], "No cell matches 'typo'. Cells: mae, scratch, tuned"),
     ('run', ['--seeds', '7'], 'None of the selected cells has the seed 7'),
     ('run', ['--jobs', '0'], '--jobs must be at least 1, got 0'),
+    ('run', ['--data', 'nothing'], 'error: nothing/fashion_mnist is missing'),
     ('run-one', ['scratch/seed-0'], 'There is no run scratch/seed-0, or it is a final run and not all tries'),
     ('run-one', ['mae/seed-0', '--data', 'nothing'], 'nothing/fashion_mnist is missing'),
     ('run-one', ['mae/seed-0', '--runs', __file__], f'error: {__file__}/mae: Not a directory'),
