@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from .experiment import Study
 from .files import write
@@ -127,9 +127,12 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
 
 
 def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, str]]]) -> Figure:
-    """Plot the test accuracy against the number of labels, with panels side by side."""
+    """Plot the test accuracy against the number of labels, with the panels that have results side by side."""
+    panels = {
+        title: curves for title, curves in panels.items()
+        if any(rows[name].is_complete for cells in curves.values() for name in cells.values())}
     figure = Figure(figsize=(7.5, 3.4), layout='constrained')
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
         for label, cells in curves.items():
             counts = [count for count, name in cells.items() if rows[name].is_complete]
@@ -161,6 +164,9 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
             ax.errorbar(energy.mean, accuracy.mean, yerr=accuracy.deviation, marker='o', capsize=3, color='C0')
             ax.annotate(name, (energy.mean, accuracy.mean), xytext=(5, 3), textcoords='offset points')
     ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel('energy of arithmetic per image, µJ')
     ax.set_ylabel('test accuracy, %')
     ax.grid(alpha=0.3)
