@@ -41,10 +41,12 @@ def next_jobs(
         ValueError: A pattern matches no cell, or no selected cell has one of the seeds.
     """
     cells = study.protocol.cells
+    wanted = set()
     for pattern in patterns:
-        if not fnmatch.filter(cells, pattern):
+        matching = fnmatch.filter(cells, pattern)
+        if not matching:
             raise ValueError(f'No cell matches {pattern!r}. Cells: {", ".join(cells)}.')
-    wanted = {name for name in cells if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+        wanted.update(matching)
     for seed in seeds or ():
         if not any(seed in cells[name].seeds for name in wanted):
             raise ValueError(f'None of the selected cells has the seed {seed}.')

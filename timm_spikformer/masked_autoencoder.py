@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .arguments import check_integer, check_number, check_positive
 from .network import Spikformer
-from .pretrained import check_shipped_weights, read_metadata, shipped_weights
+from .pretrained import read_metadata
 
 __all__ = ['AUTOENCODER_KEY', 'SpikformerMAE', 'SpikformerMAEOutput', 'patchify', 'unpatchify']
 
@@ -232,12 +232,11 @@ class SpikformerMAE(nn.Module):
         file = cfg.file if cfg is not None else None
         if not file:
             raise ValueError(f'The package has no weights named {name!r}. See timm.list_pretrained("*spikformer*").')
-        if file == shipped_weights(name):
-            check_shipped_weights(file)
+        # checks the digest of the file, and uses the arguments that the encoder was trained with
+        encoder = timm.create_model(name, pretrained=True, **kwargs)
         args = read_metadata(file).get(AUTOENCODER_KEY)
         if args is None:
             raise ValueError(f'{name} is not a masked autoencoder. Load it with timm.create_model.')
-        encoder = timm.create_model(name, pretrained=True, **kwargs)  # with the arguments that it was trained with
         mae = cls(encoder, **json.loads(args))
         mae.load_state_dict(load_file(file))
         return mae.eval()
