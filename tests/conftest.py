@@ -94,3 +94,10 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
 def original(originals: Dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """A function that copies a small event dataset and returns its folder."""
     return lambda name: shutil.copytree(originals[name], tmp_path / name)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> 'Study':  # noqa: F821
+    """A study that runs in seconds."""
+    from small_study import create_study  # imports reproduction/, which most tests do not need
+    return create_study(tmp_path)

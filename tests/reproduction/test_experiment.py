@@ -1,0 +1,132 @@
+"""Runs of the study: training, resuming and measuring."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import calibrate
+from small_study import without_times
+
+from reproduction import experiment, models
+from reproduction.data import Data
+from reproduction.experiment import Study
+from reproduction.protocol import Run, read_protocol
+from reproduction.report import FOLDER
+from timm_spikformer import training
+from timm_spikformer.folders import lock_folder_for_run
+from timm_spikformer.images import make_loader, read_splits, training_data_config
+from timm_spikformer.profiling import profile
+
+
+def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, monkeypatch):
+    run = study.tries(study.protocol.cells['scratch'])[0]
+    read = Study.read_data
+    monkeypatch.setattr(Study, 'read_data', lambda self, run: read(self, run)._replace(test=None))
+    result = study.execute(run)
+    assert 'test' not in result and 0 < result['validation']['accuracy'] < 100 and len(result['history']) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment.Study, 'tries', lambda self, cell: [run])
+    monkeypatch.setattr(training, 'save_checkpoint', lambda *args, **kwargs: pytest.fail('trained again'))
+    final = study.execute(Run(run.cell, 0, 0, True))
+    assert final['validation'] == result['validation'] and final['training'] == result['training']
+    assert 0 < final['test']['accuracy'] < 100 and min(final['firing_rates'].values()) > 0
+    assert final['operations']['parameters'] == sum(
+        p.numel() for p in timm.create_model(run.cell.model, num_classes=10, embed_dim=16).parameters())
+
+
+@pytest.mark.parametrize('name, fixed_bn', [('mae', 0.), ('tuned', 0.), ('tuned', 0.5)])
+def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monkeypatch):
+    """Interrupt each epoch except the last one, also while the initial weights are trained."""
+    cell = study.protocol.cells[name]
+    cell.recipe['fixed_bn'] = fixed_bn
+    run = Run(cell, 0, 0, len(cell.tries) == 1)
+    expected = study.execute(run)
+    shutil.rmtree(study.checkpoints)
+    study.result_path(run).unlink()
+    save, stops = training.save_checkpoint, [1, 2]
+
+    def save_and_stop(path, kind, **state):
+        save(path, kind, **state)
+        if stops:
+            stops.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, 'save_checkpoint', save_and_stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            study.execute(run)
+        assert not study.result_path(run).exists()
+    assert without_times(study.execute(run)) == without_times(expected)
+    assert json.loads(study.result_path(run).read_text())['history'] != []
+
+
+def test_finished_weights_are_verified_and_can_be_read_by_several_runs(study):
+    """`run --jobs 2` starts several tries at once, which load the same initial weights."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    data, path = study.read_data(run), study.checkpoint_folder(run) / 'last.pth.tar'
+    expected = study.train(run, data).model.state_dict()
+    with lock_folder_for_run(path.parent):
+        loaded = study.train(run, data).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+        (path.parent / 'finished').unlink()
+        with pytest.raises(ValueError, match='Another run of timm-spikformer is writing'):
+            study.train(run, data)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='last.pth.tar has been changed since timm-spikformer wrote it'):
+        study.train(run, data)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'labels': 6000}, 'tuned/try-0: labels is 6000, but there are 5,700 images'),
+    ({'model_kwargs': {'x': 1}}, "cannot be created with {'x': 1}: .*unexpected keyword argument 'x'"),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}, 'attention': 'softmax'}, 'is not a Spikformer, so'),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {}}, 'the weights of mae/seed-0 are those of another model'),
+], ids=str)
+def test_settings_that_do_not_fit(change, message, study, monkeypatch):
+    """These errors are raised before training."""
+    run = Run(study.protocol.cells['tuned']._replace(**change), 0, 0, False)
+    weights = models.create(Run(study.protocol.cells['scratch'], 0, 0, False).config(), 10, 28).state_dict()
+    monkeypatch.setattr(Study, '_weights', lambda self, run, data: weights)
+    with pytest.raises(ValueError, match=message):
+        study.train(run, study.read_data(run))
+    assert not study.checkpoints.exists()
+
+
+def test_part_of_a_dataset_raises(study):
+    """The slice in the package has the file names and classes of the whole dataset."""
+    with pytest.raises(ValueError, match='6,000 images of fashion_mnist, train split: the protocol requires 60,000'):
+        study._replace(protocol=read_protocol()).read_data(Run(read_protocol().cells['ssa'], 0, 0, True))
+
+
+def test_operations_of_non_spiking_networks():
+    """Multiply-accumulates of all products, also of attention, and their energy."""
+    cell = read_protocol().cells['vit']
+    model = models.create(Run(cell, 0, 0, True).config(), 10, 28).eval()
+    images = read_splits()['test'].sample_evenly(2)
+    operations = experiment._operations(model, Data(images, images, images, training_data_config()))
+    C, depth, N = 104, 4, 7 * 7 + 1
+    expected = 49 * C * 3 * 4 ** 2 + depth * (N * 12 * C ** 2 + 2 * N ** 2 * C) + C * 10
+    assert operations['macs'] == operations['dense_macs'] == expected and operations['acs'] == 0
+    assert operations['energy_uj'] == pytest.approx(4.6e-6 * expected)
+
+
+def test_operations_of_autoencoder():
+    """The encoder processes 12 of the 49 patches, and the decoder all of them."""
+    cell = read_protocol().cells['mae-2']
+    model = models.create_autoencoder(models.create(Run(cell, 0, 0, True).config(), 10, 28))
+    images = read_splits()['test'].sample_evenly(32)
+    data = Data(images, images, images, training_data_config())
+    calibrate(model, next(iter(make_loader(images, data.config, 32)))[0])
+    operations = experiment._operations(model, data)
+    C, N, visible, pixels = 64, 49, 12, 3 * 4 ** 2
+    decoder = visible * C * C + 2 * (N * 12 * C ** 2 + 2 * N ** 2 * C) + N * C * pixels
+    assert operations['total_macs'] == operations['dense_macs'] + decoder
+    classifier = profile(calibrate(models.create(Run(cell, 0, 0, True).config(), 10, 28), torch.rand(8, 3, 28, 28)), [
+        torch.rand(1, 3, 28, 28)]).totals
+    assert operations['dense_macs'] == pytest.approx(classifier.dense_macs * visible / N, rel=0.02)
+    committed = json.loads((FOLDER / 'runs' / 'mae-2' / 'seed-0.json').read_text())['operations']
+    assert {key: operations[key] for key in ('total_macs', 'dense_macs', 'parameters')} == {
+        key: committed[key] for key in ('total_macs', 'dense_macs', 'parameters')}

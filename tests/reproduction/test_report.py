@@ -1,0 +1,90 @@
+"""Statistics and report of the study."""
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from small_study import pretend
+
+from reproduction.experiment import Study
+from reproduction.protocol import Run, read_protocol
+from reproduction.report import FOLDER, write_report
+from reproduction.statistics import paired_difference, summarize
+
+
+def test_committed_report_matches_committed_runs(tmp_path):
+    write_report(read_protocol(), FOLDER / 'runs', tmp_path)
+    assert (tmp_path / 'README.md').read_bytes() == (FOLDER / 'README.md').read_bytes()
+    for path in (tmp_path / 'figures').iterdir():
+        committed = (FOLDER / 'figures' / path.name).read_bytes()
+        version = re.search(rb'Matplotlib v([\d.]+)', committed)[1].decode()
+        if version == matplotlib.__version__:  # the output differs between versions
+            assert path.read_bytes() == committed, path.name
+
+
+def test_interval_matches_scipy():
+    a, b = [90.1, 90.9, 89.7], [89.9, 90.2, 89.8]
+    ours = paired_difference(a, b)
+    theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert ours.mean == pytest.approx(np.mean(a) - np.mean(b)) and ours.count == 3 and not ours.excludes_zero
+    # by hand: differences 1, 2, 3 have mean 2 and standard deviation 1, and t(0.975, 2) = 4.303
+    margin = 4.303 / 3 ** 0.5
+    assert paired_difference([1, 2, 3], [0, 0, 0])[:3] == pytest.approx((2, 2 - margin, 2 + margin), abs=1e-3)
+    for pair in ([1, 1.1, 1.2], [0, 0, 0]), ([0, 0, 0], [1, 1.1, 1.2]):
+        assert paired_difference(*pair).excludes_zero
+    assert summarize([1, 2, 3]).deviation == pytest.approx(np.std([1, 2, 3], ddof=1))
+    with pytest.raises(ValueError, match='got 1 and 1 values'):
+        paired_difference([1], [2])
+
+
+def pretend_final_runs(study: Study, **accuracies) -> None:
+    """Write results of all tries and final runs of cells; `accuracies` are the test accuracies by seed."""
+    for name, values in accuracies.items():
+        cell = study.protocol.cells[name]
+        for run in study.tries(cell):
+            pretend(study, run, validation=dict(accuracy=50.), cpu_seconds=1800.)
+        for run, accuracy in zip(study.final_runs(cell), values):
+            pretend(
+                study, run, cpu_seconds=1800., test=dict(accuracy=accuracy), machine=dict.fromkeys(
+                    ('cpu', 'python', 'torch', 'timm'), 'x'),
+                operations=dict(parameters=1e6, dense_macs=2e6, energy_uj=3., firing_rate=0.2))
+
+
+def test_report_of_incomplete_study(study, tmp_path):
+    pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
+    old = Run(study.protocol.cells['mae']._replace(labels=5), 0, 0, True)  # a result of settings that have been changed
+    pretend(study, old, cpu_seconds=9000.)
+    write_report(study.protocol, study.runs, tmp_path)
+    text = (tmp_path / 'README.md').read_text()
+    assert 'mae 0/2' in text and '80.50 ± 0.71' in text
+    # a try and a final run with the same seed and settings count once: 2 cells, 3 trainings each, half an hour each
+    assert 'took 3.0 CPU hours' in text
+    interval = stats.ttest_rel([80., 81.], [79., 79.5]).confidence_interval(0.95)
+    assert (
+        f'- It helps: **not shown** (+1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f})'
+        in text)
+
+
+@pytest.mark.parametrize('tuned, verdict', [
+    ((80., 80.5), 'shown'), ((78., 78.5), 'contradicted'), ((80., 79.), 'not shown'), ((80.,), 'runs are missing'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_verdict(tuned, verdict, study, tmp_path):
+    pretend_final_runs(study, tuned=tuned, scratch=(79., 79.51))
+    write_report(study.protocol, study.runs, tmp_path)
+    assert f'- It helps: **{verdict}**' in (tmp_path / 'README.md').read_text()
+
+
+def test_difference_of_differences(study, tmp_path):
+    text = yaml.safe_load((tmp_path / 'protocol.yaml').read_text())
+    text['cells'].update(deep=dict(title='deep, scratch'), tuned_deep=dict(title='deep, pre-trained', init='mae'))
+    text['questions']['Q']['claims'] = {'it helps more': ['tuned_deep', 'deep', 'tuned', 'scratch']}
+    (tmp_path / 'protocol.yaml').write_text(yaml.safe_dump(text, sort_keys=False))
+    study = study._replace(protocol=read_protocol(tmp_path / 'protocol.yaml'))
+    pretend_final_runs(study, tuned_deep=(86., 87.), deep=(80., 82.), tuned=(81., 83.), scratch=(79., 81.5))
+    write_report(study.protocol, study.runs, tmp_path)
+    low, high = stats.ttest_rel([6., 5.], [2., 1.5]).confidence_interval(0.95)  # 4, 3.5
+    line = f'- It helps more: **shown** (+3.75 points, 95% interval {low:+.2f} to {high:+.2f})'
+    assert line in (tmp_path / 'README.md').read_text()

@@ -1,0 +1,47 @@
+"""A study that runs in seconds: small models, three epochs, and the images in the package."""
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reproduction.experiment import Study, write_json
+from reproduction.protocol import Run, read_protocol
+from timm_spikformer.images import FASHION_MNIST
+
+TINY = dict(
+    seeds=[0, 1],
+    datasets={'fashion_mnist': {'train': 5700, 'validation': 300, 'test': 1000}},
+    defaults=dict(
+        dataset='fashion_mnist', model='spikformer_v2_2_64_patch4_32', model_kwargs={'embed_dim': 16}, labels=96,
+        recipe=dict(epochs=3, lr=1e-2, batch_size=32, weight_decay=0.05, warmup_epochs=0.25),
+        tries=[{}, {'epochs': '2x'}]),
+    cells=dict(
+        mae=dict(title='masked', objective='reconstruct', tries=[{}]),
+        tuned=dict(title='pre-trained', init='mae'),
+        scratch=dict(title='scratch')),
+    questions=dict(Q=dict(
+        title='Does it help?', text='An example.', rows=['tuned', 'scratch'],
+        claims={'it helps': ['tuned', 'scratch']})),
+)
+
+
+def create_study(folder: Path) -> Study:
+    """Write the protocol of the study to a folder, and return the study."""
+    (folder / 'protocol.yaml').write_text(yaml.safe_dump(TINY))
+    (folder / 'data').mkdir()
+    (folder / 'data' / 'fashion_mnist').symlink_to(FASHION_MNIST)
+    return Study(read_protocol(folder / 'protocol.yaml'), folder / 'runs', folder / 'checkpoints', folder / 'data')
+
+
+def pretend(study: Study, run: Run, **values) -> None:
+    """Write a result without training."""
+    empty = dict(cpu_seconds=0., machine={}, validation={}, test={}, operations={})
+    write_json(
+        study.result_path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
+
+
+def without_times(value: Any) -> Any:
+    """Return a result without the values that differ between equal runs."""
+    if isinstance(value, dict):
+        return {key: without_times(x) for key, x in value.items() if 'seconds' not in key}
+    return [without_times(x) for x in value] if isinstance(value, list) else value
