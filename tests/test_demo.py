@@ -309,8 +309,10 @@ def test_resume_rejects_changed_checkpoint(finished, tmp_path):
     ({'epoch': '1'}, 'it was saved after epoch 1'),
     ({'history': []}, 'it records 0 epochs, expected 1'),
     ({'seconds': math.nan}, 'its training time is nan seconds'),
-    ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, but now it is 0.2'),
+    ({'trained_with': {'lr': 0.1, 'data': 'a'}}, 'it was trained with lr = 0.1, now it is 0.2'),
     ({'model': 3}, 'Expected state_dict'),
+    ({'state_dict': {}, 'epoch': 0}, "it does not contain 'history'"),
+    ({'model': {}}, r'Missing key\(s\) in state_dict'),
 ], ids=repr)
 def test_load_checkpoint_rejects_other_runs(state, message, tmp_path):
     path, model, run_config = tmp_path / 'x.pth.tar', torch.nn.Linear(1, 1), {'lr': 0.2, 'data': 'a'}

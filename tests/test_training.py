@@ -34,11 +34,12 @@ def run(tmp_path, **recipe):
 @pytest.mark.parametrize('recipe, message', [
     (dict(epochs=0), 'epochs must be an integer of at least 1, got 0'),
     (dict(batch_size=0), 'batch_size must be an integer of at least 1, got 0'),
-    (dict(batch_size=33), 'Run: the training data is 32 images of Fashion-MNIST, .* fewer than the batch_size of 33'),
+    (dict(batch_size=33), r'Run: there are fewer training images \(32 .*\) than the batch_size of 33'),
     (dict(lr='1e-3'), "lr must be at least 0 and finite, got '1e-3'"),
+    (dict(warmup_epochs=1), 'warmup_epochs must be at least 0 and less than 1, got 1'),
     (dict(fixed_bn=2.), 'fixed_bn must be at least 0 and at most 1, got 2.0'),
     (dict(ema_decay=1.5), 'ema_decay must be at least 0 and at most 1, got 1.5'),
-    (None, 'Run: 32 images of Fashion-MNIST, .* have no labels'),
+    (None, 'Run: training requires labels, but these images have none: 32 images of Fashion-MNIST'),
 ])
 def test_bad_settings(recipe, message, tmp_path):
     images = read_splits()['train'].sample_stratified(32, seed=0)
@@ -90,9 +91,11 @@ def test_bf16_trains_with_autocast(tmp_path):
         assert {p.dtype for p in result.model.parameters()} == {torch.float32}
 
 
-def test_statistics_are_computed_after_training_by_default(tmp_path):
-    result, images, modes = run(tmp_path)
-    assert modes == [{True}] * 6
+@pytest.mark.parametrize('fixed_bn', [0., 0.05])
+def test_statistics_are_computed_after_training_without_fixed_bn(fixed_bn, tmp_path):
+    """5% of 6 updates are less than half an update."""
+    result, images, modes = run(tmp_path, fixed_bn=fixed_bn)
+    assert modes == [{True}] * 6 and not result.model.training
     before = {name: buffer.clone() for name, buffer in result.model.named_buffers()}
     update_bn(make_loader(images, training_data_config(), 32), result.model)
     for name, buffer in result.model.named_buffers():

@@ -1,7 +1,7 @@
 """Training with timm's data loader, optimizer, scheduler and EMA; resumable, and deterministic for a given seed.
 
-The demo and the study in `reproduction/` use this loop. Unlike timm's train.py, it needs no script, resumes bit for
-bit, and can also train a masked autoencoder. The fields of `Recipe` are named like the options of train.py.
+The demo and the study in `reproduction/` use this loop. Unlike timm's train.py, it is called as a function, a resumed
+run equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe` are named like the options of train.py.
 """
 import io
 import math
@@ -23,6 +23,7 @@ from .folders import check_file, write_file
 from .images import Images, make_loader
 from .losses import TETLoss
 from .monitor import FiringRateMonitor
+from .state_dicts import first_line
 
 __all__ = [
     'Callback', 'Recipe', 'TrainingResult', 'check_recipe', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias',
@@ -38,7 +39,7 @@ _BN_IMAGES = 10_000  # images from which BN statistics are recomputed after trai
 
 
 class Recipe(NamedTuple):
-    """Settings of one training run with AdamW and a cosine schedule, stepped after every update.
+    """Settings of one training run with AdamW and a cosine schedule, which changes the learning rate at every update.
 
     Args:
         epochs: Number of epochs.
@@ -46,8 +47,8 @@ class Recipe(NamedTuple):
         batch_size: Number of images per batch.
         weight_decay: Weight decay of AdamW.
         beta2: Second beta of AdamW.
-        layer_decay: Factor of the learning rate from each layer to the one below; None for no layer decay.
-        warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak.
+        layer_decay: Factor of the learning rate from each layer to the preceding one; None for no layer decay.
+        warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak; fewer than `epochs`.
         fixed_bn: Fraction of the updates, at the end, that use fixed BN statistics: see `train`.
         ema_decay: Decay of the moving average of the weights; training returns the averaged weights.
         bf16: Use bfloat16 autocast on a CPU, which is faster on CPUs with bfloat16 instructions. CUDA always uses it.
@@ -98,7 +99,7 @@ class TrainingResult(NamedTuple):
     """Result of `train`.
 
     Args:
-        model: The moving average of the model, in train mode, with BN statistics computed for it.
+        model: The moving average of the model, in eval mode, with the BN statistics that `train` describes.
         history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
             `seconds`, and entries added by the callback.
         seconds: Training time in seconds, including the time before an interruption.
@@ -139,8 +140,9 @@ def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
 def init_bn_bias(model: nn.Module) -> None:
     """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
 
-    At initialization, BN returns standard normal currents, and a neuron fires in the first time step if its current is
-    at least 2. About 2% of the neurons do; with this bias, 10%. This is the project's own choice.
+    At initialization, the outputs of BN (input currents of the neurons) have mean 0 and variance 1. A neuron fires in the
+    first time step if its current is at least 2, so about 2% of normally distributed currents do, and 10% with this
+    bias. This is the project's choice.
     """
     for module in _bn_layers(model):
         nn.init.constant_(module.bias, _BN_BIAS)
@@ -150,8 +152,12 @@ def init_bn_bias(model: nn.Module) -> None:
 def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
     """Return the accuracy in percent, and the firing rate (spikes per neuron and time step) of every neuron layer.
 
+    Args:
+        model: Model that returns logits. It is left in eval mode.
+        loader: Iterable of pairs of images and labels.
+
     Raises:
-        ValueError: There are no images, or a logit is NaN, as of a model whose training has diverged.
+        ValueError: There are no images, or a logit is NaN, for example because training diverged.
     """
     model.eval()
     top1 = AverageMeter()
@@ -189,7 +195,7 @@ def load_checkpoint(
         Number of epochs done, their history, and their time in seconds.
 
     Raises:
-        ValueError: The file is damaged or belongs to another run: it has more than `epochs` epochs, or its arguments
+        ValueError: The file cannot be read, is damaged, or belongs to another run: it has more than `epochs` epochs, or its arguments
             or data differ from `run_config`.
     """
     try:
@@ -198,21 +204,23 @@ def load_checkpoint(
         before = dict(state['trained_with'])
         for name in sorted({*before, *run_config}):
             if before.get(name) != run_config.get(name):
-                raise ValueError(
-                    f'it was trained with {name} = {before.get(name)}, but now it is {run_config.get(name)}.')
+                raise ValueError(f'it was trained with {name} = {before.get(name)}, now it is {run_config.get(name)}')
         if type(epoch) is not int or not 0 <= epoch < epochs:
-            raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}.')
+            raise ValueError(f'it was saved after epoch {epoch}, expected 0 to {epochs - 1}')
         if len(history) != epoch + 1:
-            raise ValueError(f'it records {len(history)} epochs, expected {epoch + 1}.')
+            raise ValueError(f'it records {len(history)} epochs, expected {epoch + 1}')
         if type(seconds) is not float or not 0. <= seconds < math.inf:
-            raise ValueError(f'its training time is {seconds} seconds.')
+            raise ValueError(f'its training time is {seconds} seconds')
         for key, module in modules.items():
             module.load_state_dict(state[key])
         return epoch + 1, history, seconds
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(
-            f'{path} is damaged or is not a checkpoint of this run: {str(e).splitlines()[0] if str(e) else e!r} '
-            f'Remove it, or start without --resume.') from e
+    except KeyError as e:
+        reason = f'it does not contain {e}'
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError, AttributeError) as e:
+        reason = first_line(e)
+    raise ValueError(
+        f'{path} is damaged or is not a checkpoint of this run: {reason}. Move it away to start again, or repeat the '
+        f'command with the settings and data that it was written with.')
 
 
 def train(
@@ -230,10 +238,10 @@ def train(
 ) -> TrainingResult:
     """Train a model, and write a checkpoint after every epoch.
 
-    After training, BN statistics are computed from 10,000 images. With few time steps, their exact values matter: where
-    all pixels of a background have one value, a small shift makes all of them fire or none. In training, batches differ
-    in it. `recipe.fixed_bn` therefore computes the statistics before the last updates, and these use them in place of
-    those of the batch, so that the weights adapt to the statistics that inference uses. This is the project's choice.
+    After training, BN statistics are computed from up to 10,000 images. With few time steps, small changes of them
+    matter: where all pixels of a background have the same value, the same neurons fire for all of them or for none. If
+    `recipe.fixed_bn` is above 0, the statistics are computed before the last updates instead, and then kept, so that the
+    weights adapt to the statistics that inference uses. This is the project's choice.
 
     Args:
         model: Model to train.
@@ -243,7 +251,7 @@ def train(
         recipe: Settings.
         checkpoint: Path of the checkpoint. Its folder is created.
         title: Title of the run for messages.
-        kind: Kind of the folder of the checkpoint: see `folders.py`.
+        kind: Name of the command that trains, such as 'demo'. Files of other commands are not replaced or read.
         run_config: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
         resume: Continue from the checkpoint if there is one; a finished run is loaded without training.
         callback: Its methods are called during training.
@@ -268,7 +276,7 @@ def train(
         step_on_epochs=False, updates_per_epoch=len(loader))
     start_epoch, history, seconds_before = 0, [], 0.
     if resume and checkpoint.is_file():
-        check_file(checkpoint, kind)  # torch.load does not notice all kinds of damage
+        check_file(checkpoint, kind)  # torch.load does not detect all kinds of damage
         start_epoch, history, seconds_before = load_checkpoint(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
             run_config)
@@ -280,7 +288,9 @@ def train(
         monitor.enabled = False
         for epoch in range(start_epoch, recipe.epochs):
             epoch_start = time.time()
-            random_seed(recipe.seed, rank=epoch)  # makes a resumed run equal to an uninterrupted one
+            # The seed depends on the epoch, so a resumed run equals an uninterrupted one. `random_seed` adds the epoch to
+            # the seed: epoch 1 of seed 0 has the same order of images as epoch 0 of seed 1, but not the same weights.
+            random_seed(recipe.seed, rank=epoch)
             losses, top1 = AverageMeter(), AverageMeter()
             _set_train_mode(model, has_fixed_bn=epoch * len(loader) > first_fixed)
             for i, (x, y) in enumerate(loader):
@@ -316,7 +326,7 @@ def train(
                 checkpoint, kind, epoch=epoch, history=history, seconds=seconds_before + time.time() - start,
                 trained_with=run_config, state_dict=model.state_dict(), state_dict_ema=ema.module.state_dict(),
                 optimizer=optimizer.state_dict())
-    if recipe.fixed_bn:
+    if first_fixed < num_updates:
         for averaged, fixed in zip(_bn_layers(ema.module), _bn_layers(model)):
             for name, buffer in fixed.named_buffers():
                 averaged.get_buffer(name).copy_(buffer)
@@ -333,8 +343,9 @@ def check_recipe(recipe: Recipe) -> None:
     """
     for name in ('epochs', 'batch_size'):
         check_integer(name, getattr(recipe, name), 1)
-    for name in ('lr', 'weight_decay', 'warmup_epochs'):
+    for name in ('lr', 'weight_decay'):
         check_number(name, getattr(recipe, name))
+    check_number('warmup_epochs', recipe.warmup_epochs, below=recipe.epochs)
     for name in ('fixed_bn', 'ema_decay', 'hflip'):
         check_number(name, getattr(recipe, name), maximum=1)
     check_number('beta2', recipe.beta2, below=1)
@@ -345,11 +356,11 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_settings(images: Images, recipe: Recipe, title: str) -> None:
     check_recipe(recipe)
     if images.labels is None:
-        raise ValueError(f'{title}: {images.description} have no labels, which training requires.')
+        raise ValueError(f'{title}: training requires labels, but these images have none: {images.description}.')
     if len(images) < recipe.batch_size:
         raise ValueError(
-            f'{title}: the training data is {images.description}, fewer than the batch_size of {recipe.batch_size}. '
-            f'Lower batch_size.')
+            f'{title}: there are fewer training images ({images.description}) than the batch_size of '
+            f'{recipe.batch_size}. Use a smaller batch_size.')
 
 
 def _to_channels_last(x: Tensor) -> Tensor:
