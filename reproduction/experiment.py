@@ -42,7 +42,7 @@ __all__ = ['Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
-_RESULT_KEYS = ('attempt', 'cpu_seconds', 'machine', 'validation')  # keys of results that other files use
+_RESULT_KEYS = ('attempt', 'cpu_seconds', 'initial', 'machine', 'validation')  # result keys that other files read
 _FINAL_KEYS = ('operations', 'test')
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
@@ -53,7 +53,7 @@ def write_json(path: Path, values: Any) -> None:
     write(path, (json.dumps(values, indent=1) + '\n').encode())
 
 
-def _commit() -> str:
+def _git_commit() -> str:
     """Return the current commit, followed by '+' if there are uncommitted changes."""
     def git(*args: str) -> str:
         root = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ class Study(NamedTuple):
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
-        """Return the result of a run; None if it is missing or belongs to different settings.
+        """Return the result of a run; None if it is missing or belongs to other settings or initial weights.
 
         Raises:
             ValueError: The file is damaged or is not the result of such a run.
@@ -119,7 +119,7 @@ class Study(NamedTuple):
             return None
         try:
             result = json.loads(path.read_text(encoding='utf-8'))
-            if result['training'] != self.protocol.digest(run):
+            if result['training'] != self.protocol.digest(run) or result['initial'] != self._initial_digest(run):
                 return None
             missing = [key for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())) if key not in result]
             if missing:
@@ -161,16 +161,22 @@ class Study(NamedTuple):
                 return initial
         raise ValueError(f'{run.name} starts from the weights of {run.cell.init}, whose tries have not finished yet.')
 
+    def _initial_digest(self, run: Run) -> Optional[str]:
+        """Return the digest of the initial run; None if there is none, or if its settings are not selected yet."""
+        if run.cell.init is None or self.best_try(self.protocol.cells[run.cell.init]) is None:
+            return None
+        return self.protocol.digest(self.initial_run(run))
+
     def checkpoint_folder(self, run: Run) -> Path:
         """Return the folder with the checkpoint of a run."""
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the weights of a run exist; most of those whose results are in git are not in git."""
+        """Return whether the weights of a run exist. Most results in git come without their weights."""
         return self._is_trained(run) or self._shipped_file(run) is not None
 
     def _is_trained(self, run: Run) -> bool:
-        """Return whether the checkpoint of a run is that of its last epoch."""
+        """Return whether the training of a run has finished."""
         return all((self.checkpoint_folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
     def _shipped_file(self, run: Run) -> Optional[Path]:
@@ -227,20 +233,19 @@ class Study(NamedTuple):
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
                 callback=_EpochLogger(run.name, recipe.epochs))
             (folder / _FINISHED).touch()
-        trained.model.eval()
         return trained
 
     def execute(self, run: Run) -> Dict[str, Any]:
         """Train and evaluate a run, write its result to a JSON file, and return it."""
-        self.result_path(run).parent.mkdir(parents=True, exist_ok=True)  # fail before training if this is impossible
+        self.result_path(run).parent.mkdir(parents=True, exist_ok=True)  # fail early if this is impossible
         data = self.read_data(run)
-        commit = _commit()
+        commit = _git_commit()
         trained = self.train(run, data)
-        model, initial = trained.model, self.initial_run(run)
+        model = trained.model
         result: Dict[str, Any] = dict(
             cell=run.cell.name, seed=run.seed, attempt=run.attempt, config=run.config(),
             training=self.protocol.digest(run),
-            initial=None if initial is None else self.protocol.digest(initial),
+            initial=self._initial_digest(run),
             commit=commit, machine=_machine(), cpu_seconds=sum(record['cpu_seconds'] for record in trained.history),
             history=trained.history)
         loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}
@@ -252,7 +257,7 @@ class Study(NamedTuple):
                 result[split] = dict(loss=loss, loss_of_mean=of_mean)
             else:
                 accuracy, rates = evaluate(model, loader)
-                result[split] = dict(accuracy=round(accuracy, 4))  # further digits exceed float32 precision
+                result[split] = dict(accuracy=round(accuracy, 4))  # without the digits of rounding errors
                 if split == 'test':
                     result['firing_rates'] = rates
         if run.is_final:

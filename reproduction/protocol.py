@@ -39,7 +39,8 @@ class Cell(NamedTuple):
         objective: 'classify', 'classify_steps' for the TET loss, or 'reconstruct' for masked pre-training.
         labels: Number of labeled training images; None for all.
         init: Name of the cell whose weights, with the same seed, initialize the model; None for random weights.
-        recipe: Fields of `timm_spikformer.training.Recipe`. In the file, null removes a field of the default recipe.
+        recipe: Fields of `timm_spikformer.training.Recipe`. In protocol.yaml, null removes a field of the
+            default recipe.
         tries: Alternative changes to the recipe. The try with the highest validation accuracy with seed 0 is used for
             all seeds.
         seeds: Seeds of the final runs.
@@ -118,7 +119,7 @@ class Protocol(NamedTuple):
     def digest(self, run: Run) -> str:
         """Return a digest of the settings that affect the trained weights, including those of the initial cells.
 
-        A try and a final run may share one. Changes of the code are not detected.
+        A try and a final run may have the same digest. Changes to the code are not detected.
         """
         sizes = self.sizes[run.cell.dataset]
         held_out = sizes['validation'] / (sizes['train'] + sizes['validation'])
@@ -192,9 +193,9 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
         name: Name of the cell.
         entry: Entry of the cell in the file.
         content: Parsed content of the file.
-        before: Cells above it.
+        before: Cells that are listed earlier in the file.
     """
-    _check_keys('', entry, {'title'}, _CELL_KEYS)
+    _check_keys('the entry', entry, {'title'}, _CELL_KEYS)
     merged = {**content['defaults'], **entry}
     for key in ('recipe', 'model_kwargs'):
         _check_mapping(key, merged.get(key, {}))
@@ -203,7 +204,7 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
         'name': name, 'dataset': None, 'model': None, 'model_kwargs': {}, 'attention': 'ssa', 'objective': 'classify',
         'labels': None, 'init': None, 'tries': None, 'seeds': content['seeds'], **merged,
         'recipe': {key: value for key, value in recipe.items() if value is not None}})
-    for key, value in (('the name', name), ('ships', cell.ships)):  # both are names of files
+    for key, value in (('the name', name), ('ships', cell.ships)):  # both are used as file names
         if value is not None and not (isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value)):
             raise ValueError(f'{key} must consist of letters, digits, ".", "_" and "-", got {value!r}.')
     for other in before.values():
@@ -221,15 +222,19 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
         check_integer('labels', cell.labels, 1)
     _check_seeds(cell.seeds)
     if not isinstance(cell.tries, list) or not cell.tries:
-        raise ValueError(f'tries must be a list that is not empty, got {cell.tries!r}.')
+        raise ValueError(f'tries must be a non-empty list, got {cell.tries!r}.')
     if 0 not in cell.seeds:
         raise ValueError(f'seeds must include 0, the seed of the tries, got {cell.seeds}.')
     if cell.objective == 'reconstruct' and len(cell.tries) > 1:
         raise ValueError("the objective 'reconstruct' allows one try only: tries are selected by validation accuracy.")
     if cell.init is not None and not _is_cell(cell.init, before):
         raise ValueError(f'init must be a cell that is listed earlier in the file, got {cell.init!r}.')
-    if cell.init is not None and not set(cell.seeds) <= set(before[cell.init].seeds):
-        raise ValueError(f'seeds {cell.seeds} include some that the initial cell {cell.init} lacks.')
+    if cell.init is not None:
+        initial = before[cell.init]
+        if not set(cell.seeds) <= set(initial.seeds):
+            raise ValueError(f'seeds must be among those of {cell.init} ({initial.seeds}), got {cell.seeds}.')
+        if cell.dataset != initial.dataset:
+            raise ValueError(f'dataset must be that of {cell.init} ({initial.dataset}), got {cell.dataset}.')
     for i, change in enumerate(cell.tries):
         _check_mapping(f'try {i}', change)
         _check_recipe(cell.recipe, change)
@@ -247,16 +252,16 @@ def _check_mapping(name: str, value: Any) -> None:
 
 def _check_keys(name: str, value: Any, required: Collection[str], allowed: Collection[str]) -> None:
     """Check that a value is a mapping with all required and no unknown keys."""
-    _check_mapping(name or 'the entry', value)
+    _check_mapping(name, value)
     unknown = sorted(str(key) for key in value if key not in allowed)
     missing = sorted(key for key in required if key not in value)
     for problem, keys in (('unknown keys', unknown), ('missing keys', missing)):
         if keys:
-            raise ValueError(f'{name}: {problem}: {", ".join(keys)}.'.removeprefix(': '))
+            raise ValueError(f'{name}: {problem}: {", ".join(keys)}.')
 
 
 def _check_seeds(seeds: Any) -> None:
-    """Check that seeds differ: results of equal seeds would be counted as independent."""
+    """Check that seeds differ, because results of equal seeds would be counted as independent."""
     is_list = isinstance(seeds, list)
     for seed in seeds if is_list else ():
         check_integer('each seed', seed, 0)
@@ -271,6 +276,8 @@ def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
     if isinstance(factor, str):
         if not re.fullmatch(r'[1-9]\d*x', factor):
             raise ValueError(f'epochs of a try must be an integer, or a factor such as 2x, got {factor!r}.')
+        if 'warmup_epochs' in change:
+            raise ValueError(f'a try with a factor ({factor}) of epochs also multiplies warmup_epochs. Omit it.')
         _check_keys('the recipe', recipe, {'epochs', 'warmup_epochs'}, _RECIPE_KEYS)
         change = {key: value for key, value in change.items() if key != 'epochs'}
     check_recipe(Recipe(**{**recipe, **change}))
@@ -289,7 +296,9 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
             raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
     for claim, compared in question['claims'].items():
         if len(compared) not in (2, 4) or len({*compared}) < len(compared):
-            raise ValueError(f'{name}: the claim {claim!r} needs 2 or 4 different cells, got {", ".join(compared)}.')
+            raise ValueError(
+                f'{name}: the claim {claim!r} must compare 2 different cells, or 2 differences of 4 cells, got '
+                f'{", ".join(compared)}.')
         first = cells[compared[0]]
         for cell in (cells[other] for other in compared):
             if cell.objective == 'reconstruct':

@@ -35,9 +35,9 @@ def create_study(folder: Path) -> Study:
 
 def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
+    identity = dict(training=study.protocol.digest(run), initial=study._initial_digest(run), attempt=run.attempt)
     empty = dict(cpu_seconds=0., machine={}, validation={}, test={}, operations={})
-    write_json(
-        study.result_path(run), {**empty, 'training': study.protocol.digest(run), 'attempt': run.attempt, **values})
+    write_json(study.result_path(run), {**identity, **empty, **values})
 
 
 def without_times(value: Any) -> Any:

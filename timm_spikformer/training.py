@@ -1,7 +1,8 @@
 """Training with timm's data loader, optimizer, scheduler and EMA; resumable, and deterministic for a given seed.
 
 The demo and the study in `reproduction/` use this loop. Unlike timm's train.py, it is called as a function, a resumed
-run equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe` are named like the options of train.py.
+run equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe` are
+named like the options of train.py.
 """
 import io
 import math
@@ -140,8 +141,8 @@ def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
 def init_bn_bias(model: nn.Module) -> None:
     """Set the bias of all BN layers to 0.7, which speeds up the first epochs.
 
-    At initialization, the outputs of BN (input currents of the neurons) have mean 0 and variance 1. A neuron fires in the
-    first time step if its current is at least 2, so about 2% of normally distributed currents do, and 10% with this
+    At initialization, the outputs of BN (input currents of the neurons) have mean 0 and variance 1. A neuron fires in
+    the first time step if its current is at least 2. About 2% of normally distributed currents are, and 10% with this
     bias. This is the project's choice.
     """
     for module in _bn_layers(model):
@@ -195,8 +196,8 @@ def load_checkpoint(
         Number of epochs done, their history, and their time in seconds.
 
     Raises:
-        ValueError: The file cannot be read, is damaged, or belongs to another run: it has more than `epochs` epochs, or its arguments
-            or data differ from `run_config`.
+        ValueError: The file cannot be read, is damaged, or belongs to another run: it has more than `epochs` epochs, or
+            its arguments or data differ from `run_config`.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -238,10 +239,10 @@ def train(
 ) -> TrainingResult:
     """Train a model, and write a checkpoint after every epoch.
 
-    After training, BN statistics are computed from up to 10,000 images. With few time steps, small changes of them
-    matter: where all pixels of a background have the same value, the same neurons fire for all of them or for none. If
-    `recipe.fixed_bn` is above 0, the statistics are computed before the last updates instead, and then kept, so that the
-    weights adapt to the statistics that inference uses. This is the project's choice.
+    After training, BN statistics are computed from up to 10,000 images. With few time steps, small changes of the
+    statistics matter: where all background pixels have the same value, a neuron fires for all of them or for none. If
+    `recipe.fixed_bn` is above 0, the statistics are computed before the last updates instead, and then kept, so that
+    the weights adapt to the statistics that inference uses. This is the project's choice.
 
     Args:
         model: Model to train.
@@ -288,8 +289,8 @@ def train(
         monitor.enabled = False
         for epoch in range(start_epoch, recipe.epochs):
             epoch_start = time.time()
-            # The seed depends on the epoch, so a resumed run equals an uninterrupted one. `random_seed` adds the epoch to
-            # the seed: epoch 1 of seed 0 has the same order of images as epoch 0 of seed 1, but not the same weights.
+            # Seeding each epoch makes a resumed run equal to an uninterrupted one. `random_seed` adds the epoch to the
+            # seed, so epoch 1 of seed 0 has the same order of images as epoch 0 of seed 1, but not the same weights.
             random_seed(recipe.seed, rank=epoch)
             losses, top1 = AverageMeter(), AverageMeter()
             _set_train_mode(model, has_fixed_bn=epoch * len(loader) > first_fixed)

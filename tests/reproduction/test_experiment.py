@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import calibrate
-from small_study import without_times
+from small_study import pretend, without_times
 
 from reproduction import experiment, models
 from reproduction.data import Data
@@ -130,3 +130,18 @@ def test_operations_of_autoencoder():
     committed = json.loads((FOLDER / 'runs' / 'mae-2' / 'seed-0.json').read_text())['operations']
     assert {key: operations[key] for key in ('total_macs', 'dense_macs', 'parameters')} == {
         key: committed[key] for key in ('total_macs', 'dense_macs', 'parameters')}
+
+
+def test_result_from_other_initial_weights_is_ignored(study):
+    """A repeated try of the initial cell may change which of its tries is the best one."""
+    cells = study.protocol.cells
+    cells['tuned'] = cells['tuned']._replace(init='scratch')
+    for run, accuracy in zip(study.tries(cells['scratch']), (70., 71.)):
+        pretend(study, run, validation=dict(accuracy=accuracy))
+    run = study.tries(cells['tuned'])[0]
+    pretend(study, run, initial=study.protocol.digest(study.initial_run(run)))
+    assert study.result(run) is not None
+    pretend(study, study.tries(cells['scratch'])[0], validation=dict(accuracy=72.))
+    assert study.result(run) is None
+    study.result_path(study.tries(cells['scratch'])[0]).unlink()
+    assert study.result(run) is None
