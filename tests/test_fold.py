@@ -18,6 +18,7 @@ from timm.models import create_feature_extractor
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_spikformer import LIF, SpikformerConfig, SpikformerForImageClassification, SpikformerMAE
 from timm_spikformer.images import make_loader, read_splits, training_data_config
@@ -67,7 +68,7 @@ def small(images):
 def test_folded_model_has_equal_spikes_and_no_bn(double):
     model, x = double
     folded = reparameterize_model(model)
-    assert len(norms(model)) > 10 and not norms(folded)
+    assert len(norms(model)) > 10 and not norms(folded) and not any(m.training for m in folded.modules())
     assert firing_rates(folded, x).keys() == firing_rates(model, x).keys()
     assert_equal_spikes(model, folded, x)
     folded.set_time_steps(5)
@@ -118,7 +119,17 @@ def test_folded_and_unfolded_checkpoints_are_incompatible(model):
         model.load_state_dict(folded.state_dict())
 
 
-@pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d])
+def freeze_as_in_torchvision(model):
+    """Replace BatchNorm2d layers; timm also sets their `num_features`."""
+    model = freeze_batch_norm_2d(model)
+    for m in model.modules():
+        if isinstance(m, FrozenBatchNorm2d):
+            del m.num_features
+    return model
+
+
+@pytest.mark.parametrize(
+    'convert', [nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d, freeze_as_in_torchvision])
 def test_other_kinds_of_bn_fold(double, convert):
     model, x = double
     model = convert(model)

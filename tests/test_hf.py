@@ -275,8 +275,10 @@ def test_bad_values(images):
     with pytest.raises(ValueError, match='mask_unit must be a multiple of the patch size 16, got 24'):
         SpikformerForMaskedImageModeling(make_config(mask_unit_size=24))
     model = SpikformerForImageClassification(make_config())
-    with pytest.raises(ValueError, match='labels must be less than num_labels=10, got 3 to 12'):
-        model(images[:2], labels=torch.tensor([3, 12]))
+    for label in (12, -5):
+        with pytest.raises(ValueError, match=f'labels must be from 0 to 9, or -100 for images .*, got {label}'):
+            model(images[:2], labels=torch.tensor([3, label]))
+    assert model(images[:2], labels=torch.tensor([3, -100])).loss.isfinite()
     with pytest.raises(ValueError, match='output_attentions is not supported'):
         model(images, output_attentions=True)
     with pytest.raises(ValueError, match='has 15 values for each image, expected 16'):

@@ -189,6 +189,12 @@ def test_bad_masks(images, kwargs, message):
         make_mae()(images, **kwargs)
 
 
+def test_empty_batch_raises(images):
+    for kwargs in ({}, dict(bool_masked_pos=torch.ones(0, 16))):
+        with pytest.raises(ValueError, match='requires at least one image, got an empty batch'):
+            make_mae()(images[:0], **kwargs)
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(mask_ratio=0.), 'mask_ratio must be greater than 0 and less than 1, got 0'),
     (dict(mask_ratio=1.), 'got 1'),

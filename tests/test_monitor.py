@@ -40,3 +40,18 @@ def test_disabled_monitor_records_nothing_and_hooks_are_removed(model, images):
         monitor.reset()
         assert monitor.rates == {}
     assert hooks() == before
+
+
+def test_model_that_was_compiled_before(model, images):
+    """PyTorch would not call the hooks, so that no layer would be recorded."""
+    with FiringRateMonitor(model) as monitor, torch.no_grad():
+        model(images[:2])
+    for compiled in (torch.compile(model, backend='eager'), model):
+        if compiled is model:
+            compiled.forward = torch.compile(model.forward, backend='eager')
+        with torch.no_grad():
+            compiled(images[:2])
+            with FiringRateMonitor(model) as again:
+                compiled(images[:2])
+        assert again.rates == monitor.rates and len(again.rates) > 10
+    assert torch._dynamo.eval_frame._stance.stance == 'default'

@@ -1,4 +1,4 @@
-"""Layers of a spiking transformer: spiking self-attention, spiking MLP, encoder block, and the units they consist of.
+"""Layers of a spiking transformer: spiking self-attention, spiking MLP, encoder block, and their units.
 
 Activations are time-major, `[T, B, ...]`. Convolutions, linear layers and BatchNorm fold time into the batch; only
 neurons operate along the time dimension.
@@ -65,8 +65,9 @@ def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SpikingSelfAttention(nn.Module):
     """Spiking self-attention (SSA), `[T, B, N, C] -> [T, B, N, C]`.
 
-    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))` per head, with spikes q, k and v. One fused
-    qkv layer is equivalent to three layers with separate BN. As in V1, the scale does not depend on the head dimension.
+    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))`, with spikes q, k and v of each head, and a threshold of 0.5 in
+    LIF_0.5. One fused qkv layer is equivalent to three layers with separate BN. As in V1, the scale does not depend on
+    the head dimension.
 
     Args:
         dim: C.
@@ -233,7 +234,7 @@ def _norm_and_fire(
         neuron: Neuron after it.
         x: `[S * prod(batch), C, ...]`, where S is T or, if all time steps are the same, 1.
         time_steps: T.
-        batch: Sizes of the dimensions between time and channels: samples, or samples and tokens.
+        batch: Shape of the dimensions between time and channels: (B,) or (B, N).
 
     Returns:
         Spikes `[T, *batch, C, ...]`.
@@ -290,47 +291,40 @@ class _Unit(nn.Module):
         is_foldable = (
             module_fallback_reason(layer, (nn.Conv2d, nn.Linear)) is None
             and module_fallback_reason(self.bn, _FOLDABLE_NORMS) is None
-            and layer.weight.shape[0] == self.bn.num_features
+            and self.bn.running_mean is not None
+            and layer.weight.shape[0] == len(self.bn.running_mean)
         )
         if not is_foldable:
             return self
-        folded = copy.deepcopy(self).eval()
+        folded = copy.deepcopy(self).eval()  # the functions of PyTorch require eval mode
         setattr(folded, self.layer_name, fold(getattr(folded, self.layer_name), folded.bn))
         folded.bn = nn.Identity()
-        return folded
+        return folded.eval()
 
     @torch.jit.ignore
-    def _multiply_and_fire(
+    def _fire_event_driven(
             self,
             x: Tensor,
+            events: Optional[Events],
             input_steps: int,
             time_steps: int,
-            events: Optional[Events] = None,
-            fused_only: bool = False,
             as_bytes: bool = False,
-    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """Return the spikes of the unit if one event-driven kernel can compute them; else the product of its layer.
+    ) -> Optional[Tensor]:
+        """Return the spikes of the unit, `[T * n, C', ...]`, or None if no event-driven kernel can compute them.
 
         Args:
             x: Input of the layer, `[S * n, ...]`.
+            events: The input as events; None if no event-driven kernel supports the layer or its input.
             input_steps: S: T, or 1 if all time steps are the same.
             time_steps: T.
-            events: The input as events, if they have been counted.
-            fused_only: Compute nothing if no kernel can compute the spikes.
             as_bytes: Return spikes as bytes: see `convolve_norm_lif`.
-
-        Returns:
-            The spikes `[T * n, C', ...]` or None, and the product or None.
         """
+        if events is None or not events.is_sparse or input_steps != time_steps or get_stateful_inference() is not None:
+            return None
         layer = getattr(self, self.layer_name)
-        if events is None:
-            events = try_read_events(layer, x)
-        if events is not None and events.is_sparse and input_steps == time_steps and get_stateful_inference() is None:
-            if runs_in_kernel(lambda: convolve_norm_lif_fallback_reason(layer, self.bn, self.lif, LIF)):
-                spikes = convolve_norm_lif(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
-                if spikes is not None:
-                    return spikes, None
-        return None, None if fused_only else product(layer, x, events)
+        if not runs_in_kernel(lambda: convolve_norm_lif_fallback_reason(layer, self.bn, self.lif, LIF)):
+            return None
+        return convolve_norm_lif(layer, self.bn, self.lif, x, events, time_steps, as_bytes)
 
     @torch.jit.ignore
     def kernel_groups(self) -> List[Tuple[str, Optional[str]]]:
@@ -346,8 +340,9 @@ class _Unit(nn.Module):
 class ConvBNLIF(_Unit):
     """Convolution - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
 
-    An input with a single step is repeated T times, but convolved and normalized only once. The output and the batch
-    statistics are exact, except that n in the factor n / (n - 1) of the running variance ignores the repetition.
+    An input with a single step is repeated T times, but convolved and normalized only once. Outputs and batch
+    statistics equal those of T steps, except that the factor n / (n - 1) of the running variance counts each image
+    once.
 
     With `visible`, the input consists of visible patches, `[T or 1, B * N', C, p, p]`. Masked neighbors are 0 in the
     convolution, and BN statistics cover only visible positions, as in SparK, https://arxiv.org/abs/2301.03580, so
@@ -395,9 +390,12 @@ class ConvBNLIF(_Unit):
         elif visible is not None:
             x = apply_to_patches(self.conv, x, visible).flatten(0, 1)
         else:
-            spikes, x = self._multiply_and_fire(x.flatten(0, 1), S, time_steps)
+            x = x.flatten(0, 1)
+            events = try_read_events(self.conv, x)
+            spikes = self._fire_event_driven(x, events, S, time_steps)
             if spikes is not None:
-                return spikes.unflatten(0, (S, B))
+                return spikes.unflatten(0, (time_steps, B))
+            x = product(self.conv, x, events)
         if not torch.jit.is_scripting():
             spikes = _norm_and_fire(self.bn, self.lif, x, time_steps, (B,))
             if spikes is not None:
@@ -411,7 +409,7 @@ class ConvBNLIF(_Unit):
 
         Running statistics are used even in train mode, because timm's scripts fold a model before calling eval().
         The unit is returned unchanged if its layer or BN has hooks, parametrizations, pruning or no running statistics,
-        is a subclass, or has been replaced.
+        or is not a plain PyTorch layer.
         """
         return self._fold(fuse_conv_bn_eval)
 
@@ -449,9 +447,11 @@ class LinearBNLIF(_Unit):
         if torch.jit.is_scripting():
             x = self.linear(x)
         else:
-            spikes, x = self._multiply_and_fire(x, T, T)  # [T * B * N, C']
+            events = try_read_events(self.linear, x)
+            spikes = self._fire_event_driven(x, events, T, T)
             if spikes is not None:
                 return spikes.unflatten(0, (T, B, N))
+            x = product(self.linear, x, events)  # [T * B * N, C']
             spikes = _norm_and_fire(self.bn, self.lif, x, T, (B, N))
             if spikes is not None:
                 return spikes
@@ -474,14 +474,14 @@ def run_pair_event_driven(
         x: Tensor,
         time_steps: int,
 ) -> Optional[Tensor]:
-    """Return the spikes of `second(first(x))`, passing bytes between the units; None if they must be called instead.
+    """Return the spikes of `second(first(x))`, passing bytes between the units, or None if this is impossible.
 
     Used for inference, if both units are event-driven and nothing observes the spikes between them.
 
     Args:
         first: A unit of this module, or a module that replaces one.
         between: A module between the two; bytes are passed only if it is None or an identity.
-        second: As `first`.
+        second: A unit of this module, or a module that replaces one.
         x: `[T, B, ...]`.
         time_steps: T.
     """
@@ -497,13 +497,13 @@ def run_pair_event_driven(
     rows = x.flatten(0, num_dims - 1)
     if is_too_small(getattr(first, first.layer_name), rows):
         return None
-    spikes, _ = first._multiply_and_fire(rows, time_steps, time_steps, fused_only=True, as_bytes=True)
+    events = try_read_events(getattr(first, first.layer_name), rows)
+    spikes = first._fire_event_driven(rows, events, time_steps, time_steps, as_bytes=True)
     if spikes is None:
         return None
     events = events_from_bytes(getattr(second, second.layer_name), spikes)
-    if events is not None:
-        out, _ = second._multiply_and_fire(spikes, time_steps, time_steps, events, fused_only=True)
-        if out is not None:
-            return out.unflatten(0, x.shape[:num_dims])
+    out = second._fire_event_driven(spikes, events, time_steps, time_steps)
+    if out is not None:
+        return out.unflatten(0, x.shape[:num_dims])
     spikes = spikes.float().unflatten(0, x.shape[:num_dims])
     return second(spikes, time_steps) if type(second) is ConvBNLIF else second(spikes)

@@ -247,7 +247,7 @@ class SpikformerMAE(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of the encoder, which has nearly all activations."""
+        """Enable or disable gradient checkpointing of the encoder, which uses most of the activation memory."""
         self.encoder.set_grad_checkpointing(enable)
 
     def _mask_from_noise(self, noise: Optional[Tensor], x: Tensor) -> Tuple[Tensor, int]:
@@ -300,8 +300,10 @@ class SpikformerMAE(nn.Module):
         """
         if bool_masked_pos is not None and noise is not None:
             raise ValueError('Expected bool_masked_pos or noise, got both.')
+        if x.shape[0] == 0:
+            raise ValueError('The loss of a masked autoencoder requires at least one image, got an empty batch.')
         if bool_masked_pos is not None:
-            # shapes depend on the number of visible patches, so the host waits for a mask on a GPU
+            # shapes depend on the number of visible patches, so reading a mask on a GPU synchronizes
             mask, num_visible = self._check_mask(bool_masked_pos, x.shape[0])
             mask = mask.to(x.device)
         else:
@@ -368,7 +370,7 @@ class SpikformerMAE(nn.Module):
         """Return images for display: the input, the masked input, and the input with reconstructed masked patches.
 
         If the target is normalized, reconstructed patches get the mean and standard deviation of the true patches,
-        because the model does not predict them.
+        because the model does not predict them. Call `eval()` first: in train mode, the BN statistics are updated.
 
         Args:
             x: See `make_mask`.

@@ -14,7 +14,8 @@ __all__ = ['FiringRateMonitor']
 class FiringRateMonitor:
     """Record the firing rate (spikes per neuron and time step) of every LIF layer of a model.
 
-    It uses forward hooks and does not modify the model.
+    It uses forward hooks and does not modify the model. Within a `with` block, compiled models run in eager mode,
+    because PyTorch does not call hooks that are added to a model after it was compiled.
 
     Example:
 
@@ -84,7 +85,9 @@ class FiringRateMonitor:
         self._handles.clear()
 
     def __enter__(self) -> 'FiringRateMonitor':
+        self._eager = torch.compiler.set_stance('force_eager')
         return self
 
     def __exit__(self, *args: Any) -> None:
+        self._eager.__exit__(*args)
         self.close()

@@ -4,6 +4,7 @@ The demo and the study in `reproduction/` use this loop. Unlike timm's train.py,
 run equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe` are
 named like the options of train.py.
 """
+import contextlib
 import io
 import math
 import pickle
@@ -285,7 +286,7 @@ def train(
     num_updates = recipe.epochs * len(loader)
     first_fixed = num_updates - round(recipe.fixed_bn * num_updates)  # first update with fixed BN statistics
 
-    with FiringRateMonitor(model) as monitor:
+    with contextlib.closing(FiringRateMonitor(model)) as monitor:  # a compiled model may stay compiled
         monitor.enabled = False
         for epoch in range(start_epoch, recipe.epochs):
             epoch_start = time.time()

@@ -263,10 +263,11 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
         """Check the range of labels on CPU. On a GPU, the check would synchronize, and CUDA has its own assertion."""
         if self.num_labels == 1 or labels.dtype not in (torch.int64, torch.int32) or labels.device.type != 'cpu':
             return
-        if labels.ndim == 1 and len(labels) and (labels.max() >= self.num_labels or labels.min() < -100):
+        is_valid = (labels == -100) | ((labels >= 0) & (labels < self.num_labels))  # -100: ignored by the loss
+        if labels.ndim == 1 and not is_valid.all():
             raise ValueError(
-                f'labels must be less than num_labels={self.num_labels}, got {labels.min()} to {labels.max()}. Load '
-                f'the model with num_labels=N to give it a classifier of N classes.')
+                f'labels must be from 0 to {self.num_labels - 1}, or -100 for images that the loss ignores, got '
+                f'{labels[~is_valid][0]}. Load the model with num_labels=N to give it a classifier of N classes.')
 
     def forward_steps(self, pixel_values: Tensor, cumulative: bool = True) -> Tensor:
         """Return logits for each time step, `[T, B, num_labels]`: see `Spikformer.forward_steps`."""
@@ -288,8 +289,13 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
             labels: `[B]` class indices; `[B, num_labels]` floats for multi-label classification; floats for regression
                 if `num_labels` is 1.
             output_hidden_states: Return the outputs of the stem and of each block, `[B, N, D]`.
+            output_attentions: Not supported.
             output_step_logits: Return the logits of each single time step, `[T, B, num_labels]`, for `TETLoss`. Cannot
                 be combined with hidden states.
+
+        Raises:
+            ValueError: A label is out of range (checked on a CPU only), attentions or a mask are requested, or the
+                input does not fit the model.
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)

@@ -1,4 +1,4 @@
-"""Event-driven products: convolutions and linear layers that add the weights of the nonzero inputs.
+"""Event-driven products: outputs of convolutions and linear layers as sums of the weights of nonzero inputs.
 
 Inputs are spikes and sums of spikes; an input of value v counts as v events. Events are counted in every call; if there
 are too many, the layer itself is called. The compiled loops are in `event_loops.py`; the reference is the layer.
@@ -54,7 +54,8 @@ MIN_CHANNELS_IN_TRAINING = 16
 CHANNEL_MULTIPLE = 8  # divides the number of input channels: the loops read 8 bytes at a time
 DTYPE = torch.float32
 
-_CLASSES = ((nn.Conv2d, nn.Linear),)
+_LAYER_TYPES = (nn.Conv2d, nn.Linear)
+_TOO_SMALL = 'too small to be faster than the dense layer'
 _MAX_TILE_PAIRS = 600  # maximum number of pairs of a pixel and a time step in a tile
 _NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
 _CPU_FLOAT32 = {'dtype': torch.float32, 'device': 'cpu'}  # so that PyTorch's default dtype and device have no effect
@@ -101,7 +102,7 @@ class Events(NamedTuple):
 
     @property
     def dense_reason(self) -> Optional[str]:
-        """Why the product should be dense, or None if it should be event-driven."""
+        """Reason to compute the product with the dense layer, or None if it should be event-driven."""
         if self.density > MAX_DENSITY:
             return f'{self.density:.2f} events per input, more than {MAX_DENSITY}'
         return None
@@ -144,7 +145,7 @@ def _shape(layer: nn.Module, x: Tensor) -> Optional[Shape]:
 
 
 def _parameters_fallback_reason(layer: nn.Module, in_chs: int, shape: Shape) -> Optional[str]:
-    """Return why the parameters do not fit the input and the attributes of the layer; PyTorch then reports an error."""
+    """Return why the parameters do not fit the input and the layer, which is then called and raises an error."""
     kernel = () if type(layer) is nn.Linear else layer.kernel_size
     if layer.weight.shape != (shape.OC, in_chs, *kernel):
         return f'the weight {list(layer.weight.shape)} does not fit the layer or {in_chs} input channels'
@@ -164,7 +165,7 @@ def _shape_fallback_reason(shape: Optional[Shape]) -> Optional[str]:
     if shape.C % CHANNEL_MULTIPLE != 0:
         return f'{channels} input channels: a multiple of {CHANNEL_MULTIPLE // shape.block ** 2} is required'
     if shape.macs < _min_macs():
-        return f'{shape.macs / 1e6:.1f} million multiply-accumulates: too small to be faster'
+        return f'{shape.macs / 1e6:.1f} million multiply-accumulates: {_TOO_SMALL}'
     return None
 
 
@@ -174,7 +175,7 @@ def _min_macs() -> int:
 
 def is_too_small(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a product is certainly too small to be faster event-driven; a cheap check that runs first."""
-    if type(x) is not Tensor or type(layer) not in _CLASSES[0]:
+    if type(x) is not Tensor or type(layer) not in _LAYER_TYPES:
         return False
     weight = layer._parameters.get('weight')
     return weight is not None and x.ndim > 1 and x.numel() // max(1, x.shape[1]) * weight.numel() < _min_macs()
@@ -188,19 +189,23 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes
         x: Input of the layer. If None, the input is not checked.
         is_bytes: Whether `x` is spikes that `convolve_norm_lif` returned as bytes.
     """
-    reason = fallback_reason((layer,), _CLASSES, None if is_bytes else x)
-    if reason is None and x is not None and (layer.weight.dtype != DTYPE or back_end(x) != 'cpu'):
-        reason = f'the layer is {layer.weight.dtype} on {x.device}: event-driven products require {DTYPE} on a CPU'
-    if reason is None and x is not None:
+    reason = fallback_reason((layer,), (_LAYER_TYPES,), None if is_bytes else x)
+    if reason is not None:
+        return reason
+    if x is not None:
+        if layer.weight.dtype != DTYPE or back_end(x) != 'cpu':
+            return f'the layer is {layer.weight.dtype} on {x.device}: event-driven products require {DTYPE} on a CPU'
         shape = _shape(layer, x)
         reason = _shape_fallback_reason(shape) or _parameters_fallback_reason(layer, x.shape[1], shape)
-    if reason is None and get_kernels() == 'dense':
-        reason = 'event-driven products are switched off'
-    if reason is None and torch._C._len_torch_dispatch_stack() > 0:
-        reason = 'a TorchDispatchMode is active'
-    if reason is None and sys.byteorder != 'little':
-        reason = 'event-driven products require a little-endian machine'
-    return reason or unavailable_reason()
+        if reason is not None:
+            return reason
+    if get_kernels() == 'dense':
+        return 'event-driven products are switched off'
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return 'a TorchDispatchMode is active'
+    if sys.byteorder != 'little':
+        return 'event-driven products require a little-endian machine'
+    return unavailable_reason()
 
 
 def try_read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
@@ -213,7 +218,7 @@ def try_read_events(layer: nn.Module, x: Tensor) -> Optional[Events]:
     if torch.compiler.is_compiling():
         return None
     if is_too_small(layer, x):
-        _observe(layer, None, 'too small to be faster')
+        _observe(layer, None, _TOO_SMALL)
         return None
     reason = event_fallback_reason(layer, x)
     if not runs_in_kernel(lambda: reason):
@@ -478,26 +483,30 @@ def convolve_norm_lif_fallback_reason(
     """Return why BN and neuron cannot be fused with the event-driven product of a layer, or None if they can be."""
     if torch.is_grad_enabled():
         return 'gradients are enabled'
-    reason = module_fallback_reason(neuron, (neuron_class,))
-    if reason is None and type(bn) is nn.Identity:
-        reason = module_fallback_reason(bn, (nn.Identity,))
-    elif reason is None:
-        norm = nn.BatchNorm1d if type(layer) is nn.Linear else nn.BatchNorm2d
-        reason = module_fallback_reason(bn, (norm,))
-        if reason is None and bn.training:
-            reason = 'BatchNorm is in train mode'
-        if reason is None:
-            expected = layer.weight.shape[:1], DTYPE, layer.weight.device
-            for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-                if (tensor.shape, tensor.dtype, tensor.device) != expected:
-                    reason = f'a tensor of BatchNorm is {tensor.dtype} {list(tensor.shape)} on {tensor.device}'
-    if reason is None and not neuron.constants.are_numbers:
-        reason = 'the constants of the neuron are not numbers'
-    elif reason is None:
-        tau, v_threshold, _ = neuron.constants
-        if not 1. < tau < _MAX_MAGNITUDE or not abs(v_threshold) < _MAX_MAGNITUDE:
-            reason = f'the neuron has tau={tau}, v_threshold={v_threshold}'
-    return reason
+    reason = module_fallback_reason(neuron, (neuron_class,)) or _norm_fallback_reason(bn, layer)
+    if reason is not None:
+        return reason
+    if not neuron.constants.are_numbers:
+        return 'the constants of the neuron are not numbers'
+    tau, v_threshold, _ = neuron.constants
+    if not 1. < tau < _MAX_MAGNITUDE or not abs(v_threshold) < _MAX_MAGNITUDE:
+        return f'the neuron has tau={tau}, v_threshold={v_threshold}'
+    return None
+
+
+def _norm_fallback_reason(bn: nn.Module, layer: nn.Module) -> Optional[str]:
+    if type(bn) is nn.Identity:
+        return module_fallback_reason(bn, (nn.Identity,))
+    reason = module_fallback_reason(bn, (nn.BatchNorm1d if type(layer) is nn.Linear else nn.BatchNorm2d,))
+    if reason is not None:
+        return reason
+    if bn.training:
+        return 'BatchNorm is in train mode'
+    expected = layer.weight.shape[:1], DTYPE, layer.weight.device
+    for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        if (tensor.shape, tensor.dtype, tensor.device) != expected:
+            return f'a tensor of BatchNorm is {tensor.dtype} {list(tensor.shape)} on {tensor.device}'
+    return None
 
 
 def weight_gradient(events: Events, grad: Tensor, weight: Tensor) -> Optional[Tensor]:
