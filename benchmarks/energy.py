@@ -63,7 +63,7 @@ def energies(result: Profile) -> Dict[str, float]:
             energies_mj[f'{option} = {value}'] = result.with_conventions(**{option: value}).totals.energy_mj
     energies_mj["as in spikingjelly's counters"] = result.with_conventions(**SPIKINGJELLY).totals.energy_mj
     for cost in ('fp16', 'int8', 'int32'):
-        energies_mj[f'cost = {cost}'] = result.with_conventions(cost).totals.energy_mj
+        energies_mj[f'cost = {cost}'] = result.with_conventions(cost=cost).totals.energy_mj
     energies_mj['dense ANN'] = result.totals.ann_energy_mj
     return energies_mj
 

@@ -279,7 +279,7 @@ def render(
     """
     for name in names or ():
         if name not in PICTURES:
-            raise ValueError(f'There is no figure {name!r}, expected names of {", ".join(PICTURES)}.')
+            raise ValueError(f'Unknown figure {name!r}. Expected names from {", ".join(PICTURES)}.')
     with matplotlib.rc_context(_style(dark)):
         return {name: _encode(figure, format) for name, figure in _draw(profile, activity, names)}
 
@@ -321,7 +321,7 @@ def render_probabilities(
     """
     if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
         raise ValueError(
-            f'Expected probabilities [time steps, {len(labels)}], one for each label, got '
+            f'Expected probabilities [time steps, {len(labels)}], one for each label. Got '
             f'{list(probabilities.shape)}.')
     time_steps = len(probabilities)
     leading = probabilities.argmax(1).flip(0).tolist()  # of the last time step first
