@@ -1,6 +1,6 @@
 """Conventions for counting operations, and cost models. Every assumption is an option; defaults follow the papers."""
 from dataclasses import dataclass, fields
-from typing import Dict, Tuple, TypeVar, Union
+from typing import Dict, List, Tuple, TypeVar, Union
 
 from spikingjelly.activation_based.op_counter import LemaireEnergyCostConfig, SimpleEnergyCostConfig
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import check_number
 from .choices import CHOICES
 
-__all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'to_cost_model']
+__all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'describe_assumptions', 'to_cost_model']
 
 _Number = TypeVar('_Number', float, Tensor)
 
@@ -113,6 +113,25 @@ class CostModel:
     def energy_mj(self, macs: _Number, acs: _Number, memory_bytes: _Number) -> _Number:
         """Return the energy in millijoules of the given numbers of operations and bytes, which may be tensors."""
         return (self.mac_pj * macs + self.ac_pj * acs + self.memory_pj_per_byte * memory_bytes) * 1e-9
+
+    def describe(self) -> str:
+        """Return sentences that state the energies and their source."""
+        memory = 'Arithmetic only, without memory access.'
+        if self.memory_pj_per_byte:
+            memory = (
+                f'{self.memory_pj_per_byte:g} pJ for each byte of weights read and of membrane potentials read or '
+                f'written.')
+        return (
+            f'Energy: {self.mac_pj:g} pJ for a multiply-accumulate, {self.ac_pj:g} pJ for an accumulate ({self.name}; '
+            f'{self.source}). {memory}')
+
+
+def describe_assumptions(conventions: Conventions, cost: CostModel) -> List[str]:
+    """Return sentences that describe the cost model and the counting conventions."""
+    lines = [cost.describe()]
+    for name, meaning in conventions.describe().items():
+        lines.append(f'{name.replace("_", " ")} = {getattr(conventions, name)}: {meaning}.')
+    return [*lines, 'Not counted: biases, additions of residual connections, pooling, and the scale of attention.']
 
 
 _HOROWITZ = '45 nm, Horowitz 2014, https://doi.org/10.1109/ISSCC.2014.6757323, as in spikingjelly'

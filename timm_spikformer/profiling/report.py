@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..folders import check_output, write_folder
 from .activity import Activity
+from .conventions import describe_assumptions
 from .counting import LayerProfile, Profile, Totals, describe_silent_layers
 from .pictures import PICTURES, render, to_dark
 
@@ -158,7 +159,7 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
             console,
             f'Energy per {_sample(profile)}: {_energy(spiking)}. '
             f'A dense ANN with the same layers: {_energy(ann)}, {ann / spiking:.1f} times as much.')))
-    for line in _describe_assumptions(profile):
+    for line in describe_assumptions(profile.conventions, profile.cost):
         console.print(Text(_to_encodable(console, f'  {line}')))
 
 
@@ -178,20 +179,6 @@ def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
             str(x.step), _percent(x.accuracy), _percent(x.agreement), _percent(x.confidence),
             _to_encodable(console, _energy(x.energy_mj)))
     console.print(table)
-
-
-def _describe_assumptions(profile: Profile) -> List[str]:
-    """Return sentences that describe the cost model and the counting conventions."""
-    cost = profile.cost
-    lines = [
-        f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
-        f'({cost.name}; {cost.source}). '
-        + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights read and of membrane potentials read or '
-           f'written.' if cost.memory_pj_per_byte else 'Arithmetic only, without memory access.'),
-    ]
-    lines += [f'{name.replace("_", " ")} = {getattr(profile.conventions, name)}: {meaning}.'
-              for name, meaning in profile.conventions.describe().items()]
-    return lines
 
 
 def to_csv(profiles: Sequence[Profile]) -> str:
@@ -247,14 +234,15 @@ def to_html(
         notes: Sentences to show at the top of the page.
     """
     profile = profiles[-1]
+    silent = describe_silent_layers(profile)
     pictures = render(profile, activity, 'svg')
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate, time=_time)
     template = environment.from_string(
         resources.files(__package__).joinpath('page.html.jinja').read_text(encoding='utf-8'))
     return template.render(
-        profile=profile, profiles=profiles, data=data,
-        notes=[*notes, *filter(None, [describe_silent_layers(profile)])], assumptions=_describe_assumptions(profile),
+        profile=profile, profiles=profiles, data=data, notes=notes if silent is None else [*notes, silent],
+        assumptions=describe_assumptions(profile.conventions, profile.cost),
         bars=_relative_energies(profile.layers),
         has_times=any(x.milliseconds is not None for x in profile.layers),
         pictures={name: (_data_uri(svg), _data_uri(to_dark(svg))) for name, svg in pictures.items()})
