@@ -97,9 +97,10 @@ def record_activity(
     it is q k^T averaged over queries, heads and time steps.
 
     Args:
-        model: Model, see `profile`.
+        model: Model, as in `profile`.
         x: Normalized images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, whose mean over time is shown.
-        layers: Names of the layers whose spikes are recorded, as in a `Profile`; by default, see `default_layers`.
+        layers: Names of the layers whose spikes are recorded, as in a `Profile`. By default, the last
+            layer of each stem stage, and of attention and MLP in the first and last block.
         time_steps: Number of time steps; by default, that of the model.
         mean: Mean used to normalize the images, one value or one per channel; by default, that of the model.
         std: Standard deviation used to normalize the images, in the same form.

@@ -87,7 +87,7 @@ def check_labels(y: Any, batch_size: int, num_classes: int, accuracy: Optional[b
         return None
     if not isinstance(y, Tensor):
         raise ValueError(
-            f'Labels must be a tensor of class indices, got {type(y).__name__}. Convert them with torch.as_tensor, or '
+            f'Labels must be a tensor of class indices, not {type(y).__name__}. Convert them with torch.as_tensor, or '
             f'use accuracy=False to ignore them.')
     if y.ndim != 1 or y.is_floating_point():
         if accuracy:
@@ -99,6 +99,6 @@ def check_labels(y: Any, batch_size: int, num_classes: int, accuracy: Optional[b
         raise ValueError(f'A batch has {batch_size} images, but {len(y)} labels. Expected a label for each image.')
     if len(y) and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(
-            f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. Use '
+            f'Labels must be indices of the {num_classes} classes of the model. Got {y.min()} to {y.max()}. Use '
             f'accuracy=False to ignore them.')
     return y

@@ -39,7 +39,7 @@ class Totals:
         macs: Multiply-accumulates of the spiking network.
         acs: Accumulates of the spiking network, also called SynOps.
         memory_bytes: Bytes of weights and biases read, and of membrane potentials read and written, without a cache, as
-            in spikingjelly's simple energy model. The default cost model and most others ignore it.
+            in spikingjelly's SimpleEnergyProfiler. The default cost model and most others ignore it.
         energy_mj: Energy of the spiking network in millijoules.
         ann_energy_mj: Energy of the ANN in millijoules.
 

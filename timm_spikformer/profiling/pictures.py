@@ -289,13 +289,14 @@ def render_events(frames: torch.Tensor, format: str = 'png', dark: bool = False)
 
     Args:
         frames: Event counts `[n, T, 2, H, W]`. At most 4 sequences and 8 evenly spaced frames of each are drawn.
-        format: See `render`, also for `dark`.
+        format: As in `render`.
+        dark: As in `render`.
 
     Raises:
         ValueError: The shape is invalid.
     """
     if frames.ndim != 5 or frames.shape[2] != 2 or not frames.numel():
-        raise ValueError(f'Expected event counts [n, T, 2, H, W], got {list(frames.shape)}.')
+        raise ValueError(f'Expected event counts [n, T, 2, H, W]. Got {list(frames.shape)}.')
     with matplotlib.rc_context(_style(dark)):
         return _encode(_events(divide_by_largest(frames.float(), frames.float())), format)
 
@@ -314,7 +315,8 @@ def render_probabilities(
     Args:
         probabilities: Probabilities after each time step, `[T, num_classes]`, such as the softmax of `forward_steps`.
         labels: Class names.
-        format: See `render`, also for `dark`.
+        format: As in `render`.
+        dark: As in `render`.
 
     Raises:
         ValueError: There is not one label for each class.

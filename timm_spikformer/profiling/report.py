@@ -26,7 +26,7 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 
-_KIND = 'profile'  # kind of the output folder, see folders.py
+_KIND = 'profile'  # kind of the output folder: see folders.py
 _PAGE = 'index.html'
 _FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
 # Units from the largest to the smallest: the value of one unit, and its symbol
@@ -168,7 +168,7 @@ def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
 
     Args:
         profile: Profile to print.
-        console: See `print_profile`.
+        console: rich console to print to; by default, one for standard output.
     """
     console = console or create_console()
     table = Table(title=Text('After each time step'), title_justify='left', box=box.SIMPLE, pad_edge=False)
@@ -257,7 +257,8 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data:
         data: Folders that images are read from.
 
     Raises:
-        ValueError: See `timm_spikformer.folders.check_output`.
+        ValueError: The folder is invalid, is an input, or contains files that this report would overwrite: see
+            `timm_spikformer.folders.check_output`.
     """
     check_output(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
 

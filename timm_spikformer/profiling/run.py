@@ -2,10 +2,11 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
+from rich.console import Console
 from rich.text import Text
 from timm.utils import random_seed
 from torch import nn
@@ -61,7 +62,7 @@ def run_profile(args: argparse.Namespace) -> Path:
         console.print(note)
 
     loader = make_loader(images, loaded.config, args.batch_size, device)
-    profiles: List[Profile] = []
+    profiles = []
     for time_steps in _time_steps(args, encoder):
         encoder.set_time_steps(time_steps)
         with console.status(Text(f'T = {time_steps}: {images.description}'), spinner='line'):
@@ -69,19 +70,33 @@ def run_profile(args: argparse.Namespace) -> Path:
                 update_bn(loader, loaded.model, device)  # a masked autoencoder encodes visible patches, as profiled
             profiles.append(profile(
                 loaded.model, loader, conventions=conventions, cost=cost, accuracy=None if has_accuracy else False))
+    return _report(args, console, loaded, profiles, loader, images.description, notes)
+
+
+def _report(
+        args: argparse.Namespace,
+        console: Console,
+        loaded: _LoadedModel,
+        profiles: List[Profile],
+        loader: Iterable[Any],
+        description: str,
+        notes: List[str],
+) -> Path:
+    """Record activity and, on a CPU, times; print the last profile, and write the report of all profiles."""
     first = next(iter(loader))
     x = (first if isinstance(first, torch.Tensor) else first[0])[:_NUM_PICTURES]
     activity = record_activity(
         loaded.model, x, args.layers, mean=loaded.config['mean'], std=loaded.config['std'])
-    if device.type == 'cpu':
-        profiles[-1] = measure_times(profiles[-1], loaded.model, x)
-        notes.append(
-            f'Milliseconds per image, measured on a batch of {len(x)} with {torch.get_num_threads()} CPU threads.')
-        console.print(notes[-1])
-    print_profile(profiles[-1], console)
-    if profiles[-1].steps[-1].agreement is not None:
-        print_steps(profiles[-1], console)
-    page = write_report(args.output, profiles, activity, images.description, notes)
+    last = profiles[-1]
+    if next(loaded.model.parameters()).device.type == 'cpu':
+        last = measure_times(last, loaded.model, x)
+        note = f'Milliseconds per image, measured on a batch of {len(x)} with {torch.get_num_threads()} CPU threads.'
+        console.print(note)
+        notes = [*notes, note]
+    print_profile(last, console)
+    if last.steps[-1].agreement is not None:
+        print_steps(last, console)
+    page = write_report(args.output, [*profiles[:-1], last], activity, description, notes)
     console.print(f'HTML report: {page}', soft_wrap=True)
     return page
 

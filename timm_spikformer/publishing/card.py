@@ -142,7 +142,7 @@ def _read_accuracy(path: Path, key: str, value: Any) -> float:
     except (ValueError, OverflowError):
         percent = None
     if percent is None or not 0. <= percent <= 100.:
-        raise ValueError(f'{path} has {key}={str(value)[:100]}, expected an accuracy from 0 to 100 percent.')
+        raise ValueError(f'{path} has {key}={str(value)[:100]}. Expected an accuracy from 0 to 100 percent.')
     return percent
 
 
