@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, ratio
 from .model import MODELS, create, training_step
 
@@ -20,7 +20,7 @@ def run(quick: bool) -> List[Dict[str, Any]]:
     backend = 'aot_eager' if quick else 'inductor'  # aot_eager skips the C++ compilation, which takes minutes
     rows = []
     for name in ('test_spikformer_v2',) if quick else MODELS:
-        x = photographs(1, timm.get_pretrained_cfg(name).input_size[-1])
+        x = crop_photographs(1, timm.get_pretrained_cfg(name).input_size[-1])
         for time_steps in (1,) if quick else (4, 1):
             torch._dynamo.reset()
             counters.clear()

@@ -21,7 +21,7 @@ from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.training import classify
 
-from .images import open_photographs, photographs
+from .images import crop_photographs, open_photographs
 from .measure import interleave, ratio
 from .model import create, training_step
 
@@ -90,7 +90,7 @@ def _imagenet(quick: bool) -> Dict[str, Any]:
     """Compare timm's loader, configured as in the ImageNet recipe, with a training step."""
     recipe = yaml.safe_load(RECIPE.read_text())
     name = 'test_spikformer_v2' if quick else recipe['model']
-    x = photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
+    x = crop_photographs(2, timm.get_pretrained_cfg(name).input_size[-1])
     model = create(name, recipe['model_kwargs']['time_steps'], x)
 
     def make(num_workers: int):

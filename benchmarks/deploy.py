@@ -21,7 +21,7 @@ import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer import LIF
 from timm_spikformer.layers import ConvBNLIF, LinearBNLIF
 
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, ratio
 from .model import create, inference
 
@@ -130,7 +130,7 @@ def run(quick: bool) -> List[Dict[str, Any]]:
     name, size, rounds = ('test_spikformer_v2', 64, 1) if quick else ('spikformer_v2_8_512', 224, 3)
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         for time_steps in (1,) if quick else (4, 1):
-            x = photographs(8, size)
+            x = crop_photographs(8, size)
             model = create(name, time_steps, x[:4])
             folded = reparameterize_model(model)
             print(f' {name}, T = {time_steps}')

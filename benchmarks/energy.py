@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_spikformer.profiling import Profile, profile
 from timm_spikformer.profiling.conventions import CHOICES
 
-from .images import calibrate, photographs
+from .images import crop_photographs, make_neurons_fire
 
 # published energy in millijoules, and the rate implied by it: energy / (0.9 pJ * T * dense MACs)
 PUBLISHED = {'spikformer_v2_8_384': (4.69, 0.11), 'spikformer_v2_8_512': (9.36, 0.13)}
@@ -44,7 +44,7 @@ def profile_at_rate(
     low, high = LOWEST_BIAS, 1.5
     for _ in range(rounds):
         bias = (low + high) / 2
-        result = profile(calibrate(model, x, bias), x)
+        result = profile(make_neurons_fire(model, x, bias), x)
         if abs(get_rate(result) - rate) < 5e-4:
             break
         low, high = (bias, high) if get_rate(result) < rate else (low, bias)
@@ -63,7 +63,7 @@ def energies(result: Profile) -> Dict[str, float]:
             energies_mj[f'{option} = {value}'] = result.with_conventions(**{option: value}).totals.energy_mj
     energies_mj["as in spikingjelly's counters"] = result.with_conventions(**SPIKINGJELLY).totals.energy_mj
     for cost in ('fp16', 'int8', 'int32'):
-        energies_mj[f'cost = {cost}'] = result.with_conventions(cost).totals.energy_mj
+        energies_mj[f'cost = {cost}'] = result.with_conventions(cost=cost).totals.energy_mj
     energies_mj['dense ANN'] = result.totals.ann_energy_mj
     return energies_mj
 
@@ -74,7 +74,7 @@ def run(quick: bool) -> List[Dict[str, Any]]:
         architecture = 'test_spikformer_v2' if quick else name
         torch.manual_seed(0)
         model = timm.create_model(architecture, time_steps=4)
-        x = photographs(4, timm.get_pretrained_cfg(architecture).input_size[-1])
+        x = crop_photographs(4, timm.get_pretrained_cfg(architecture).input_size[-1])
         columns = []
         print(f'  {architecture}, published {published} mJ')
         for title, get_rate in RATES.items():

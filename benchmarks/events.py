@@ -19,7 +19,7 @@ from timm_spikformer.kernels import events
 
 from . import energy
 from .floor import dense_floor
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, peak_memory, ratio
 from .model import inference, training_step
 from .peer import PeerSpikformer
@@ -157,7 +157,7 @@ def measure_model(case: Case, rounds: int) -> Iterator[ModelTime]:
 
 def _case_images(case: Case) -> Tensor:
     """Return at least two photographs, which rates are measured with, and at least the batch size of the case."""
-    return photographs(max(2, case.batch_size), timm.get_pretrained_cfg(case.model).input_size[-1])
+    return crop_photographs(max(2, case.batch_size), timm.get_pretrained_cfg(case.model).input_size[-1])
 
 
 def _make_training_step(mode: str, case: Case) -> Callable[[], None]:

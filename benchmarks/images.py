@@ -1,4 +1,4 @@
-"""Photographs as inputs, and calibration of BN, so that the neurons of models with random weights fire."""
+"""Photographs as inputs, and parameters of BN with which the neurons of models with random weights fire."""
 from importlib import resources
 from typing import Dict
 
@@ -15,7 +15,7 @@ def open_photographs() -> Dict[str, Image.Image]:
     return {name: Image.open(str(folder.joinpath(f'{name}.jpg'))).convert('RGB') for name in ('china', 'flower')}
 
 
-def photographs(count: int, size: int) -> Tensor:
+def crop_photographs(count: int, size: int) -> Tensor:
     """Return normalized random crops of the photographs, `[count, 3, size, size]`; they are the same in every call."""
     sources = list(open_photographs().values())
     transform = v2.Compose([
@@ -23,15 +23,18 @@ def photographs(count: int, size: int) -> Tensor:
         v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        images = [transform(sources[i % 2]) for i in range(count)]
+        images = [transform(sources[i % len(sources)]) for i in range(count)]
     return torch.stack(images).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, x: Tensor, bias: float = 0.7) -> nn.Module:
-    """Set the biases of BN to `bias` and its running statistics to those of `x`; return the model in eval mode.
+def make_neurons_fire(model: nn.Module, x: Tensor, bias: float = 0.7) -> nn.Module:
+    """Set BN's biases to `bias`, and BN's running statistics to those of `x`; return the model in eval mode.
 
-    The default bias gives firing rates of about 0.1 to 0.2.
+    Args:
+        model: Model, which is modified.
+        x: Normalized images `[B, C, H, W]`.
+        bias: Bias of all BN layers. The default gives firing rates of about 0.1 to 0.2.
     """
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):

@@ -16,7 +16,7 @@ from timm_spikformer import SpikformerMAE
 from timm_spikformer.layers import ConvBNLIF
 from timm_spikformer.masking import VisibleTokens
 
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, ratio
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -70,7 +70,7 @@ def _step(mae: SpikformerMAE, x: Tensor, noise: Tensor) -> Tensor:
 def run(quick: bool) -> List[Dict[str, Any]]:
     torch.manual_seed(0)
     name, size = ('test_spikformer_v2', 64) if quick else ('spikformer_v2_8_512', 224)
-    x = photographs(4, size)
+    x = crop_photographs(4, size)
     rows = []
     for mask_ratio in RATIOS:
         encoder = timm.create_model(name, time_steps=1, num_classes=0)

@@ -14,7 +14,7 @@ import timm_spikformer  # noqa: F401  registers the models
 from timm_spikformer.monitor import FiringRateMonitor
 
 from .floor import dense_floor
-from .images import calibrate, photographs
+from .images import crop_photographs, make_neurons_fire
 from .measure import interleave, peak_memory, ratio
 from .peer import PeerSpikformer
 
@@ -22,12 +22,13 @@ MODELS = ('spikformer_v2_8_512', 'spikformer_8_512')
 
 
 def create(name: str, time_steps: int, x: Tensor, **kwargs) -> nn.Module:
-    """Return a calibrated model in eval mode.
+    """Return a model with random weights in eval mode, whose neurons fire.
 
     Biases before BN, which spikingjelly's layers do not have, are initialized to 0.
     """
     torch.manual_seed(0)
-    return calibrate(timm.create_model(name, time_steps=time_steps, **kwargs), x).to(memory_format=torch.channels_last)
+    model = make_neurons_fire(timm.create_model(name, time_steps=time_steps, **kwargs), x)
+    return model.to(memory_format=torch.channels_last)
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -75,7 +76,7 @@ def _compare(
 
 
 def _make_step(side: str, name: str, time_steps: int, batch_size: int) -> Callable[[], None]:
-    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+    x = crop_photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
     model = create(name, time_steps, x)
     if side == 'peer':
         model = PeerSpikformer(model)
@@ -88,7 +89,7 @@ def run(quick: bool) -> List[Dict[str, Any]]:
     for name in ('test_spikformer_v2',) if quick else MODELS:
         size = timm.get_pretrained_cfg(name).input_size[-1]
         for time_steps in (4, 1):
-            x = photographs(8, size)
+            x = crop_photographs(8, size)
             model = create(name, time_steps, x[:4])
             peer = PeerSpikformer(model).eval()
             with torch.no_grad():

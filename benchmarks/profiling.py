@@ -14,7 +14,7 @@ from timm_spikformer import predict_anytime
 from timm_spikformer.images import data_config, make_loader, read_splits
 from timm_spikformer.profiling import profile
 
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, ratio
 from .model import create
 
@@ -27,7 +27,7 @@ def _forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _cost(name: str, time_steps: int, batch_size: int, batches: int, rounds: int) -> Dict[str, Any]:
-    x = photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+    x = crop_photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
     model = create(name, time_steps, x[:4])
 
     def forwards() -> None:

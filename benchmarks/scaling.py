@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
-from .images import photographs
+from .images import crop_photographs
 from .measure import interleave, peak_memory
 from .model import create, inference, training_step
 
@@ -52,7 +52,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def _make_step(kind: str, point: Point) -> Callable[[], object]:
-    x = photographs(point.batch_size, point.size)
+    x = crop_photographs(point.batch_size, point.size)
     model = create(point.name, point.time_steps, x, depth=point.depth)
     return STEPS[kind](model.train(kind == 'training step'), x)
 

@@ -10,8 +10,9 @@ from conftest import calibrate
 from PIL import Image
 
 from timm_spikformer import SpikformerMAE
-from timm_spikformer.publishing import publish
-from timm_spikformer.publishing.card import Dataset, read_results
+from timm_spikformer.profiling import profile
+from timm_spikformer.publishing import Dataset, TrainingRecord, publish
+from timm_spikformer.publishing.card import read_results, render_card
 from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
 from timm_spikformer.training import init_bn_bias
 
@@ -58,29 +59,29 @@ def test_results_of_validate_py(name, text, small, tmp_path):
     ('a.json', '[{"top1": 81.25}]', 'a row without a model name'),
     ('a.csv', '', 'has no rows'),
     ('a.csv', 'a', 'has no rows'),
-    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row for this checkpoint, a test_spik'),
+    ('a.json', '[{"model": "vit_base_patch16_224", "top1": 84.5}]', 'has no row for this checkpoint of test_spik'),
     ('a.json', '[{"model": "test_spikformer_v2_large", "top1": 84.5}]', 'has no row for this checkpoint'),
     ('a.json', '[{"model": "test_spikformer_v2", "checkpoint": "other.pth.tar", "top1": 8}]', 'has no row for this'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": 8}, {"model": "test_spikformer_v2", "top1": 9}]',
      'has more than one row for this checkpoint'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": NaN}]', 'has top1=nan, expected an accuracy from 0 to 100'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": Infinity}]', 'expected an accuracy from 0 to 100'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": -1}]', 'expected an accuracy from 0 to 100'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": 100.1}]', 'expected an accuracy from 0 to 100'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 101}]', 'has top5=101, expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": NaN}]', 'has top1=nan. Expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": Infinity}]', 'Expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": -1}]', 'Expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 100.1}]', 'Expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 101}]', 'has top5=101. Expected an accuracy'),
     ('a.json', '[{"model": "test_spikformer_v2", "top1": 50, "top5": 40}]', 'has top5=40.0 below top1=50.0'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": "high"}]', 'has top1=high, expected an accuracy from 0 to'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": "81"}]', 'has top1=81, expected an accuracy from 0 to 100'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": true}]', 'has top1=True, expected an accuracy'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": [81]}]', r'has top1=\[81\], expected an accuracy'),
-    ('a.json', '[{"model": "test_spikformer_v2", "top1": 1' + 400 * '0' + '}]', 'has top1=1000.*0, expected an acc'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": "high"}]', 'has top1=high. Expected an accuracy from 0 to'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": "81"}]', 'has top1=81. Expected an accuracy from 0 to 100'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": true}]', 'has top1=True. Expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": [81]}]', r'has top1=\[81\]. Expected an accuracy'),
+    ('a.json', '[{"model": "test_spikformer_v2", "top1": 1' + 400 * '0' + '}]', 'has top1=1000.*0. Expected an acc'),
     ('a.json', '[{"model": "test_spikformer_v2", "error": "no memory", "top1": 0}]', 'reports an error .*: no memory'),
     ('a.json', '[{"model": "hf-hub:me/test_spikformer_v2", "top1": 81}]', 'has no row for this checkpoint'),
     ('a.json', '[{"model": "me/test_spikformer_v2", "top1": 81}]', 'has no row for this checkpoint'),
-    ('a.json', '[{"model": "test_spikformer_v2.other", "top1": 81}]', 'no row .*, a test_spikformer_v2.untrained; its'),
+    ('a.json', '[{"model": "test_spikformer_v2.other", "top1": 81}]', 'no row .* of test_spikformer_v2.untrained. Its'),
     ('a.json', '[{"model": "local-dir:\\u0000", "top1": 81}]', 'has no row for this checkpoint'),
     ('a.csv', 'model,top1\ntest_spikformer_v2,\n', 'has no top1'),
-    ('a.csv', 'model,top1\ntest_spikformer_v2,nan\n', 'expected an accuracy from 0 to 100'),
+    ('a.csv', 'model,top1\ntest_spikformer_v2,nan\n', 'Expected an accuracy from 0 to 100'),
 ])
 def test_bad_results(name, text, message, small, tmp_path):
     (tmp_path / name).write_text(text)
@@ -96,6 +97,50 @@ def test_results_with_tag_require_same_tag(small, tmp_path):
         read_results(tmp_path / 'r.json', DATASET, read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2'))
     named = read_checkpoint(tmp_path / 'a.pth', 'test_spikformer_v2.untrained')
     assert [r.value for r in read_results(tmp_path / 'r.json', DATASET, named)] == [81.]
+
+
+def card_of(model, profiled_on=None, training=None):
+    checkpoint = checkpoint_from_model(model)
+    checkpoint.training = training
+    encoder = checkpoint.encoder
+    return render_card(checkpoint, 'me/name', 'mit', profile(encoder, torch.rand(1, 3, 64, 64)), [], profiled_on).text
+
+
+@pytest.mark.parametrize('stem, is_v2', [('scs', True), ('sps', False)])
+def test_only_cards_of_v2_say_that_authors_released_no_weights(stem, is_v2):
+    """The authors of V1 have released weights."""
+    text = card_of(timm.create_model('test_spikformer_v2', stem=stem))
+    assert 'No results have been measured with this checkpoint.' in text
+    assert ("The authors' weights, to which the paper's results refer, have not been released." in text) == is_v2
+    assert 'other weights' not in text and ('released neither code nor weights' in text) == is_v2
+
+
+def test_card_of_autoencoder_counts_decoder(small):
+    mae = SpikformerMAE(small, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    encoder, total = (sum(p.numel() for p in m.parameters()) for m in (mae.encoder, mae))
+    text = card_of(mae)
+    assert encoder < total and f'| Parameters | encoder: {encoder:,}; with the decoder: {total:,} |\n' in text
+    assert '| Dense multiply-accumulates of the encoder, with all patches, per image and time step |' in text
+    assert f'| Parameters | {sum(p.numel() for p in small.parameters()):,} |\n' in card_of(small)
+
+
+def test_card_states_source_and_conventions_of_profile(small):
+    text = card_of(small, 'some images')
+    result = profile(small, torch.rand(1, 3, 64, 64))
+    assert result.cost.source in text and 'measured on some images' in text
+    for meaning in result.conventions.describe().values():
+        assert meaning in text
+    assert 'depend on the data and were not measured' in card_of(small)
+
+
+@pytest.mark.parametrize('command, is_command', [
+    ('python -m timm_spikformer train.py', True), ('timm-spikformer demo', True), ("timm's train.py", False),
+    ('pythonic methods', False), ('transformers Trainer', False)])
+def test_commands_are_code_and_descriptions_are_text(command, is_command, small):
+    text = card_of(small, training=TrainingRecord(command, {'epochs': 5}))
+    assert (f'Command:\n\n    {command}\n' in text) == is_command
+    assert (f'Trained with {command}.' in text) != is_command
+    assert '| epochs | 5 |' in text
 
 
 @pytest.mark.parametrize('kind', ['classifier', 'autoencoder', 'events'])

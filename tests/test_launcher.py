@@ -40,7 +40,7 @@ def test_script_finds_models(launcher, num_processes):
     script = str(SCRIPTS / 'create_model.py')
     reports = lines(run(*launcher, '-m', 'timm_spikformer', script, '7'))
     assert sorted(r.pop('rank') for r in reports) == list(range(num_processes))
-    assert all(r == dict(name='__main__', argv=[script, '7'], classes=7, neighbour='neighbour') for r in reports)
+    assert all(r == dict(name='__main__', argv=[script, '7'], classes=7, neighbor='neighbor') for r in reports)
 
 
 def test_script_without_launcher_fails():
@@ -60,7 +60,7 @@ def test_child_processes_find_models(method):
 def test_symlinked_script_imports_from_folder_of_target(tmp_path):
     (tmp_path / 'link.py').symlink_to(SCRIPTS / 'create_model.py')
     (report,) = lines(run('-m', 'timm_spikformer', tmp_path / 'link.py', '7'))
-    assert report['neighbour'] == 'neighbour' and report['argv'] == [str(tmp_path / 'link.py'), '7']
+    assert report['neighbor'] == 'neighbor' and report['argv'] == [str(tmp_path / 'link.py'), '7']
 
 
 def test_safe_path_is_unchanged(tmp_path):

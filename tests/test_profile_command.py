@@ -1,4 +1,5 @@
 """`timm-spikformer profile`: its output, its errors, and profiles of event sequences."""
+import copy
 import json
 import os
 import shutil
@@ -12,12 +13,13 @@ from conftest import assert_neurons_fire, write_images
 from timm.models import save_for_hf
 from torch.optim.swa_utils import update_bn
 
-from timm_spikformer import SpikformerForMaskedImageModeling, cli
+from timm_spikformer import SpikformerForMaskedImageModeling, SpikformerMAE, cli
 from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
-from timm_spikformer.images import data_config, make_loader
+from timm_spikformer.images import data_config, make_loader, read_splits, select_profiling_split
 from timm_spikformer.profiling import COST_MODELS, profile, record_activity, render, report
 from timm_spikformer.profiling.choices import COST_NAMES
+from timm_spikformer.profiling.run import _LoadedModel
 from timm_spikformer.publishing import publish
 from timm_spikformer.training import init_bn_bias
 
@@ -53,7 +55,7 @@ def test_command_with_custom_cost(tmp_path, no_pictures):
     (values,) = run(tmp_path, SHIPPED, '--images', 4, '--cost', '2,0.5')
     assert values['totals']['energy_mj'] == pytest.approx(
         (2 * values['totals']['macs'] + 0.5 * values['totals']['acs']) * 1e-9)
-    for text, message in (('fp64', "no cost model 'fp64'"), ('1,x', "got '1,x'"), ('1,2,3', 'two values'),
+    for text, message in (('fp64', "Unknown cost model 'fp64'"), ('1,x', "got '1,x'"), ('1,2,3', 'a pair'),
                           ('-1,2', 'at least 0 and finite, got -1')):
         with pytest.raises(SystemExit, match=f'error: .*{message}'):
             run(tmp_path, SHIPPED, f'--cost={text}')
@@ -91,6 +93,22 @@ def test_command_on_masked_autoencoder(tmp_path):
     (values,) = run(tmp_path, SHIPPED, '--checkpoint', tmp_path / 'folder', '--images', 8)
     assert values['by_channel'] and values['layers'][-1]['name'] == 'blocks.1.mlp.fc2'
     assert (tmp_path / 'out' / 'reconstructions.png').is_file()
+
+
+def test_calibration_of_masked_autoencoder_uses_visible_patches(tmp_path, monkeypatch, no_pictures):
+    mae = SpikformerMAE(timm.create_model(SHIPPED, pretrained=True, num_classes=0)).eval()
+    config = data_config(mae.encoder)
+    expected = copy.deepcopy(mae)
+    loader = make_loader(select_profiling_split(read_splits(labels=False)).sample_evenly(8), config, 8)
+    torch.manual_seed(0)
+    update_bn(loader, expected)
+    monkeypatch.setattr('timm_spikformer.profiling.run._load', lambda *args: _LoadedModel(mae, config, None))
+    torch.manual_seed(0)
+    run(tmp_path, SHIPPED, '--calibrate', '--images', 8)
+    assert not mae.training
+    state, expected_state = mae.encoder.state_dict(), expected.encoder.state_dict()
+    for name in expected_state:
+        assert torch.equal(state[name], expected_state[name]), name
 
 
 def test_no_accuracy_for_other_classes(tmp_path, capsys, no_pictures):
@@ -136,7 +154,7 @@ def test_command_in_non_utf8_terminals(encoding, width, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (output / 'index.html').is_file()
     last = done.stdout.decode(encoding).splitlines()[-1]
-    assert last.startswith('Page: ') and '[red]' in last and last.endswith('[/red]/index.html')
+    assert last.startswith('HTML report: ') and '[red]' in last and last.endswith('[/red]/index.html')
     assert b'\x1b' not in done.stdout
 
 
@@ -153,7 +171,7 @@ def test_command_in_non_utf8_terminals(encoding, width, tmp_path):
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
     ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
     ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),
-    ([SHIPPED, '--layers', 'head.fc'], "There is no layer 'head.fc' with neurons"),
+    ([SHIPPED, '--layers', 'head.fc'], "Unknown spiking layer 'head.fc'"),
 ])
 def test_command_with_bad_input(args, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:

@@ -98,7 +98,7 @@ def test_reconstructions(model, images):
 
 
 def test_unknown_layer(model, images):
-    with pytest.raises(ValueError, match=r"no layer 'blocks.9.mlp' with neurons, expected one of stem.stages.0"):
+    with pytest.raises(ValueError, match=r"Unknown spiking layer 'blocks.9.mlp'. Expected one of stem.stages.0"):
         record_activity(model, images, ['blocks.9.mlp'])
 
 
@@ -124,7 +124,7 @@ def test_pictures(model, images, labels):
         name: without_ids(svg) for name, svg in dark.items()}
     assert 'anytime' not in render(profile(model, images, time_steps=1))
     assert list(render(result, activity, names=['attention', 'energy'])) == ['energy', 'attention']
-    with pytest.raises(ValueError, match="no figure 'rates', expected names of events"):
+    with pytest.raises(ValueError, match="Unknown figure 'rates'. Expected names from events"):
         render(result, names=['rates'])
 
 
@@ -150,7 +150,7 @@ def test_picture_of_probabilities():
     other[1, 1] = 0.7
     assert render_probabilities(other, labels, 'svg').decode() != svg
     assert Image.open(io.BytesIO(render_probabilities(probabilities[:1], labels))).format == 'PNG'
-    with pytest.raises(ValueError, match=r'\[time steps, 4\], one for each label, got \[3, 5\]'):
+    with pytest.raises(ValueError, match=r'\[time steps, 4\], one for each label. Got \[3, 5\]'):
         render_probabilities(probabilities, labels[:4])
 
 
@@ -204,6 +204,20 @@ def test_report(model, images, tmp_path):
     assert values['totals']['acs'] == result.totals.acs
 
 
+@pytest.mark.parametrize('mj, text', [
+    (0.99963, '1 mJ'), (0.9994, '999 µJ'), (1234., '1.23 J'), (0.00099971, '1 µJ'), (0.0123, '12.3 µJ'),
+    (5e-7, '0.5 nJ'), (999.7, '1 J'), (3.21e6, '3210 J'), (0., '0 nJ')])
+def test_energies_are_rounded_before_unit_is_chosen(mj, text):
+    assert report._energy(mj) == text
+
+
+@pytest.mark.parametrize('n, text', [
+    (999.7, '1 k'), (999_999, '1 M'), (999_400, '999 k'), (1_234_567, '1.23 M'), (12, '12'), (0.5, '0.5'), (0, '0'),
+    (9.9996e14, '1000 T'), (2.5e15, '2500 T')])
+def test_numbers_are_rounded_before_prefix_is_chosen(n, text):
+    assert report._count(n) == text
+
+
 @pytest.mark.parametrize('width', [30, 50, 80, 140])
 def test_tables(model, images, labels, width):
     console = Console(width=width, record=True, file=io.StringIO())
@@ -216,6 +230,8 @@ def test_tables(model, images, labels, width):
     for layer in result.layers:
         assert layer.name[:9] in text if width == 30 else 'J' in rows[layer.name]  # at width 30, names are wrapped
     assert ('saturated' in text) == (width == 140)
+    headings = re.findall('(input|firing) (?=.*\n.*rate)', text)  # above the word rate
+    assert headings == (['input', 'firing'] if width == 140 else ['firing'] if width >= 50 else [])
     assert 'residual = sum' in text and 'energy' in text
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import resource
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,7 +23,7 @@ from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.masking import patches_to_maps
 from timm_spikformer.profiling import Conventions, CostModel, profile
 from timm_spikformer.profiling.conventions import CHOICES, COST_MODELS
-from timm_spikformer.profiling.report import to_csv
+from timm_spikformer.profiling.report import to_csv, to_html
 
 EXACT = dict(fan_out='exact')
 
@@ -377,12 +378,12 @@ def test_events(model, images):
     assert sum(first.acs) == pytest.approx(events.mean().item() * 3 * first.dense_macs)
     real = profile(model, torch.stack([images, images * 0.5, images * 2], 1))
     assert real.layers[0].macs == [first.dense_macs] * 3 and sum(real.layers[0].acs) == 0
-    with pytest.raises(ValueError, match='time_steps is 2, but the sequences have 3'):
+    with pytest.raises(ValueError, match='time_steps is 2, but the sequences have 3 time steps. Omit time_steps'):
         profile(model, events, time_steps=2)
-    with pytest.raises(ValueError, match='got a sequence of 2 after a sequence of 3'):
+    with pytest.raises(ValueError, match='Got sequences of 2 time steps after sequences of 3 time steps'):
         profile(model, [events, events[:, :2]])
     model.set_time_steps(3)
-    with pytest.raises(ValueError, match='got images of 3 after a sequence of 3'):
+    with pytest.raises(ValueError, match='Got images after sequences of 3 time steps'):
         profile(model, [events, images])
     assert profile(model, events, time_steps=3).totals == result.totals
 
@@ -473,9 +474,9 @@ def test_energy_and_conventions(model, images):
     assert t.energy_mj == pytest.approx((4.6 * t.macs + 0.9 * t.acs) * 1e-9)
     assert t.ann_energy_mj == pytest.approx(4.6e-9 * t.dense_macs)
     assert sum(x.energy_mj for x in result.groups.values()) == pytest.approx(t.energy_mj)
-    assert result.with_conventions('int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
-    assert result.with_conventions((2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
-    assert result.with_conventions(CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
+    assert result.with_conventions(cost='int8').totals.energy_mj == pytest.approx((0.23 * t.macs + 0.03 * t.acs) * 1e-9)
+    assert result.with_conventions(cost=(2., 1.)).totals.energy_mj == pytest.approx((2 * t.macs + t.acs) * 1e-9)
+    assert result.with_conventions(cost=CostModel('mine', 1., 0.)).totals.energy_mj == pytest.approx(t.macs * 1e-9)
     assert profile(model, images, cost='fp16').totals.energy_mj == pytest.approx((1.5 * t.macs + 0.4 * t.acs) * 1e-9)
     assert set(COST_MODELS) == {'fp32', 'fp32-memory', 'fp16', 'int8', 'int32'}
     changed = {name: result.with_conventions(**{name: value}).totals
@@ -519,24 +520,37 @@ def test_csv(model, images):
     last = rows[-2]
     layer = profiles[1].layers[-2]
     assert last['name'] == layer.name and float(last['acs_3']) == layer.acs[2]
+    assert float(last['memory_bytes_3']) == layer.memory_bytes[2]
+    attention = next(x for x in profiles[1].layers if x.operand_rates)
+    row = next(row for row in rows if row['time_steps'] == '3' and row['name'] == attention.name)
+    assert [float(row[f'{name}_rate_2']) for name in 'qkv'] == [attention.operand_rates[name][1] for name in 'qkv']
+    assert last['q_rate_1'] == ''
     assert rows[0]['firing_rate_2'] == '' and float(rows[0]['firing_rate_1']) == profiles[0].layers[0].firing_rate[0]
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda m, x: profile(m, []), 'There is no data'),
-    (lambda m, x: profile(m, x[:0]), 'There is no data'),
+    (lambda m, x: profile(m, []), 'contains no images'),
+    (lambda m, x: profile(m, x[:0]), 'contains no images'),
     (lambda m, x: profile(m, x, accuracy=True), 'no labels'),
-    (lambda m, x: profile(m, [(x, torch.rand(16, 10))], accuracy=True), 'class index'),
+    (lambda m, x: profile(m, [(x, torch.rand(16, 10))], accuracy=True),
+     r'labels of shape \[16, 10\] and dtype torch.float32. Expected a class index'),
+    (lambda m, x: profile(m, [(x, [3] * 16)]), 'Labels must be a tensor of class indices, not list. Convert them'),
+    (lambda m, x: profile(m, [{'pixel_values': x, 'labels': np.zeros(16, int)}], accuracy=True), 'not ndarray'),
+    (lambda m, x: profile(m, [(x, torch.tensor([3]))]), 'A batch has 16 images, but 1 labels'),
+    (lambda m, x: profile(m, [(x.tolist(), torch.arange(16))]), 'Got a tuple whose first item is of type list'),
+    (lambda m, x: profile(m, [{'pixel_values': x.numpy()}]), 'Got pixel_values of type ndarray'),
+    (lambda m, x: profile(m, [[]]), 'Got an empty list'),
     (lambda m, x: profile(m, [(x, torch.full((16,), 10))]), 'indices of the 10 classes'),
     (lambda m, x: profile(m, ['cat']), 'batches of images'),
     (lambda m, x: profile(m, [{'image': x}]), 'pixel_values'),
     (lambda m, x: profile(m, x, time_steps=0), 'at least 1'),
-    (lambda m, x: profile(m, x, cost='fp64'), "no cost model 'fp64'"),
+    (lambda m, x: profile(m, x, cost='fp64'), "Unknown cost model 'fp64'. Expected one of 'fp32', "),
     (lambda m, x: profile(m, x, cost=(-1., 0.)), 'mac_pj must be at least 0 and finite, got -1.0'),
-    (lambda m, x: profile(m, x, cost=5), 'Expected two values'),
+    (lambda m, x: profile(m, x, cost=5), r'a pair \(pJ per multiply-accumulate, pJ per accumulate\). Got 5'),
+    (lambda m, x: profile(m, x, cost=['a', 1]), r"Expected a cost model, its name, or a pair .*Got \['a', 1\]"),
     (lambda m, x: CostModel('mine', '4.6', 0.9), "mac_pj must be at least 0 and finite, got '4.6'"),
     (lambda m, x: profile(m, [x], max_batches=-1), 'max_batches must be an integer of at least 1, got -1'),
-    (lambda m, x: profile(m, x).layer('blocks.7'), "no layer 'blocks.7'"),
+    (lambda m, x: profile(m, x).layer('blocks.7'), "Unknown layer 'blocks.7'. Expected one of stem.stages.0"),
     (lambda m, x: profile(m, x).with_conventions(residual='max'), "residual must be one of 'sum'"),
     (lambda m, x: profile(nn.Linear(3, 3), x), 'Expected a Spikformer'),
     (lambda m, x: profile(timm.create_model('test_vit'), x), 'Got a VisionTransformer'),
@@ -568,13 +582,27 @@ def test_first_layer_with_nonfinite_activations_is_named(model, images, name, me
 
 
 def test_labels_can_be_ignored(model, images):
-    assert profile(model, [(images, torch.full((16,), 10))], accuracy=False).accuracy is None
+    for labels in (torch.full((16,), 10), [3] * 16):
+        assert profile(model, [(images, labels)], accuracy=False).accuracy is None
     headless = timm.create_model('test_spikformer_v2', num_classes=0).train()
     assert profile(headless, images).steps[-1].agreement is None
     with pytest.raises(ValueError, match='no classifier'):
         profile(headless, images, accuracy=True)
 
 
-def test_silent_layers_warn(images, caplog):
-    profile(timm.create_model('test_spikformer_v2').eval(), images)
-    assert 'No neuron fires in' in caplog.text
+def test_silent_layers_warn(model, images, caplog):
+    """The message counts the layers with neurons; the classifier has none."""
+    nn.init.constant_(model.blocks[1].mlp.fc2.bn.weight, 0.)
+    nn.init.constant_(model.blocks[1].mlp.fc2.bn.bias, 0.)
+    result = profile(model, images)
+    neurons = sum(type(m).__name__ == 'LIF' for m in model.modules())
+    assert result.silent_layers == ['blocks.1.mlp.fc2'] and neurons < len(result.layers)
+    expected = f'1 of the {neurons} spiking layers emits no spikes (for example blocks.1.mlp.fc2)'
+    assert f'{expected}, so firing rates and energy may not be meaningful. In eval mode, BN needs' in caplog.text
+    assert expected in to_html([result])
+
+
+def test_with_conventions_takes_keywords(model, images):
+    """A positional argument could be a cost model or a convention."""
+    with pytest.raises(TypeError, match='positional'):
+        profile(model, images).with_conventions('int8')

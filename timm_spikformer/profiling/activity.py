@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import SpikingSelfAttention
-from ..masked_autoencoder import SpikformerMAE
 from ..neurons import LIF
 from ..spikformer import Spikformer, find_spikformer
-from .counting import preserve_state
+from .counting import find_autoencoder, measurement_context
 
 __all__ = ['Activity', 'check_layers', 'default_layers', 'divide_by_largest', 'record_activity']
 
@@ -81,7 +80,7 @@ def check_layers(encoder: Spikformer, layers: Optional[Sequence[str]]) -> None:
     neurons = _neurons(encoder)
     for name in layers or ():
         if name not in neurons:
-            raise ValueError(f'There is no layer {name!r} with neurons, expected one of {", ".join(neurons)}.')
+            raise ValueError(f'Unknown spiking layer {name!r}. Expected one of {", ".join(neurons)}.')
 
 
 def record_activity(
@@ -98,9 +97,10 @@ def record_activity(
     it is q k^T averaged over queries, heads and time steps.
 
     Args:
-        model: Model, see `profile`.
+        model: Model, as in `profile`.
         x: Normalized images `[n, C, H, W]`, or sequences `[n, T, C, H, W]`, whose mean over time is shown.
-        layers: Names of the layers whose spikes are recorded, as in a `Profile`; by default, see `default_layers`.
+        layers: Names of the layers whose spikes are recorded, as in a `Profile`. By default, the last
+            layer of each stem stage, and of attention and MLP in the first and last block.
         time_steps: Number of time steps; by default, that of the model.
         mean: Mean used to normalize the images, one value or one per channel; by default, that of the model.
         std: Standard deviation used to normalize the images, in the same form.
@@ -109,7 +109,7 @@ def record_activity(
         ValueError: A name in `layers` is not that of a layer with neurons.
     """
     encoder = find_spikformer(model)
-    mae = next((m for m in model.modules() if isinstance(m, SpikformerMAE)), None)
+    mae = find_autoencoder(model)
     neurons = _neurons(encoder)
     layers = default_layers(encoder) if layers is None else list(layers)
     check_layers(encoder, layers)
@@ -156,7 +156,7 @@ def record_activity(
         if mae is None:  # the encoder of a masked autoencoder processes only visible tokens
             for i, block in enumerate(encoder.blocks):
                 record_attention(f'blocks.{i}', block.attn)
-        with preserve_state(encoder, time_steps):
+        with measurement_context(encoder, time_steps):
             if mae is None:
                 model(x)
             else:

@@ -5,20 +5,20 @@ CHOICES = {
     'residual': {
         'sum': 'an input that is the sum of n spikes costs n accumulates per weight',
         'nonzero': 'any nonzero sum of spikes costs one accumulate per weight',
-        'mac': 'layers with sums of spikes as input do all dense multiply-accumulates',
+        'mac': 'layers with sums of spikes as input perform all dense multiply-accumulates',
     },
     'fan_out': {
-        'dense': 'operations are the mean input times the dense operations, including zero padding',
-        'exact': 'each input counts once per weight that it is multiplied by; there are fewer at image borders',
+        'dense': 'the number of operations is the mean input times the dense operations, including zero padding',
+        'exact': 'each input counts once per weight that it is multiplied by, which are fewer at image borders',
     },
     'first_conv': {
-        'once': 'the first convolution of an image runs once, in multiply-accumulates',
-        'each_step': 'it runs at each time step, in multiply-accumulates',
-        'ac': 'it runs at each time step, in accumulates',
+        'once': 'the first convolution of an image costs the multiply-accumulates of one time step',
+        'each_step': 'the first convolution of an image costs the multiply-accumulates of all time steps',
+        'ac': 'the first convolution of an image costs accumulates at all time steps',
     },
     'attention': {
-        'rate': 'each of the two products costs the firing rate of one spiking operand times its dense operations',
-        'coincidence': 'the product of two spiking operands costs one accumulate for each pair in which both fire',
+        'rate': 'each of the two products costs the firing rate of one operand times its dense operations',
+        'coincidence': 'the first product costs one accumulate for each pair of spikes that coincide',
         'none': 'the two products are not counted',
     },
     'attention_order': {
@@ -35,4 +35,4 @@ CHOICES = {
     },
 }
 
-COST_NAMES = ('fp32', 'fp32-memory', 'fp16', 'int8', 'int32')  # names of the cost models in conventions.py
+COST_NAMES = ('fp32', 'fp32-memory', 'fp16', 'int8', 'int32')  # keys of COST_MODELS in conventions.py

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='layers in the spike rasters (default: the last one of each stem stage, and of attention and MLP in the '
              'first and last block)')
     add('--cost', default='fp32', metavar='MODEL',
-        help=f'energy model: {", ".join(COST_NAMES)}, or pJ per multiply-accumulate and per accumulate, such as '
+        help=f'cost model: {", ".join(COST_NAMES)}, or pJ per multiply-accumulate and per accumulate, such as '
              f'4.6,0.9 (default: %(default)s)')
     add('--output', metavar='DIR', default='output/profile', help='folder to write (default: %(default)s)')
     add('--device', help='PyTorch device (default: cuda if available, else cpu)')

@@ -1,45 +1,61 @@
-"""Conventions for counting operations, and energy models. Every assumption is an option; defaults follow the papers."""
+"""Conventions for counting operations, and cost models. Every assumption is an option; defaults follow the papers."""
 from dataclasses import dataclass, fields
-from typing import Any, Dict, Tuple, Union
+from typing import Dict, List, Tuple, TypeVar, Union
 
 from spikingjelly.activation_based.op_counter import LemaireEnergyCostConfig, SimpleEnergyCostConfig
+from torch import Tensor
 
 from ..arguments import check_number
 from .choices import CHOICES
 
-__all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'cost_model']
+__all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'describe_assumptions', 'to_cost_model']
+
+_Number = TypeVar('_Number', float, Tensor)
 
 
 @dataclass(frozen=True)
 class Conventions:
     """Conventions for counting operations.
 
-    The defaults follow the formula of Spikformer, https://arxiv.org/abs/2209.15425. A layer with spiking input does
-    (mean input) * T * (dense multiply-accumulates) accumulates. The first convolution and the classifier have
-    real-valued input and do multiply-accumulates. Where the paper is ambiguous, as for sums of spikes and the order of
-    the products in attention, the default is this project's choice.
+    The defaults follow the formula of Spikformer, https://arxiv.org/abs/2209.15425. The number of accumulates of a
+    layer with spiking input is (mean input) x T x (dense multiply-accumulates). The first convolution and the
+    classifier have real-valued input and perform multiply-accumulates. Where the paper is ambiguous, as for sums of
+    spikes and the order of the products in attention, the default is this project's choice.
 
-    Never counted: biases (one addition per output), the additions of residual connections, pooling, and the scale of
-    attention, which can be folded into the threshold.
-
-    `CHOICES` in choices.py describes each value.
+    The following operations are not counted: biases (one addition per output), the additions of residual connections,
+    pooling, and the scale of attention, which can be folded into the threshold.
 
     Args:
-        residual: How to count inputs that are sums of spikes (0, 1, 2, ...) of residual connections: 'sum', 'nonzero',
-            or 'mac', as in spikingjelly's counters and syops-counter.
-        fan_out: 'dense', as in the formula, or 'exact', as in spikingjelly's counters.
-        first_conv: How to count the first convolution of images: 'once', because the formula of the papers has no T
-            here, 'each_step', or 'ac'. It does not apply to sequences, which have a new input at each time step: their
-            first convolution does accumulates if the input consists of non-negative integers, such as event counts, and
+        residual: How to count inputs that are sums of spikes (0, 1, 2, ...) of residual connections.
+            'sum': a sum of n spikes costs n accumulates per weight.
+            'nonzero': any nonzero sum costs one accumulate per weight.
+            'mac': layers with such inputs perform all dense multiply-accumulates, as in spikingjelly's counters and
+            syops-counter.
+        fan_out: Number of weights that an input is multiplied by.
+            'dense': as in the formula, including zero padding.
+            'exact': fewer at image borders, as in spikingjelly's counters.
+        first_conv: How to count the first convolution of images, whose input is the same at all time steps.
+            'once': multiply-accumulates of one time step, as in the formula of the papers, which has no factor T for
+            this layer.
+            'each_step': multiply-accumulates of all time steps.
+            'ac': accumulates of all time steps.
+            The option does not apply to sequences, which have a new input at each time step. Their first convolution
+            performs accumulates if the input consists of non-negative integers, such as event counts, and
             multiply-accumulates otherwise.
-        attention: 'rate', for which the spiking operands are q and v in (q k^T) v, and k and q in q (k^T v);
-            'coincidence', as in spikingjelly, for the first product; or 'none'.
-        attention_order: 'qk', or 'cheaper'. Without a softmax, both orders give the same result.
-        bn: 'folded', or 'mac'.
-        neuron: 'free', or 'mac'.
+        attention: How to count the two products of attention.
+            'rate': each product costs the firing rate of one operand times its dense operations. The operands are q and
+            v in (q k^T) v, and k and q in q (k^T v).
+            'coincidence': the first product costs one accumulate for each pair of spikes that coincide, as in
+            spikingjelly; the second is counted as for 'rate'.
+            'none': the products are not counted.
+        attention_order: Order of the two products. Without a softmax, both orders give the same result.
+            'qk': (q k^T) v, quadratic in the number of tokens.
+            'cheaper': the cheaper of (q k^T) v and q (k^T v), as computed by this package.
+        bn: 'folded': BN is folded into the weights and costs nothing. 'mac': one multiply-accumulate per value.
+        neuron: 'free': membrane updates cost nothing. 'mac': one multiply-accumulate per update.
 
     Raises:
-        ValueError: The value of an option is not in `CHOICES`.
+        ValueError: The value of an option is not one of those listed.
 
     >>> Conventions(residual='mac').describe()['bn']
     'BN is folded into the weights and costs nothing'
@@ -71,7 +87,7 @@ class CostModel:
     The papers count only arithmetic, which corresponds to `memory_pj_per_byte` = 0.
 
     Args:
-        name: Name of the energy model.
+        name: Name of the cost model.
         mac_pj: Energy of a multiply-accumulate in picojoules.
         ac_pj: Energy of an accumulate in picojoules.
         memory_pj_per_byte: Energy of reading or writing a byte of memory in picojoules.
@@ -94,51 +110,72 @@ class CostModel:
         for name in ('mac_pj', 'ac_pj', 'memory_pj_per_byte'):
             check_number(name, getattr(self, name))
 
-    def energy_mj(self, macs: Any, acs: Any, memory_bytes: Any) -> Any:
-        """Return the energy in millijoules of given numbers (or tensors) of operations and bytes."""
+    def energy_mj(self, macs: _Number, acs: _Number, memory_bytes: _Number) -> _Number:
+        """Return the energy in millijoules of the given numbers of operations and bytes, which may be tensors."""
         return (self.mac_pj * macs + self.ac_pj * acs + self.memory_pj_per_byte * memory_bytes) * 1e-9
+
+    def describe(self) -> str:
+        """Return sentences that state the energies and their source."""
+        memory = 'Arithmetic only, without memory access.'
+        if self.memory_pj_per_byte:
+            memory = (
+                f'{self.memory_pj_per_byte:g} pJ for each byte of weights read and of membrane potentials read or '
+                f'written.')
+        return (
+            f'Energy: {self.mac_pj:g} pJ for a multiply-accumulate, {self.ac_pj:g} pJ for an accumulate ({self.name}; '
+            f'{self.source}). {memory}')
+
+
+def describe_assumptions(conventions: Conventions, cost: CostModel) -> List[str]:
+    """Return sentences that describe the cost model and the counting conventions."""
+    lines = [cost.describe()]
+    for name, meaning in conventions.describe().items():
+        lines.append(f'{name.replace("_", " ")} = {getattr(conventions, name)}: {meaning}.')
+    return [*lines, 'Not counted: biases, additions of residual connections, pooling, and the scale of attention.']
 
 
 _HOROWITZ = '45 nm, Horowitz 2014, https://doi.org/10.1109/ISSCC.2014.6757323, as in spikingjelly'
 
 
-def _spikingjelly_cost_models() -> Dict[str, CostModel]:
-    models = {}
-    for name in ('fp32', 'fp16', 'int8'):
-        costs = getattr(SimpleEnergyCostConfig, name)()
-        models[name] = CostModel(name, costs.e_mac_pj, costs.e_ac_pj, source=_HOROWITZ)
-        if name == 'fp32':
-            models['fp32-memory'] = CostModel(
-                'fp32-memory', costs.e_mac_pj, costs.e_ac_pj, costs.e_memory_pj_per_byte,
-                f"{_HOROWITZ}'s simple energy model")
-    costs = LemaireEnergyCostConfig()
-    models['int32'] = CostModel(
-        'int32', costs.e_add_pj + costs.e_mul_pj, costs.e_add_pj,
-        source='45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; arithmetic only')
-    return models
+def _create_cost_models() -> Dict[str, CostModel]:
+    fp32, fp16, int8 = SimpleEnergyCostConfig.fp32(), SimpleEnergyCostConfig.fp16(), SimpleEnergyCostConfig.int8()
+    lemaire = LemaireEnergyCostConfig()
+    models = [
+        CostModel('fp32', fp32.e_mac_pj, fp32.e_ac_pj, source=_HOROWITZ),
+        CostModel(
+            'fp32-memory', fp32.e_mac_pj, fp32.e_ac_pj, fp32.e_memory_pj_per_byte,
+            source=f'{_HOROWITZ}, including its memory access'),
+        CostModel('fp16', fp16.e_mac_pj, fp16.e_ac_pj, source=_HOROWITZ),
+        CostModel('int8', int8.e_mac_pj, int8.e_ac_pj, source=_HOROWITZ),
+        CostModel(
+            'int32', lemaire.e_add_pj + lemaire.e_mul_pj, lemaire.e_add_pj,
+            source='45 nm, Lemaire 2022, https://arxiv.org/abs/2210.13107, as in spikingjelly; arithmetic only'),
+    ]
+    return {model.name: model for model in models}
 
 
-COST_MODELS: Dict[str, CostModel] = _spikingjelly_cost_models()
+COST_MODELS: Dict[str, CostModel] = _create_cost_models()
 
 
-def cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
+def to_cost_model(cost: Union[str, CostModel, Tuple[float, float]]) -> CostModel:
     """Return a `CostModel` from its name or from a pair of energies; a `CostModel` is returned unchanged.
 
     Args:
         cost: Key of `COST_MODELS`, picojoules (multiply-accumulate, accumulate), or a `CostModel`.
 
     Raises:
-        ValueError: The name is unknown, the number of values is not two, or a value is negative or not finite.
+        ValueError: The name is unknown, or the pair is not two finite numbers of at least 0.
     """
     if isinstance(cost, CostModel):
         return cost
+    pair = 'a pair (pJ per multiply-accumulate, pJ per accumulate)'
     if isinstance(cost, str):
         if cost not in COST_MODELS:
             raise ValueError(
-                f'There is no cost model {cost!r}, expected one of {", ".join(map(repr, COST_MODELS))}, or a pair of '
-                f'picojoules for a multiply-accumulate and an accumulate.')
+                f'Unknown cost model {cost!r}. Expected one of {", ".join(map(repr, COST_MODELS))}, or {pair}.')
         return COST_MODELS[cost]
-    if not hasattr(cost, '__len__') or len(cost) != 2:
-        raise ValueError(f'Expected two values, picojoules of a multiply-accumulate and of an accumulate, got {cost}.')
-    mac_pj, ac_pj = cost
-    return CostModel('custom', float(mac_pj), float(ac_pj))
+    try:
+        mac_pj, ac_pj = (float(value) for value in cost)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'Expected a cost model, its name, or {pair}. Got {cost!r}.') from e
+    return CostModel('custom', mac_pj, ac_pj)

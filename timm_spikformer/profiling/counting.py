@@ -1,11 +1,11 @@
-"""Measure firing rates, operations and energy of a Spikformer on data, see `profile`."""
+"""Measure firing rates, operations and energy of a Spikformer on data: `profile` and its result."""
 import contextlib
 import dataclasses
 import itertools
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from ..masked_autoencoder import SpikformerMAE
 from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
-from .conventions import Conventions, CostModel, cost_model
-from .recording import LayerCounts, Recorder, check_finite_sums
+from .batches import check_labels, check_layout, split_batch
+from .conventions import Conventions, CostModel, to_cost_model
+from .operations import count_operations
+from .recording import LayerCounts, Recorder, check_finite
 
-__all__ = ['GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'profile']
+__all__ = [
+    'GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'describe_silent_layers', 'find_autoencoder',
+    'measurement_context', 'profile']
 
 GROUPS = ('stem', 'attention', 'mlp', 'head')
-_MEMBRANE_BYTES = 4  # bytes per membrane potential, which is float32 for all dtypes of the weights
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Totals:
         macs: Multiply-accumulates of the spiking network.
         acs: Accumulates of the spiking network, also called SynOps.
         memory_bytes: Bytes of weights and biases read, and of membrane potentials read and written, without a cache, as
-            in spikingjelly's simple energy model. The default cost model and most others ignore it.
+            in spikingjelly's SimpleEnergyProfiler. The default cost model and most others ignore it.
         energy_mj: Energy of the spiking network in millijoules.
         ann_energy_mj: Energy of the ANN in millijoules.
 
@@ -58,7 +61,8 @@ class Totals:
 class LayerProfile:
     """Profile of one layer: a convolution or linear layer with its neurons, or the attention products with theirs.
 
-    All lists have one entry per time step.
+    All lists have one entry per time step. `silent` and `saturated` are fractions of channels instead of neurons if
+    `Profile.by_channel` is true.
 
     Args:
         name: Module name in the timm model.
@@ -68,16 +72,18 @@ class LayerProfile:
         dense_macs: Multiply-accumulates per image and time step without sparsity.
         input_rate: Mean of the input; None unless it consists of spikes or sums of spikes.
         operand_rates: Firing rates of q, k and v; None except for attention.
-        values: Fraction of inputs with each value, if the input is sums of spikes.
-        firing_rate: Spikes per neuron; None for the classifier.
-        silent: Fraction of the neurons that never fired.
-        saturated: Fraction of the neurons that fired at every time step of every image.
+        values: Fraction of the inputs that have each value (0, 1, 2, ...), over all time steps; None unless the input
+            consists of sums of spikes.
+        firing_rate: Spikes per neuron; None for layers without neurons, such as the classifier.
+        silent: Fraction of the neurons that never fired; None for layers without neurons.
+        saturated: Fraction of the neurons that fired at every time step of every image; None for layers without
+            neurons.
         macs: Multiply-accumulates per image, according to the conventions.
         acs: Accumulates per image, according to the conventions.
         memory_bytes: Bytes of weights, biases and membranes read and written per image; see `Totals`.
         energy_mj: Energy per image in millijoules.
-        ann_energy_mj: Energy of the dense multiply-accumulates of one time step in millijoules.
-        milliseconds: Measured time per image in milliseconds, see `measure_times`; None if it was not measured.
+        ann_energy_mj: Energy per image in millijoules of the dense multiply-accumulates of one time step.
+        milliseconds: Time per image in milliseconds, measured by `measure_times`; None if it was not measured.
         dense_milliseconds: The same, without event-driven products.
 
     >>> import timm
@@ -107,6 +113,7 @@ class LayerProfile:
 
     @property
     def mean_firing_rate(self) -> Optional[float]:
+        """Mean of `firing_rate` over the time steps; None for layers without neurons."""
         return None if self.firing_rate is None else sum(self.firing_rate) / len(self.firing_rate)
 
 
@@ -119,7 +126,7 @@ class StepProfile:
         energy_mj: Energy per image in millijoules if inference stops after this step, including the classifier.
         agreement: Fraction of the images with the same prediction as after the last step.
         confidence: Mean of the highest class probability.
-        accuracy: Fraction of the images that are classified correctly; None without labels.
+        accuracy: Fraction (0 to 1, not percent) of the images that are classified correctly; None without labels.
 
     >>> import timm
     >>> steps = profile(timm.create_model('test_spikformer_v2', time_steps=2), torch.rand(2, 3, 64, 64)).steps
@@ -134,7 +141,7 @@ class StepProfile:
 
 
 class _Predictions:
-    """Sums over all images of agreement, confidence and correct predictions, each `[T]`."""
+    """Sums over all images of agreement, confidence and correct predictions: `[T]`, or 0 before the first batch."""
 
     def __init__(self) -> None:
         self.agreement = self.confidence = torch.zeros((), dtype=torch.float64)
@@ -143,7 +150,7 @@ class _Predictions:
     def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
         """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
         confidence, predicted = logits.float().softmax(-1).cpu().max(-1)
-        check_finite_sums(confidence, 'output of head.fc')
+        check_finite(confidence, 'output of head.fc')
         self.agreement = self.agreement + (predicted == predicted[-1]).sum(1)
         self.confidence = self.confidence + confidence.double().sum(1)
         self.correct = None if y is None or self.correct is None else self.correct + (predicted == y.cpu()).sum(1)
@@ -152,6 +159,9 @@ class _Predictions:
 @dataclass(frozen=True)
 class Profile:
     """Result of `profile`. `with_conventions` applies other conventions or energies without running the model again.
+
+    `profile` creates the objects of this class; `_layer_counts` and `_predictions` are sums that it records, from which
+    all properties are computed.
 
     Args:
         model: Name of the architecture.
@@ -168,7 +178,7 @@ class Profile:
     >>> result = profile(timm.create_model('test_spikformer_v2'), torch.rand(2, 3, 64, 64))
     >>> result.time_steps, list(result.groups)
     (4, ['stem', 'attention', 'mlp', 'head'])
-    >>> result.with_conventions('int8').totals.energy_mj < result.totals.energy_mj
+    >>> result.with_conventions(cost='int8').totals.energy_mj < result.totals.energy_mj
     True
     """
     model: str
@@ -184,19 +194,23 @@ class Profile:
 
     def with_conventions(
             self,
+            *,
             cost: Union[str, CostModel, Tuple[float, float], None] = None,
             **conventions: str,
     ) -> 'Profile':
-        """Return this profile with other conventions or another cost model.
+        """Return this profile with other conventions or another cost model. All arguments are keywords.
 
         Args:
-            cost: See `profile`; by default, the cost model of this profile.
+            cost: Cost model, as in `profile`; by default, that of this profile.
             conventions: Options of `Conventions` to change, such as `residual='mac'`.
+
+        Raises:
+            ValueError: The cost model or the value of an option is invalid.
         """
         return dataclasses.replace(
             self,
             conventions=dataclasses.replace(self.conventions, **conventions),
-            cost=self.cost if cost is None else cost_model(cost),
+            cost=self.cost if cost is None else to_cost_model(cost),
         )
 
     @cached_property
@@ -217,98 +231,46 @@ class Profile:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise ValueError(f'There is no layer {name!r}, expected one of {", ".join(x.name for x in self.layers)}.')
+        raise ValueError(f'Unknown layer {name!r}. Expected one of {", ".join(x.name for x in self.layers)}.')
 
     def _layer(self, counts: LayerCounts) -> LayerProfile:
-        n = self.images
-        dense, macs, acs, memory = self._operations(counts)
-        spikes_in = counts.input in ('spikes', 'sums') and counts.attention is None
+        n, attention = self.images, counts.attention
+        dense_macs, macs, acs, memory = count_operations(counts, self.conventions, self.time_steps, self.is_sequence)
+        has_neurons = counts.spikes is not None
+        has_input_rate = counts.input in ('spikes', 'sums') and attention is None
         spike_counts = counts.channel_spikes if counts.neuron_spikes is None else counts.neuron_spikes
-        num_inputs, attention = sum(counts.value_counts.values()), counts.attention
-        operands = None if attention is None else {
-            name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')}
+        num_inputs = sum(counts.value_counts.values())
         return LayerProfile(
-            counts.name, counts.group, counts.input, counts.parameters, dense / n,
-            input_rate=(counts.input_sum / counts.input_numel).tolist() if spikes_in else None,
-            operand_rates=operands,
+            name=counts.name,
+            group=counts.group,
+            input=counts.input,
+            parameters=counts.parameters,
+            dense_macs=dense_macs / n,
+            input_rate=(counts.input_sum / counts.input_numel).tolist() if has_input_rate else None,
+            operand_rates=None if attention is None else {
+                name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')},
             values={x: m / num_inputs for x, m in sorted(counts.value_counts.items())} if num_inputs else None,
-            firing_rate=None if counts.spikes is None else (counts.spikes / counts.output_numel).tolist(),
-            silent=None if counts.spikes is None else spike_counts.silent,
-            saturated=None if counts.spikes is None else spike_counts.saturated,
+            firing_rate=(counts.spikes / counts.output_numel).tolist() if has_neurons else None,
+            silent=spike_counts.silent if has_neurons else None,
+            saturated=spike_counts.saturated if has_neurons else None,
             macs=(macs / n).tolist(),
             acs=(acs / n).tolist(),
             memory_bytes=(memory / n).tolist(),
             energy_mj=self.cost.energy_mj(*(x.sum().item() for x in (macs, acs, memory))) / n,
             ann_energy_mj=self.cost.energy_mj(
-                dense, 0., 0. if counts.attention is not None else counts.weight_bytes * dense) / n,
+                dense_macs, 0., 0. if attention is not None else counts.weight_bytes * dense_macs) / n,
         )
-
-    def _operations(self, counts: LayerCounts) -> Tuple[float, Tensor, Tensor, Tensor]:
-        """Return sums over all images: dense MACs of one time step, and MACs, accumulates and bytes, each `[T]`."""
-        conventions = self.conventions
-        zeros = torch.zeros(self.time_steps, dtype=torch.float64)
-        ones = torch.ones_like(zeros)
-        macs = acs = zeros
-        is_step_run = ones  # 1 at the time steps at which the product is computed
-        weights = None  # weight reads per time step; None for one read per dense operation
-        if counts.attention is not None:
-            dense, acs = self._attention(counts)
-            weights = zeros
-        else:
-            dense = counts.dense_macs
-            input = counts.input
-            if input == 'image' and self.is_sequence and counts.is_integer:
-                input = 'sums'
-            if input == 'features':
-                is_step_run = torch.eye(self.time_steps, dtype=torch.float64)[-1]
-                macs = is_step_run * dense
-            elif input == 'image' and not self.is_sequence and conventions.first_conv == 'ac':
-                acs = ones * dense
-            elif input == 'image':
-                if not self.is_sequence and conventions.first_conv == 'once':
-                    is_step_run = torch.eye(self.time_steps, dtype=torch.float64)[0]
-                macs = is_step_run * dense
-            elif input == 'sums' and conventions.residual == 'mac':
-                macs = ones * dense
-            else:
-                is_nonzero = conventions.residual == 'nonzero'
-                weights = counts.nonzero_synops
-                if conventions.fan_out == 'exact':
-                    acs = counts.nonzero_synops if is_nonzero else counts.synops
-                else:
-                    acs = (counts.num_nonzero if is_nonzero else counts.input_sum) * (dense / counts.input_numel)
-        if conventions.bn == 'mac' and counts.has_bn:
-            macs = macs + is_step_run * counts.output_numel
-        if conventions.neuron == 'mac' and counts.spikes is not None:
-            macs = macs + ones * counts.output_numel
-        memory = counts.weight_bytes * (is_step_run * dense if weights is None else weights)
-        if counts.has_bias:
-            memory = memory + is_step_run * counts.output_numel * counts.weight_bytes
-        if counts.spikes is not None:
-            memory = memory + ones * (2 * _MEMBRANE_BYTES * counts.output_numel)
-        return dense, macs, acs, memory
-
-    def _attention(self, counts: LayerCounts) -> Tuple[float, Tensor]:
-        conventions, a = self.conventions, counts.attention
-        if conventions.attention_order == 'cheaper' and a.kv_is_cheaper:
-            dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
-        else:
-            dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
-        if conventions.attention == 'none':
-            return 2 * dense, torch.zeros_like(first)
-        first = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
-        return 2 * dense, first + second * (dense / a.numel)
 
     def _sum(self, layers: Iterable[LayerProfile]) -> Totals:
         layers = list(layers)
         return Totals(
-            sum(x.parameters for x in layers),
-            sum(x.dense_macs for x in layers),
-            sum(sum(x.macs) for x in layers),
-            sum(sum(x.acs) for x in layers),
-            sum(sum(x.memory_bytes) for x in layers),
-            sum(x.energy_mj for x in layers),
-            sum(x.ann_energy_mj for x in layers),
+            parameters=sum(x.parameters for x in layers),
+            dense_macs=sum(x.dense_macs for x in layers),
+            macs=sum(sum(x.macs) for x in layers),
+            acs=sum(sum(x.acs) for x in layers),
+            memory_bytes=sum(sum(x.memory_bytes) for x in layers),
+            energy_mj=sum(x.energy_mj for x in layers),
+            ann_energy_mj=sum(x.ann_energy_mj for x in layers),
         )
 
     @cached_property
@@ -318,7 +280,7 @@ class Profile:
 
     @cached_property
     def groups(self) -> Dict[str, Totals]:
-        """Totals of those of the groups stem, attention, mlp and head that the model has."""
+        """Totals of each group of layers: stem, attention, mlp and head. Groups without layers are omitted."""
         groups = {name: [x for x in self.layers if x.group == name] for name in GROUPS}
         return {name: self._sum(layers) for name, layers in groups.items() if layers}
 
@@ -330,21 +292,25 @@ class Profile:
 
     @property
     def acs_per_dense_mac(self) -> float:
-        """Ratio of accumulates to T times dense multiply-accumulates, over the layers that do accumulates.
+        """Ratio of accumulates to T times dense multiply-accumulates, over the layers that perform accumulates.
 
-        This is the mean input rate weighted by the operations of each layer, as implied by published energy estimates.
+        With the default conventions, this is the mean input rate of these layers, weighted by their dense operations. A
+        published energy, divided by the energy of T times the dense operations, gives the same quantity. It is 0 if no
+        layer performs accumulates.
         """
         layers = [x for x in self.layers if any(x.acs)]
-        return sum(sum(x.acs) for x in layers) / (self.time_steps * sum(x.dense_macs for x in layers) or 1.)
+        if not layers:
+            return 0.
+        return sum(sum(x.acs) for x in layers) / (self.time_steps * sum(x.dense_macs for x in layers))
 
     @property
     def accuracy(self) -> Optional[float]:
-        """Fraction of the images that are classified correctly after all time steps; None without labels."""
+        """Fraction (0 to 1, not percent) of the images classified correctly after all steps; None without labels."""
         return self.steps[-1].accuracy
 
     @property
     def silent_layers(self) -> List[str]:
-        """Names of the layers in which no neuron fired."""
+        """Names of the spiking layers that emitted no spikes."""
         return [x.name for x in self.layers if x.silent == 1.]
 
     @cached_property
@@ -384,54 +350,43 @@ class Profile:
         return values
 
 
-def _split_batch(batch: Any) -> Tuple[Tensor, Optional[Tensor]]:
-    """Return images and labels of a batch from a data loader."""
-    x, y = batch, None
-    if isinstance(batch, Mapping):
-        x = batch.get('pixel_values')
-        y = next((batch[key] for key in ('labels', 'label') if batch.get(key) is not None), None)
-    elif isinstance(batch, (tuple, list)):
-        x, y = batch[0] if batch else None, batch[1] if len(batch) > 1 else None
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f'Expected batches of images: a tensor, a pair (images, labels), or a dict with pixel_values. Got '
-            f'{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}.')
-    return x, y if isinstance(y, Tensor) else None
+def describe_silent_layers(profile: Profile) -> Optional[str]:
+    """Return a sentence that warns of layers without spikes; None if all spiking layers emit spikes."""
+    silent = profile.silent_layers
+    if not silent:
+        return None
+    count = sum(x.firing_rate is not None for x in profile.layers)
+    verb = 'emits' if len(silent) == 1 else 'emit'
+    return (
+        f'{len(silent)} of the {count} spiking layers {verb} no spikes (for example {silent[0]}), so firing rates and '
+        f'energy may not be meaningful.')
 
 
-def _check_labels(y: Optional[Tensor], num_classes: int, accuracy: Optional[bool]) -> Optional[Tensor]:
-    """Return class indices `[B]`, or None if accuracy is not computed."""
-    if accuracy is False:
-        return None
-    if y is None or y.ndim != 1 or y.is_floating_point():
-        if accuracy:
-            what = 'no labels' if y is None else f'labels {list(y.shape)} of {y.dtype}'
-            raise ValueError(f'Accuracy was requested, but the data has {what}. Expected a class index for each image.')
-        return None
-    if len(y) and (y.min() < 0 or y.max() >= num_classes):
-        raise ValueError(
-            f'Labels must be indices of the {num_classes} classes of the model, got {y.min()} to {y.max()}. Use '
-            f'accuracy=False to ignore them.')
-    return y
+def find_autoencoder(model: nn.Module) -> Optional[SpikformerMAE]:
+    """Return the masked autoencoder in a module; None if there is none."""
+    return next((m for m in model.modules() if isinstance(m, SpikformerMAE)), None)
 
 
 @contextlib.contextmanager
-def preserve_state(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
-    """Disable gradients in the block, and restore time steps, BN statistics and the random state afterwards.
+def measurement_context(encoder: Spikformer, time_steps: Optional[int] = None) -> Iterator[None]:
+    """Run a model without gradients and compilation in the block, so that recording leaves the model unchanged.
+
+    The number of time steps, BN's running statistics and the random state are restored afterwards.
 
     Args:
         encoder: The model.
         time_steps: Number of time steps within the block; by default, that of the model.
     """
     before = encoder.time_steps
-    if time_steps is not None:
-        time_steps = check_time_steps(time_steps)
+    time_steps = before if time_steps is None else check_time_steps(time_steps)
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
     eager = torch.compiler.set_stance('force_eager')  # a compiled model would trace the hooks as part of the graph
-    with torch.inference_mode(False), torch.no_grad(), eager, fork_rng, preserve_bn_statistics(encoder):
+    # in inference mode, a dispatch mode receives linear and conv2d instead of the products that they consist of
+    no_inference_mode = torch.inference_mode(False)
+    with no_inference_mode, torch.no_grad(), eager, fork_rng, preserve_bn_statistics(encoder):
         try:
-            encoder.time_steps = before if time_steps is None else time_steps
+            encoder.time_steps = time_steps
             yield
         finally:
             encoder.time_steps = before
@@ -455,47 +410,40 @@ def profile(
         model: A Spikformer (V1 or V2) of timm, one wrapped by transformers or DDP, or a masked autoencoder, whose
             encoder is profiled with random masks.
         data: Batches, for example from a data loader: tensors, pairs (images, labels), or dicts with `pixel_values`
-            and `labels`. Images are `[B, C, H, W]`, sequences `[B, T, C, H, W]`.
+            and `labels`. Images are `[B, C, H, W]`, sequences `[B, T, C, H, W]`, and labels are tensors of class
+            indices `[B]`. A single tensor counts as one batch.
         time_steps: Number of time steps for images; by default, that of the model.
         conventions: Conventions for counting operations; by default, those of the papers.
         cost: Energy per operation: a key of `COST_MODELS` such as 'fp32' or 'int8', a pair of picojoules
             (multiply-accumulate, accumulate), or a `CostModel`.
-        accuracy: Whether to compute accuracy; by default, if the data has labels.
+        accuracy: Whether to compute accuracy; by default, if the data has class indices as labels. False ignores the
+            labels.
         max_batches: Maximum number of batches, at least 1; by default all.
 
     Raises:
-        ValueError: The model is not a Spikformer; there is no data; accuracy is requested but there are no labels or no
-            classifier; the number of time steps of a sequence differs from `time_steps` or between batches; or an
-            activation is NaN or infinite, in which case the message names the first such layer.
+        ValueError: The model is not a Spikformer; there is no data; a batch or its labels are invalid; accuracy is
+            requested but there are no labels or no classifier; the number of time steps of a sequence differs from
+            `time_steps` or between batches; or an activation is NaN or infinite, in which case the message names the
+            first such layer.
     """
     encoder = find_spikformer(model)
     if max_batches is not None:
         check_integer('max_batches', max_batches, 1)
-    is_mae = any(isinstance(m, SpikformerMAE) for m in model.modules())
-    predictions = _Predictions() if encoder.num_classes > 0 else None
-    if accuracy and predictions is None:
+    if accuracy and encoder.num_classes == 0:
         raise ValueError('Accuracy was requested, but the model has no classifier.')
-    conventions, cost = conventions or Conventions(), cost_model(cost)
-    recorder = Recorder(encoder, by_channel=is_mae)
+    conventions, cost = conventions or Conventions(), to_cost_model(cost)
+    predictions = _Predictions() if encoder.num_classes > 0 else None
+    recorder = Recorder(encoder, by_channel=find_autoencoder(model) is not None)
     device = next(encoder.parameters()).device
-    images, kind = 0, None
-    with preserve_state(encoder, time_steps):
+    images, layout = 0, None
+    with measurement_context(encoder, time_steps):
         for batch in itertools.islice([data] if isinstance(data, Tensor) else data, max_batches):
-            x, y = _split_batch(batch)
+            x, y = split_batch(batch)
             if len(x) == 0:
                 continue
-            is_sequence = x.ndim == 5
-            steps = x.shape[1] if is_sequence else encoder.time_steps
-            if is_sequence and time_steps is not None and steps != time_steps:
-                raise ValueError(f'time_steps is {time_steps}, but the sequences have {steps} time steps. Omit it.')
-            if kind not in (None, (is_sequence, steps)):
-                raise ValueError(
-                    f'Expected only images, or only sequences with the same number of time steps; got '
-                    f'{"a sequence" if is_sequence else "images"} of {steps} after '
-                    f'{"a sequence" if kind[0] else "images"} of {kind[1]} time steps.')
-            kind = is_sequence, steps
+            layout = check_layout(x, encoder.time_steps, time_steps, layout)
             if predictions is not None:
-                y = _check_labels(y, encoder.num_classes, accuracy)
+                y = check_labels(y, len(x), encoder.num_classes, accuracy)
             with recorder.record():
                 model(x.to(device))
             if predictions is not None:
@@ -503,16 +451,22 @@ def profile(
                 predictions.add(encoder.classify_steps(tokens), y)
             recorder.output = None
             images += len(x)
-    if images == 0:
-        raise ValueError('There is no data: the loader returned no images.')
+    if layout is None:
+        raise ValueError('`data` contains no images.')
     layer_counts = list(recorder.layer_counts.values())
-    name = getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__)
     result = Profile(
-        name, steps, images, is_sequence, any(t.neuron_spikes is None for t in layer_counts if t.spikes is not None),
-        conventions, cost, layer_counts, predictions)
-    if result.silent_layers:
+        model=getattr(encoder, 'pretrained_cfg', {}).get('architecture', type(encoder).__name__),
+        time_steps=layout.time_steps,
+        images=images,
+        is_sequence=layout.is_sequence,
+        by_channel=any(x.neuron_spikes is None for x in layer_counts if x.spikes is not None),
+        conventions=conventions,
+        cost=cost,
+        _layer_counts=layer_counts,
+        _predictions=predictions,
+    )
+    warning = describe_silent_layers(result)
+    if warning is not None:
         _logger.warning(
-            'No neuron fires in %d of %d layers, such as %s, so the results are not meaningful. In eval mode, BN needs '
-            'running statistics of the data: train for some steps, or load weights.', len(result.silent_layers),
-            len(result.layers), result.silent_layers[0])
+            '%s In eval mode, BN needs running statistics of the data: train for some steps, or load weights.', warning)
     return result

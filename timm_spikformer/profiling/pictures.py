@@ -279,7 +279,7 @@ def render(
     """
     for name in names or ():
         if name not in PICTURES:
-            raise ValueError(f'There is no figure {name!r}, expected names of {", ".join(PICTURES)}.')
+            raise ValueError(f'Unknown figure {name!r}. Expected names from {", ".join(PICTURES)}.')
     with matplotlib.rc_context(_style(dark)):
         return {name: _encode(figure, format) for name, figure in _draw(profile, activity, names)}
 
@@ -289,13 +289,14 @@ def render_events(frames: torch.Tensor, format: str = 'png', dark: bool = False)
 
     Args:
         frames: Event counts `[n, T, 2, H, W]`. At most 4 sequences and 8 evenly spaced frames of each are drawn.
-        format: See `render`, also for `dark`.
+        format: As in `render`.
+        dark: As in `render`.
 
     Raises:
         ValueError: The shape is invalid.
     """
     if frames.ndim != 5 or frames.shape[2] != 2 or not frames.numel():
-        raise ValueError(f'Expected event counts [n, T, 2, H, W], got {list(frames.shape)}.')
+        raise ValueError(f'Expected event counts [n, T, 2, H, W]. Got {list(frames.shape)}.')
     with matplotlib.rc_context(_style(dark)):
         return _encode(_events(divide_by_largest(frames.float(), frames.float())), format)
 
@@ -314,14 +315,15 @@ def render_probabilities(
     Args:
         probabilities: Probabilities after each time step, `[T, num_classes]`, such as the softmax of `forward_steps`.
         labels: Class names.
-        format: See `render`, also for `dark`.
+        format: As in `render`.
+        dark: As in `render`.
 
     Raises:
         ValueError: There is not one label for each class.
     """
     if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
         raise ValueError(
-            f'Expected probabilities [time steps, {len(labels)}], one for each label, got '
+            f'Expected probabilities [time steps, {len(labels)}], one for each label. Got '
             f'{list(probabilities.shape)}.')
     time_steps = len(probabilities)
     leading = probabilities.argmax(1).flip(0).tolist()  # of the last time step first

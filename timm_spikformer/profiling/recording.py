@@ -20,7 +20,7 @@ from ..layers import ConvBNLIF, LinearBNLIF, SpikingSelfAttention
 from ..network import Spikformer
 from ..stems import SpikingConvStem
 
-__all__ = ['AttentionCounts', 'LayerCounts', 'NonFiniteError', 'Recorder', 'check_finite_sums']
+__all__ = ['AttentionCounts', 'LayerCounts', 'NonFiniteError', 'Recorder', 'check_finite']
 
 _aten = torch.ops.aten
 
@@ -39,17 +39,21 @@ def _is_nonzero(x: Tensor) -> Tensor:
     return torch.ne(x, 0, out=torch.empty_like(x))
 
 
-def check_finite_sums(sums: Tensor, what: str) -> Tensor:
-    """Check sums of activations on the CPU, which are finite only if the activations are; return them.
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """Check values on the CPU that are finite only if the activations are, such as sums of them; return the values.
+
+    Args:
+        values: Values to check.
+        what: Name of the activations for the message, such as 'input of head.fc'.
 
     Raises:
-        NonFiniteError: The activations are not finite.
+        NonFiniteError: The values are not finite.
     """
-    if not sums.isfinite().all():
+    if not values.isfinite().all():
         raise NonFiniteError(
             f'The {what} contains NaN or infinity, so the model cannot be profiled. Check the input and the weights of '
             f'the model; a training that has diverged gives such weights.')
-    return sums
+    return values
 
 
 def _add_to(total: Optional[Tensor], x: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class LayerCounts:
     def add_input(self, x: Tensor) -> None:
         """Add the input of the layer, `[steps, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
         self.input_numel += x[0].numel()
-        self.input_sum = _add_to(self.input_sum, check_finite_sums(_sum_per_step(x), f'input of {self.name}'))
+        self.input_sum = _add_to(self.input_sum, check_finite(_sum_per_step(x), f'input of {self.name}'))
         if self.input == 'spikes':
             self.num_nonzero = self.input_sum
         else:
@@ -135,7 +139,7 @@ class LayerCounts:
         T, B = spikes.shape[:2]
         self.output_numel += spikes[0].numel()
         fired = spikes.sum(1, dtype=torch.promote_types(spikes.dtype, torch.float32))
-        self.spikes = _add_to(self.spikes, check_finite_sums(_sum_per_step(fired), f'output of {self.name}'))
+        self.spikes = _add_to(self.spikes, check_finite(_sum_per_step(fired), f'output of {self.name}'))
         fired = fired.sum(0).movedim(channel_dim - 2, 0)  # [C, positions]
         earlier = None if self.neuron_spikes is None else self.neuron_spikes.counts
         if earlier is not None and earlier.shape != fired.shape:

@@ -6,7 +6,7 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import jinja2
 from rich import box
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from ..folders import check_output, write_folder
 from .activity import Activity
-from .counting import LayerProfile, Profile, Totals
+from .conventions import describe_assumptions
+from .counting import LayerProfile, Profile, Totals, describe_silent_layers
 from .pictures import PICTURES, render, to_dark
 
 __all__ = [
@@ -25,27 +26,30 @@ __all__ = [
 PathLike = Union[str, 'os.PathLike[str]']
 
 
-_KIND = 'profile'  # kind of the output folder, see folders.py
+_KIND = 'profile'  # kind of the output folder: see folders.py
 _PAGE = 'index.html'
 _FILES = {_PAGE, 'profile.json', 'layers.csv', *(f'{name}.png' for name in PICTURES)}
-_PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
+# Units from the largest to the smallest: the value of one unit, and its symbol
+_COUNT_UNITS = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'), (1., ''))
+_ENERGY_UNITS = ((1e3, 'J'), (1., 'mJ'), (1e-3, 'µJ'), (1e-6, 'nJ'))  # in millijoules
+
+
+def _format(value: float, units: Sequence[Tuple[float, str]]) -> str:
+    """Format a value with three significant digits, in the largest unit in which it is at least 1 after rounding."""
+    value = float(f'{value:.3g}')
+    factor, symbol = next((unit for unit in units if value >= unit[0]), units[-1])
+    number = value / factor
+    return f'{number:.0f} {symbol}' if number >= 999.5 else f'{number:.3g} {symbol}'  # .3g would write 1e+03
 
 
 def _count(n: float) -> str:
     """Format a number of operations, such as 1234567, as 1.23 M."""
-    for factor, prefix in _PREFIXES:
-        if n >= factor:
-            digits = '.3g' if n < 999.5 * factor else '.0f'  # avoids 1e+03
-            return f'{n / factor:{digits}} {prefix}'
-    return f'{n:.3g}'
+    return _format(n, _COUNT_UNITS).rstrip()
 
 
 def _energy(mj: float) -> str:
     """Format an energy, such as 0.0123 mJ, as 12.3 µJ."""
-    for unit, factor in (('mJ', 1.), ('µJ', 1e3)):
-        if mj * factor >= 1.:
-            return f'{mj * factor:.3g} {unit}'
-    return f'{mj * 1e6:.3g} nJ'
+    return _format(mj, _ENERGY_UNITS)
 
 
 def _percent(share: Optional[float]) -> str:
@@ -70,7 +74,7 @@ def create_console() -> Console:
     return console if console.is_terminal else Console(width=140, **options)
 
 
-def _encodable(console: Console, text: str) -> str:
+def _to_encodable(console: Console, text: str) -> str:
     """Replace the micro sign with u if the encoding of the console does not have it."""
     try:
         text.encode(console.encoding)
@@ -79,14 +83,63 @@ def _encodable(console: Console, text: str) -> str:
         return text.replace('µ', 'u')
 
 
-def _columns(width: int) -> List[str]:
+def _columns(profile: Profile, width: int) -> List[str]:
     """Return the columns, besides the layer name, that fit into a terminal of `width` characters."""
-    if width >= 120:
-        return [
-            'input', 'rate', 'saturated', 'firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy', 'ms', 'dense ms']
-    if width >= 80:
-        return ['firing', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
-    return ['firing', 'ACs', 'energy'] if width >= 50 else ['energy']
+    if width < 80:
+        return ['firing rate', 'ACs', 'energy'] if width >= 50 else ['energy']
+    if width < 120:
+        return ['firing rate', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
+    columns = ['input', 'input rate', 'saturated', 'firing rate', 'silent', 'dense MACs', 'MACs', 'ACs', 'energy']
+    has_times = any(x.milliseconds is not None for x in profile.layers)
+    return columns + ['ms', 'dense ms'] if has_times else columns
+
+
+def _operation_cells(x: Union[LayerProfile, Totals], console: Console) -> Dict[str, str]:
+    macs, acs = (sum(n) if isinstance(n, list) else n for n in (x.macs, x.acs))
+    return {
+        'dense MACs': _count(x.dense_macs), 'MACs': _count(macs), 'ACs': _count(acs),
+        'energy': _to_encodable(console, _energy(x.energy_mj))}
+
+
+def _layer_cells(x: LayerProfile, console: Console) -> Dict[str, str]:
+    return {
+        **_operation_cells(x, console),
+        'input': x.input,
+        'input rate': _rate(sum(x.input_rate) / len(x.input_rate) if x.input_rate else None),
+        'saturated': _percent(x.saturated),
+        'firing rate': _rate(x.mean_firing_rate),
+        'silent': _percent(x.silent),
+        'ms': _time(x.milliseconds),
+        'dense ms': _time(x.dense_milliseconds),
+    }
+
+
+def _create_table(profile: Profile, console: Console) -> Table:
+    """Create the table of layers, groups and totals."""
+    columns = _columns(profile, console.width)
+    table = Table(
+        title=Text(f'{profile.model}, T = {profile.time_steps}, mean of {profile.images:,} {_sample(profile)}s'),
+        title_justify='left', box=box.SIMPLE, pad_edge=False, padding=(0, 1 if console.width >= 120 else 0))
+    table.add_column('layer', overflow='fold')
+    for name in columns:
+        heading = name.replace(' rate', '\nrate')  # the numbers are narrow
+        table.add_column(heading, justify='right', no_wrap=True, overflow='crop')
+
+    def add(name: str, cells: Dict[str, str], **style: Any) -> None:
+        table.add_row(Text(name), *(Text(cells.get(column, '')) for column in columns), **style)
+
+    for group, totals in profile.groups.items():
+        for layer in profile.layers:
+            if layer.group == group:
+                add(layer.name, _layer_cells(layer, console))
+        add(group, _operation_cells(totals, console), style='bold', end_section=True)
+    cells = {**_operation_cells(profile.totals, console), 'firing rate': _rate(profile.firing_rate)}
+    add('all', cells, style='bold')
+    return table
+
+
+def _sample(profile: Profile) -> str:
+    return 'sequence' if profile.is_sequence else 'image'
 
 
 def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
@@ -94,53 +147,29 @@ def print_profile(profile: Profile, console: Optional[Console] = None) -> None:
 
     Args:
         profile: Profile to print.
-        console: rich console to print to; by default, that of the terminal.
+        console: rich console to print to; by default, one for standard output.
     """
     console = console or create_console()
-    columns = _columns(console.width)
-    if all(x.milliseconds is None for x in profile.layers):
-        columns = [name for name in columns if not name.endswith('ms')]
-    title = (f'{profile.model}, T = {profile.time_steps}, mean of {profile.images:,} '
-             f'{"sequences" if profile.is_sequence else "images"}')
-    table = Table(
-        title=Text(title), title_justify='left', box=box.SIMPLE, pad_edge=False,
-        padding=(0, 1 if console.width >= 120 else 0))
-    table.add_column('layer', overflow='fold')
-    for name in columns:
-        table.add_column(name, justify='right', no_wrap=True, overflow='crop')
-
-    def add(name: str, x: Union[LayerProfile, Totals], cells: Dict[str, str], **style: Any) -> None:
-        macs, acs = (sum(n) if isinstance(n, list) else n for n in (x.macs, x.acs))
-        cells = {
-            **cells, 'dense MACs': _count(x.dense_macs), 'MACs': _count(macs), 'ACs': _count(acs),
-            'energy': _encodable(console, _energy(x.energy_mj))}
-        table.add_row(Text(name), *(Text(cells.get(column, '')) for column in columns), **style)
-
-    for group, totals in profile.groups.items():
-        for x in (x for x in profile.layers if x.group == group):
-            rate_in = sum(x.input_rate) / len(x.input_rate) if x.input_rate else None
-            add(x.name, x, {
-                'input': x.input, 'rate': _rate(rate_in), 'saturated': _percent(x.saturated),
-                'firing': _rate(x.mean_firing_rate), 'silent': _percent(x.silent),
-                'ms': _time(x.milliseconds), 'dense ms': _time(x.dense_milliseconds)})
-        add(group, totals, {}, style='bold', end_section=True)
-    t = profile.totals
-    add('all', t, {'firing': _rate(profile.firing_rate)}, style='bold')
-    console.print(table)
+    console.print(_create_table(profile, console))
     if profile.by_channel:
         console.print('Silent and saturated are fractions of channels, not of neurons.')
-    if t.energy_mj:
-        console.print(Text(_encodable(
+    spiking, ann = profile.totals.energy_mj, profile.totals.ann_energy_mj
+    if spiking:
+        console.print(Text(_to_encodable(
             console,
-            f'Energy per {"sequence" if profile.is_sequence else "image"}: {_energy(t.energy_mj)}. A dense ANN with '
-            f'the same layers: '
-            f'{_energy(t.ann_energy_mj)}, {t.ann_energy_mj / t.energy_mj:.1f} times as much.')))
-    for line in _describe_assumptions(profile):
-        console.print(Text(_encodable(console, f'  {line}')))
+            f'Energy per {_sample(profile)}: {_energy(spiking)}. '
+            f'A dense ANN with the same layers: {_energy(ann)}, {ann / spiking:.1f} times as much.')))
+    for line in describe_assumptions(profile.conventions, profile.cost):
+        console.print(Text(_to_encodable(console, f'  {line}')))
 
 
 def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
-    """Print accuracy, agreement with the last step, confidence and energy after each time step."""
+    """Print accuracy, agreement with the last step, confidence and energy after each time step.
+
+    Args:
+        profile: Profile to print.
+        console: rich console to print to; by default, one for standard output.
+    """
     console = console or create_console()
     table = Table(title=Text('After each time step'), title_justify='left', box=box.SIMPLE, pad_edge=False)
     for name in ('step', 'accuracy', 'agreement', 'confidence', 'energy'):
@@ -148,35 +177,22 @@ def print_steps(profile: Profile, console: Optional[Console] = None) -> None:
     for x in profile.steps:
         table.add_row(
             str(x.step), _percent(x.accuracy), _percent(x.agreement), _percent(x.confidence),
-            _encodable(console, _energy(x.energy_mj)))
+            _to_encodable(console, _energy(x.energy_mj)))
     console.print(table)
-
-
-def _describe_assumptions(profile: Profile) -> List[str]:
-    """Return sentences that describe the energy model and the counting conventions."""
-    cost = profile.cost
-    lines = [
-        f'Energy: {cost.mac_pj:g} pJ for a multiply-accumulate, {cost.ac_pj:g} pJ for an accumulate '
-        f'({cost.name}; {cost.source}). '
-        + (f'{cost.memory_pj_per_byte:g} pJ for each byte of weights read and of membrane potentials read or '
-           f'written.' if cost.memory_pj_per_byte else 'Arithmetic only, without memory access.'),
-    ]
-    lines += [f'{name.replace("_", " ")} = {getattr(profile.conventions, name)}: {meaning}.'
-              for name, meaning in profile.conventions.describe().items()]
-    return lines
 
 
 def to_csv(profiles: Sequence[Profile]) -> str:
     """Return a CSV table with a row for each layer of each profile.
 
-    Values per time step have a column for each time step of the longest profile; in rows of shorter profiles, the last
-    ones are empty.
+    Values per time step have a column for each time step of the profile with the most time steps; the rows of profiles
+    with fewer time steps leave the remaining columns empty.
     """
-    longest = max(p.time_steps for p in profiles)
+    most_steps = max(p.time_steps for p in profiles)
     plain = ('name', 'group', 'input', 'parameters', 'dense_macs', 'silent', 'saturated', 'energy_mj', 'ann_energy_mj',
              'milliseconds', 'dense_milliseconds')
-    by_step = ('input_rate', 'firing_rate', 'macs', 'acs')
-    columns = ['model', 'time_steps', *plain, *(f'{key}_{t + 1}' for key in by_step for t in range(longest)), 'values']
+    by_step = ('input_rate', 'q_rate', 'k_rate', 'v_rate', 'firing_rate', 'macs', 'acs', 'memory_bytes')
+    columns = ['model', 'time_steps', *plain]
+    columns += [f'{key}_{t + 1}' for key in by_step for t in range(most_steps)] + ['values']
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
@@ -184,8 +200,9 @@ def to_csv(profiles: Sequence[Profile]) -> str:
         for x in p.layers:
             row: Dict[str, Any] = {'model': p.model, 'time_steps': p.time_steps}
             row.update({key: getattr(x, key) for key in plain})
+            values = {**vars(x), **{f'{name}_rate': rates for name, rates in (x.operand_rates or {}).items()}}
             for key in by_step:
-                row.update({f'{key}_{t + 1}': value for t, value in enumerate(getattr(x, key) or ())})
+                row.update({f'{key}_{t + 1}': value for t, value in enumerate(values.get(key) or ())})
             row['values'] = ' '.join(f'{value}:{share:.6g}' for value, share in (x.values or {}).items())
             writer.writerow(row)
     return text.getvalue()
@@ -210,19 +227,22 @@ def to_html(
     """Return a self-contained HTML page, which loads no external scripts, fonts or images.
 
     Args:
-        profiles: Profiles of one model for different numbers of time steps; layers and figures show the last one.
+        profiles: Profiles of one model for different numbers of time steps; the page shows the layers and figures of
+            the last one.
         activity: Activity to draw.
         data: Description of the images.
         notes: Sentences to show at the top of the page.
     """
     profile = profiles[-1]
+    silent = describe_silent_layers(profile)
     pictures = render(profile, activity, 'svg')
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=_count, energy=_energy, percent=_percent, rate=_rate, time=_time)
     template = environment.from_string(
         resources.files(__package__).joinpath('page.html.jinja').read_text(encoding='utf-8'))
     return template.render(
-        profile=profile, profiles=profiles, data=data, notes=notes, assumptions=_describe_assumptions(profile),
+        profile=profile, profiles=profiles, data=data, notes=notes if silent is None else [*notes, silent],
+        assumptions=describe_assumptions(profile.conventions, profile.cost),
         bars=_relative_energies(profile.layers),
         has_times=any(x.milliseconds is not None for x in profile.layers),
         pictures={name: (_data_uri(svg), _data_uri(to_dark(svg))) for name, svg in pictures.items()})
@@ -237,7 +257,8 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data:
         data: Folders that images are read from.
 
     Raises:
-        ValueError: See `timm_spikformer.folders.check_output`.
+        ValueError: The folder is invalid, is an input, or contains files that this report would overwrite: see
+            `timm_spikformer.folders.check_output`.
     """
     check_output(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
 
@@ -249,20 +270,21 @@ def write_report(
         data: str = '',
         notes: Sequence[str] = (),
 ) -> Path:
-    """Write profile.json, layers.csv, the figures and index.html to a folder. After an error, nothing is written.
+    """Write profile.json, layers.csv, the figures and index.html to a folder. If an error occurs, no file is written.
 
     Args:
         folder: Output folder. The files of an earlier report are replaced; other files are left alone.
-        profiles: See `to_html`.
-        activity: See `to_html`.
-        data: See `to_html`.
-        notes: See `to_html`.
+        profiles: Profiles of one model for different numbers of time steps; the page shows the layers and figures of
+            the last one.
+        activity: Activity to draw.
+        data: Description of the images.
+        notes: Sentences to show at the top of the page.
 
     Returns:
         The path of index.html.
 
     Raises:
-        ValueError: See `check_report_folder`.
+        ValueError: The folder contains a file that a report would overwrite, or cannot be used for another reason.
     """
     check_report_folder(folder)
     files = {f'{name}.png': png for name, png in render(profiles[-1], activity).items()}

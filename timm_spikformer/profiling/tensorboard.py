@@ -1,15 +1,18 @@
 """Log profiles to TensorBoard from a custom training loop. For transformers' Trainer, use `ProfileCallback`."""
-from typing import Any, Dict, Optional
+from typing import TYPE_CHECKING, Dict, Optional
 
 from .activity import Activity
 from .counting import Profile
 from .pictures import draw
 
-__all__ = ['log_profile', 'scalars']
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ['log_profile']
 
 
-def scalars(profile: Profile) -> Dict[str, float]:
-    """Return scalars to log by name: firing rates, operations and energy (mJ) per image, and accuracy."""
+def _scalars(profile: Profile) -> Dict[str, float]:
+    """Return the scalars to log by name."""
     values = {
         'firing_rate': profile.firing_rate,
         'energy_mj': profile.totals.energy_mj,
@@ -27,16 +30,25 @@ def scalars(profile: Profile) -> Dict[str, float]:
     return values
 
 
-def log_profile(writer: Any, profile: Profile, step: int, activity: Optional[Activity] = None) -> None:
+def log_profile(
+        writer: 'SummaryWriter',
+        profile: Profile,
+        step: int,
+        activity: Optional[Activity] = None,
+) -> None:
     """Log the scalars and figures of a profile to TensorBoard.
 
+    The scalars are, per image: firing_rate, energy_mj (millijoules), acs, macs, energy_mj/GROUP, firing_rate/LAYER and
+    silent/LAYER, the fraction of silent neurons; and accuracy (0 to 1, not percent), if the data has labels. All names
+    start with profile/.
+
     Args:
-        writer: A `torch.utils.tensorboard.SummaryWriter`.
+        writer: Writer to log with.
         profile: Profile to log.
         step: Training step or epoch.
-        activity: Activity to log figures of, see `render`.
+        activity: Activity whose figures are logged too: spike rasters, attention maps and reconstructions.
     """
-    for name, value in scalars(profile).items():
+    for name, value in _scalars(profile).items():
         writer.add_scalar(f'profile/{name}', value, step)
     for name, figure in draw(profile, activity).items():
         writer.add_figure(f'profile/{name}', figure, step)

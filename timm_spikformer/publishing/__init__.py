@@ -4,6 +4,10 @@ from ..lazy import import_on_demand
 # Imported on demand, because conversion does not need the dependencies of the model card
 _MODULES = {
     'Checkpoint': '..reading',
+    'ConversionResult': '.conversion',
+    'Dataset': '.card',
+    'PublishResult': '.upload',
+    'TrainingRecord': '..reading',
     'convert': '.conversion',
     'publish': '.upload',
     'read_checkpoint': '..reading',
@@ -12,6 +16,5 @@ _MODULES = {
 }
 
 __all__ = list(_MODULES)
-
 
 __getattr__ = import_on_demand(__name__, _MODULES)

@@ -1,0 +1,125 @@
+"""Numbers of operations of a layer, computed from its recorded counts and the conventions."""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .conventions import Conventions
+from .recording import LayerCounts
+
+__all__ = ['Operations', 'count_operations']
+
+_MEMBRANE_BYTES = 4  # bytes per membrane potential, which is float32 for all dtypes of the weights
+
+
+class Operations(NamedTuple):
+    """Operations of one layer, summed over all images: dense MACs of one time step; the others `[T]`."""
+    dense_macs: float
+    macs: Tensor
+    acs: Tensor
+    memory_bytes: Tensor
+
+
+class _Product(NamedTuple):
+    """Operations of the product of one layer, without BN, neurons and bias; all tensors are `[T]`.
+
+    `active_steps` is 1 at the time steps at which the product is computed, else 0.
+    """
+    dense_macs: float
+    macs: Tensor
+    acs: Tensor
+    weight_reads: Tensor
+    active_steps: Tensor
+
+
+def count_operations(
+        counts: LayerCounts,
+        conventions: Conventions,
+        time_steps: int,
+        is_sequence: bool,
+) -> Operations:
+    """Count the operations of a layer.
+
+    Args:
+        counts: Recorded counts of the layer.
+        conventions: Conventions for counting operations.
+        time_steps: Number of time steps T.
+        is_sequence: Whether each time step has a separate input.
+    """
+    dense_macs, macs, acs, weight_reads, active_steps = _count_product(counts, conventions, time_steps, is_sequence)
+    memory_bytes = counts.weight_bytes * weight_reads
+    if counts.has_bias:
+        memory_bytes = memory_bytes + active_steps * counts.output_numel * counts.weight_bytes
+    if conventions.bn == 'mac' and counts.has_bn:
+        macs = macs + active_steps * counts.output_numel
+    if counts.spikes is not None:  # neurons update their membranes at all time steps
+        every_step = torch.ones_like(active_steps)
+        if conventions.neuron == 'mac':
+            macs = macs + every_step * counts.output_numel
+        memory_bytes = memory_bytes + every_step * (2 * _MEMBRANE_BYTES * counts.output_numel)
+    return Operations(dense_macs, macs, acs, memory_bytes)
+
+
+def _count_product(counts: LayerCounts, conventions: Conventions, time_steps: int, is_sequence: bool) -> _Product:
+    every_step = torch.ones(time_steps, dtype=torch.float64)
+    if counts.attention is not None:
+        return _count_attention(counts, conventions, every_step)
+    if counts.input == 'features':
+        return _count_dense_macs(counts, _only(-1, time_steps))
+    if counts.input == 'image' and not is_sequence:
+        return _count_first_conv(counts, conventions, every_step)
+    if counts.input == 'image' and not counts.is_integer:
+        return _count_dense_macs(counts, every_step)
+    # spikes, sums of spikes, or event counts, which are counted as sums
+    if counts.input != 'spikes' and conventions.residual == 'mac':
+        return _count_dense_macs(counts, every_step)
+    return _count_sparse(counts, conventions, every_step)
+
+
+def _only(step: int, time_steps: int) -> Tensor:
+    return torch.eye(time_steps, dtype=torch.float64)[step]
+
+
+def _count_dense_macs(counts: LayerCounts, active_steps: Tensor) -> _Product:
+    """Count a dense product of real-valued inputs."""
+    macs = active_steps * counts.dense_macs
+    return _Product(
+        counts.dense_macs, macs, acs=torch.zeros_like(macs), weight_reads=macs, active_steps=active_steps)
+
+
+def _count_first_conv(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+    """Count the first convolution of images, whose input is the same at all time steps."""
+    if conventions.first_conv == 'ac':
+        acs = every_step * counts.dense_macs
+        return _Product(
+            counts.dense_macs, macs=torch.zeros_like(acs), acs=acs, weight_reads=acs, active_steps=every_step)
+    return _count_dense_macs(
+        counts, _only(0, len(every_step)) if conventions.first_conv == 'once' else every_step)
+
+
+def _count_sparse(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+    """Count a product of spikes, sums of spikes or event counts."""
+    is_nonzero = conventions.residual == 'nonzero'
+    if conventions.fan_out == 'exact':
+        acs = counts.nonzero_synops if is_nonzero else counts.synops
+    else:
+        acs = (counts.num_nonzero if is_nonzero else counts.input_sum) * (counts.dense_macs / counts.input_numel)
+    return _Product(
+        counts.dense_macs, macs=torch.zeros_like(every_step), acs=acs, weight_reads=counts.nonzero_synops,
+        active_steps=every_step)
+
+
+def _count_attention(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+    """Count the two products of spiking attention."""
+    a = counts.attention
+    if conventions.attention_order == 'cheaper' and a.kv_is_cheaper:
+        dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
+    else:
+        dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
+    zeros = torch.zeros_like(every_step)
+    if conventions.attention == 'none':
+        acs = zeros
+    else:
+        first_acs = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
+        acs = first_acs + second * (dense / a.numel)
+    return _Product(2 * dense, macs=zeros, acs=acs, weight_reads=zeros, active_steps=every_step)
