@@ -464,8 +464,8 @@ def test_description_of_no_dataset_is_an_error(option, tmp_path):
     (dict(dataset=DATASET), 'The dataset of a result is given, but no result'),
     (dict(output=None), 'A dry run requires an output folder'),
     (dict(labels=['a', 'b']), 'The model has 10 classes, but 2 labels were given'),
-    (dict(labels=['a'] * 10), "The label 'a' occurs twice, as number 1 and 2"),
-    (dict(labels=[*'abcdefghi', ' ']), "Label 10 is ' '; each class needs a name"),
+    (dict(labels=['a'] * 10), "The label 'a' occurs twice, for class 0 and class 1"),
+    (dict(labels=[*'abcdefghi', ' ']), "The label of class 9 is ' '; each class needs a name"),
     (dict(model_kwargs=dict(depths=3)), 'test_spikformer_v2 cannot be created with .*depths'),
     (dict(model_kwargs=dict(depth=3)), 'does not match test_spikformer_v2|do not match the model'),
     (dict(model='resnet18'), "There is no Spikformer 'resnet18'"),
@@ -503,15 +503,15 @@ def test_files_that_are_not_checkpoints(small, tmp_path, capsys):
     with pytest.raises(ValueError, match='does not contain the name of its model. Specify it with --model'):
         read_checkpoint(tmp_path / 'nameless.pth')
     torch.save({'a': torch.ones(1)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='is not of a Spikformer'):
+    with pytest.raises(ValueError, match='does not contain a Spikformer'):
         read_checkpoint(tmp_path / 'other.pth', 'test_spikformer_v2')
-    with pytest.raises(ValueError, match='There is no .*nowhere'):
+    with pytest.raises(ValueError, match='nowhere does not exist'):
         read_checkpoint(tmp_path / 'nowhere')
 
 
 def test_bad_folders(small, tmp_path):
     folder = dry_run(small, tmp_path / 'a')
-    with pytest.raises(ValueError, match='--ema is for files'):
+    with pytest.raises(ValueError, match='ema and model_kwargs apply only to checkpoint files'):
         read_checkpoint(folder, ema=True)
     weights = load_file(folder / 'model.safetensors')
     shutil.copytree(folder, tmp_path / 'pickle')

@@ -36,8 +36,8 @@ from timm.models import (
 )
 
 __all__ = [
-    'check_hub_connection', 'check_shipped_weights', 'download', 'get_training_cfg', 'locate_weights', 'read_digests',
-    'read_metadata', 'set_hub_namespace', 'shipped_weights',
+    'check_hub_connection', 'check_shipped_weights', 'download', 'download_if_exists', 'get_training_cfg',
+    'locate_weights', 'read_digests', 'read_metadata', 'set_hub_namespace', 'shipped_weights', 'split_revision',
 ]
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -174,6 +174,25 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
             f'{filename} of {repo} was damaged during the download: its sha256 is not {blob.name}. It has been removed '
             f'from the cache; try again.')
     return path
+
+
+def download_if_exists(repo: str, filename: str) -> Optional[str]:
+    """Download a file of a Hub repository like `download`; return None if the repository does not contain it.
+
+    Raises:
+        RuntimeError: The repository or revision does not exist, there is no network to find out whether the file
+            exists, or the file was damaged during the download.
+    """
+    repo_id, revision = split_revision(repo)
+    cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+    if cached is not None and not isinstance(cached, str):  # an earlier request has found that it does not exist
+        return None
+    try:
+        return download(repo, filename)
+    except RuntimeError as e:
+        if isinstance(e.__cause__, EntryNotFoundError) and not isinstance(e.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
 
 
 def locate_weights(
