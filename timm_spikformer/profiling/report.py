@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..folders import check_output, write_folder
+from ..folders import check_output_folder, write_folder
 from .activity import Activity
 from .counting import LayerProfile, Profile, Totals
 from .pictures import PICTURES, render, to_dark
@@ -237,9 +237,9 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data:
         data: Folders that images are read from.
 
     Raises:
-        ValueError: See `timm_spikformer.folders.check_output`.
+        ValueError: See `timm_spikformer.folders.check_output_folder`.
     """
-    check_output(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
+    check_output_folder(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
 
 
 def write_report(
