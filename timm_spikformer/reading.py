@@ -6,17 +6,15 @@ returns. Pickles are opened only with `weights_only=True`.
 import argparse
 import copy
 import inspect
-import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
-import yaml
-from safetensors import SafetensorError
+from huggingface_hub import is_offline_mode
 from timm.data import str_to_pil_interp
 from timm.models import get_model_input_config
 from timm.utils import unwrap_model
@@ -27,23 +25,23 @@ from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
 from .pretrained import WEIGHTS_FILE, download, download_if_exists, split_revision
 from .spikformer import Spikformer, check_model_name
-from .state_dicts import check_size, check_tensors, find_state_dict, first_line, read_tensors
+from .state_dicts import (
+    PARSING_ERRORS,
+    check_size,
+    check_tensors,
+    find_state_dict,
+    first_line,
+    read_json,
+    read_tensors,
+)
 from .stems import SpikingConvStage
+from .training_records import TrainingRecord, read_training_record, record_of_train_script
 
 __all__ = [
     'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'create_from_state_dict',
     'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels', 'unwrap_timm_model',
 ]
 
-# Arguments of train.py that describe the machine or contain local paths; they are not published, see `_is_private`
-_PRIVATE_ARGS = frozenset((
-    'data', 'output', 'output_dir', 'config', 'experiment', 'resume', 'initial_checkpoint', 'class_map', 'device',
-    'device_modules', 'local_rank', 'rank', 'world_size', 'distributed', 'prefetcher', 'log_interval', 'workers',
-    'pin_mem', 'log_wandb'))
-# Exceptions that parsing code may raise on malformed external data
-_PARSING_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
-    ValueError)
 # Arguments of the network that are read from the weights, and arguments that the user may set
 _ARGS_FROM_WEIGHTS = ('num_classes', 'in_chans')
 _MODEL_KWARGS = [
@@ -52,17 +50,6 @@ _CROP_MODES = ('center', 'squash', 'border')  # of timm's create_transform
 _LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a layer of the stem: 1 GiB in float32
 _WEIGHTS_INDEX = f'{WEIGHTS_FILE}.index.json'  # lists the files of sharded weights
 _LOAD_ERROR = 'The weights in {} cannot be loaded into the model of its config.json: {}.'
-
-
-@dataclass
-class TrainingRecord:
-    """How a model was trained, if its checkpoint records it: the command, and the arguments by name.
-
-    >>> TrainingRecord('timm-spikformer demo --epochs=5', {'epochs': 5}).args['epochs']
-    5
-    """
-    command: str
-    args: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -170,8 +157,9 @@ def read_checkpoint_source(name: str) -> Checkpoint:
             download(pinned, shard)
     elif not (folder / WEIGHTS_FILE).is_file():
         download(repo, WEIGHTS_FILE)  # raises an error that states what to do
-    for optional in ('preprocessor_config.json', TRAINING_FILE):
-        download_if_exists(pinned, optional)
+    download_if_exists(pinned, 'preprocessor_config.json')
+    if not is_offline_mode():  # the model can be used without it
+        download_if_exists(pinned, TRAINING_FILE)
     return read_checkpoint(folder)
 
 
@@ -197,7 +185,7 @@ def check_data_config(path: object, checkpoint: Checkpoint) -> None:
         fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
         fits &= config['crop_mode'] in _CROP_MODES
         str_to_pil_interp(config['interpolation'])
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(f'{path} has an invalid data config {config}: {type(e).__name__} {first_line(e)}.') from e
     if not fits:
         raise ValueError(
@@ -379,25 +367,17 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
         checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(f'{path} has an invalid data config {sizes} for {name}: {first_line(e)}.') from e
     if args:
-        public_args = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
-        command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
-        checkpoint.training = TrainingRecord(command, public_args)
+        checkpoint.training = record_of_train_script(args)
     return checkpoint
-
-
-def _is_private(key: str, value: Any) -> bool:
-    if key in _PRIVATE_ARGS or key.endswith(('data_dir', 'dataset_dir')) or key.startswith('wandb_'):
-        return True
-    return bool(re.search(r'(^|[/=:\s])(/|~|[A-Za-z]:\\)', str(value)))
 
 
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / 'config.json').is_file():
         raise ValueError(f'{path} contains no config.json. Expected a folder saved by timm or transformers.')
-    config = _read_json(path / 'config.json')
+    config = read_json(path / 'config.json')
     architecture = config.get('architecture', '')
     if config.get('model_type') != 'spikformer' and architecture not in timm.list_models(module='spikformer'):
         what = config.get('model_type') or architecture or 'model'
@@ -412,12 +392,12 @@ def _read_folder(path: Path) -> Checkpoint:
     check_model_name(checkpoint.name)
     if (path / 'preprocessor_config.json').is_file():
         from .hf.processing import read_data_config
-        checkpoint.processor = _read_json(path / 'preprocessor_config.json')
+        checkpoint.processor = read_json(path / 'preprocessor_config.json')
         try:
             checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
             crops = checkpoint.processor.get('crop_size') and checkpoint.processor.get('do_center_crop', True)
             crop_mode = checkpoint.data_config['crop_mode']
-        except _PARSING_ERRORS as e:
+        except PARSING_ERRORS as e:
             raise ValueError(
                 f'{path / "preprocessor_config.json"} is not a valid processor config with size, image_mean and '
                 f'image_std: {type(e).__name__} {first_line(e)}.') from e
@@ -426,7 +406,7 @@ def _read_folder(path: Path) -> Checkpoint:
             raise ValueError(
                 f'{path / "config.json"} contains crop_mode={crop_mode!r}, but {path / "preprocessor_config.json"} '
                 f'does not preprocess images in this way. Change one of them.')
-    checkpoint.training = _read_training(path)
+    checkpoint.training = read_training_record(path)
     return checkpoint
 
 
@@ -442,7 +422,7 @@ def _read_weights(path: Path) -> Dict[str, Tensor]:
 
 def _read_shard_names(index: Path) -> List[str]:
     """Return the names of the files that the index of sharded weights lists; they are in the same folder."""
-    parts = _read_json(index).get('weight_map')
+    parts = read_json(index).get('weight_map')
     names = list(parts.values()) if isinstance(parts, dict) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r'[\w.-]+\.safetensors', name) for name in names):
         raise ValueError(f'{index} has no weight_map that lists safetensors files.')
@@ -461,7 +441,7 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
         checkpoint = _make_checkpoint(model)
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(_LOAD_ERROR.format(path, first_line(e))) from e
     labels = config.get('label_names')
     if labels:
@@ -496,46 +476,3 @@ def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tenso
             f'The weights in {path} do not match the model in its config.json: {len(mismatched)} tensors are missing '
             f'or unexpected, such as {mismatched[0]}.')
     return _make_checkpoint(model)
-
-
-def _read_training(path: Path) -> Optional[TrainingRecord]:
-    """Return how the model of a folder was trained, or None if no file records it."""
-    file = path / TRAINING_FILE
-    if file.is_file():
-        try:
-            args = yaml.safe_load(file.read_text(encoding='utf-8'))
-            return TrainingRecord(str(args.pop('command')), args)
-        except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
-            raise ValueError(
-                f'{file} is not a valid training record; expected a mapping with the key command: {type(e).__name__} '
-                f'{first_line(e)}. Remove it.') from e
-    # in the folder itself or in a checkpoint folder of transformers' Trainer
-    files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
-    args = max(map(_read_trainer_state, files), key=lambda args: args['steps'], default=None)
-    return None if args is None else TrainingRecord('transformers Trainer', args)
-
-
-def _read_trainer_state(path: Path) -> Dict[str, Any]:
-    """Return the training arguments in a trainer_state.json of transformers, without those that it does not record."""
-    state = _read_json(path)
-    try:
-        rates = [entry['learning_rate'] for entry in state['log_history'] if 'learning_rate' in entry]
-        args = dict(
-            epochs=state['num_train_epochs'], steps=int(state['global_step']),
-            batch_size=state.get('train_batch_size'), peak_learning_rate_logged=max(rates, default=None))
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(
-            f'{path} is not a valid Trainer state: {type(e).__name__} {first_line(e)}. Remove it.') from e
-    return {k: v for k, v in args.items() if v is not None}
-
-
-def _read_json(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as e:
-        raise ValueError(f'{path} cannot be read: {e.strerror}.') from e
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON: {e}.') from e
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} contains a {type(content).__name__}, expected a JSON object.')
-    return content
