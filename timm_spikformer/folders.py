@@ -7,7 +7,6 @@ content is unchanged; all other files are left alone.
 
 This module imports the standard library only.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple, Union
 
+from .digests import sha256_of_file
 from .temporaries import (
     PREFIX,
     create_folders,
@@ -29,7 +29,7 @@ from .temporaries import (
 
 __all__ = [
     'MANIFEST', 'check_output_file', 'check_output_folder', 'check_writable', 'lock_folder_for_run', 'manifest_files',
-    'remove_files', 'sha256_of_file', 'write_file', 'write_folder', 'write_manifest', 'write_new_file',
+    'remove_files', 'write_file', 'write_folder', 'write_manifest', 'write_new_file',
 ]
 
 PathLike = Union[str, 'os.PathLike[str]']
@@ -458,8 +458,3 @@ def _list_files(folder: Path) -> List[str]:
     """Return the paths, with '/', of all files in a temporary folder."""
     files = [p for p in sorted(folder.rglob('*')) if p.is_symlink() or not p.is_dir()]
     return [p.relative_to(folder).as_posix() for p in files if p != folder / MANIFEST]
-
-
-def sha256_of_file(path: PathLike) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -34,7 +34,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-from .folders import sha256_of_file
+from .digests import sha256_of_file
 
 __all__ = [
     'check_hub_connection', 'check_shipped_weights', 'download', 'download_if_exists', 'get_training_cfg',
