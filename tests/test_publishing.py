@@ -320,8 +320,8 @@ def test_malformed_arguments_in_checkpoint(changes, message, small, tmp_path):
     ('config.json', None, 'cannot be loaded into the model of its config.json'),
     ('preprocessor_config.json', '{}', 'is not a valid processor config'),
     ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not a valid processor config'),
-    ('training_args.yaml', '- 1', 'does not contain `command: ...` and the arguments'),
-    ('training_args.yaml', 'lr: 3', 'does not contain `command: ...` and the arguments'),
+    ('training_args.yaml', '- 1', 'is not a valid training record; expected a mapping'),
+    ('training_args.yaml', 'lr: 3', 'is not a valid training record; expected a mapping'),
     ('trainer_state.json', '{"global_step": 3}', 'is not a valid Trainer state'),
 ])
 def test_malformed_files_in_folder(name, text, message, small, tmp_path):
@@ -414,7 +414,7 @@ def test_failed_publish_keeps_existing_folder(small, tmp_path, monkeypatch):
     monkeypatch.setattr('timm_spikformer.publishing.upload.verify_folder', fail)
     with pytest.raises(RuntimeError, match='verification failed'):
         dry_run(small, out)
-    with pytest.raises(ValueError, match='There is no'):
+    with pytest.raises(ValueError, match='nothing does not exist'):
         dry_run(tmp_path / 'nothing', out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before and os.listdir(tmp_path) == ['out']
 
