@@ -70,7 +70,12 @@ def training_data_config(model: Optional[str] = None) -> Dict[str, Any]:
 
 
 class ImageSource(Protocol):
-    """Source of encoded images, such as the files of a folder."""
+    """Source of encoded images, such as the files of a folder.
+
+    >>> source = read_splits()['test'].source
+    >>> len(source), decode(source.open(0), 'L').size
+    (1000, (28, 28))
+    """
 
     @property
     def files(self) -> Iterable[PathLike]:
