@@ -93,9 +93,9 @@ class Fault:
 
 
 class Error(Exception):
-    def __init__(self, status: int, code: str, message: str):
+    def __init__(self, status: int, code: str, message: str, **headers: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers
 
 
 def answer(data: object, **headers: str) -> Response:
@@ -185,7 +185,7 @@ class LoopbackHub:
             with self.lock:
                 response = endpoint(request, **args)
         except Error as e:
-            response = answer({'error': str(e)}, X_Error_Code=e.code, X_Error_Message=str(e))
+            response = answer({'error': str(e)}, X_Error_Code=e.code, X_Error_Message=str(e), **e.headers)
             response.status_code = e.status
         except HTTPException as e:
             response = e.get_response(request.environ)
@@ -399,7 +399,7 @@ class LoopbackHub:
         oid = self.head(found, revision)
         file = found.commits[oid].files.get(path)
         if file is None:
-            raise Error(404, 'EntryNotFound', f'{path} is not in {repo}')
+            raise Error(404, 'EntryNotFound', f'{path} is not in {repo}', X_Repo_Commit=oid)
         response = answer(file.data, X_Repo_Commit=oid)
         response.set_etag(file.sha256 if file.is_lfs else file.blob_id)
         if file.is_lfs:

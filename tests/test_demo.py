@@ -255,7 +255,7 @@ def test_class_with_one_image_and_300_classes(tmp_path):
         for i in range(1 if label == 7 else 2):
             Image.fromarray(pixels[label]).save(tmp_path / 'data' / str(label) / f'{i}.png')
     results = run_demo(tmp_path / 'out', '--quick', '--data', tmp_path / 'data', '--stages', 'train')
-    assert results['tested_on'] == '100 images of data, held-out tenth'
+    assert results['tested_on'] == '100 images of data, held-out 10%'
     assert results['linear_accuracy'] is None  # not fitted to large problems
 
 

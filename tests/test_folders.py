@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from timm_spikformer import folders
 from timm_spikformer.folders import (
     MANIFEST,
-    check_output,
+    check_output_folder,
     check_writable,
     lock_folder_for_run,
     manifest_files,
     remove_files,
     write_file,
     write_folder,
+    write_new_file,
 )
 from timm_spikformer.temporaries import PREFIX
 
@@ -86,7 +87,7 @@ def test_rejected_folders(name, message, tmp_path, monkeypatch):
     source.parent.mkdir(parents=True)
     source.write_text('weights')
     before = read(tmp_path)
-    for function in (check_output, lambda *args, **kwargs: write(args[0], {'model.safetensors': 'x'}, **kwargs)):
+    for function in (check_output_folder, lambda *args, **kwargs: write(args[0], {'model.safetensors': 'x'}, **kwargs)):
         with pytest.raises(ValueError, match=message):
             function(name, 'test', inputs=[source])
     assert read(tmp_path) == before
@@ -118,7 +119,10 @@ def test_edited_file_is_not_replaced_or_removed(tmp_path):
 
 @pytest.mark.parametrize('text', [
     '', '[]', '{"files": 3}', '{"files": {"../../victim": ["x"]}}', '{"files": {"/etc/passwd": ["x"]}}',
-    '{"files": {"a/../../victim": ["x"]}}', '{"files": {"": ["x"]}}',
+    '{"files": {"a/../../victim": ["x"]}}', '{"files": {"": ["x"]}}', '{"files": {}}',
+    *(json.dumps(dict(kind='test', files={name: ['x']})) for name in (
+        '../victim', '/victim', '//victim', 'a/../victim', '', '.', './a', 'a/', 'a//b', 'a\\b', 'c:a', 'a\0',
+        MANIFEST)),
 ])
 def test_bad_manifests(text, tmp_path):
     (tmp_path / 'victim').write_text('x')
@@ -160,40 +164,15 @@ def test_files_of_another_kind_are_not_replaced(tmp_path):
     assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
     write(out, {'config.json': '2'}, kind='convert a')
     with pytest.raises(ValueError, match='out contains config.json, which `timm-spikformer convert a` wrote'):
-        check_output(out, 'demo')
+        check_output_folder(out, 'demo')
     assert read(out) == {'config.json': '2'}
-
-
-def test_manifests_without_a_kind(tmp_path):
-    """Early versions wrote no kind; such a folder is replaced only if the file names are those that are written."""
-    out = tmp_path / 'out'
-
-    def write_old():
-        write(out, {'config.json': '1', 'model.safetensors': '1'}, allow_other_files=True)
-        content = json.loads((out / MANIFEST).read_text())
-        del content['kind']
-        (out / MANIFEST).write_text(json.dumps(content))
-
-    write_old()
-    for refused in (lambda: write(out, {'config.json': '2'}), lambda: write_file(out / 'other', 'test').__enter__(),
-                    lambda: check_output(out, 'test', names=['config.json'])):
-        with pytest.raises(ValueError, match='contains a model that an earlier version of timm-spikformer wrote'):
-            refused()
-    assert read(out) == {'config.json': '1', 'model.safetensors': '1'}
-    write(out, {'config.json': '2', 'model.safetensors': '2'}, kind='new')
-    assert json.loads((out / MANIFEST).read_text())['kind'] == 'new'
-    remove_files(out, ['config.json', 'model.safetensors'], 'new')
-    write_old()
-    check_output(out, 'other', names=['config.json', 'model.safetensors', 'more'], allow_other_files=True)
-    remove_files(out, ['config.json', 'model.safetensors', 'more'], 'other')
-    assert os.listdir(out) == []
 
 
 def test_check_output_with_names_of_files(tmp_path):
     (tmp_path / 'results.json').write_text('mine')
-    check_output(tmp_path, 'test', allow_other_files=True, names=['other'])
+    check_output_folder(tmp_path, 'test', allow_other_files=True, names=['other'])
     with pytest.raises(ValueError, match='results.json was not written by timm-spikformer'):
-        check_output(tmp_path, 'test', allow_other_files=True, names=['other', 'results.json'])
+        check_output_folder(tmp_path, 'test', allow_other_files=True, names=['other', 'results.json'])
 
 
 def test_output_inside_or_around_data_is_rejected(tmp_path, monkeypatch):
@@ -203,12 +182,12 @@ def test_output_inside_or_around_data_is_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'work')
     for out in ('data/out', 'data/cat/out', 'link/out', '../' + tmp_path.name + '/data/out'):
         with pytest.raises(ValueError, match='is inside .*data, so its files would be read as images'):
-            check_output(tmp_path / out, 'test', data=[tmp_path / 'data'])
+            check_output_folder(tmp_path / out, 'test', data=[tmp_path / 'data'])
     for out in ('data', 'data/cat'):
         with pytest.raises(ValueError, match='is or contains .*cat, which is an input'):
-            check_output(tmp_path / out, 'test', data=[tmp_path / 'data' / 'cat'])
-    check_output(tmp_path / 'data2', 'test', data=[tmp_path / 'data'])
-    check_output(tmp_path / 'data' / 'out', 'test', inputs=[tmp_path / 'data'])  # allowed for a folder of a checkpoint
+            check_output_folder(tmp_path / out, 'test', data=[tmp_path / 'data' / 'cat'])
+    check_output_folder(tmp_path / 'data2', 'test', data=[tmp_path / 'data'])
+    check_output_folder(tmp_path / 'data' / 'out', 'test', inputs=[tmp_path / 'data'])  # for a checkpoint in a folder
 
 
 def test_error_or_interruption_leaves_no_files(tmp_path):
@@ -285,6 +264,44 @@ def test_write_file_and_remove_files(tmp_path):
     (tmp_path / 'a').write_text('edited')
     with pytest.raises(ValueError, match='a has been changed since'):
         remove_files(tmp_path, ['a'], 'test')
+
+
+@pytest.mark.parametrize('has_hard_links', [True, False])
+def test_write_new_file(has_hard_links, tmp_path, monkeypatch):
+    def link(*args, **kwargs):
+        raise PermissionError(errno.EPERM, 'Operation not permitted')
+
+    if not has_hard_links:
+        monkeypatch.setattr(os, 'link', link)
+    path = tmp_path / 'a.txt'
+    with write_new_file(path) as partial:
+        partial.write_text('1')
+    assert read(tmp_path) == {'a.txt': '1'} and os.listdir(tmp_path) == ['a.txt']
+    with pytest.raises(ValueError, match='a.txt already exists. Choose another name'), write_new_file(path):
+        pass
+    path.unlink()
+    with pytest.raises(ValueError, match='a.txt was created while this command was running'), write_new_file(path):
+        path.write_text('mine')
+    assert read(tmp_path) == {'a.txt': 'mine'} and os.listdir(tmp_path) == ['a.txt']
+
+
+def test_file_created_at_the_last_moment_is_not_replaced(tmp_path, monkeypatch):
+    """Another program, which ignores the lock, creates the file just before the new file is moved into place."""
+    path = tmp_path / 'a.txt'
+
+    def after(function):
+        def call(*args, **kwargs):
+            if not path.exists():
+                path.write_text('mine')
+            return function(*args, **kwargs)
+        return call
+
+    for name in ('link', 'replace', 'rename'):
+        monkeypatch.setattr(os, name, after(getattr(os, name)))
+    with pytest.raises(ValueError, match='a.txt was created while this command was running'):
+        with write_new_file(path) as partial:
+            partial.write_text('1')
+    assert read(tmp_path) == {'a.txt': 'mine'}
 
 
 def test_concurrent_runs(tmp_path):
@@ -395,7 +412,7 @@ def test_disk_errors_of_safetensors(tmp_path):
 NAMES = st.sampled_from(['a', 'b', 'c', 'README.md', 'd/a', 'd/b', 'd/e/a', 'a/b', '.eval_results/x'])
 FILES = st.dictionaries(NAMES, st.sampled_from(['one', 'two', 'three']), max_size=5)
 PATCHED = [(os, 'rename'), (os, 'replace'), (Path, 'mkdir'), (Path, 'write_text'), (Path, 'rmdir'),
-           (folders, '_digest'), (folders.shutil, 'copyfile'), (os, 'listdir')]
+           (folders, 'sha256_of_file'), (folders.shutil, 'copyfile'), (os, 'listdir')]
 
 
 def put_files(folder, files):

@@ -35,7 +35,7 @@ def test_evaluation_on_images_held_out_by_demo(trained_by_the_demo, tmp_path):
     shutil.copytree(folder / 'images', tmp_path / 'elsewhere')
     card = ModelCard.load(evaluate(folder / 'out' / 'model', tmp_path / 'out', tmp_path / 'elsewhere') / 'README.md')
     (result,) = card.data.eval_results
-    assert result.dataset_split == 'held-out tenth'
+    assert result.dataset_split == 'held-out 10%'
     accuracy = json.loads((folder / 'out' / 'results.json').read_text())['accuracy']
     assert result.metric_value == round(accuracy, 2)  # measured on the same 6 images
     again = evaluate(tmp_path / 'out', tmp_path / 'again', folder / 'images')

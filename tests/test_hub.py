@@ -13,6 +13,7 @@ import timm
 import torch
 from conftest import SHIPPED_WEIGHTS, calibrate, firing_rates
 from loopback_hub import Fault, File, LoopbackHub, Repo, User
+from safetensors.torch import load, save
 
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.publishing import save_folder
@@ -491,6 +492,56 @@ def test_failed_downloads(hub, client, published):
             assert 'model.safetensors' not in cached and weights.sha256 not in cached
         assert second == 'Spikformer' and (first == second or message)
         assert (client.folder / f'cache{i}').rglob(weights.sha256).__next__().read_bytes() == weights.data
+
+
+def test_repository_is_read_from_one_commit(hub, client, shipped):
+    """Weights may be in several files. A commit during the download does not mix files of two commits."""
+    files = dict(put(hub, REPO, shipped / 'model'))
+    tensors = load(files.pop('model.safetensors').data)
+    names = sorted(tensors)
+    parts = {'model-00001-of-00002.safetensors': names[:40], 'model-00002-of-00002.safetensors': names[40:]}
+    for name, part in parts.items():
+        files[name] = File(save({key: tensors[key] for key in part}, dict(format='pt')), True)
+    index = dict(metadata={}, weight_map={key: name for name, part in parts.items() for key in part})
+    files['model.safetensors.index.json'] = File(json.dumps(index).encode(), False)
+    files['training_args.yaml'] = File(b'command: old', False)
+    hub.repos[REPO].add('main', 'shards', files)
+    out = client.run(FAULTS + """
+    from huggingface_hub import HfApi
+    from timm_spikformer import reading
+    read, download, repo = reading.read_checkpoint_source, reading.download, f'hf-hub:{sys.argv[1]}'
+    def download_and_commit(name, file):
+        path = download(name, file)
+        if file == 'config.json':
+            new = dict(path_or_fileobj=b'command: new', path_in_repo='training_args.yaml', repo_id=sys.argv[1])
+            HfApi().upload_file(**new)
+        return path
+    reading.download = download_and_commit
+    checkpoint = read(repo)
+    print(checkpoint.training.command, len(checkpoint.model.state_dict()))
+    reading.download = download
+    print(read(repo).training.command)
+    """, REPO).stdout
+    assert out.split() == ['old', str(len(tensors)), 'new']
+
+
+def test_failed_download_of_optional_file(hub, client, published):
+    """Only a file that does not exist is optional; other errors are not ignored."""
+    out = client.run(FAULTS + """
+    from timm_spikformer.reading import read_checkpoint_source
+    read = lambda: type(read_checkpoint_source(f'hf-hub:{sys.argv[1]}').processor).__name__
+    set_faults(('(HEAD|GET) .*/resolve/.*/preprocessor_config.json', '500', 50))
+    print(attempt(read))
+    set_faults()
+    print(attempt(read))
+    """, REPO).stdout.splitlines()
+    assert re.match(f'RuntimeError preprocessor_config.json of {REPO}@.* is not in the cache, and the Hub', out[0]), out
+    assert out[1] == 'dict'
+    client.run("""
+    import sys
+    from timm_spikformer.reading import read_checkpoint_source
+    assert read_checkpoint_source(f'hf-hub:{sys.argv[1]}').processor['do_resize']
+    """, REPO, HF_HUB_OFFLINE='1')
 
 
 def test_bad_repositories(hub, client, published):

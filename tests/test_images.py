@@ -10,16 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from timm_spikformer.images import (
     FASHION_MNIST,
     Images,
+    data_config,
     decode,
     make_loader,
     match_classes,
@@ -223,7 +225,7 @@ def test_link_to_parent_folder_raises(tmp_path):
     (['train/a/x/1.png', 'train/b/1.png'], 'in a subfolder of a class folder'),
     (['val/a/1.png', 'validation/a/1.png'], 'contains both val and validation'),
     (['train/1/1.png', 'train/01/1.png'], "'01' and '1' .* have no defined order"),
-    (['train/²/1.png', 'train/²5²/1.png'], 'contains a folder or file name that timm cannot sort'),
+    (['train/²/1.png', 'train/²5²/1.png'], 'name with digits that timm cannot convert to a number, .* Rename'),
     (['train/a/1.png', 'train/b/1.png', 'test/c/1.png'], "different classes.* 'c' is not a class of the model"),
 ], ids=lambda value: value[0] if isinstance(value, list) and value else None)
 def test_bad_folders(files, message, tmp_path):
@@ -234,7 +236,7 @@ def test_bad_folders(files, message, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match='nowhere is not a folder. Expected DIR'):
+    with pytest.raises(ValueError, match='nowhere is not a folder. Expected one of: DIR'):
         read_splits(tmp_path / 'nowhere')
 
 
@@ -246,13 +248,28 @@ def test_images_without_labels(tmp_path):
     assert x.shape == (2, 3, 32, 32)
 
 
+def test_crop_mode_of_model():
+    """The loader preprocesses images like timm's create_transform, also for other crop modes than 'center'."""
+    image = Image.effect_noise((60, 20), 80).convert('RGB')
+    images = read_splits()['test'].select([0])
+    images._decode = lambda i: image
+    loaded = {}
+    for mode in ('center', 'squash', 'border'):
+        model = timm.create_model(
+            'test_spikformer_v2', pretrained_cfg_overlay=dict(crop_mode=mode, crop_pct=0.9), device='meta')
+        loaded[mode] = next(iter(make_loader(images, data_config(model), 1)))[0][0]
+        expected = create_transform(**resolve_model_data_config(model))(image)
+        assert torch.equal(loaded[mode], expected)
+    assert not torch.equal(loaded['center'], loaded['squash'])
+
+
 # -- splits
 
 def test_tenth_is_held_out_without_test_split(tmp_path):
     write_tree(tmp_path, *(f'{name}/{i}.png' for name in 'ab' for i in range(20)), 'c/1.png')
     train, test = select_train_test(read_splits(tmp_path), seed=3)
     assert (len(train), len(test)) == (37, 4)
-    assert test.split == 'held-out tenth' and test.description == f'4 images of {tmp_path.name}, held-out tenth'
+    assert test.split == 'held-out 10%' and test.description == f'4 images of {tmp_path.name}, held-out 10%'
     assert not {*relative(train, tmp_path)} & {*relative(test, tmp_path)}
     assert np.bincount(test.labels).tolist() == [2, 2] and 'c/1.png' in relative(train, tmp_path)
     again = select_train_test(read_splits(tmp_path), seed=3)[1]
@@ -264,7 +281,7 @@ def test_tenth_is_held_out_without_test_split(tmp_path):
 def test_tenth_of_training_split_is_held_out(tmp_path):
     write_tree(tmp_path, *(f'train/{name}/{i}.png' for name in 'ab' for i in range(3)))
     train, test = select_train_test(read_splits(tmp_path))
-    assert test.split == 'held-out tenth of train' and (len(train), len(test)) == (4, 2)
+    assert test.split == 'held-out 10% of train' and (len(train), len(test)) == (4, 2)
 
 
 def test_test_split_is_preferred_to_validation_split(tmp_path):
@@ -283,8 +300,23 @@ def test_classes_with_one_image_raise(tmp_path):
 
 def test_single_class_raises(tmp_path):
     write_tree(tmp_path, 'train/a/1.png', 'train/a/2.png')
-    with pytest.raises(ValueError, match='all have the same class'):
+    with pytest.raises(ValueError, match='all training images have the same class; at least 2 classes are required'):
         select_train_test(read_splits(tmp_path))
+
+
+def test_missing_labels_or_training_split_raise(tmp_path):
+    write_tree(tmp_path / 'unlabeled', '1.png', '2.png')
+    write_parquet(tmp_path / 'mixed' / 'train.parquet', [png()] * 2, [0, 1])
+    pq.write_table(pa.table({'image': [png()]}), tmp_path / 'mixed' / 'test.parquet')
+    for folder, message in (
+            ('unlabeled', '2 images of unlabeled: there are no labels'),
+            ('mixed', '1 image of mixed, test split: there are no labels'),
+    ):
+        splits = read_splits(tmp_path / folder, labels=False)
+        with pytest.raises(ValueError, match=message):
+            select_train_test(splits)
+    with pytest.raises(ValueError, match='The dataset has no training split; it has: test. Expected one of'):
+        select_train_test({'test': splits['test']})
 
 
 def test_take_is_stratified(tmp_path):
@@ -315,6 +347,16 @@ def test_match_classes_by_name(tmp_path):
     with pytest.raises(ValueError, match='2 classes, but the model has 3'):
         match_classes(images, None, 3)
     assert match_classes(images, None, 2) is images
+
+
+def test_match_classes_without_names(tmp_path):
+    """A subset need not contain the highest class; a label that the model has no class for raises."""
+    write_parquet(tmp_path / 'test.parquet', [png()] * 2, [0, 8])
+    images = read_splits(tmp_path)['test']
+    for names in (None, [str(i) for i in range(10)]):
+        assert match_classes(images, names, 10) is images
+        with pytest.raises(ValueError, match='there is a label 8, expected 0 to 7'):
+            match_classes(images, names and names[:8], 8)
 
 
 # -- parquet
@@ -364,7 +406,7 @@ def test_parquet_in_shards(tmp_path):
 def test_parquet_file_with_any_name(tmp_path):
     write_parquet(tmp_path / 'birds.parquet', [png()] * 20, [0, 1] * 10)
     train, test = select_train_test(read_splits(tmp_path))
-    assert (len(train), len(test), test.split) == (18, 2, 'held-out tenth')
+    assert (len(train), len(test), test.split) == (18, 2, 'held-out 10%')
     write_parquet(tmp_path / 'train.parquet', [png()], [0])
     with pytest.raises(ValueError, match='contains files named after splits, but also birds.parquet'):
         read_splits(tmp_path)
@@ -410,7 +452,7 @@ def test_duplicate_class_names_raise(tmp_path):
     metadata = {'huggingface': json.dumps({'info': {'features': {**features.to_dict(), 'label': label}}})}
     table = pq.read_table(tmp_path / 'train.parquet').replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / 'train.parquet')
-    with pytest.raises(ValueError, match="the split train has the same name for class 0 and class 1, 'a'. Rename"):
+    with pytest.raises(ValueError, match="train has the same name for class 0 and class 1, 'a'. Class names must"):
         read_splits(tmp_path)
     with pytest.raises(ValueError, match="The model has the same name for class 1 and class 2, 'x'"):
         match_classes(read_splits()['test'], ['y', 'x', 'x'], 3)

@@ -169,7 +169,7 @@ def test_command_in_non_utf8_terminals(encoding, width, tmp_path):
     ([SHIPPED, '--time-steps', '1', f'1{"0" * 25}'], '--time-steps must be at most 2147483647'),
     ([SHIPPED, '--batch-size', f'1{"0" * 25}'], '--batch-size must be at most 2147483647'),
     ([SHIPPED, '--data', 'nowhere'], 'nowhere is not a folder'),
-    ([SHIPPED, '--checkpoint', 'nowhere'], 'There is no nowhere'),
+    ([SHIPPED, '--checkpoint', 'nowhere'], 'nowhere does not exist'),
     ([SHIPPED, '--device', 'abacus'], '--device abacus cannot be used'),
     ([SHIPPED, '--layers', 'head.fc'], "Unknown spiking layer 'head.fc'"),
 ])

@@ -320,8 +320,8 @@ def test_malformed_arguments_in_checkpoint(changes, message, small, tmp_path):
     ('config.json', None, 'cannot be loaded into the model of its config.json'),
     ('preprocessor_config.json', '{}', 'is not a valid processor config'),
     ('preprocessor_config.json', '{"size": 3, "image_mean": 1}', 'is not a valid processor config'),
-    ('training_args.yaml', '- 1', 'does not contain `command: ...` and the arguments'),
-    ('training_args.yaml', 'lr: 3', 'does not contain `command: ...` and the arguments'),
+    ('training_args.yaml', '- 1', 'is not a valid training record; expected a mapping'),
+    ('training_args.yaml', 'lr: 3', 'is not a valid training record; expected a mapping'),
     ('trainer_state.json', '{"global_step": 3}', 'is not a valid Trainer state'),
 ])
 def test_malformed_files_in_folder(name, text, message, small, tmp_path):
@@ -414,7 +414,7 @@ def test_failed_publish_keeps_existing_folder(small, tmp_path, monkeypatch):
     monkeypatch.setattr('timm_spikformer.publishing.upload.verify_folder', fail)
     with pytest.raises(RuntimeError, match='verification failed'):
         dry_run(small, out)
-    with pytest.raises(ValueError, match='There is no'):
+    with pytest.raises(ValueError, match='nothing does not exist'):
         dry_run(tmp_path / 'nothing', out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before and os.listdir(tmp_path) == ['out']
 
@@ -464,8 +464,8 @@ def test_description_of_no_dataset_is_an_error(option, tmp_path):
     (dict(dataset=DATASET), 'The dataset of a result is given, but no result'),
     (dict(output=None), 'A dry run requires an output folder'),
     (dict(labels=['a', 'b']), 'The model has 10 classes, but 2 labels were given'),
-    (dict(labels=['a'] * 10), "The label 'a' occurs twice, as number 1 and 2"),
-    (dict(labels=[*'abcdefghi', ' ']), "Label 10 is ' '; each class needs a name"),
+    (dict(labels=['a'] * 10), "The label 'a' occurs twice, for class 0 and class 1"),
+    (dict(labels=[*'abcdefghi', ' ']), "The label of class 9 is ' '; each class needs a name"),
     (dict(model_kwargs=dict(depths=3)), 'test_spikformer_v2 cannot be created with .*depths'),
     (dict(model_kwargs=dict(depth=3)), 'does not match test_spikformer_v2|do not match the model'),
     (dict(model='resnet18'), "There is no Spikformer 'resnet18'"),
@@ -503,15 +503,15 @@ def test_files_that_are_not_checkpoints(small, tmp_path, capsys):
     with pytest.raises(ValueError, match='does not contain the name of its model. Specify it with --model'):
         read_checkpoint(tmp_path / 'nameless.pth')
     torch.save({'a': torch.ones(1)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='is not of a Spikformer'):
+    with pytest.raises(ValueError, match='does not contain a Spikformer'):
         read_checkpoint(tmp_path / 'other.pth', 'test_spikformer_v2')
-    with pytest.raises(ValueError, match='There is no .*nowhere'):
+    with pytest.raises(ValueError, match='nowhere does not exist'):
         read_checkpoint(tmp_path / 'nowhere')
 
 
 def test_bad_folders(small, tmp_path):
     folder = dry_run(small, tmp_path / 'a')
-    with pytest.raises(ValueError, match='--ema is for files'):
+    with pytest.raises(ValueError, match='ema and model_kwargs apply only to checkpoint files'):
         read_checkpoint(folder, ema=True)
     weights = load_file(folder / 'model.safetensors')
     shutil.copytree(folder, tmp_path / 'pickle')

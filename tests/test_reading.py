@@ -9,8 +9,10 @@ import torch
 from conftest import calibrate
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
 
-from timm_spikformer import cli
+from timm_spikformer import Spikformer, SpikformerConfig, SpikformerForImageClassification, cli, publishing, use_kernels
+from timm_spikformer.hf.processing import create_processor
 from timm_spikformer.publishing import convert, publish
 from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
 
@@ -121,7 +123,7 @@ def test_other_precisions(dtype, state_dict, tmp_path):
     (dict(time_steps='four'), "time_steps must be an integer of at least 1, got 'four'"),
     (dict(num_classes=3), 'num_classes=3 cannot be set: it is read from the weights'),
     (dict(in_chans=5), 'in_chans=5 cannot be set: it is read from the weights'),
-    (dict(depth=None), 'cannot be created with depth=None. The arguments are img_size, .*, drop_path_rate'),
+    (dict(depth=None), 'cannot be created with depth=None. Omit depth to use its default'),
     *((dict([(key, 'x')]), f"{NAME} cannot be created with {key}='x'. The arguments are img_size") for key in (
         'checkpoint_path', 'device', 'dtype', 'name', 'model_name', 'path', 'ema', 'state_dict', 'pretrained',
         'pretrained_cfg', 'features_only', 'scriptable', 'cache_dir', 'self', 'tau')),
@@ -147,7 +149,7 @@ def test_duplicate_model_kwargs(state_dict, tmp_path):
     (dict(model_kwargs=dict(drop_rate=5)), 'drop_rate must be a number'),
     (dict(model_kwargs=dict(checkpoint_path='/etc/passwd')), 'cannot be created with checkpoint_path='),
     (dict(model_kwargs={1: 2}), 'cannot be created with 1=2'),
-    (dict(img_size=10 ** 7), 'is for images of 10000000 x 10000000 pixels and 4 time steps, for which a stem stage'),
+    (dict(img_size=10 ** 7), 'expects images of 10000000 x 10000000 pixels and 4 time steps, for which a layer'),
     (dict(model_kwargs=dict(time_steps=10 ** 9)), 'and 1000000000 time steps, for .* Choose a smaller img_size'),
     (dict(model_kwargs=dict(img_size=[16, 16 * 10 ** 7]), img_size=[3, 16, 16 * 10 ** 7]), 'data config|for which'),
     (dict(model_kwargs=dict(depth=10 ** 8)), 'describes a model of at least .* weights by .*depth.*, but there are'),
@@ -173,6 +175,17 @@ def test_batch_size_is_reduced_for_large_images(small):
     assert checkpoint.limit_batch_size(8) == 8 and checkpoint.limit_batch_size(64) == 64
     checkpoint.data_config['input_size'] = (3, 6400, 6400)
     assert checkpoint.limit_batch_size(8) == 1
+
+
+@pytest.mark.parametrize('stem', ['scs', 'sps'])
+def test_largest_activation_of_the_stem(stem):
+    model = timm.create_model(NAME, stem=stem, stem_strides=[2, 1, 1, 2], patch_size=4, time_steps=3).eval()
+    sizes = []
+    for layer in model.stem.modules():
+        layer.register_forward_hook(lambda m, args, out: sizes.append(out.numel()))
+    with use_kernels('plain'), torch.no_grad():
+        model.stem(torch.rand(1, 1, 3, 64, 64), 3)
+    assert checkpoint_from_model(model).activation_size == max(sizes)
 
 
 # -- folders
@@ -247,6 +260,7 @@ def test_config_with_checkpoint_path_raises(small, state_dict, tmp_path):
 @pytest.mark.parametrize('change', [
     dict(mean='x'), dict(mean=5), dict(std=[0, 0, 0]), dict(input_size=[3, 'a', 1]), dict(input_size=5),
     dict(input_size=[3, 64.5, 64]), dict(interpolation='foo'), dict(interpolation=5), dict(crop_pct='x'),
+    dict(crop_mode='middle'), dict(crop_mode=5),
 ], ids=str)
 def test_data_config_with_invalid_values(kind, change, small, tmp_path):
     folder = save_folder(kind, small, tmp_path)
@@ -280,6 +294,58 @@ def test_sharded_weights(small, tmp_path):
         metadata={}, weight_map={name: file for file, part in parts.items() for name in part})))
     state_dict = read_checkpoint(folder).model.state_dict()
     assert all(torch.equal(state_dict[name], value) for name, value in tensors.items())
+
+
+def test_invalid_trainer_state_is_named(small, tmp_path):
+    folder = save_folder('timm', small, tmp_path)
+    state = dict(global_step=5, num_train_epochs=1, log_history=[])
+    for name, content in (('checkpoint-1', state), ('checkpoint-2', {**state, 'global_step': 'x'})):
+        (folder / name).mkdir()
+        (folder / name / 'trainer_state.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='checkpoint-2/trainer_state.json is not a valid Trainer state: .* Remove it'):
+        read_checkpoint(folder)
+    (folder / 'checkpoint-2' / 'trainer_state.json').unlink()
+    assert read_checkpoint(folder).training.args == dict(epochs=1, steps=5)
+    (folder / 'trainer_state.json').mkdir()
+    with pytest.raises(ValueError, match='trainer_state.json cannot be read: Is a directory'):
+        read_checkpoint(folder)
+
+
+def test_crop_mode_of_folder(small, tmp_path):
+    folder = save_folder('timm', small, tmp_path)
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['crop_mode'] = 'squash'
+    (folder / 'config.json').write_text(json.dumps(config))
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.data_config['crop_mode'] == 'squash'
+    with pytest.raises(ValueError, match="no image processor .* crop_mode='squash'"):
+        publish(checkpoint, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
+    with pytest.raises(ValueError, match="no image processor .* crop_mode='squash'"):
+        publishing.save_folder(checkpoint, tmp_path / 'out')
+    create_processor({**checkpoint.data_config, 'input_size': (3, 64, 32)}, 4).save_pretrained(folder)
+    with_processor = read_checkpoint(folder)  # without a crop, like 'squash'
+    publish(with_processor, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
+    assert read_checkpoint(tmp_path / 'out').data_config == with_processor.data_config
+    create_processor(checkpoint.data_config, 4).save_pretrained(folder)
+    with pytest.raises(ValueError, match="contains crop_mode='squash', but .*preprocessor_config.json does not"):
+        read_checkpoint(folder)
+
+
+# -- models in memory
+
+def test_name_of_model_without_architecture(small):
+    model = Spikformer(img_size=32, embed_dim=16, depth=1, num_heads=2)
+    assert checkpoint_from_model(model).name is None and checkpoint_from_model(small).name == f'{NAME}.untrained'
+
+
+def test_labels_of_wrapped_model():
+    config = SpikformerConfig.from_timm(NAME, num_labels=2, id2label={0: 'x', 1: 'y'})
+    model = SpikformerForImageClassification(config)
+    for wrapped in (model, ModelEmaV3(model), torch.compile(model), ModelEmaV3(torch.compile(model))):
+        assert checkpoint_from_model(wrapped).labels == ['x', 'y']
+    model.config.id2label = {0: 'x', 1: 'x'}
+    with pytest.raises(ValueError, match="The label 'x' occurs twice, for class 0 and class 1"):
+        checkpoint_from_model(model)
 
 
 # -- labels

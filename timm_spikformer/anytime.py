@@ -59,8 +59,8 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
         confidence: Probability after softmax, in (0, 1]. 1 is reached only by rounding.
 
     Raises:
-        ValueError: The model has no classifier, is in train mode, or contains a module that cannot run step by step; or
-            the shape of `x` is invalid or `confidence` is out of range; or the probabilities of a sample are NaN.
+        ValueError: The model has no classifier, is in train mode, or contains a module that `StatefulInference` cannot
+            run; the shape of `x` is invalid, or `confidence` is out of range; or the probabilities of a sample are NaN.
 
     >>> import timm
     >>> model = timm.create_model('spikformer_v2_2_64_patch4_32', pretrained=True, time_steps=2).eval()

@@ -7,16 +7,15 @@ content is unchanged; all other files are left alone.
 
 This module imports the standard library only.
 """
-import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from pathlib import Path, PurePosixPath
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple, Union
 
+from .digests import sha256_of_file
 from .temporaries import (
     PREFIX,
     create_folders,
@@ -29,8 +28,9 @@ from .temporaries import (
 )
 
 __all__ = [
-    'MANIFEST', 'check_file', 'check_output', 'check_writable', 'lock_folder_for_run', 'manifest_files', 'remove_files',
-    'write_file', 'write_folder', 'write_manifest', 'write_new_file']
+    'MANIFEST', 'check_output_file', 'check_output_folder', 'check_writable', 'lock_folder_for_run', 'manifest_files',
+    'remove_files', 'write_file', 'write_folder', 'write_manifest', 'write_new_file',
+]
 
 PathLike = Union[str, 'os.PathLike[str]']
 # Allowed SHA-256 digests by path in the folder, with '/'. A file has two digests while it is being replaced.
@@ -41,12 +41,12 @@ _ADVICE = 'Choose another folder, or move the file.'
 
 
 class _Manifest(NamedTuple):
-    """Files that this package wrote to a folder; `kind` is None in manifests of early versions."""
-    kind: Optional[str]
+    """Files that this package wrote to a folder, and the command that wrote them: see `check_output_folder`."""
+    kind: str
     files: Digests
 
 
-def check_output(
+def check_output_folder(
         folder: PathLike,
         kind: str,
         inputs: Iterable[PathLike] = (),
@@ -58,7 +58,8 @@ def check_output(
 
     Args:
         folder: Folder to be written. It may not exist yet.
-        kind: Command that writes it and, if it writes a model, the architecture: 'profile', 'convert spikformer_8_384'.
+        kind: Command that writes the folder, followed by the architecture if it writes a model, such as 'profile' or
+            'convert spikformer_8_384'. Files of another kind are not replaced.
         inputs: Files and folders that the command reads; the folder must not be or contain one of them.
         data: Folders that images are read from; the folder must not be inside one of them either, because its files
             would be read as images later.
@@ -101,9 +102,9 @@ def check_output(
     if path.is_dir():
         with lock(path):
             _check_no_other_files(path, allow_other_files)
-            old, names = _read_manifest(path), [*names]
-            _check_kind(path, old, kind, not names or old.files.keys() <= {*names})
-            for name in (*old.files, *names):
+            old = _read_manifest(path)
+            _check_kind(path, old, kind)
+            for name in sorted({*old.files, *names}):
                 _check_replaceable(path, name, old.files)
     return path
 
@@ -126,9 +127,13 @@ def manifest_files(folder: PathLike) -> List[str]:
 
 
 def write_manifest(folder: PathLike, kind: str) -> None:
-    """Write a manifest of all files of a folder, for a folder that is uploaded before `write_folder` finishes."""
+    """Write a manifest of all files of a folder.
+
+    `write_folder` writes it when its block ends. `publish` uploads the folder and its manifest within the block, so the
+    output folder is replaced only after the upload has succeeded.
+    """
     folder = Path(folder)
-    _write_manifest(folder, _Manifest(kind, {name: [_digest(folder / name)] for name in _list_files(folder)}))
+    _write_manifest(folder, _Manifest(kind, {name: [sha256_of_file(folder / name)] for name in _list_files(folder)}))
 
 
 @contextmanager
@@ -146,17 +151,17 @@ def write_folder(
 
     Args:
         folder: Folder to write. It may not exist yet.
-        kind: See `check_output`.
-        inputs: See `check_output`.
-        data: See `check_output`.
+        kind: See `check_output_folder`.
+        inputs: See `check_output_folder`.
+        data: See `check_output_folder`.
         allow_other_files: Accept a folder that contains other files. None of them is replaced.
 
     Raises:
-        ValueError: See `check_output`; or a file that would be replaced or removed was not written by this package or
-            has been changed since.
+        ValueError: See `check_output_folder`; or a file that would be replaced or removed was not written by this
+            package or has been changed since.
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
-    path = check_output(folder, kind, inputs, data, allow_other_files)
+    path = check_output_folder(folder, kind, inputs, data, allow_other_files)
     with create_folders(path.parent):
         # next to the folder, so that it can be renamed; inside it for a mount point, whose parent is on another disk
         with create_temporary(path, path if os.path.ismount(path) else path.parent, is_folder=True) as temporary:
@@ -188,41 +193,41 @@ def write_file(path: PathLike, kind: str) -> Iterator[Path]:
 
     Args:
         path: File to write.
-        kind: See `check_output`; all files that this package writes to a folder have the same kind.
+        kind: See `check_output_folder`; all files that this package writes to a folder have the same kind.
 
     Raises:
         ValueError: The file exists and was not written by this package, or has been changed since; or the folder
             contains files of another kind.
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
-    path = _check_file(path)
-    check_file(path, kind)
+    path = _resolve_file(path)
+    check_output_file(path, kind)
     with create_temporary(path, path.parent) as partial:
         yield partial
-        digest = _digest(partial)
+        digest = sha256_of_file(partial)
         with lock(path.parent):
-            files = _check_file_kind(path, kind)
-            # manifest first: after an interruption, it lists the digest of whichever file is there
-            before = [_digest(path)] if path.exists() else []
+            files = _files_if_replaceable(path, kind)
+            # manifest first: after an interruption, the manifest lists both the old and the new digest
+            before = [sha256_of_file(path)] if path.exists() else []
             _write_manifest(path.parent, _Manifest(kind, {**files, path.name: [*before, digest]}))
             os.replace(partial, path)
             remove_stale(path, path.parent)
 
 
-def check_file(path: Path, kind: str) -> None:
+def check_output_file(path: Path, kind: str) -> None:
     """Check that a file does not exist, or is unchanged since this package wrote it.
 
     Raises:
         ValueError: The file was not written by this package, has been changed since, or is of another kind.
     """
     with lock(path.parent):
-        _check_file_kind(path, kind)
+        _files_if_replaceable(path, kind)
 
 
-def _check_file_kind(path: Path, kind: str) -> Digests:
-    """Check a file as `check_file` does, in a locked folder; return the digests of the files of the folder."""
+def _files_if_replaceable(path: Path, kind: str) -> Digests:
+    """Check a file as `check_output_file` does; return the files in the manifest of its folder, which is locked."""
     manifest = _read_manifest(path.parent)
-    _check_kind(path.parent, manifest, kind, manifest.files.keys() <= {path.name})
+    _check_kind(path.parent, manifest, kind)
     _check_replaceable(path.parent, path.name, manifest.files)
     return manifest.files
 
@@ -237,17 +242,34 @@ def write_new_file(path: PathLike) -> Iterator[Path]:
         ValueError: The file exists already, or its folder does not exist.
         OSError: Writing failed, for example because the disk is full or the folder is read-only.
     """
-    path = _check_file(path)
-    _check_replaceable(path.parent, path.name, {}, f'{path} already exists. Choose another name, or remove it first.')
+    path = _resolve_file(path)
+    if os.path.lexists(path):
+        raise ValueError(f'{path} already exists. Choose another name, or remove it first.')
     with create_temporary(path, path.parent) as partial:
         yield partial
         with lock(path.parent):
-            _check_replaceable(path.parent, path.name, {}, f'{path} was created in the meantime and is not replaced.')
-            os.replace(partial, path)
+            try:
+                _rename_to_new(partial, path)
+            except FileExistsError as e:
+                raise ValueError(f'{path} was created while this command was running and is not replaced.') from e
             remove_stale(path, path.parent)
 
 
-def _check_file(path: PathLike) -> Path:
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Rename a file; raise a FileExistsError if the target exists, also if another program creates it meanwhile."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # the file system does not support hard links
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(source, target)
+    else:
+        source.unlink()
+
+
+def _resolve_file(path: PathLike) -> Path:
+    """Return the absolute path of a file to be written; raise a ValueError if it is not valid."""
     if not os.fspath(path) or '\0' in os.fspath(path):
         raise ValueError(f'{os.fspath(path)!r} is not a valid file name.')
     absolute = Path(os.path.abspath(path))
@@ -266,7 +288,7 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
     Args:
         folder: Folder.
         names: Names of all files that the command may have written to it.
-        kind: See `check_output`.
+        kind: See `check_output_folder`.
 
     Raises:
         ValueError: A file has been changed since it was written, or the folder contains files of another kind.
@@ -274,7 +296,7 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
     folder = Path(folder)
     with lock(folder):
         manifest, names = _read_manifest(folder), {*names}
-        _check_kind(folder, manifest, kind, manifest.files.keys() <= names)
+        _check_kind(folder, manifest, kind)
         for name in names & manifest.files.keys():
             _check_replaceable(folder, name, manifest.files)
         for name in names & manifest.files.keys():
@@ -288,7 +310,7 @@ def remove_files(folder: PathLike, names: Iterable[str], kind: str) -> None:
 
 def _commit(temporary: Path, folder: Path, kind: str, allow_other_files: bool) -> None:
     """Move the files of the temporary folder into place, or leave the folder as it was."""
-    new = _Manifest(kind, {name: [_digest(temporary / name)] for name in _list_files(temporary)})
+    new = _Manifest(kind, {name: [sha256_of_file(temporary / name)] for name in _list_files(temporary)})
     with lock(folder.parent):
         if not os.path.lexists(folder):
             _write_manifest(temporary, new)
@@ -297,10 +319,11 @@ def _commit(temporary: Path, folder: Path, kind: str, allow_other_files: bool) -
             return
         with lock(folder):
             if folder.is_symlink() or not folder.is_dir():
-                raise ValueError(f'{folder} was replaced by a file or a symbolic link in the meantime. {_ADVICE}')
+                raise ValueError(
+                    f'{folder} was replaced by a file or a symbolic link while this command was running. {_ADVICE}')
             _check_no_other_files(folder, allow_other_files)
             old = _read_manifest(folder)
-            _check_kind(folder, old, kind, old.files.keys() == new.files.keys())
+            _check_kind(folder, old, kind)
             for name in {*old.files, *new.files}:
                 _check_replaceable(folder, name, old.files)
             _replace(temporary, folder, old, new)
@@ -359,12 +382,12 @@ def _read_manifest(folder: Path) -> _Manifest:
     """Read the manifest of a folder; return an empty one if the folder has none."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
-        return _Manifest(None, {})
+        return _Manifest('', {})
     try:
         if stat.S_ISREG(path.lstat().st_mode):  # not a symbolic link, which would be replaced
             content = json.loads(path.read_text(encoding='utf-8'))
-            kind, files = content.get('kind'), content['files']
-            if isinstance(kind, (str, type(None))) and all(
+            kind, files = content['kind'], content['files']
+            if isinstance(kind, str) and all(
                     _is_path_inside_folder(name) and all(isinstance(d, str) for d in digests)
                     for name, digests in files.items()):
                 return _Manifest(kind, files)
@@ -374,7 +397,10 @@ def _read_manifest(folder: Path) -> _Manifest:
 
 
 def _is_path_inside_folder(name: str) -> bool:
-    return name != MANIFEST and not name.startswith('/') and not re.search(r'[\\\0:]|(^|/)\.{0,2}(/|$)', name)
+    """Return whether a name in a manifest is a normalized relative path to another file, on all operating systems."""
+    path = PurePosixPath(name)
+    is_normalized = str(path) == name and name != '.' and '..' not in path.parts
+    return is_normalized and not path.is_absolute() and name != MANIFEST and not {*name} & {*'\\\0:'}
 
 
 def _write_manifest(folder: Path, manifest: _Manifest) -> None:
@@ -402,21 +428,16 @@ def _check_no_other_files(folder: Path, allow_other_files: bool) -> None:
             f'empty folder.')
 
 
-def _check_kind(folder: Path, manifest: _Manifest, kind: str, names_match: bool) -> None:
-    """Raise a ValueError if the files of a folder were written by another command or for another architecture.
-
-    Args:
-        names_match: Whether the file names match this kind; used for manifests without a kind.
-    """
-    if not manifest.files or manifest.kind == kind or (manifest.kind is None and names_match):
+def _check_kind(folder: Path, manifest: _Manifest, kind: str) -> None:
+    """Raise a ValueError if the files of a folder were written by another command or for another architecture."""
+    if not manifest.files or manifest.kind == kind:
         return
     has_model = any(name.endswith('.safetensors') for name in manifest.files)
     what = 'a model that' if has_model else f'{min(manifest.files)}, which'
-    writer = 'an earlier version of timm-spikformer' if manifest.kind is None else f'`timm-spikformer {manifest.kind}`'
-    raise ValueError(f'{folder} contains {what} {writer} wrote. Choose another folder.')
+    raise ValueError(f'{folder} contains {what} `timm-spikformer {manifest.kind}` wrote. Choose another folder.')
 
 
-def _check_replaceable(folder: Path, name: str, files: Digests, message: Optional[str] = None) -> None:
+def _check_replaceable(folder: Path, name: str, files: Digests) -> None:
     """Raise a ValueError if `name` exists in the folder and is not a file with one of the digests in `files`."""
     path = folder
     for part in Path(name).parts[:-1]:
@@ -427,8 +448,8 @@ def _check_replaceable(folder: Path, name: str, files: Digests, message: Optiona
     if not os.path.lexists(path):
         return
     if name not in files:
-        raise ValueError(message or f'{path} was not written by timm-spikformer and is not replaced. {_ADVICE}')
-    if not stat.S_ISREG(path.lstat().st_mode) or _digest(path) not in files[name]:
+        raise ValueError(f'{path} was not written by timm-spikformer and is not replaced. {_ADVICE}')
+    if not stat.S_ISREG(path.lstat().st_mode) or sha256_of_file(path) not in files[name]:
         raise ValueError(
             f'{path} has been changed since timm-spikformer wrote it and is not replaced or removed. {_ADVICE}')
 
@@ -437,8 +458,3 @@ def _list_files(folder: Path) -> List[str]:
     """Return the paths, with '/', of all files in a temporary folder."""
     files = [p for p in sorted(folder.rglob('*')) if p.is_symlink() or not p.is_dir()]
     return [p.relative_to(folder).as_posix() for p in files if p != folder / MANIFEST]
-
-
-def _digest(path: Path) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()

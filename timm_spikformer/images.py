@@ -8,55 +8,57 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterable, List, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_loader, get_img_extensions, resolve_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils.misc import natural_key
+from timm.utils import natural_key
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ._timm import find_images_and_targets
 from .arguments import check_integer, check_number
 from .pretrained import get_training_cfg
 
 __all__ = [
-    'DATA_KEYS', 'FASHION_MNIST', 'SHIPPED_MODEL', 'Images', 'data_config', 'make_loader', 'match_classes',
-    'read_splits', 'select_profiling_split', 'select_train_test', 'to_pixels', 'training_data_config',
+    'DATA_KEYS', 'FASHION_MNIST', 'SHIPPED_MODEL', 'ImageSource', 'Images', 'data_config', 'make_loader',
+    'match_classes', 'read_splits', 'select_profiling_split', 'select_train_test', 'to_pixels', 'training_data_config',
 ]
 
 PathLike = Union[str, 'os.PathLike[str]']
 
-DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')  # keys of timm's data config
-SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'  # trained on all of Fashion-MNIST
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # keys of timm's data config
+# Its data config fits the shipped images too, because it was trained on the dataset of which they are a part
+SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
 
 _SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # by folder name
 _PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
-_EXPECTED = (
-    'Expected DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, or parquet files with columns image and label.')
-_EXPECTED_ANY = f'{_EXPECTED[:-1]}, or DIR/*.png without labels.'
+_LABELED_LAYOUTS = 'DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, parquet files with columns image and label'
+_EXPECTED = f'Expected one of: {_LABELED_LAYOUTS}.'
+_EXPECTED_ANY = f'Expected one of: {_LABELED_LAYOUTS}, DIR/*.png without labels.'
 
 
 def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
-    """Return timm's data config of a model: `input_size`, `mean`, `std`, `interpolation` and `crop_pct`.
+    """Return timm's data config of a model: the values of `DATA_KEYS`.
+
+    If `mean` or `std` does not have one value per input channel, its average is used for all channels. Models with 2
+    input channels (event polarities) get mean 0 and std 1.
 
     Args:
         model: A timm model.
-        overrides: Replacements of the model's values, named like the arguments of timm's train.py. If `mean` or `std`
-            does not have one value per input channel, its average is used for all channels; with 2 channels, which are
-            the polarities of event counts, mean 0 and std 1.
+        overrides: Replacements of the model's values, named like the arguments of timm's train.py.
     """
     config = resolve_data_config(overrides, model=model)
     channels = config['input_size'][0] if overrides.get('input_size') else getattr(model, 'in_chans', None)
     channels = channels or config['input_size'][0]
     config['input_size'] = (channels, *config['input_size'][1:])
-    for key, of_counts in (('mean', 0.), ('std', 1.)):
+    for key, value_for_events in (('mean', 0.), ('std', 1.)):
         if len(config[key]) != channels:
-            value = of_counts if channels == 2 else sum(config[key]) / len(config[key])
+            value = value_for_events if channels == 2 else sum(config[key]) / len(config[key])
             config[key] = (value,) * channels
     return {key: config[key] for key in DATA_KEYS}
 
@@ -65,6 +67,28 @@ def training_data_config(model: Optional[str] = None) -> Dict[str, Any]:
     """Return timm's data config for training a registered model, or that of the shipped images if there is no name."""
     cfg = timm.get_pretrained_cfg(SHIPPED_MODEL) if model is None else get_training_cfg(model)
     return {key: getattr(cfg, key) for key in DATA_KEYS}
+
+
+class ImageSource(Protocol):
+    """Source of encoded images, such as the files of a folder.
+
+    >>> source = read_splits()['test'].source
+    >>> len(source), decode(source.open(0), 'L').size
+    (1000, (28, 28))
+    """
+
+    @property
+    def files(self) -> Iterable[PathLike]:
+        """Paths of all files."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def name(self, i: int) -> str:
+        """Return the location of an image as text."""
+
+    def open(self, i: int) -> BinaryIO:
+        """Return a binary file with an encoded image."""
 
 
 class _FileSource:
@@ -79,7 +103,7 @@ class _FileSource:
     def name(self, i: int) -> str:
         return self.files[i]
 
-    def open(self, i: int) -> Any:
+    def open(self, i: int) -> BinaryIO:
         return open(self.files[i], 'rb')
 
 
@@ -90,13 +114,12 @@ class Images(Dataset):
     `transform` is set; `make_loader` sets it on a copy.
 
     Args:
-        source: Source of the encoded images: `open(i)` returns a binary file, `name(i)` its location as text, and
-            `files` contains the paths of all files.
+        source: Source of the encoded images.
         labels: Class indices `[N]`, or None if there are no labels.
         classes: Class names in the order of the class indices, or None if the dataset does not name its classes.
         name: Display name of the dataset.
         split: 'train', 'test', 'validation', 'all' if the dataset has no splits, or the name that `hold_out` gives to
-            held-out images, such as 'held-out tenth of train'.
+            held-out images, such as 'held-out 10% of train'.
         indices: Indices `[N]` into `source` of the images of this dataset; by default, all of them.
 
     >>> images = read_splits()['test']
@@ -109,7 +132,7 @@ class Images(Dataset):
 
     def __init__(
             self,
-            source: Any,
+            source: ImageSource,
             labels: Optional[np.ndarray],
             classes: Optional[Sequence[str]],
             name: str,
@@ -134,12 +157,12 @@ class Images(Dataset):
         return image if self.labels is None else (image, int(self.labels[i]))
 
     def _decode(self, i: int) -> Image.Image:
-        at = int(self._indices[i])
+        index = int(self._indices[i])
         try:
-            with self.source.open(at) as stream:
+            with self.source.open(index) as stream:
                 return decode(stream, self.mode)
         except (OSError, ValueError) as e:
-            raise ValueError(f'{self.source.name(at)} cannot be read: {e}') from e
+            raise ValueError(f'{self.source.name(index)} cannot be read: {e}') from e
 
     @property
     def description(self) -> str:
@@ -154,7 +177,7 @@ class Images(Dataset):
         return self.source.name(int(self._indices[i]))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the file names, the file sizes, the labels and the indices of the selected images."""
+        """Return the SHA-256 of the names and sizes of the source files, and of the labels and indices of images."""
         digest = hashlib.sha256()
         self._identify_source(digest)
         for values in (self._indices, self.labels):
@@ -215,7 +238,7 @@ class Images(Dataset):
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
             raise ValueError(f'{self.description}: no class has 2 images, so no test images can be held out.')
-        split = 'held-out tenth' if fraction == 0.1 else f'held-out {100 * fraction:.3g}%'
+        split = f'held-out {100 * fraction:.3g}%'
         split = split if self.split == 'all' else f'{split} of {self.split}'
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 
@@ -232,15 +255,14 @@ class Images(Dataset):
                 total.update(hashlib.sha256(stream.read()).digest() + int(label).to_bytes(8, 'big'))
         return total.hexdigest()
 
-    def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
-        """Create a timm data loader, see `make_loader`; this sets `mode` and `transform`.
-
-        Args:
-            config: timm's data config.
-            batch_size: Number of images per batch.
-            use_prefetcher: Whether timm's prefetcher moves batches to a GPU.
-            options: Further arguments of timm's `create_loader`.
-        """
+    def _create_loader(
+            self,
+            config: Dict[str, Any],
+            batch_size: int,
+            use_prefetcher: bool,
+            **options: Any,
+    ) -> Iterable[Any]:
+        """Create a timm data loader, see `make_loader`. This sets `mode` and `transform`, so it is called on a copy."""
         channels = config['input_size'][0]
         modes = {1: 'L', 3: 'RGB'}
         if channels not in modes:
@@ -253,18 +275,22 @@ class Images(Dataset):
             raise ValueError(f'{self.description}: there are no labels.')
 
     def _rank_within_class(self, seed: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`."""
+        """Return shuffled indices `[N]`, the rank of each one within its class `[N]`, and the class sizes `[K]`.
+
+        The rank of an image is the number of images of its class before it in the shuffled order.
+        """
         self._check_labels()
         check_integer('seed', seed, 0)
         order = np.random.default_rng(seed).permutation(len(self))
         sizes = np.bincount(self.labels)
         by_class = np.argsort(self.labels[order], kind='stable')
         rank = np.empty(len(self), dtype=np.int64)
-        rank[by_class] = np.arange(len(self)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        first = np.cumsum(sizes) - sizes  # position in `by_class` of the first image of each class
+        rank[by_class] = np.arange(len(self)) - np.repeat(first, sizes)
         return order, rank, sizes
 
 
-def decode(stream: Any, mode: str) -> Image.Image:
+def decode(stream: BinaryIO, mode: str) -> Image.Image:
     """Decode an image to 8 bits per channel, and apply its EXIF orientation.
 
     Args:
@@ -289,7 +315,9 @@ def decode(stream: Any, mode: str) -> Image.Image:
 
 
 def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[str, Images]:
-    """Read a dataset from an image folder or parquet files. The supported layouts are:
+    """Read a dataset from an image folder or parquet files.
+
+    The supported layouts are:
 
     - `DIR/SPLIT/CLASS/*`, where SPLIT is train, test, validation or val. A folder with one of these names is a split
       only if it contains class folders and no images itself; otherwise it is a class folder.
@@ -403,9 +431,11 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
     try:
         samples, class_to_idx = find_images_and_targets(str(folder))
     except ValueError as e:
-        raise ValueError(f'{folder} contains a folder or file name that timm cannot sort: {e}.') from e
+        raise ValueError(
+            f'{folder} contains a folder or file name with digits that timm cannot convert to a number, which it does '
+            f'to sort the names: {e}. Rename it.') from e
     paths = [path for path, _ in samples]
-    depths = [path[len(str(folder)):].strip(os.sep).count(os.sep) for path in paths]
+    depths = [path.removeprefix(str(folder)).strip(os.sep).count(os.sep) for path in paths]
     if max(depths) == 0:
         return Images(_FileSource(paths), None, None, name, split)
     for path, depth in zip(paths, depths):
@@ -425,36 +455,31 @@ def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
 def select_train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images, Images]:
     """Return training images and test images.
 
-    The test images come from the test split if there is one, else from the validation split, else from a held-out tenth
-    of each class.
+    The test images come from the test split if there is one, else from the validation split; else 10% of each class are
+    held out.
 
     Args:
         splits: Return value of `read_splits`.
         seed: Random seed for choosing the held-out images.
 
     Raises:
-        ValueError: There is no training split, there are fewer than two classes, labels without class names are not
-            consecutive, or the test images have different classes.
+        ValueError: There is no training split, there are no labels or fewer than two classes, labels without class
+            names are not consecutive, or the test images have different classes.
     """
     train = splits.get('train', splits.get('all'))
     if train is None:
-        raise ValueError(f'There is no training split, only {", ".join(splits)}. {_EXPECTED}')
+        raise ValueError(f'The dataset has no training split; it has: {", ".join(splits)}. {_EXPECTED}')
+    test = splits.get('test', splits.get('validation'))
+    train._check_labels()
+    if test is not None:
+        test._check_labels()
     present = np.unique(train.labels)
     if len(present) < 2:
-        raise ValueError(f'{train.description}: all have the same class, but 2 or more are needed. {_EXPECTED}')
+        raise ValueError(
+            f'{train.description}: all training images have the same class; at least 2 classes are required. '
+            f'{_EXPECTED}')
     if train.classes is None:
-        if len(present) != present[-1] + 1:
-            raise ValueError(
-                f'{train.description}: the labels are {len(present)} different integers from {present[0]} to '
-                f'{present[-1]}. Expected 0 to K - 1 for K classes, each at least once.')
-    test = splits.get('test', splits.get('validation'))
-    if train.classes is None:
-        train = copy.copy(train)
-        train.classes = [str(i) for i in present] if test is None or test.classes is None else test.classes
-        if len(train.classes) != len(present):
-            raise ValueError(
-                f'{train.description}: there are {len(present)} classes without names, but {test.description} has '
-                f'{len(train.classes)} classes: {_shorten(train.classes)}. Both must have the same classes.')
+        train = _name_classes(train, present, test)
     if test is None:
         return train.hold_out(seed)
     if test.classes is None:
@@ -462,6 +487,30 @@ def select_train_test(splits: Dict[str, Images], seed: int = 0) -> Tuple[Images,
         test = copy.copy(test)
         test.classes = train.classes
     return train, test
+
+
+def _name_classes(train: Images, present: np.ndarray, test: Optional[Images]) -> Images:
+    """Return a copy of training images with class names: those of the test images, or else the class indices.
+
+    Args:
+        train: Training images without class names.
+        present: Sorted class indices that occur in them.
+        test: Test images, if there are any.
+
+    Raises:
+        ValueError: The class indices are not consecutive, or the test images have another number of classes.
+    """
+    if len(present) != present[-1] + 1:
+        raise ValueError(
+            f'{train.description}: the labels are {len(present)} different integers from {present[0]} to '
+            f'{present[-1]}. Expected 0 to K - 1 for K classes, each at least once.')
+    train = copy.copy(train)
+    train.classes = [str(i) for i in present] if test is None or test.classes is None else test.classes
+    if len(train.classes) != len(present):
+        raise ValueError(
+            f'{train.description}: there are {len(present)} classes without names, but {test.description} has '
+            f'{len(train.classes)} classes: {_shorten(train.classes)}. Both must have the same classes.')
+    return train
 
 
 def select_profiling_split(splits: Dict[str, Images]) -> Images:
@@ -478,8 +527,8 @@ def _check_range(images: Images, num_classes: int) -> None:
 def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: int) -> Images:
     """Map the labels of images to the class indices of a model, by class name.
 
-    If the model or the dataset has no class names, only the number of classes is checked, and the classes are assumed
-    to be in the same order.
+    If the model or the dataset has no class names, the classes are assumed to be in the same order. Then only the
+    number of classes is checked, or, if the dataset has no class names, that the model has a class for each label.
 
     Args:
         images: Images with labels.
@@ -491,10 +540,13 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     """
     images._check_labels()
     _check_names(names, 'The model')
-    if names is None or images.classes is None:
-        count = images.labels.max() + 1 if images.classes is None else len(images.classes)
-        if count != num_classes:
-            raise ValueError(f'{images.description}: there are {count} classes, but the model has {num_classes}.')
+    if images.classes is None:
+        _check_range(images, num_classes)
+        return images
+    if names is None:
+        if len(images.classes) != num_classes:
+            raise ValueError(
+                f'{images.description}: there are {len(images.classes)} classes, but the model has {num_classes}.')
         return images
     index = {name: i for i, name in enumerate(names)}
     unknown = [name for name in images.classes if name not in index]
@@ -507,12 +559,14 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     return matched
 
 
-def _check_names(names: Optional[Sequence[str]], whose: str) -> None:
+def _check_names(names: Optional[Sequence[str]], owner: str) -> None:
     """Raise a ValueError if two classes have the same name."""
     seen: Dict[str, int] = {}
     for i, name in enumerate(names or ()):
         if name in seen:
-            raise ValueError(f'{whose} has the same name for class {seen[name]} and class {i}, {name!r}. Rename one.')
+            raise ValueError(
+                f'{owner} has the same name for class {seen[name]} and class {i}, {name!r}. Class names must be '
+                f'unique.')
         seen[name] = i
 
 
@@ -532,7 +586,7 @@ def make_loader(
         augment: bool = False,
         hflip: float = 0.5,
         **augmentation: Any,
-):
+) -> Iterable[Any]:
     """Create a timm data loader for images or event sequences.
 
     Args:
@@ -551,7 +605,7 @@ def make_loader(
         ValueError: The number of input channels in `config` is not 1 or 3.
     """
     device = torch.device(device)
-    return copy.copy(images).create_loader(
+    return copy.copy(images)._create_loader(
         config,
         batch_size,
         use_prefetcher=device.type == 'cuda' and images.labels is not None,

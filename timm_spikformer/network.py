@@ -27,7 +27,7 @@ torch.fx.wrap('to_time_major')  # a leaf for FX: it branches on the shape of the
 
 
 class SpikformerHead(ClassifierHead):
-    """timm's classifier head, whose `reset()` without arguments does nothing.
+    """timm's classifier head with a `reset` that ignores calls without arguments.
 
     spikingjelly's `reset_net` calls the `reset` of every module that has one, to reset the state of neurons.
     """
@@ -100,9 +100,25 @@ class Spikformer(nn.Module):
         Raises:
             ValueError: A value is invalid; the message states the argument, the value and what was expected.
         """
-        init_args = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         super().__init__()
-        self._init_args = init_args
+        self._init_args = init_args = dict(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            stem=stem,
+            stem_strides=stem_strides,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            attn_scale=attn_scale,
+            time_steps=time_steps,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         dd = {'device': device, 'dtype': dtype}
         if not isinstance(stem, str) or stem not in STEMS:
             raise ValueError(f'Unknown stem {stem!r}, expected one of {", ".join(map(repr, STEMS))}.')
@@ -155,8 +171,9 @@ class Spikformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialize as V1: PyTorch's defaults for conv and linear weights, zero biases, trunc_normal (std 0.02) head.
+        """Initialize as in V1.
 
+        Conv and linear weights are initialized by PyTorch's defaults, the head by trunc_normal (std 0.02), biases by 0.
         In train mode BN normalizes the input current of every neuron except `attn_lif`, so neurons fire at every depth.
         """
         for m in self.modules():
@@ -222,7 +239,9 @@ class Spikformer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of any format that `checkpoint_filter_fn` converts, like timm's `checkpoint_path`.
+        """Load a state dict of any format that `checkpoint_filter_fn` converts.
+
+        The same formats can be passed to timm as `checkpoint_path`.
 
         Raises:
             RuntimeError: With `strict`, the state dict is from a different architecture.
@@ -277,22 +296,23 @@ class Spikformer(nn.Module):
             self,
             x: Tensor,
             time_steps: int,
-            num_levels: int,
+            num_stages: int,
             take_indices: List[int],
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Run the first `num_levels` stages of the stem, and return selected outputs.
+        """Run the first `num_stages` stages of the stem, and return selected outputs.
 
         Args:
             x: `[T or 1, B, C, H, W]`
             time_steps: T
-            num_levels: Number of stages to run
+            num_stages: Number of stages to run
             take_indices: Stages whose output is returned; the last stage of the stem is ignored
+
         Returns:
             The last output `[T, B, C', H', W']`, and the means over time of the selected outputs
         """
         outputs: List[Tensor] = []
         for i, stage in enumerate(self.stem.stages):
-            if i < num_levels:
+            if i < num_stages:
                 if self.grad_checkpointing:
                     x = checkpoint_with_bn(stage, x, time_steps, None)
                 else:
@@ -330,12 +350,13 @@ class Spikformer(nn.Module):
             visible: Optional[Tensor] = None,
             return_hidden_states: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
-        """Return features as tokens in raster order, and optionally the outputs of the stem and of each block.
+        """Return features as tokens in row-major order, and optionally the outputs of the stem and of each block.
 
         Args:
             x: Images `[B, C, H, W]` or sequences `[B, T, C, H, W]`
             visible: Indices of the visible tokens, `[B, N']`, in increasing order. Masked tokens do not influence them.
             return_hidden_states: Return the outputs of the stem and of each block
+
         Returns:
             Features `[B, N, D]`, or `[B, N', D]` of visible tokens, and the list of outputs; all are means over time
         """
@@ -373,15 +394,16 @@ class Spikformer(nn.Module):
             stop_early: Stop iterating over blocks when last desired intermediate hit
             output_fmt: Shape of intermediate feature outputs
             intermediates_only: Only return intermediate features
+
         Returns:
             The final features and the intermediates, `[B, C, H, W]` each, averaged over time
         """
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         take_indices, max_index = feature_take_indices(self.num_levels, indices)
-        num_levels = max_index + 1 if stop_early else len(self.stem.stages)
+        num_stages = max_index + 1 if stop_early else len(self.stem.stages)
         x, time_steps = self._prepare_input(x)
-        x, intermediates = self._forward_stages(x, time_steps, num_levels, take_indices)
-        if num_levels == self.num_levels:
+        x, intermediates = self._forward_stages(x, time_steps, num_stages, take_indices)
+        if num_stages == self.num_levels:
             x = self._encode_maps(x)
         x = mean_over_time(x)
         if self.num_levels - 1 in take_indices:
@@ -432,6 +454,9 @@ class Spikformer(nn.Module):
                 mode, a step does not depend on later steps: the logits after t steps equal those of `forward` with
                 `time_steps=t`. If False, return the logits of each single time step, from the features of this step, as
                 required by `TETLoss`; with average pooling, their mean equals the logits of `forward`.
+
+        Raises:
+            ValueError: A `StatefulInference` is running the model.
         """
         if get_stateful_inference() is not None:
             raise ValueError('forward_steps cannot be called within StatefulInference: call the model itself.')
@@ -454,5 +479,5 @@ def find_spikformer(model: nn.Module) -> Spikformer:
         raise ValueError(
             f'Expected a Spikformer or a module that contains one: a model of timm.list_models(module="spikformer"), a '
             f'SpikformerMAE, or one of the Spikformer classes of transformers. Got a {type(model).__name__}, which '
-            f'contains {len(found) or "none"}.')
+            f'contains {len(found) or "no Spikformer"}.')
     return found[0]

@@ -4,8 +4,8 @@ The neuron is a pure function of a whole sequence. Its membrane potential is a l
 nothing needs to be reset between batches, and deepcopy, EMA, gradient checkpointing, DDP, TorchScript, FX,
 `torch.compile` and `torch.export` are supported.
 
-Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`), which V2 is assumed
-to share.
+Source: the LIF node of the authors' Spikformer V1 code (spikingjelly's, with `detach_reset=True`). V2 is assumed to use
+the same neuron.
 """
 import contextlib
 import math
@@ -37,7 +37,7 @@ def _check_currents(x: Tensor) -> None:
 
 
 def _check_constants(tau: Any, v_threshold: Any, alpha: Any = 4.) -> None:
-    """Check the constants of a neuron. Tensors are not checked, because reading them from a GPU would wait for it.
+    """Check the constants of a neuron. Tensors are not checked, because reading a value from a GPU synchronizes.
 
     Raises:
         ValueError: A constant is not a number, or is out of its range.
@@ -175,12 +175,13 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         _check_constants(tau, v_threshold, alpha)
     if not torch.jit.is_tracing():
         _check_currents(x)
+    has_grad = torch.is_grad_enabled() and x.requires_grad
     if torch.jit.is_scripting():
-        return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
-    if torch.jit.is_tracing():  # even under no_grad, so that the traced graph can be trained
-        return lif_plain(x, tau, v_threshold, alpha)
-    if torch.compiler.is_compiling():
-        return lif_plain(x, tau, v_threshold, alpha, torch.is_grad_enabled() and x.requires_grad)
+        return lif_plain(x, tau, v_threshold, alpha, has_grad)
+    is_tracing = torch.jit.is_tracing()
+    if is_tracing or torch.compiler.is_compiling():
+        # a graph that is traced under no_grad can be trained, too
+        return lif_plain(x, tau, v_threshold, alpha, has_grad or is_tracing)
     return _lif_eager(x, tau, v_threshold, alpha)
 
 
@@ -276,7 +277,7 @@ def record_membrane_potentials(
         A dict with a list for each layer, which gets one detached tensor `[T, B, ...]` per call of the layer.
 
     Raises:
-        ValueError: The model has no neuron layer with a given name.
+        ValueError: The model has no neuron layer with a given name, or a `StatefulInference` runs the model.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2')
@@ -314,7 +315,7 @@ def get_stateful_inference() -> Optional['StatefulInference']:
 
 
 class StatefulInference:
-    """Run a model on a sequence in parts, carrying membrane potentials across forward calls.
+    """Run a model on one part of a sequence per call, carrying membrane potentials across the calls.
 
     This object, not the model, holds the state, keyed by the order of neuron calls. A layer that is called several
     times has a separate state per call, and other threads can use the model at the same time. Each output equals that
@@ -325,7 +326,7 @@ class StatefulInference:
         time_steps: Number of time steps per call for images `[B, C, H, W]`; ignored for sequences.
 
     Raises:
-        ValueError: The model contains a module that cannot run in parts, a call has a different batch shape, or
+        ValueError: The model contains a module that does not support this, a call has a different batch shape, or
             `time_steps` is not an integer of at least 1.
 
     >>> import timm
@@ -340,7 +341,7 @@ class StatefulInference:
     def __init__(self, model: nn.Module, time_steps: int = 1):
         self.model = model
         self.time_steps = check_integer('time_steps', time_steps, 1)
-        _check_can_run_stepwise(model)
+        _check_supports_stateful(model)
         self._states: List[Tuple[Any, ...]] = []
         self._next_index = 0
         self._input_steps: Optional[int] = None  # T of the sequence passed in, None for images
@@ -378,8 +379,8 @@ class StatefulInference:
         num_steps = x.shape[1] if x.ndim == 5 else None
         if num_steps != self._input_steps:
             raise ValueError(
-                f'The model cannot be run step by step: a module around the network changes the number of time steps '
-                f'of its input, from {self._input_steps or "an image"} to {num_steps or "an image"}.')
+                f'The model does not support StatefulInference: a module around the network changes the number of time '
+                f'steps of its input, from {self._input_steps or "an image"} to {num_steps or "an image"}.')
 
     def run_neuron(
             self,
@@ -421,8 +422,8 @@ class StatefulInference:
         return total / count
 
 
-def _check_can_run_stepwise(model: nn.Module) -> None:
-    """Raise a ValueError that names the modules that cannot run in parts."""
+def _check_supports_stateful(model: nn.Module) -> None:
+    """Raise a ValueError that names the modules that do not support `StatefulInference`."""
     problems = []
     for name, m in model.named_modules():
         what = f'{name or "the model"} ({type(m).__name__})'
@@ -432,7 +433,7 @@ def _check_can_run_stepwise(model: nn.Module) -> None:
             problems.append(f'{what} calls the model in other threads: pass its module')
         elif isinstance(m, LIF) and (type(m).forward is not LIF.forward or 'forward' in vars(m)):
             problems.append(f'the forward of {what} has been replaced')
-        elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):
+        elif hasattr(m, 'step_mode') or isinstance(m, nn.RNNBase):  # spikingjelly neurons and recurrent layers
             problems.append(f'{what} is stateful: it keeps its own state over time')
         elif isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
             problems.append(f'{what} normalizes with the statistics of the batch, over all time steps')
@@ -442,4 +443,4 @@ def _check_can_run_stepwise(model: nn.Module) -> None:
             problems.append(f'{what} is in train mode: call eval() first')
     if problems:
         more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise ValueError(f'The model cannot be run step by step: {"; ".join(problems[:3])}{more}.')
+        raise ValueError(f'The model does not support StatefulInference: {"; ".join(problems[:3])}{more}.')

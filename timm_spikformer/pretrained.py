@@ -3,7 +3,6 @@
 There is no default namespace, because this project owns none and anyone could register it. Only safetensors files are
 downloaded, and their digest is compared with the one on the Hub.
 """
-import hashlib
 import json
 import os
 import re
@@ -35,9 +34,11 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
+from .digests import sha256_of_file
+
 __all__ = [
-    'check_hub_connection', 'check_shipped_weights', 'download', 'get_training_cfg', 'locate_weights', 'read_digests',
-    'read_metadata', 'set_hub_namespace', 'shipped_weights',
+    'check_hub_connection', 'check_shipped_weights', 'download', 'download_if_exists', 'get_training_cfg',
+    'locate_weights', 'read_digests', 'read_metadata', 'set_hub_namespace', 'shipped_weights', 'split_revision',
 ]
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -72,7 +73,7 @@ def check_shipped_weights(file: str) -> None:
         RuntimeError: The digest is not the expected one.
     """
     expected = read_digests(Path(file).parent).get(os.path.basename(file))
-    if _sha256(file) != expected:
+    if sha256_of_file(file) != expected:
         raise RuntimeError(f'{file} is damaged: its sha256 is not {expected}. Reinstall the package.')
 
 
@@ -86,11 +87,6 @@ def get_training_cfg(model: str) -> PretrainedCfg:
     """Return the pretrained cfg to train `model` with: the first one without shipped weights, or else the first one."""
     cfgs = list(get_arch_pretrained_cfgs(model).values())
     return next((cfg for cfg in cfgs if not cfg.file), cfgs[0])
-
-
-def _sha256(path: Union[str, Path]) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def split_revision(repo: str) -> Tuple[str, Optional[str]]:
@@ -167,13 +163,32 @@ def download(repo: str, filename: str, cache_dir: Optional[Union[str, Path]] = N
         path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
     blob = Path(path).resolve()
     # files that the Hub stores by digest, such as weights, have the digest as their name in the cache
-    if re.fullmatch('[0-9a-f]{64}', blob.name) and _sha256(blob) != blob.name:
+    if re.fullmatch('[0-9a-f]{64}', blob.name) and sha256_of_file(blob) != blob.name:
         Path(path).unlink()
         blob.unlink(missing_ok=True)
         raise RuntimeError(
             f'{filename} of {repo} was damaged during the download: its sha256 is not {blob.name}. It has been removed '
             f'from the cache; try again.')
     return path
+
+
+def download_if_exists(repo: str, filename: str) -> Optional[str]:
+    """Download a file of a Hub repository like `download`; return None if the repository does not contain it.
+
+    Raises:
+        RuntimeError: The repository or revision does not exist, there is no network to find out whether the file
+            exists, or the file was damaged during the download.
+    """
+    repo_id, revision = split_revision(repo)
+    cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+    if cached is not None and not isinstance(cached, str):  # an earlier request has found that it does not exist
+        return None
+    try:
+        return download(repo, filename)
+    except RuntimeError as e:
+        if isinstance(e.__cause__, EntryNotFoundError) and not isinstance(e.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
 
 
 def locate_weights(

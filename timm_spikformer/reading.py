@@ -1,68 +1,55 @@
 """Load checkpoints: files of timm's train.py, folders saved by timm or transformers, and models in memory.
 
-Each source is loaded by the library that wrote it, so that a `Checkpoint` contains the same model that the library
-returns: a timm folder by `timm.create_model`, a transformers folder by `from_pretrained`, and a file of train.py by
-timm's `load_checkpoint`. Pickles are opened only with `weights_only=True`.
+A folder is loaded by the library that wrote it, so a `Checkpoint` contains the same model that timm or transformers
+returns. Pickles are opened only with `weights_only=True`.
 """
 import argparse
-import contextlib
 import copy
 import inspect
-import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
-import yaml
-from safetensors import SafetensorError
+from huggingface_hub import is_offline_mode
 from timm.data import str_to_pil_interp
-from timm.models import get_model_input_config, load_checkpoint
+from timm.models import get_model_input_config
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .checkpoints import TRAINING_FILE, convert_state_dict
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
-from .pretrained import WEIGHTS_FILE, download
+from .pretrained import WEIGHTS_FILE, download, download_if_exists, split_revision
 from .spikformer import Spikformer, check_model_name
-from .state_dicts import check_size, check_tensors, find_state_dict, first_line, read_tensors
-
-if TYPE_CHECKING:
-    from .hf.configuration_spikformer import SpikformerConfig
+from .state_dicts import (
+    PARSING_ERRORS,
+    check_size,
+    check_tensors,
+    find_state_dict,
+    first_line,
+    read_json,
+    read_tensors,
+)
+from .stems import SpikingConvStage
+from .training_records import TrainingRecord, read_training_record, record_of_train_script
 
 __all__ = [
     'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'create_from_state_dict',
     'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels', 'unwrap_timm_model',
 ]
 
-# Arguments of train.py that describe the machine or contain local paths; they are not published
-_PRIVATE_ARGS = re.compile(
-    r'(data|dataset)_dir$|^(data|output|output_dir|config|experiment|resume|initial_checkpoint|class_map|device|'
-    r'device_modules|local_rank|rank|world_size|distributed|prefetcher|log_interval|workers|pin_mem|log_wandb)$|^wandb_')
-# Exceptions that parsing code may raise on malformed external data
-_PARSING_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
-    ValueError)
 # Arguments of the network that are read from the weights, and arguments that the user may set
 _ARGS_FROM_WEIGHTS = ('num_classes', 'in_chans')
 _MODEL_KWARGS = [
     name for name in inspect.signature(Spikformer).parameters if name not in (*_ARGS_FROM_WEIGHTS, 'device', 'dtype')]
-_LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a stem stage for one image: 1 GiB in float32
+_CROP_MODES = ('center', 'squash', 'border')  # of timm's create_transform
+_LARGEST_ACTIVATION = 2 ** 28  # limit on the output values of a layer of the stem: 1 GiB in float32
+_WEIGHTS_INDEX = f'{WEIGHTS_FILE}.index.json'  # lists the files of sharded weights
 _LOAD_ERROR = 'The weights in {} cannot be loaded into the model of its config.json: {}.'
-
-
-@dataclass
-class TrainingRecord:
-    """How a model was trained, if its checkpoint records it: the command, and the arguments by name.
-
-    >>> TrainingRecord('timm-spikformer demo --epochs=5', {'epochs': 5}).args['epochs']
-    5
-    """
-    command: str
-    args: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +58,7 @@ class Checkpoint:
 
     Args:
         model: A `Spikformer` or a `SpikformerMAE`.
-        data_config: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
+        data_config: timm's data config, see `images.data_config`.
         labels: Class names in order; None if they are unknown or the model has no classifier.
         training: How the model was trained; None if unknown.
         processor: Content of the preprocessor_config.json of the checkpoint. If None, one that matches `data_config` is
@@ -98,16 +85,23 @@ class Checkpoint:
 
     @property
     def activation_size(self) -> int:
-        """Number of values in the largest output of a stem stage for one image, over all time steps."""
+        """Number of values in the largest output of a layer of the stem for one image, over all time steps."""
         encoder = self.encoder
         size, largest = math.prod(self.data_config['input_size'][1:]), 0
-        for width, stride in zip(encoder.stem.widths, encoder.stem.strides):
-            size //= stride ** 2
-            largest = max(largest, encoder.time_steps * width * size)
-        return largest
+        for stage, stride in zip(encoder.stem.stages, encoder.stem.strides):
+            if isinstance(stage, SpikingConvStage):  # its widest layer follows the stride
+                size //= stride ** 2
+                largest = max(largest, stage.expand.conv.out_channels * size)
+            else:  # its convolution precedes the pooling
+                largest = max(largest, stage.proj.conv.out_channels * size)
+                size //= stride ** 2
+        return encoder.time_steps * largest
 
     def limit_batch_size(self, batch_size: int) -> int:
-        """Return `batch_size`, reduced if necessary so that a stem stage outputs at most 1 GiB; at least 1."""
+        """Return `batch_size`, reduced if necessary so that no layer of the stem outputs more than 1 GiB.
+
+        The result is at least 1.
+        """
         return max(1, min(batch_size, _LARGEST_ACTIVATION // max(1, self.activation_size)))
 
 
@@ -131,13 +125,14 @@ def read_checkpoint(
     path = Path(path)
     if path.is_dir():
         if ema or model_kwargs:
-            option = '--ema' if ema else '--model-kwargs'
-            raise ValueError(f'{path} is a folder, whose config.json describes its weights. {option} is for files.')
+            raise ValueError(
+                f'{path} is a folder, whose config.json describes its weights. ema and model_kwargs apply only to '
+                f'checkpoint files.')
         checkpoint = _read_folder(path)
     elif path.is_file():
         checkpoint = _read_file(path, model, ema, model_kwargs)
     else:
-        raise ValueError(f'There is no {path}. Expected a checkpoint file, or a folder with a config.json.')
+        raise ValueError(f'{path} does not exist. Expected a checkpoint file, or a folder with a config.json.')
     check_data_config(path, checkpoint)
     return checkpoint
 
@@ -145,17 +140,26 @@ def read_checkpoint(
 def read_checkpoint_source(name: str) -> Checkpoint:
     """Read a folder `local-dir:DIR` or a Hub repository `hf-hub:ORG/NAME`, in timm's or transformers' format.
 
+    All files of a repository are from the same commit.
+
     Raises:
         ValueError: The folder or repository is missing, damaged, or does not contain a Spikformer.
-        RuntimeError: The repository cannot be downloaded.
+        RuntimeError: The repository, or one of its files, cannot be downloaded.
     """
     if name.startswith('local-dir:'):
         return read_checkpoint(name.removeprefix('local-dir:'))
     repo = name.removeprefix('hf-hub:')
     folder = Path(download(repo, 'config.json')).parent
-    download(repo, WEIGHTS_FILE)
-    with contextlib.suppress(RuntimeError):  # this file is optional
-        download(repo, 'preprocessor_config.json')
+    pinned = f'{split_revision(repo)[0]}@{folder.name}'  # the cache names the folder after the commit
+    index = None if download_if_exists(pinned, WEIGHTS_FILE) else download_if_exists(pinned, _WEIGHTS_INDEX)
+    if index is not None:
+        for shard in _read_shard_names(Path(index)):
+            download(pinned, shard)
+    elif not (folder / WEIGHTS_FILE).is_file():
+        download(repo, WEIGHTS_FILE)  # raises an error that states what to do
+    download_if_exists(pinned, 'preprocessor_config.json')
+    if not is_offline_mode():  # the model can be used without it
+        download_if_exists(pinned, TRAINING_FILE)
     return read_checkpoint(folder)
 
 
@@ -179,63 +183,58 @@ def check_data_config(path: object, checkpoint: Checkpoint) -> None:
         fits = all(type(v) is int and v > 0 for v in (channels, height, width))
         fits &= all(are_numbers(config[key], channels) for key in ('mean', 'std')) and min(config['std']) > 0
         fits &= are_numbers([config['crop_pct']], 1) and config['crop_pct'] > 0
+        fits &= config['crop_mode'] in _CROP_MODES
         str_to_pil_interp(config['interpolation'])
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(f'{path} has an invalid data config {config}: {type(e).__name__} {first_line(e)}.') from e
     if not fits:
-        raise ValueError(f'{path} has an invalid data config {config}; expected a size, mean and std per channel, and '
-                         f'crop_pct.')
+        raise ValueError(
+            f'{path} has an invalid data config {config}; expected input_size (channels, height, width), one mean and '
+            f'one positive std per channel, a positive crop_pct, and a crop_mode of {", ".join(_CROP_MODES)}.')
     if checkpoint.activation_size > _LARGEST_ACTIVATION:
         raise ValueError(
-            f'{path} is for images of {height} x {width} pixels and {checkpoint.encoder.time_steps} time steps, for '
-            f'which a stem stage outputs {checkpoint.activation_size:,} values per image, more than '
+            f'{path} expects images of {height} x {width} pixels and {checkpoint.encoder.time_steps} time steps, for '
+            f'which a layer of the stem outputs {checkpoint.activation_size:,} values per image, more than '
             f'{_LARGEST_ACTIVATION:,}. Choose a smaller img_size or fewer time_steps.')
 
 
 def create_from_state_dict(
         name: str,
         state_dict: Dict[str, Any],
-        path: Optional[Path] = None,
-        ema: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
+        source: object = 'The checkpoint',
 ) -> Spikformer:
     """Create the model `name` with the number of classes and input channels of `state_dict`, and load the weights.
 
     Args:
         name: Registered name.
         state_dict: Weights of this package, of the V1 authors' code or of spikingjelly.
-        path: Checkpoint file with these weights, to load with timm's `load_checkpoint`; by default, `state_dict` is
-            loaded.
-        ema: Load the averaged weights from `path`.
         model_kwargs: See `create_registered_model`.
+        source: Origin of the weights, for error messages.
 
     Raises:
         ValueError: The tensors do not match those of the model, or the model does not accept the arguments.
     """
     check_model_name(name)
     model_kwargs = model_kwargs or {}
-    check_size(path or 'The checkpoint', state_dict, model_kwargs)
+    check_size(source, state_dict, model_kwargs)
     empty = create_registered_model(name, model_kwargs, device='meta', num_classes=0)
     try:
         converted = convert_state_dict(state_dict, empty).state_dict
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f'The checkpoint does not match {name}: {first_line(e)}.') from e
+        raise ValueError(f'{source} does not match {name}: {first_line(e)}.') from e
     head = converted.get('head.fc.weight')
     first = converted.get(f'{empty.pretrained_cfg["first_conv"]}.weight')
     if first is None or first.ndim != 4 or (head is not None and head.ndim != 2):
         raise ValueError(
-            f'The checkpoint is not of a Spikformer: the first convolution is missing, or its shape or that of the '
+            f'{source} does not contain a Spikformer: the first convolution is missing, or its shape or that of the '
             f'classifier is wrong. It contains {len(converted)} tensors, first {next(iter(converted), "none")!r}.')
     num_classes = 0 if head is None else len(head)
     model = create_registered_model(name, model_kwargs, num_classes=num_classes, in_chans=first.shape[1])
     try:
-        if path is None:
-            model.load_state_dict(converted)
-        else:
-            load_checkpoint(model, str(path), use_ema=ema)
-    except (RuntimeError, KeyError) as e:
-        detail = str(e).splitlines()[-1].strip() if isinstance(e, RuntimeError) else repr(e)
-        raise ValueError(f'The checkpoint does not match {name}. {detail}') from e
+        model.load_state_dict(converted)
+    except RuntimeError as e:
+        raise ValueError(f'{source} does not match {name}. {str(e).splitlines()[-1].strip()}') from e
     return model.eval()
 
 
@@ -253,9 +252,11 @@ def create_registered_model(name: str, model_kwargs: Mapping[str, Any], **create
     for key, value in model_kwargs.items():
         if key in _ARGS_FROM_WEIGHTS:
             raise ValueError(f'{key}={value!r} cannot be set: it is read from the weights.')
-        if key not in _MODEL_KWARGS or value is None:
+        if key not in _MODEL_KWARGS:
             raise ValueError(
                 f'{name} cannot be created with {key}={value!r}. The arguments are {", ".join(_MODEL_KWARGS)}.')
+        if value is None:  # timm would ignore it
+            raise ValueError(f'{name} cannot be created with {key}=None. Omit {key} to use its default.')
     try:
         return timm.create_model(name, **model_kwargs, **create_kwargs)
     except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as e:
@@ -263,7 +264,9 @@ def create_registered_model(name: str, model_kwargs: Mapping[str, Any], **create
 
 
 def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
-    """Set the class names of a checkpoint. The default names of transformers, `LABEL_0`, `LABEL_1`, ..., clear them.
+    """Set the class names of a checkpoint.
+
+    If the names are transformers' defaults (`LABEL_0`, `LABEL_1`, ...), the class names are removed.
 
     Raises:
         ValueError: The number of names differs from the number of classes, or a name is empty or occurs twice.
@@ -276,33 +279,27 @@ def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
     seen: Dict[str, int] = {}
     for i, name in enumerate(labels):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f'Label {i + 1} is {name!r}; each class needs a name.')
+            raise ValueError(f'The label of class {i} is {name!r}; each class needs a name.')
         if name in seen:
             raise ValueError(
-                f'The label {name!r} occurs twice, as number {seen[name] + 1} and {i + 1}. Class names must be unique.')
+                f'The label {name!r} occurs twice, for class {seen[name]} and class {i}. Class names must be unique.')
         seen[name] = i
-    checkpoint.labels = None if _are_default_labels(labels) else labels
-
-
-def _are_default_labels(labels: Sequence[str]) -> bool:
-    return labels == [f'LABEL_{i}' for i in range(len(labels))]
+    checkpoint.labels = None if labels == [f'LABEL_{i}' for i in range(num_classes)] else labels
 
 
 def unwrap_timm_model(model: nn.Module) -> Union[Spikformer, SpikformerMAE]:
-    """Return the `Spikformer` or `SpikformerMAE` that a module is or wraps.
+    """Return the `Spikformer` or `SpikformerMAE` inside a module (or the module itself).
 
     Args:
-        model: One of these, one of the transformers classes, or any of them wrapped in DDP or timm's EMA or compiled.
+        model: One of these, or one of the transformers classes, optionally wrapped in DDP, torch.compile or timm's EMA.
 
     Raises:
-        ValueError: The module neither is nor wraps one of them.
+        ValueError: The module contains neither class.
     """
-    found = model
-    while not isinstance(found, (Spikformer, SpikformerMAE)):
-        parts = (getattr(found, name, None) for name in ('mae', 'timm_model', '_orig_mod', 'module'))
-        found = next((part for part in parts if isinstance(part, nn.Module)), None)
-        if found is None:
-            raise ValueError(f'Expected a Spikformer or a SpikformerMAE, got a {type(model).__name__}.')
+    found = unwrap_model(model)
+    found = unwrap_model(getattr(found, 'mae', getattr(found, 'timm_model', found)))  # of the transformers classes
+    if not isinstance(found, (Spikformer, SpikformerMAE)):
+        raise ValueError(f'Expected a Spikformer or a SpikformerMAE, got a {type(model).__name__}.')
     return found
 
 
@@ -316,10 +313,11 @@ def checkpoint_from_model(model: nn.Module) -> Checkpoint:
         ValueError: The model is not a Spikformer, or its weights are on the meta device or invalid.
     """
     unwrap_timm_model(model)
+    model = unwrap_model(model)
     check_tensors('The model', model.state_dict())
     checkpoint = _make_checkpoint(_copy_without_hooks(model))
     cfg = getattr(checkpoint.encoder, 'pretrained_cfg', {})
-    checkpoint.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
+    checkpoint.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag')))) or None
     return checkpoint
 
 
@@ -329,26 +327,23 @@ def _copy_without_hooks(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith(('_forward', '_backward')) and isinstance(value, dict):
-                memo[id(value)] = type(value)()  # deepcopy uses this entry as the copy of `value`
+                memo[id(value)] = type(value)()  # an empty dict takes the place of the copy of these hooks
     return copy.deepcopy(model, memo)
 
 
-def _make_checkpoint(model: nn.Module, config: Optional['SpikformerConfig'] = None) -> Checkpoint:
-    """Create a checkpoint from a model, which is moved to the CPU and set to eval mode and float32."""
-    config = getattr(model, 'config', config)
-    model = unwrap_timm_model(model)
+def _make_checkpoint(model: nn.Module) -> Checkpoint:
+    """Create a checkpoint from a timm or transformers model, moved to the CPU and set to eval mode and float32."""
+    config, model = getattr(model, 'config', None), unwrap_timm_model(model)
     encoder = model.encoder if isinstance(model, SpikformerMAE) else model
-    labels = None
     if config is None:
-        shown = data_config(encoder, input_size=get_model_input_config(encoder)['input_size'])
+        cfg = data_config(encoder, input_size=get_model_input_config(encoder)['input_size'])
     else:
+        cfg = config.to_dict()['pretrained_cfg']
+    checkpoint = Checkpoint(model.eval().to('cpu', torch.float32), {k: cfg[k] for k in DATA_KEYS})
+    if config is not None and encoder.num_classes == len(config.id2label):
         from .hf.configuration_spikformer import ordered_labels
-        shown = config.to_dict()['pretrained_cfg']
-        names = ordered_labels(config.id2label)
-        if len(names) == encoder.num_classes and not _are_default_labels(names):
-            labels = names
-    model = model.eval().to('cpu', torch.float32)
-    return Checkpoint(model, {k: shown[k] for k in DATA_KEYS}, labels)
+        set_labels(checkpoint, ordered_labels(config.id2label))
+    return checkpoint
 
 
 def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optional[Dict[str, Any]]) -> Checkpoint:
@@ -365,30 +360,24 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
         raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
     saved_kwargs = {'global_pool': args.get('gp'), **saved_kwargs}
     saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
-    model = create_from_state_dict(name.split('.')[0], state_dict, path, ema, {**saved_kwargs, **(model_kwargs or {})})
+    model = create_from_state_dict(name.split('.')[0], state_dict, {**saved_kwargs, **(model_kwargs or {})}, path)
     checkpoint = Checkpoint(model, {}, source=path, name=name)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
         checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(f'{path} has an invalid data config {sizes} for {name}: {first_line(e)}.') from e
     if args:
-        shown = {str(k): v for k, v in args.items() if v not in (None, '', [], {}) and not _is_private(str(k), v)}
-        command = f'python -m timm_spikformer train.py -c {TRAINING_FILE} --data-dir DATA'
-        checkpoint.training = TrainingRecord(command, shown)
+        checkpoint.training = record_of_train_script(args)
     return checkpoint
-
-
-def _is_private(key: str, value: Any) -> bool:
-    return bool(_PRIVATE_ARGS.search(key)) or bool(re.search(r'(^|[/=:\s])(/|~|[A-Za-z]:\\)', str(value)))
 
 
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / 'config.json').is_file():
         raise ValueError(f'{path} contains no config.json. Expected a folder saved by timm or transformers.')
-    config = _read_json(path / 'config.json')
+    config = read_json(path / 'config.json')
     architecture = config.get('architecture', '')
     if config.get('model_type') != 'spikformer' and architecture not in timm.list_models(module='spikformer'):
         what = config.get('model_type') or architecture or 'model'
@@ -403,14 +392,21 @@ def _read_folder(path: Path) -> Checkpoint:
     check_model_name(checkpoint.name)
     if (path / 'preprocessor_config.json').is_file():
         from .hf.processing import read_data_config
-        checkpoint.processor = _read_json(path / 'preprocessor_config.json')
+        checkpoint.processor = read_json(path / 'preprocessor_config.json')
         try:
             checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
-        except _PARSING_ERRORS as e:
+            crops = checkpoint.processor.get('crop_size') and checkpoint.processor.get('do_center_crop', True)
+            crop_mode = checkpoint.data_config['crop_mode']
+        except PARSING_ERRORS as e:
             raise ValueError(
                 f'{path / "preprocessor_config.json"} is not a valid processor config with size, image_mean and '
                 f'image_std: {type(e).__name__} {first_line(e)}.') from e
-    checkpoint.training = _read_training(path)
+        is_for_images = checkpoint.encoder.in_chans != 2  # a processor of events only resizes frames
+        if is_for_images and (crop_mode == 'border' or (crop_mode == 'squash' and crops)):
+            raise ValueError(
+                f'{path / "config.json"} contains crop_mode={crop_mode!r}, but {path / "preprocessor_config.json"} '
+                f'does not preprocess images in this way. Change one of them.')
+    checkpoint.training = read_training_record(path)
     return checkpoint
 
 
@@ -418,14 +414,19 @@ def _read_weights(path: Path) -> Dict[str, Tensor]:
     """Read the tensors of a folder, from one file or from the shards that an index file lists."""
     if (path / WEIGHTS_FILE).is_file():
         return read_tensors(path / WEIGHTS_FILE)
-    index = path / f'{WEIGHTS_FILE}.index.json'
+    index = path / _WEIGHTS_INDEX
     if not index.is_file():
         raise ValueError(f'{path} contains no {WEIGHTS_FILE}. Save with safe_serialization=True; pickles are not read.')
-    parts = _read_json(index).get('weight_map')
-    names = sorted(set(parts.values())) if isinstance(parts, dict) else [None]
-    if not all(isinstance(name, str) and (path / name).suffix == '.safetensors' for name in names):
+    return {key: value for name in _read_shard_names(index) for key, value in read_tensors(path / name).items()}
+
+
+def _read_shard_names(index: Path) -> List[str]:
+    """Return the names of the files that the index of sharded weights lists; they are in the same folder."""
+    parts = read_json(index).get('weight_map')
+    names = list(parts.values()) if isinstance(parts, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r'[\w.-]+\.safetensors', name) for name in names):
         raise ValueError(f'{index} has no weight_map that lists safetensors files.')
-    return {key: value for name in names for key, value in read_tensors(path / name).items()}
+    return sorted({*names})
 
 
 def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tensor]) -> Checkpoint:
@@ -440,7 +441,7 @@ def _read_timm_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Ten
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True)
         checkpoint = _make_checkpoint(model)
-    except _PARSING_ERRORS as e:
+    except PARSING_ERRORS as e:
         raise ValueError(_LOAD_ERROR.format(path, first_line(e))) from e
     labels = config.get('label_names')
     if labels:
@@ -475,39 +476,3 @@ def _read_hf_folder(path: Path, config: Dict[str, Any], tensors: Dict[str, Tenso
             f'The weights in {path} do not match the model in its config.json: {len(mismatched)} tensors are missing '
             f'or unexpected, such as {mismatched[0]}.')
     return _make_checkpoint(model)
-
-
-def _read_training(path: Path) -> Optional[TrainingRecord]:
-    """Return how the model of a folder was trained, or None if no file records it."""
-    file = path / TRAINING_FILE
-    if file.is_file():
-        try:
-            args = yaml.safe_load(file.read_text(encoding='utf-8'))
-            return TrainingRecord(str(args.pop('command')), args)
-        except (yaml.YAMLError, UnicodeError, *_PARSING_ERRORS) as e:
-            raise ValueError(f'{file} does not contain `command: ...` and the arguments of the training: '
-                             f'{type(e).__name__} {first_line(e)}. Remove it.') from e
-    # in the folder itself or in a checkpoint folder of transformers' Trainer
-    files = [*path.glob('trainer_state.json'), *path.glob('checkpoint-*/trainer_state.json')]
-    if not files:
-        return None
-    try:
-        state = max((_read_json(p) for p in files), key=lambda state: state['global_step'])
-        log = [entry for entry in state['log_history'] if 'learning_rate' in entry]
-        args = dict(
-            epochs=state['num_train_epochs'], steps=state['global_step'], batch_size=state.get('train_batch_size'),
-            peak_learning_rate_logged=max((entry['learning_rate'] for entry in log), default=None))
-    except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(
-            f'{files[0]} is not a valid Trainer state: {type(e).__name__} {first_line(e)}. Remove it.') from e
-    return TrainingRecord('transformers Trainer', {k: v for k, v in args.items() if v is not None})
-
-
-def _read_json(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON: {e}.') from e
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} contains a {type(content).__name__}, expected a JSON object.')
-    return content

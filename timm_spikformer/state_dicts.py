@@ -1,4 +1,5 @@
-"""Safe loading of state dicts, and checks of their tensors before a model is created."""
+"""Safe loading of state dicts and JSON files, and checks of tensors before a model is created."""
+import json
 import struct
 import zipfile
 import zlib
@@ -12,8 +13,13 @@ from torch import Tensor
 
 from ._timm import torch_load
 
-__all__ = ['check_size', 'check_tensors', 'find_state_dict', 'first_line', 'read_tensors']
+__all__ = [
+    'PARSING_ERRORS', 'check_size', 'check_tensors', 'find_state_dict', 'first_line', 'read_json', 'read_tensors']
 
+# Exceptions that parsing code may raise on malformed external data
+PARSING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    ValueError)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,6 +59,23 @@ def read_tensors(path: Path) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(
             f'{path} contains a {type(content).__name__}, expected a state dict or a checkpoint of train.py.')
+    return content
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file cannot be read, is not JSON, or does not contain an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'{path} cannot be read: {e.strerror}.') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is not JSON: {e}.') from e
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} contains a {type(content).__name__}, expected a JSON object.')
     return content
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from .arguments import check_integer, check_number
-from .folders import check_file, write_file
+from .folders import check_output_file, write_file
 from .images import Images, make_loader
 from .losses import TETLoss
 from .monitor import FiringRateMonitor
@@ -278,7 +278,7 @@ def train(
         step_on_epochs=False, updates_per_epoch=len(loader))
     start_epoch, history, seconds_before = 0, [], 0.
     if resume and checkpoint.is_file():
-        check_file(checkpoint, kind)  # torch.load does not detect all kinds of damage
+        check_output_file(checkpoint, kind)  # torch.load does not detect all kinds of damage
         start_epoch, history, seconds_before = load_checkpoint(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
             run_config)

@@ -19,8 +19,8 @@ from ..arguments import check_count, check_number
 from ..checkpoints import DIGEST_ARG, TRAINING_FILE
 from ..devices import choose_device
 from ..folders import (
-    check_file,
-    check_output,
+    check_output_file,
+    check_output_folder,
     lock_folder_for_run,
     manifest_files,
     remove_files,
@@ -73,9 +73,9 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
     data = [args.data] if args.data else []
-    check_output(output, KIND, data=data, allow_other_files=True, names=_FILES)
+    check_output_folder(output, KIND, data=data, allow_other_files=True, names=_FILES)
     if 'train' in stages:
-        check_output(output / _MODEL, KIND, data=data)
+        check_output_folder(output / _MODEL, KIND, data=data)
     demo = _Demo(args, output, stages) if {'train', 'pretrain'} & {*stages} else None
     with lock_folder_for_run(output), _remove_settings_on_error(output):
         if not args.resume:
@@ -112,7 +112,7 @@ def _restore_args(args: argparse.Namespace, settings: Path) -> None:
     """Set the arguments to those of the resumed run; raise a ValueError if one was given a different value."""
     if not settings.is_file():
         raise ValueError(f'There is no {settings} to resume from. Start without --resume.')
-    check_file(settings, KIND)
+    check_output_file(settings, KIND)
     saved = json.loads(settings.read_text(encoding='utf-8'))
     expected = vars(args).keys() - {*_ARGS_NOT_RESTORED}
     if not expected <= saved.keys():

@@ -184,7 +184,7 @@ class EventSequences(Images):
     def _decode(self, i: int) -> Tensor:
         return torch.from_numpy(self.source.frames(int(self._indices[i])).astype(np.float32))
 
-    def create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
+    def _create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
         """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
         # without timm's prefetcher, which supports only 8-bit images
         loader = create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..folders import check_output, write_folder
+from ..folders import check_output_folder, write_folder
 from .activity import Activity
 from .conventions import describe_assumptions
 from .counting import LayerProfile, Profile, Totals, describe_silent_layers
@@ -258,9 +258,9 @@ def check_report_folder(folder: PathLike, inputs: Iterable[PathLike] = (), data:
 
     Raises:
         ValueError: The folder is invalid, is an input, or contains files that this report would overwrite: see
-            `timm_spikformer.folders.check_output`.
+            `timm_spikformer.folders.check_output_folder`.
     """
-    check_output(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
+    check_output_folder(folder, _KIND, inputs, data, allow_other_files=True, names=sorted(_FILES))
 
 
 def write_report(

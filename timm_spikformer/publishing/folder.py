@@ -25,7 +25,7 @@ from ..masked_autoencoder import SpikformerMAE
 from ..monitor import FiringRateMonitor
 from ..reading import Checkpoint, unwrap_timm_model
 
-__all__ = ['example_images', 'save_folder', 'verify_folder', 'write_checkpoint']
+__all__ = ['check_processor', 'example_images', 'save_folder', 'verify_folder', 'write_checkpoint']
 
 
 def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
@@ -50,6 +50,19 @@ def _to_transformers(checkpoint: Checkpoint) -> SpikformerPreTrainedModel:
     hf_model = cls(config)
     unwrap_timm_model(hf_model).load_state_dict(model.state_dict())
     return hf_model.eval()
+
+
+def check_processor(checkpoint: Checkpoint) -> None:
+    """Check that a processor of transformers can preprocess images like the data config of a checkpoint.
+
+    Raises:
+        ValueError: No processor has the crop mode of the data config, and the checkpoint does not contain a processor.
+    """
+    crop_mode = checkpoint.data_config['crop_mode']
+    if checkpoint.processor is None and crop_mode != 'center' and checkpoint.encoder.in_chans != 2:
+        raise ValueError(
+            f'The folder would contain no image processor that preprocesses images as the data config states, with '
+            f"crop_mode={crop_mode!r}. Use a model with crop_mode='center', or save a processor with the model first.")
 
 
 def write_checkpoint(
@@ -106,9 +119,10 @@ def save_folder(
         command: Name of the command, for the manifest of the folder.
 
     Raises:
-        ValueError: The folder contains files that must not be overwritten.
+        ValueError: The folder contains files that must not be overwritten, or see `check_processor`.
         RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
+    check_processor(checkpoint)
     kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
     with write_folder(folder, kind, inputs) as temporary:
         write_checkpoint(checkpoint, temporary)

@@ -21,7 +21,7 @@ from ..profiling import Profile, profile
 from ..reading import Checkpoint, check_data_config, checkpoint_from_model, read_checkpoint, set_labels
 from . import hub
 from .card import AccuracyResult, Dataset, read_results, render_card, results_files
-from .folder import example_images, verify_folder, write_checkpoint
+from .folder import check_processor, example_images, verify_folder, write_checkpoint
 
 __all__ = ['PublishResult', 'publish']
 
@@ -184,6 +184,7 @@ def _read_or_copy(
     else:
         checkpoint = read_checkpoint(checkpoint, model, ema, model_kwargs)
     check_data_config('The checkpoint', checkpoint)
+    check_processor(checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
     return checkpoint
