@@ -35,7 +35,7 @@ from timm_spikformer.event_data.frames import Events
 from timm_spikformer.hf.processing import create_processor, read_data_config
 from timm_spikformer.hf.remote_code import remote_sources
 from timm_spikformer.images import FASHION_MNIST
-from timm_spikformer.publishing import convert, publish, read_checkpoint
+from timm_spikformer.publishing import convert, publish, read_checkpoint, save_folder
 from timm_spikformer.publishing.card import Dataset
 from timm_spikformer.publishing.folder import example_images
 from timm_spikformer.reading import checkpoint_from_model, unwrap_timm_model
@@ -137,6 +137,15 @@ def test_folders_of_timm_transformers_and_publish(small, tmp_path):
     assert timm.create_model(f'local-dir:{tmp_path / "second"}').pretrained_cfg['mean'] == [0.1, 0.2, 0.3]
     assert type(AutoImageProcessor.from_pretrained(tmp_path / 'first')) is CLIPImageProcessor
     assert type(AutoImageProcessor.from_pretrained(tmp_path / 'second')) is ViTImageProcessor
+
+
+def test_save_folder_does_not_modify_the_model(small, tmp_path):
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    save_folder(small.train(), tmp_path / 'x', labels=LABELS)
+    assert small.training and all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    assert_all_loaders(tmp_path / 'x', small.eval(), LABELS)
+    with pytest.raises(ValueError, match='The model has 10 classes, but 1 labels were given'):
+        save_folder(small, tmp_path / 'x', labels=['a'])
 
 
 def test_folder_of_save_pretrained_loads_in_timm(small, tmp_path):

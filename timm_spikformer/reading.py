@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -38,8 +38,9 @@ from .stems import SpikingConvStage
 from .training_records import TrainingRecord, read_training_record, record_of_train_script
 
 __all__ = [
-    'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'create_from_state_dict',
-    'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels', 'unwrap_timm_model',
+    'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'copy_checkpoint',
+    'create_from_state_dict', 'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels',
+    'unwrap_timm_model',
 ]
 
 # Arguments of the network that are read from the weights, and arguments that the user may set
@@ -319,6 +320,28 @@ def checkpoint_from_model(model: nn.Module) -> Checkpoint:
     cfg = getattr(checkpoint.encoder, 'pretrained_cfg', {})
     checkpoint.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag')))) or None
     return checkpoint
+
+
+def copy_checkpoint(source: Union[nn.Module, Checkpoint], labels: Optional[Sequence[str]] = None) -> Checkpoint:
+    """Copy a model or a checkpoint in memory, so that the caller may modify the copy.
+
+    Args:
+        source: See `checkpoint_from_model`, or a checkpoint.
+        labels: Class names, instead of those of the source.
+
+    Raises:
+        ValueError: See `checkpoint_from_model` and `set_labels`.
+    """
+    if isinstance(source, Checkpoint):
+        copied = checkpoint_from_model(source.model)
+        copied = replace(
+            source, model=copied.model, data_config=dict(source.data_config or copied.data_config),
+            name=source.name or copied.name)
+    else:
+        copied = checkpoint_from_model(source)
+    if labels is not None:
+        set_labels(copied, labels)
+    return copied
 
 
 def _copy_without_hooks(model: nn.Module) -> nn.Module:

@@ -112,5 +112,5 @@ def convert(
     check_data_config(path, checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
-    save_folder(checkpoint, output, [path], require_spikes=False, command='convert')
+    save_folder(checkpoint, output, inputs=[path], require_spikes=False, command='convert')
     return ConversionResult(model, _report(conversion))

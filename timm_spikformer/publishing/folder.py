@@ -1,12 +1,12 @@
 """Write the folder that timm and transformers load, and verify that both load it correctly."""
 import json
 from pathlib import Path
-from typing import Dict, Iterable, Optional, Union
+from typing import Dict, Iterable, Optional, Sequence, Union
 
 import timm
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
 from ..checkpoints import TRAINING_FILE
@@ -23,7 +23,7 @@ from ..hf.remote_code import save_remote_code
 from ..images import DATA_KEYS, data_config, make_loader, read_splits
 from ..masked_autoencoder import SpikformerMAE
 from ..monitor import FiringRateMonitor
-from ..reading import Checkpoint, unwrap_timm_model
+from ..reading import Checkpoint, check_data_config, copy_checkpoint, unwrap_timm_model
 
 __all__ = ['check_processor', 'example_images', 'save_folder', 'verify_folder', 'write_checkpoint']
 
@@ -102,8 +102,9 @@ def write_checkpoint(
 
 
 def save_folder(
-        checkpoint: Checkpoint,
+        checkpoint: Union[nn.Module, Checkpoint],
         folder: Union[str, Path],
+        labels: Optional[Sequence[str]] = None,
         inputs: Iterable[Union[str, Path]] = (),
         require_spikes: bool = True,
         command: str = 'save_folder',
@@ -111,7 +112,8 @@ def save_folder(
     """Write and verify a folder that timm and transformers load. After an error, nothing is written.
 
     Args:
-        checkpoint: Checkpoint to save.
+        checkpoint: Model or checkpoint to save; see `copy_checkpoint`. It is not modified.
+        labels: Class names, instead of those of the checkpoint.
         folder: Output folder. Only files that the same command wrote there for the same architecture are replaced; see
             `folders.write_folder`.
         inputs: Files that the checkpoint was read from; the folder must not contain them.
@@ -122,6 +124,8 @@ def save_folder(
         ValueError: The folder contains files that must not be overwritten, or see `check_processor`.
         RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
     """
+    checkpoint = copy_checkpoint(checkpoint, labels)
+    check_data_config('The checkpoint', checkpoint)
     check_processor(checkpoint)
     kind = f'{command} {checkpoint.encoder.pretrained_cfg["architecture"]}'
     with write_folder(folder, kind, inputs) as temporary:

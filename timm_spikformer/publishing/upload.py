@@ -1,6 +1,5 @@
 """Publish a checkpoint: write a folder, verify it, upload it in one commit, and then move it to the output path."""
 import contextlib
-import dataclasses
 import datetime
 import random
 import re
@@ -18,7 +17,7 @@ from ..folders import write_folder, write_manifest
 from ..images import Images, make_loader, match_classes, read_splits, select_train_test
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Profile, profile
-from ..reading import Checkpoint, check_data_config, checkpoint_from_model, read_checkpoint, set_labels
+from ..reading import Checkpoint, check_data_config, copy_checkpoint, read_checkpoint, set_labels
 from . import hub
 from .card import AccuracyResult, Dataset, read_results, render_card, results_files
 from .folder import check_processor, example_images, verify_folder, write_checkpoint
@@ -174,19 +173,14 @@ def _read_or_copy(
         model_kwargs: Optional[Dict[str, Any]],
 ) -> Checkpoint:
     """Read or copy a checkpoint, so that the caller may modify it."""
-    if isinstance(checkpoint, nn.Module):
-        checkpoint = checkpoint_from_model(checkpoint)
-    elif isinstance(checkpoint, Checkpoint):
-        copied = checkpoint_from_model(checkpoint.model)
-        checkpoint = dataclasses.replace(
-            checkpoint, model=copied.model, data_config=dict(checkpoint.data_config or copied.data_config),
-            name=checkpoint.name or copied.name)
+    if isinstance(checkpoint, (nn.Module, Checkpoint)):
+        checkpoint = copy_checkpoint(checkpoint, labels)
     else:
         checkpoint = read_checkpoint(checkpoint, model, ema, model_kwargs)
+        if labels is not None:
+            set_labels(checkpoint, labels)
     check_data_config('The checkpoint', checkpoint)
     check_processor(checkpoint)
-    if labels is not None:
-        set_labels(checkpoint, labels)
     return checkpoint
 
 
