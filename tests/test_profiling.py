@@ -348,6 +348,27 @@ def test_batches_are_accumulated(model, images):
         assert (a.silent, a.saturated, a.dense_macs) == (b.silent, b.saturated, b.dense_macs)
 
 
+@pytest.mark.parametrize('conventions', [
+    dict(), dict(residual='nonzero'), dict(attention_order='cheaper'),
+    dict(attention_order='cheaper', attention='coincidence'),
+])
+def test_operations_of_different_image_sizes_are_added(images, conventions):
+    """They equal those of separate profiles, in any order, although the cheaper order of attention differs."""
+    torch.manual_seed(0)
+    model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10, num_heads=8), images)  # d = 8
+    large, small = images[:2], nn.functional.interpolate(images[2:4], 32)  # 16 and 4 tokens
+
+    def totals(data):
+        return profile(model, data).with_conventions(**conventions).totals
+
+    expected = {
+        name: (getattr(totals(large), name) + getattr(totals(small), name)) / 2
+        for name in ('dense_macs', 'macs', 'acs', 'memory_bytes', 'energy_mj')}
+    for data in ([large, small], [small, large], [large[:1], small, large[1:]]):
+        result = dataclasses.asdict(totals(data))
+        assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
 def test_memory_is_constant(images):
     torch.manual_seed(0)
     model = calibrate(timm.create_model('test_spikformer_v2'), images)

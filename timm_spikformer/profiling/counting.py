@@ -140,6 +140,12 @@ class StepProfile:
     accuracy: Optional[float] = None
 
 
+def _rate(counts: Iterable[Tuple[Tensor, float]]) -> List[float]:
+    """Return the mean at each time step of values given as pairs (sums `[T]`, number of values per time step)."""
+    totals, numbers = zip(*counts)
+    return (sum(totals) / sum(numbers)).tolist()
+
+
 class _Predictions:
     """Sums over all images of agreement, confidence and correct predictions: `[T]`, or 0 before the first batch."""
 
@@ -246,9 +252,9 @@ class Profile:
             input=counts.input,
             parameters=counts.parameters,
             dense_macs=dense_macs / n,
-            input_rate=(counts.input_sum / counts.input_numel).tolist() if has_input_rate else None,
+            input_rate=_rate((x.total, x.numel) for x in counts.inputs.values()) if has_input_rate else None,
             operand_rates=None if attention is None else {
-                name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')},
+                name: _rate((getattr(x, name), x.numel) for x in attention.values()) for name in ('q', 'k', 'v')},
             values={x: m / num_inputs for x, m in sorted(counts.value_counts.items())} if num_inputs else None,
             firing_rate=(counts.spikes / counts.output_numel).tolist() if has_neurons else None,
             silent=spike_counts.silent if has_neurons else None,

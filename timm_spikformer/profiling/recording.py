@@ -8,7 +8,7 @@ record the spikes.
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +84,21 @@ class SpikeCounts:
 
 
 @dataclass
+class InputCounts:
+    """Sums over the inputs of one layer that have the same size. Tensors are `[steps]`, as in `LayerCounts`."""
+    dense_macs: float = 0.  # dense multiply-accumulates of one time step
+    numel: float = 0.  # number of input values of one time step
+    total: Optional[Tensor] = None  # sum of the inputs
+    num_nonzero: Optional[Tensor] = None  # number of inputs that are not 0
+
+
+@dataclass
 class LayerCounts:
     """Sums over all images for one layer (a product and its neurons). Tensors are `[steps]`, float64.
 
     `steps` is 1 for the input of the classifier, and for an input that is the same at all time steps; else it is T.
+    Counts of which products are computed are kept for each size of the input, so that operations can be computed per
+    size: the mean input and the dense operations of different sizes must not be mixed.
     """
     name: str
     group: str  # stem, attention, mlp or head
@@ -96,10 +107,7 @@ class LayerCounts:
     has_bn: bool
     has_bias: bool  # whether the product has a bias
     weight_bytes: int  # bytes per weight
-    dense_macs: float = 0.  # dense multiply-accumulates of one time step
-    input_numel: float = 0.  # number of input values of one time step
-    input_sum: Optional[Tensor] = None  # sum of the inputs
-    num_nonzero: Optional[Tensor] = None  # number of inputs that are not 0
+    inputs: Dict[Tuple[int, ...], InputCounts] = field(default_factory=dict)  # by the shape of one time step and image
     synops: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it is multiplied by
     nonzero_synops: Optional[Tensor] = None  # number of products of a weight and a nonzero input
     value_counts: Counter = field(default_factory=Counter)  # counts of input values, for sums of spikes
@@ -108,16 +116,23 @@ class LayerCounts:
     spikes: Optional[Tensor] = None
     neuron_spikes: Optional[SpikeCounts] = field(default_factory=SpikeCounts)  # None if image sizes differ
     channel_spikes: SpikeCounts = field(default_factory=SpikeCounts)
-    attention: Optional['AttentionCounts'] = None
+    attention: Optional[Dict[int, 'AttentionCounts']] = None  # by number of tokens; None for layers with weights
+    _current: Optional[InputCounts] = field(default=None, repr=False)  # counts of the size of the last input
+
+    @property
+    def dense_macs(self) -> float:
+        """Dense multiply-accumulates of one time step of a product with weights."""
+        return sum(x.dense_macs for x in self.inputs.values())
 
     def add_input(self, x: Tensor) -> None:
-        """Add the input of the layer, `[steps, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
-        self.input_numel += x[0].numel()
-        self.input_sum = _add_to(self.input_sum, check_finite(_sum_per_step(x), f'input of {self.name}'))
+        """Add the input of the layer, `[steps, B, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
+        self._current = counts = self.inputs.setdefault(tuple(x.shape[2:]), InputCounts())
+        counts.numel += x[0].numel()
+        counts.total = _add_to(counts.total, check_finite(_sum_per_step(x), f'input of {self.name}'))
         if self.input == 'spikes':
-            self.num_nonzero = self.input_sum
+            counts.num_nonzero = counts.total
         else:
-            self.num_nonzero = _add_to(self.num_nonzero, _sum_per_step(_is_nonzero(x)))
+            counts.num_nonzero = _add_to(counts.num_nonzero, _sum_per_step(_is_nonzero(x)))
         if self.input == 'sums':
             counts = torch.bincount(x.flatten().round().long())  # rounded, because stochastic depth scales spikes
             self.value_counts.update({value: count for value, count in enumerate(counts.tolist()) if count})
@@ -126,13 +141,17 @@ class LayerCounts:
 
     def add_product(self, func: Any, args: Any, out: Tensor, steps: int) -> None:
         """Add a product of the layer, whose input contains `steps` time steps along the batch dimension."""
-        self.dense_macs += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
+        self._current.dense_macs += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
         x, count_synops = args[1] if func is _aten.addmm.default else args[0], _SYNOPS[func]
         self.synops = _add_to(self.synops, count_synops(x, args, steps))
         if self.input == 'spikes':
             self.nonzero_synops = self.synops
         else:
             self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_is_nonzero(x), args, steps))
+
+    def add_attention(self, qkv: Tensor, num_heads: int) -> None:
+        """Add the spikes q, k, v of a batch, `[T, B, N, 3 * C]`."""
+        self.attention.setdefault(qkv.shape[2], AttentionCounts()).add(qkv, num_heads)
 
     def add_spikes(self, spikes: Tensor, channel_dim: int) -> None:
         """Add the output of the neurons, `[T, B, ...]`; raise a `NonFiniteError` if it contains NaN."""
@@ -151,10 +170,12 @@ class LayerCounts:
 
 @dataclass
 class AttentionCounts:
-    """Sums for the two products of spiking attention on spikes q, k, v, in both orders. Tensors are `[T]`, float64."""
+    """Sums for the two products of spiking attention on spikes q, k, v, in both orders, for inputs of equal size.
+
+    Tensors are `[T]`, float64.
+    """
     dense_qk: float = 0.  # multiply-accumulates per time step of each of the two products in (q k^T) v
     dense_kv: float = 0.  # the same for q (k^T v)
-    kv_is_cheaper: bool = False
     q: Optional[Tensor] = None  # sums of spikes
     k: Optional[Tensor] = None
     v: Optional[Tensor] = None
@@ -170,7 +191,6 @@ class AttentionCounts:
         q, k, v = qkv.float().view(T, B, N, 3, num_heads, d).unbind(3)  # [T, B, N, heads, d]
         self.dense_qk += B * N * N * C
         self.dense_kv += B * N * C * d
-        self.kv_is_cheaper = N > d
         self.numel += B * N * C
         self.q, self.k, self.v = (
             _add_to(total, _sum_per_step(x)) for total, x in ((self.q, q), (self.k, k), (self.v, v)))
@@ -279,7 +299,7 @@ class Recorder:
                 has_bias=not is_attention and product.bias is not None,
                 weight_bytes=next(m.parameters()).element_size(),
                 neuron_spikes=None if by_channel else SpikeCounts(),
-                attention=AttentionCounts() if is_attention else None,
+                attention={} if is_attention else None,
                 **_layer_kind(encoder, name, i == 0),
             )
 
@@ -288,7 +308,7 @@ class Recorder:
             counts = self.layer_counts[name]
             if counts.attention is not None:
                 yield m.qkv.register_forward_hook(
-                    lambda qkv, args, out, counts=counts.attention, heads=m.num_heads: counts.add(out, heads))
+                    lambda qkv, args, out, counts=counts, heads=m.num_heads: counts.add_attention(out, heads))
                 neuron, channel_dim = m.attn_lif, 3
             else:
                 yield m.register_forward_pre_hook(lambda m, args, counts=counts: self._before(args[0], counts))
