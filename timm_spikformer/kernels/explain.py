@@ -123,7 +123,7 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     ('stem.stages.0.down', 'conv: event-driven')
     >>> report = explain_kernels(model, torch.rand(1, 3, 64, 64))
     >>> report[0].runs_as, report[0].reason
-    ('modules', 'too small to be faster')
+    ('modules', 'too small to be faster than the dense layer')
     """
     records: Dict[Tensor, EventRecord] = {}  # by weight, as masked patches run through copies of their layer
     times: Dict[str, float] = {}
