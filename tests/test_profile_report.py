@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -22,6 +23,7 @@ from timm_spikformer import (
 )
 from timm_spikformer.folders import MANIFEST, write_file
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
+from timm_spikformer.kernels import explain_kernels
 from timm_spikformer.profiling import (
     log_profile,
     measure_times,
@@ -95,6 +97,25 @@ def test_reconstructions(model, images):
     assert activity.masked.shape == activity.reconstructed.shape == (2, 3, 64, 64)
     assert not activity.attention and activity.rasters
     assert 'reconstructions' in render(profile(mae, images[:4]), activity)
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda m, x: record_activity(m, [x]), 'got a list'),
+    (lambda m, x: record_activity(m, x[:0]), r'at least one, got shape \[0, 3, 64, 64\]'),
+    (lambda m, x: record_activity(m, x[0]), r'got shape \[3, 64, 64\]'),
+    (lambda m, x: record_activity(m, x, mean=(1., 2.), std=(1.,)), r'mean must contain one value, .*got \(1.0, 2.0\)'),
+    (lambda m, x: record_activity(m, x, std=0.5), 'std must contain one value, or one for each of 3 channels, got 0.5'),
+    (lambda m, x: measure_times(profile(m, x), m, x[:0]), 'at least one'),
+    (lambda m, x: measure_times(profile(m, x), m, None), 'got a NoneType'),
+    (lambda m, x: measure_times(profile(timm.create_model('test_spikformer_v2', depth=1).train(), x), m, x),
+     "has no layer 'blocks.1.*Pass the model that was profiled"),
+    (lambda m, x: ProfileCallback(foo=1), "Unknown option 'foo'. Expected one of time_steps"),
+    (lambda m, x: ProfileCallback(conventions={'bn': 'mac'}), 'Expected Conventions'),
+    (lambda m, x: ProfileCallback(cost='fp64'), 'Unknown cost model'),
+])
+def test_bad_input(model, images, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, images)
 
 
 def test_unknown_layer(model, images):
@@ -342,6 +363,28 @@ def test_layer_times(model, images):
     assert 'milliseconds' in row[0] and f'{result.layers[0].milliseconds}' in row[1]
     assert result.to_dict()['layers'][0]['milliseconds'] == result.layers[0].milliseconds
     assert 'ms, dense' in to_html([result]) and 'ms, dense' not in to_html([profile(model, images)])
+
+
+@v2_alone
+def test_layer_times_of_compiled_model(model, images, monkeypatch):
+    """A compiled model is measured without compilation, because no kernel runs in compiled code."""
+    calls = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(graph)
+            return graph(*args)
+        return run
+
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(images[:2])
+    assert calls
+    calls.clear()
+    layer = measure_times(profile(model, images), compiled, images[:2]).layer('blocks.0.mlp.fc1')
+    assert layer.milliseconds > 0 and layer.dense_milliseconds > 0
+    report = explain_kernels(compiled, images[:2])
+    assert not any('not called' in group.reason for group in report) and not calls
 
 
 def test_render_events():

@@ -56,10 +56,11 @@ class KernelReport(List[KernelGroup]):
 
 @contextlib.contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, without gradients and without compilation: compiled code contains no kernels."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
             yield
     finally:
         for m, mode in modes:
@@ -73,7 +74,8 @@ def time_layers(model: nn.Module, x: Tensor) -> Dict[str, float]:
     event-driven layers pass them as bytes, and take less time than the sum of the two.
 
     Args:
-        model: Any module that holds layers of this package. It is called in eval mode, without gradients.
+        model: Any module that holds layers of this package. It is called in eval mode, without gradients and
+            compilation.
         x: Input of the model.
 
     >>> import timm
@@ -106,9 +108,9 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     """Return which groups of modules run in a kernel under the current mode, and why the others do not.
 
     Without an input, the report assumes an eager call outside autocast, with an input of the model's dtype and device.
-    With an input, the model is called in eval mode, and the report also contains the input density of each product
-    (events per input value), whether the product was event-driven, and the time of each layer in milliseconds. Kernels
-    that only reduce the memory saved for backward run in training only.
+    With an input, the model is called in eval mode without compilation, and the report also contains the input density
+    of each product (events per input value), whether the product was event-driven, and the time of each layer in
+    milliseconds. Kernels that only reduce the memory saved for backward run in training only.
 
     Args:
         model: Any module that contains layers of this package.
@@ -121,7 +123,7 @@ def explain_kernels(model: nn.Module, x: Optional[Tensor] = None) -> KernelRepor
     ('stem.stages.0.down', 'conv: event-driven')
     >>> report = explain_kernels(model, torch.rand(1, 3, 64, 64))
     >>> report[0].runs_as, report[0].reason
-    ('modules', 'too small to be faster')
+    ('modules', 'too small to be faster than the dense layer')
     """
     records: Dict[Tensor, EventRecord] = {}  # by weight, as masked patches run through copies of their layer
     times: Dict[str, float] = {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..layers import SpikingSelfAttention
 from ..neurons import LIF
 from ..spikformer import Spikformer, find_spikformer
+from .batches import check_images
 from .counting import find_autoencoder, measurement_context
 
 __all__ = ['Activity', 'check_layers', 'default_layers', 'divide_by_largest', 'record_activity']
@@ -102,18 +103,24 @@ def record_activity(
         layers: Names of the layers whose spikes are recorded, as in a `Profile`. By default, the last
             layer of each stem stage, and of attention and MLP in the first and last block.
         time_steps: Number of time steps; by default, that of the model.
-        mean: Mean used to normalize the images, one value or one per channel; by default, that of the model.
+        mean: Mean used to normalize the images, a sequence of one value or of one per channel; by default, that of the
+            model.
         std: Standard deviation used to normalize the images, in the same form.
 
     Raises:
-        ValueError: A name in `layers` is not that of a layer with neurons.
+        ValueError: A name in `layers` is not that of a layer with neurons, `x` is not a batch of images or sequences,
+            or `mean` or `std` does not fit its channels.
     """
     encoder = find_spikformer(model)
     mae = find_autoencoder(model)
     neurons = _neurons(encoder)
     layers = default_layers(encoder) if layers is None else list(layers)
     check_layers(encoder, layers)
-    x = x.to(next(encoder.parameters()).device)
+    x = check_images(x).to(next(encoder.parameters()).device)
+    for name, values in (('mean', mean), ('std', std)):
+        if values is not None and (not hasattr(values, '__len__') or len(values) not in (1, x.shape[-3])):
+            raise ValueError(
+                f'{name} must contain one value, or one for each of {x.shape[-3]} channels, got {values!r}.')
     n, grid = len(x), (x.shape[-2] // encoder.patch_size, x.shape[-1] // encoder.patch_size)
 
     cfg = getattr(encoder, 'pretrained_cfg', {})

@@ -3,7 +3,7 @@ from typing import Any, Mapping, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
-__all__ = ['Layout', 'check_labels', 'check_layout', 'split_batch']
+__all__ = ['Layout', 'check_images', 'check_labels', 'check_layout', 'split_batch']
 
 
 class Layout(NamedTuple):
@@ -41,6 +41,21 @@ def check_layout(
         raise ValueError(
             f'All batches must be images, or sequences of equal length. Got {layout} after {earlier}.')
     return layout
+
+
+def check_images(x: Any) -> Tensor:
+    """Return a batch of images or sequences.
+
+    Raises:
+        ValueError: The batch is not a tensor of at least one image, with four or five dimensions.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f'Expected a tensor of images [B, C, H, W] or sequences [B, T, C, H, W], got a {type(x).__name__}.')
+    if x.ndim not in (4, 5) or 0 in x.shape:
+        raise ValueError(
+            f'Expected images [B, C, H, W] or sequences [B, T, C, H, W], at least one, got shape {list(x.shape)}.')
+    return x
 
 
 def split_batch(batch: Any) -> Tuple[Tensor, Any]:
@@ -89,14 +104,14 @@ def check_labels(y: Any, batch_size: int, num_classes: int, accuracy: Optional[b
         raise ValueError(
             f'Labels must be a tensor of class indices, not {type(y).__name__}. Convert them with torch.as_tensor, or '
             f'use accuracy=False to ignore them.')
+    if y.ndim > 0 and len(y) != batch_size:
+        raise ValueError(f'A batch has {batch_size} images, but {len(y)} labels. Expected a label for each image.')
     if y.ndim != 1 or y.is_floating_point():
         if accuracy:
             raise ValueError(
                 f'Accuracy was requested, but the data has labels of shape {list(y.shape)} and dtype {y.dtype}. '
                 f'Expected a class index for each image.')
         return None
-    if len(y) != batch_size:
-        raise ValueError(f'A batch has {batch_size} images, but {len(y)} labels. Expected a label for each image.')
     if len(y) and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(
             f'Labels must be indices of the {num_classes} classes of the model. Got {y.min()} to {y.max()}. Use '

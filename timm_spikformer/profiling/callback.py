@@ -9,11 +9,14 @@ from transformers import TrainerCallback
 
 from ..arguments import check_integer
 from .activity import record_activity
+from .conventions import check_conventions, to_cost_model
 from .counting import profile
 from .recording import NonFiniteError
 from .tensorboard import log_profile
 
 __all__ = ['ProfileCallback']
+
+_OPTIONS = ('time_steps', 'conventions', 'cost', 'accuracy')
 
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +47,16 @@ class ProfileCallback(TrainerCallback):
         Args:
             max_batches: Maximum number of evaluation batches to profile.
             tb_writer: A `SummaryWriter`; by default, one that writes to Trainer's TensorBoard folder.
-            options: Options of `timm_spikformer.profiling.profile`: time_steps, conventions, cost.
+            options: Options of `timm_spikformer.profiling.profile`: time_steps, conventions, cost, accuracy.
+
+        Raises:
+            ValueError: The name or value of an option is invalid.
         """
+        for name in options:
+            if name not in _OPTIONS:
+                raise ValueError(f'Unknown option {name!r}. Expected one of {", ".join(_OPTIONS)}.')
+        check_conventions(options.get('conventions'))
+        to_cost_model(options.get('cost', 'fp32'))
         self.max_batches = check_integer('max_batches', max_batches, 1)
         self.tb_writer = tb_writer
         self.options = options

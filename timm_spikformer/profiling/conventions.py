@@ -1,6 +1,6 @@
 """Conventions for counting operations, and cost models. Every assumption is an option; defaults follow the papers."""
 from dataclasses import dataclass, fields
-from typing import Dict, List, Tuple, TypeVar, Union
+from typing import Dict, List, Optional, Tuple, TypeVar, Union
 
 from spikingjelly.activation_based.op_counter import LemaireEnergyCostConfig, SimpleEnergyCostConfig
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 from ..arguments import check_number
 from .choices import CHOICES
 
-__all__ = ['COST_MODELS', 'Conventions', 'CostModel', 'describe_assumptions', 'to_cost_model']
+__all__ = [
+    'COST_MODELS', 'Conventions', 'CostModel', 'check_conventions', 'describe_assumptions', 'to_cost_model']
 
 _Number = TypeVar('_Number', float, Tensor)
 
@@ -71,7 +72,7 @@ class Conventions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value not in CHOICES[field.name]:
+            if not isinstance(value, str) or value not in CHOICES[field.name]:
                 expected = ', '.join(map(repr, CHOICES[field.name]))
                 raise ValueError(f'{field.name} must be one of {expected}, got {value!r}.')
 
@@ -124,6 +125,19 @@ class CostModel:
         return (
             f'Energy: {self.mac_pj:g} pJ for a multiply-accumulate, {self.ac_pj:g} pJ for an accumulate ({self.name}; '
             f'{self.source}). {memory}')
+
+
+def check_conventions(conventions: Optional[Conventions]) -> Conventions:
+    """Return conventions, or the default ones if they are None.
+
+    Raises:
+        ValueError: The argument is of another type.
+    """
+    if conventions is None:
+        return Conventions()
+    if not isinstance(conventions, Conventions):
+        raise ValueError(f"Expected Conventions, such as Conventions(residual='mac'), got {conventions!r}.")
+    return conventions
 
 
 def describe_assumptions(conventions: Conventions, cost: CostModel) -> List[str]:

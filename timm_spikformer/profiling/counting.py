@@ -16,9 +16,10 @@ from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
 from ..sequences import check_time_steps
 from .batches import check_labels, check_layout, split_batch
-from .conventions import Conventions, CostModel, to_cost_model
+from .conventions import Conventions, CostModel, check_conventions, to_cost_model
 from .operations import count_operations
-from .recording import LayerCounts, Recorder, check_finite
+from .predictions import Predictions, classify_outputs, contains_logits
+from .recording import LayerCounts, Recorder
 
 __all__ = [
     'GROUPS', 'LayerProfile', 'Profile', 'StepProfile', 'Totals', 'describe_silent_layers', 'find_autoencoder',
@@ -140,20 +141,10 @@ class StepProfile:
     accuracy: Optional[float] = None
 
 
-class _Predictions:
-    """Sums over all images of agreement, confidence and correct predictions: `[T]`, or 0 before the first batch."""
-
-    def __init__(self) -> None:
-        self.agreement = self.confidence = torch.zeros((), dtype=torch.float64)
-        self.correct: Optional[Tensor] = torch.zeros((), dtype=torch.float64)  # None without labels
-
-    def add(self, logits: Tensor, y: Optional[Tensor]) -> None:
-        """Add a batch: logits after each time step `[T, B, K]`, and labels `[B]`."""
-        confidence, predicted = logits.float().softmax(-1).cpu().max(-1)
-        check_finite(confidence, 'output of head.fc')
-        self.agreement = self.agreement + (predicted == predicted[-1]).sum(1)
-        self.confidence = self.confidence + confidence.double().sum(1)
-        self.correct = None if y is None or self.correct is None else self.correct + (predicted == y.cpu()).sum(1)
+def _rate(counts: Iterable[Tuple[Tensor, float]]) -> List[float]:
+    """Return the mean at each time step of values given as pairs (sums `[T]`, number of values per time step)."""
+    totals, numbers = zip(*counts)
+    return (sum(totals) / sum(numbers)).tolist()
 
 
 @dataclass(frozen=True)
@@ -189,7 +180,7 @@ class Profile:
     conventions: Conventions
     cost: CostModel
     _layer_counts: List[LayerCounts] = dataclasses.field(repr=False)
-    _predictions: Optional[_Predictions] = dataclasses.field(repr=False)
+    _predictions: Optional[Predictions] = dataclasses.field(repr=False)
     times: Dict[str, Dict[str, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     def with_conventions(
@@ -205,8 +196,12 @@ class Profile:
             conventions: Options of `Conventions` to change, such as `residual='mac'`.
 
         Raises:
-            ValueError: The cost model or the value of an option is invalid.
+            ValueError: The cost model, or the name or value of an option is invalid.
         """
+        names = [field.name for field in dataclasses.fields(Conventions)]
+        for name in conventions:
+            if name not in names:
+                raise ValueError(f'Unknown option {name!r}. Expected cost or one of {", ".join(names)}.')
         return dataclasses.replace(
             self,
             conventions=dataclasses.replace(self.conventions, **conventions),
@@ -246,9 +241,9 @@ class Profile:
             input=counts.input,
             parameters=counts.parameters,
             dense_macs=dense_macs / n,
-            input_rate=(counts.input_sum / counts.input_numel).tolist() if has_input_rate else None,
+            input_rate=_rate((x.total, x.numel) for x in counts.inputs.values()) if has_input_rate else None,
             operand_rates=None if attention is None else {
-                name: (getattr(attention, name) / attention.numel).tolist() for name in ('q', 'k', 'v')},
+                name: _rate((getattr(x, name), x.numel) for x in attention.values()) for name in ('q', 'k', 'v')},
             values={x: m / num_inputs for x, m in sorted(counts.value_counts.items())} if num_inputs else None,
             firing_rate=(counts.spikes / counts.output_numel).tolist() if has_neurons else None,
             silent=spike_counts.silent if has_neurons else None,
@@ -392,6 +387,16 @@ def measurement_context(encoder: Spikformer, time_steps: Optional[int] = None) -
             encoder.time_steps = before
 
 
+def _without_predictions(model: nn.Module, y: Optional[Tensor]) -> None:
+    """Warn that predictions cannot be evaluated, or raise a ValueError if there are labels."""
+    message = (
+        f"The output of the {type(model).__name__} differs from the logits of its Spikformer, so the Spikformer's "
+        f'predictions are not those of the model.')
+    if y is not None:
+        raise ValueError(f'{message} Profile the Spikformer itself, or use accuracy=False to ignore the labels.')
+    _logger.warning('%s The profile has no agreement, confidence and accuracy.', message)
+
+
 def profile(
         model: nn.Module,
         data: Iterable[Any],
@@ -404,7 +409,11 @@ def profile(
     """Measure firing rates, operations and energy of a Spikformer in one pass over data.
 
     Memory use does not depend on the number of batches. The model runs in its current mode (eval or train, with or
-    without autocast) and is not changed, including the running statistics of BN.
+    without autocast) and is not changed, including the running statistics of BN. In train mode, a spike that dropout or
+    stochastic depth has scaled counts as one spike.
+
+    Agreement, confidence and accuracy require a model whose output is the logits of its Spikformer. If a wrapper
+    changes the logits, there is a warning and no such values, or an error if there are labels.
 
     Args:
         model: A Spikformer (V1 or V2) of timm, one wrapped by transformers or DDP, or a masked autoencoder, whose
@@ -421,8 +430,10 @@ def profile(
         max_batches: Maximum number of batches, at least 1; by default all.
 
     Raises:
-        ValueError: The model is not a Spikformer; there is no data; a batch or its labels are invalid; accuracy is
-            requested but there are no labels or no classifier; the number of time steps of a sequence differs from
+        ValueError: The model is not a Spikformer, or has layers whose operations cannot be counted: quantized layers,
+            adapters that are not merged, or inputs that are not spikes; an option is invalid; there is no data; a batch
+            or its labels are invalid; accuracy is requested but there are no labels or no classifier; a wrapper changes
+            the logits of labeled images, or time steps; the number of time steps of a sequence differs from
             `time_steps` or between batches; or an activation is NaN or infinite, in which case the message names the
             first such layer.
     """
@@ -431,8 +442,10 @@ def profile(
         check_integer('max_batches', max_batches, 1)
     if accuracy and encoder.num_classes == 0:
         raise ValueError('Accuracy was requested, but the model has no classifier.')
-    conventions, cost = conventions or Conventions(), to_cost_model(cost)
-    predictions = _Predictions() if encoder.num_classes > 0 else None
+    conventions, cost = check_conventions(conventions), to_cost_model(cost)
+    if not isinstance(data, Iterable):
+        raise ValueError(f'Expected a tensor of images, or an iterable of batches, got {type(data).__name__}.')
+    predictions = Predictions() if encoder.num_classes > 0 else None
     recorder = Recorder(encoder, by_channel=find_autoencoder(model) is not None)
     device = next(encoder.parameters()).device
     images, layout = 0, None
@@ -445,11 +458,15 @@ def profile(
             if predictions is not None:
                 y = check_labels(y, len(x), encoder.num_classes, accuracy)
             with recorder.record():
-                model(x.to(device))
+                output = model(x.to(device))
+            recorder.check_time_steps(layout.time_steps, layout.is_sequence)
             if predictions is not None:
-                tokens = recorder.output.transpose(2, 3).unsqueeze(-1)  # [T, B, D, N, 1]
-                predictions.add(encoder.classify_steps(tokens), y)
-            recorder.output = None
+                logits = classify_outputs(encoder, recorder.outputs)
+                if contains_logits(output, logits[-1], encoder):
+                    predictions.add(logits, y)
+                else:
+                    predictions = _without_predictions(model, y)
+            recorder.outputs.clear()
             images += len(x)
     if layout is None:
         raise ValueError('`data` contains no images.')

@@ -103,23 +103,24 @@ def _count_sparse(counts: LayerCounts, conventions: Conventions, every_step: Ten
     if conventions.fan_out == 'exact':
         acs = counts.nonzero_synops if is_nonzero else counts.synops
     else:
-        acs = (counts.num_nonzero if is_nonzero else counts.input_sum) * (counts.dense_macs / counts.input_numel)
+        acs = sum(
+            (x.num_nonzero if is_nonzero else x.total) * (x.dense_macs / x.numel) for x in counts.inputs.values())
     return _Product(
         counts.dense_macs, macs=torch.zeros_like(every_step), acs=acs, weight_reads=counts.nonzero_synops,
         active_steps=every_step)
 
 
 def _count_attention(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
-    """Count the two products of spiking attention."""
-    a = counts.attention
-    if conventions.attention_order == 'cheaper' and a.kv_is_cheaper:
-        dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
-    else:
-        dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
+    """Count the two products of spiking attention; their order may differ between input sizes."""
     zeros = torch.zeros_like(every_step)
-    if conventions.attention == 'none':
-        acs = zeros
-    else:
-        first_acs = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
-        acs = first_acs + second * (dense / a.numel)
-    return _Product(2 * dense, macs=zeros, acs=acs, weight_reads=zeros, active_steps=every_step)
+    dense_macs, acs = 0., zeros
+    for a in counts.attention.values():
+        if conventions.attention_order == 'cheaper' and a.dense_kv < a.dense_qk:
+            dense, first, pairs, second = a.dense_kv, a.k, a.kv, a.q
+        else:
+            dense, first, pairs, second = a.dense_qk, a.q, a.qk, a.v
+        dense_macs += 2 * dense
+        if conventions.attention != 'none':
+            first_acs = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
+            acs = acs + first_acs + second * (dense / a.numel)
+    return _Product(dense_macs, macs=zeros, acs=acs, weight_reads=zeros, active_steps=every_step)

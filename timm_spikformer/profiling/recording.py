@@ -8,10 +8,12 @@ record the spikes.
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +25,7 @@ from ..stems import SpikingConvStem
 __all__ = ['AttentionCounts', 'LayerCounts', 'NonFiniteError', 'Recorder', 'check_finite']
 
 _aten = torch.ops.aten
+_PART = 1 << 16  # number of values that are checked at a time
 
 
 class NonFiniteError(ValueError):
@@ -56,6 +59,24 @@ def check_finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
+def _is_count(x: Tensor) -> bool:
+    """Return whether all values are integers of at least 0."""
+    if x.is_contiguous():
+        x = x.view(-1)
+    elif x.ndim == 5:
+        x = x.flatten(0, 1)
+    # parts that fit into the cache of a CPU take a third of the time; the fraction of infinity is NaN
+    parts = x.split(max(1, _PART // max(1, x[0].numel()))) if x.device.type == 'cpu' else [x]
+    return bool(x.amin() >= 0) and all(torch.stack(part.frac().aminmax()).eq(0).all() for part in parts)
+
+
+def _raise_not_spikes(name: str, x: Tensor) -> None:
+    raise ValueError(
+        f'The input of a product in {name} must consist of spikes or sums of spikes, which are integers of at least 0. '
+        f'Got values from {x.min().item():.3g} to {x.max().item():.3g}. Merge adapters into the weights, and remove '
+        f'parametrizations, hooks and neurons that change spikes.')
+
+
 def _add_to(total: Optional[Tensor], x: Tensor) -> Tensor:
     return x if total is None else total + x
 
@@ -84,10 +105,21 @@ class SpikeCounts:
 
 
 @dataclass
+class InputCounts:
+    """Sums over the inputs of one layer that have the same size. Tensors are `[steps]`, as in `LayerCounts`."""
+    dense_macs: float = 0.  # dense multiply-accumulates of one time step
+    numel: float = 0.  # number of input values of one time step
+    total: Optional[Tensor] = None  # sum of the inputs
+    num_nonzero: Optional[Tensor] = None  # number of inputs that are not 0
+
+
+@dataclass
 class LayerCounts:
     """Sums over all images for one layer (a product and its neurons). Tensors are `[steps]`, float64.
 
     `steps` is 1 for the input of the classifier, and for an input that is the same at all time steps; else it is T.
+    Counts of which products are computed are kept for each size of the input, so that operations can be computed per
+    size: the mean input and the dense operations of different sizes must not be mixed.
     """
     name: str
     group: str  # stem, attention, mlp or head
@@ -95,11 +127,9 @@ class LayerCounts:
     parameters: int
     has_bn: bool
     has_bias: bool  # whether the product has a bias
+    is_scaled: bool  # whether dropout or stochastic depth scales spikes, in train mode
     weight_bytes: int  # bytes per weight
-    dense_macs: float = 0.  # dense multiply-accumulates of one time step
-    input_numel: float = 0.  # number of input values of one time step
-    input_sum: Optional[Tensor] = None  # sum of the inputs
-    num_nonzero: Optional[Tensor] = None  # number of inputs that are not 0
+    inputs: Dict[Tuple[int, ...], InputCounts] = field(default_factory=dict)  # by the shape of one time step and image
     synops: Optional[Tensor] = None  # sum of the inputs, each times the number of weights that it is multiplied by
     nonzero_synops: Optional[Tensor] = None  # number of products of a weight and a nonzero input
     value_counts: Counter = field(default_factory=Counter)  # counts of input values, for sums of spikes
@@ -108,31 +138,59 @@ class LayerCounts:
     spikes: Optional[Tensor] = None
     neuron_spikes: Optional[SpikeCounts] = field(default_factory=SpikeCounts)  # None if image sizes differ
     channel_spikes: SpikeCounts = field(default_factory=SpikeCounts)
-    attention: Optional['AttentionCounts'] = None
+    attention: Optional[Dict[int, 'AttentionCounts']] = None  # by number of tokens; None for layers with weights
+    _current: Optional[InputCounts] = field(default=None, repr=False)  # counts of the size of the last input
+
+    @property
+    def dense_macs(self) -> float:
+        """Dense multiply-accumulates of one time step of a product with weights."""
+        return sum(x.dense_macs for x in self.inputs.values())
 
     def add_input(self, x: Tensor) -> None:
-        """Add the input of the layer, `[steps, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
-        self.input_numel += x[0].numel()
-        self.input_sum = _add_to(self.input_sum, check_finite(_sum_per_step(x), f'input of {self.name}'))
+        """Add the input of the layer, `[steps, B, ...]`; raise a `NonFiniteError` if it contains NaN or infinity."""
+        self._current = counts = self.inputs.setdefault(tuple(x.shape[2:]), InputCounts())
+        counts.numel += x[0].numel()
+        total, values = check_finite(_sum_per_step(x), f'input of {self.name}'), x
+        x = self._count_spikes(values)
+        counts.total = _add_to(counts.total, total if x is values else _sum_per_step(x))
         if self.input == 'spikes':
-            self.num_nonzero = self.input_sum
+            counts.num_nonzero = counts.total
         else:
-            self.num_nonzero = _add_to(self.num_nonzero, _sum_per_step(_is_nonzero(x)))
+            counts.num_nonzero = _add_to(counts.num_nonzero, _sum_per_step(_is_nonzero(x)))
         if self.input == 'sums':
-            counts = torch.bincount(x.flatten().round().long())  # rounded, because stochastic depth scales spikes
-            self.value_counts.update({value: count for value, count in enumerate(counts.tolist()) if count})
-        elif self.input == 'image':
-            self.is_integer = self.is_integer and bool((x >= 0).all() and (x == x.round()).all())
+            numbers = torch.bincount(x.flatten().long())
+            self.value_counts.update({value: number for value, number in enumerate(numbers.tolist()) if number})
+
+    def _count_spikes(self, x: Tensor) -> Tensor:
+        """Return the number of spikes in each input value. Other inputs than spikes are returned unchanged.
+
+        Raises:
+            ValueError: The values are not spikes or sums of spikes.
+        """
+        if self.input == 'image':
+            self.is_integer = self.is_integer and _is_count(x)
+        if self.input not in ('spikes', 'sums') or _is_count(x):
+            return x
+        if not self.is_scaled or not (x >= 0).all():
+            _raise_not_spikes(self.name, x)
+        return _is_nonzero(x) if self.input == 'spikes' else x.round()  # a scaled spike is one spike
 
     def add_product(self, func: Any, args: Any, out: Tensor, steps: int) -> None:
         """Add a product of the layer, whose input contains `steps` time steps along the batch dimension."""
-        self.dense_macs += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
+        self._current.dense_macs += flop_registry[func._overloadpacket](*args, out_val=out) / 2 / steps
         x, count_synops = args[1] if func is _aten.addmm.default else args[0], _SYNOPS[func]
-        self.synops = _add_to(self.synops, count_synops(x, args, steps))
+        x = self._count_spikes(x)
+        self.synops = _add_to(self.synops, check_finite(count_synops(x, args, steps), f'input of {self.name}'))
         if self.input == 'spikes':
             self.nonzero_synops = self.synops
         else:
             self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_is_nonzero(x), args, steps))
+
+    def add_attention(self, qkv: Tensor, num_heads: int) -> None:
+        """Add the spikes q, k, v of a batch, `[T, B, N, 3 * C]`; raise a ValueError if they are not spikes."""
+        if not _is_count(qkv):
+            _raise_not_spikes(self.name, check_finite(qkv, f'output of {self.name.removesuffix("attn")}attn.qkv'))
+        self.attention.setdefault(qkv.shape[2], AttentionCounts()).add(qkv, num_heads)
 
     def add_spikes(self, spikes: Tensor, channel_dim: int) -> None:
         """Add the output of the neurons, `[T, B, ...]`; raise a `NonFiniteError` if it contains NaN."""
@@ -151,10 +209,12 @@ class LayerCounts:
 
 @dataclass
 class AttentionCounts:
-    """Sums for the two products of spiking attention on spikes q, k, v, in both orders. Tensors are `[T]`, float64."""
+    """Sums for the two products of spiking attention on spikes q, k, v, in both orders, for inputs of equal size.
+
+    Tensors are `[T]`, float64.
+    """
     dense_qk: float = 0.  # multiply-accumulates per time step of each of the two products in (q k^T) v
     dense_kv: float = 0.  # the same for q (k^T v)
-    kv_is_cheaper: bool = False
     q: Optional[Tensor] = None  # sums of spikes
     k: Optional[Tensor] = None
     v: Optional[Tensor] = None
@@ -170,7 +230,6 @@ class AttentionCounts:
         q, k, v = qkv.float().view(T, B, N, 3, num_heads, d).unbind(3)  # [T, B, N, heads, d]
         self.dense_qk += B * N * N * C
         self.dense_kv += B * N * C * d
-        self.kv_is_cheaper = N > d
         self.numel += B * N * C
         self.q, self.k, self.v = (
             _add_to(total, _sum_per_step(x)) for total, x in ((self.q, q), (self.k, k), (self.v, v)))
@@ -242,6 +301,27 @@ def _layers(encoder: Spikformer) -> Dict[str, nn.Module]:
     return layers
 
 
+def _find_product(name: str, layer: nn.Module) -> nn.Module:
+    """Return the convolution or linear layer of a layer.
+
+    Raises:
+        ValueError: The layer is quantized or has an adapter, so that its operations cannot be counted.
+    """
+    is_unit = isinstance(layer, (ConvBNLIF, LinearBNLIF))  # a classifier may consist of several layers
+    products = [getattr(layer, layer.layer_name)] if is_unit else list(layer.modules())
+    product = next((m for m in products if isinstance(m, (nn.Conv2d, nn.Linear))), None)
+    for m in layer.modules():
+        if hasattr(m, 'base_layer') or hasattr(m, 'original_module'):  # adapters and copies of modules of PEFT
+            product, products = None, [m]
+    if product is None:
+        raise ValueError(
+            f'The operations of {name} cannot be counted: expected an nn.Conv2d or nn.Linear, got '
+            f'{type(products[0]).__module__}.{type(products[0]).__name__}. If it is an adapter of PEFT, profile '
+            f'model.merge_and_unload(); if the model is quantized, profile it before quantization; if it has no '
+            f'classifier, call reset_classifier(0).')
+    return product
+
+
 def _layer_kind(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
     if is_first:
         return dict(group='stem', input='image')
@@ -266,20 +346,22 @@ class Recorder:
         """
         self.encoder = encoder
         self.layer_counts: Dict[str, LayerCounts] = {}
-        self.output: Optional[Tensor] = None  # output of the last block for the last batch, [T, B, N, C]
+        self.outputs: List[Tensor] = []  # outputs of the last block since they were last cleared, [T, B, N, C]
+        self._input_steps = 0  # number of time steps in the last input of the encoder
         self._layers = _layers(encoder)
         self._counter = _ProductCounter()
+        is_scaled = any(isinstance(m, (_DropoutNd, DropPath)) and m.training for m in encoder.modules())
         for i, (name, m) in enumerate(self._layers.items()):
             is_attention = isinstance(m, SpikingSelfAttention)
-            product = next((p for p in m.modules() if isinstance(p, (nn.Conv2d, nn.Linear))), m)
             self.layer_counts[name] = LayerCounts(
                 name,
                 parameters=0 if is_attention else sum(p.numel() for p in m.parameters()),
                 has_bn=not isinstance(getattr(m, 'bn', nn.Identity()), nn.Identity),
-                has_bias=not is_attention and product.bias is not None,
+                has_bias=not is_attention and _find_product(name, m).bias is not None,
+                is_scaled=is_scaled,
                 weight_bytes=next(m.parameters()).element_size(),
                 neuron_spikes=None if by_channel else SpikeCounts(),
-                attention=AttentionCounts() if is_attention else None,
+                attention={} if is_attention else None,
                 **_layer_kind(encoder, name, i == 0),
             )
 
@@ -288,7 +370,7 @@ class Recorder:
             counts = self.layer_counts[name]
             if counts.attention is not None:
                 yield m.qkv.register_forward_hook(
-                    lambda qkv, args, out, counts=counts.attention, heads=m.num_heads: counts.add(out, heads))
+                    lambda qkv, args, out, counts=counts, heads=m.num_heads: counts.add_attention(out, heads))
                 neuron, channel_dim = m.attn_lif, 3
             else:
                 yield m.register_forward_pre_hook(lambda m, args, counts=counts: self._before(args[0], counts))
@@ -303,11 +385,34 @@ class Recorder:
     def _before(self, x: Tensor, counts: LayerCounts) -> None:
         if counts.input == 'features':
             x = x.unsqueeze(0)
+        if counts.input == 'image':
+            self._input_steps = len(x)
         counts.add_input(x)
         self._counter.resume(counts, len(x))
 
     def _after_last(self, layer: nn.Module, args: Any, out: Tensor) -> None:
-        self.output = out if out.ndim == 4 else out.flatten(3).transpose(2, 3)
+        self.outputs.append(out if out.ndim == 4 else out.flatten(3).transpose(2, 3))
+
+    def check_time_steps(self, time_steps: int, is_sequence: bool) -> None:
+        """Raise a ValueError if a wrapper has not run the encoder, or has changed the time steps of its input."""
+        if not self.outputs:
+            raise ValueError('The model did not run its Spikformer, so it cannot be profiled.')
+        found = {(self._input_steps, len(x)) for x in self.outputs}
+        if found != {(time_steps if is_sequence else 1, time_steps)}:
+            raise ValueError(
+                f'The model ran its Spikformer with {" and ".join(str(T) for _, T in sorted(found))} time steps of '
+                f'{"sequences" if self._input_steps > 1 else "images"}, but the data are '
+                f'{"sequences" if is_sequence else "images"} with {time_steps}. Profile the Spikformer itself with the '
+                f'input that it gets from the model.')
+
+    def _check_all_layers_ran(self) -> None:
+        for name, counts in self.layer_counts.items():
+            if name == 'head.fc' and not counts.inputs:  # a wrapper may use the features only
+                continue
+            if counts.attention is None and counts.synops is None or counts.attention == {}:
+                raise ValueError(
+                    f'The model did not run {name}, or its product is not an operation of PyTorch that can be counted, '
+                    f'so the model cannot be profiled. Profile the Spikformer itself, before quantization.')
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
@@ -316,6 +421,7 @@ class Recorder:
         try:
             handles.extend(self._hooks())
             yield
+            self._check_all_layers_ran()
         finally:
             self._counter.pause()
             for handle in handles:

@@ -21,6 +21,7 @@ from ..kernels import time_layers, use_kernels
 from ..reading import Checkpoint, read_checkpoint, read_checkpoint_source
 from ..spikformer import Spikformer, check_model_tag, find_spikformer
 from .activity import check_layers, record_activity
+from .batches import check_images
 from .conventions import Conventions, CostModel, to_cost_model
 from .counting import Profile, find_autoencoder, profile
 from .report import check_report_folder, create_console, print_profile, print_steps, write_report
@@ -104,20 +105,27 @@ def _report(
 def measure_times(result: Profile, model: nn.Module, x: torch.Tensor) -> Profile:
     """Return a profile with the measured time of each layer, with and without event-driven products.
 
-    The products of attention and the classifier are not measured.
+    The products of attention and the classifier are not measured. A compiled model is measured without compilation,
+    because compiled code contains no event-driven products.
 
     Args:
         result: Profile of the model.
         model: The model, on the CPU.
         x: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]`. Measured times are divided by B.
+
+    Raises:
+        ValueError: `x` is not a batch of images or sequences, or the profile is that of a model with other layers.
     """
-    encoder = find_spikformer(model)
+    encoder, x = find_spikformer(model), check_images(x)
     prefix = next(name for name, m in model.named_modules() if m is encoder)
     times = {}
     for mode in ('auto', 'dense'):
         with use_kernels(mode):
             times[mode] = {
                 name.removeprefix(f'{prefix}.'): value / len(x) for name, value in time_layers(model, x).items()}
+    unknown = set(times['auto']) - {layer.name for layer in result.layers}
+    if unknown:
+        raise ValueError(f'The profile has no layer {sorted(unknown)[0]!r}. Pass the model that was profiled.')
     return dataclasses.replace(result, times=times)
 
 
