@@ -85,6 +85,28 @@ def test_save_load_save(cls, stem, images, tmp_path):
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
 
 
+@pytest.mark.parametrize('source', CLASSES)
+@pytest.mark.parametrize('target', CLASSES)
+def test_model_of_another_class_is_saved_under_timm_names(source, target, images, tmp_path):
+    """A model that was loaded from the folder of any class is saved so that timm and all classes load it."""
+    make_model(source, images).save_pretrained(tmp_path / 'source')
+    model = target.from_pretrained(tmp_path / 'source').eval()
+    model.save_pretrained(tmp_path / 'target')
+    encoder = {k: v for k, v in model.encoder.state_dict().items() if not k.startswith('head.')}
+    decoder = {'decoder.mask_token'} if target is SpikformerForMaskedImageModeling else set()
+    assert load_file(tmp_path / 'target' / 'model.safetensors').keys() >= encoder.keys() | decoder
+    folder, file = f'local-dir:{tmp_path / "target"}', str(tmp_path / 'target' / 'model.safetensors')
+    has_head = target is SpikformerForImageClassification
+    for loaded in (
+            timm.create_model(folder, pretrained=True),
+            timm.create_model('test_spikformer_v2', num_classes=10 if has_head else 0, checkpoint_path=file),
+            *(cls.from_pretrained(tmp_path / 'target').encoder for cls in CLASSES)):
+        state_dict = loaded.state_dict()
+        assert all(torch.equal(state_dict[k], v) for k, v in encoder.items())
+    again = target.from_pretrained(tmp_path / 'target').eval()
+    assert torch.equal(logits_or_loss(again, images), logits_or_loss(model, images))
+
+
 def test_sharded(images, tmp_path):
     model = make_model(SpikformerForImageClassification, images)
     model.save_pretrained(tmp_path, max_shard_size='500KB')
