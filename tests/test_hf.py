@@ -39,6 +39,7 @@ from timm_spikformer import (
 )
 from timm_spikformer.hf.remote_code import save_remote_code
 from timm_spikformer.hf.trainer import parameter_groups
+from timm_spikformer.losses import TETLoss
 
 CLASSES = [SpikformerModel, SpikformerForImageClassification, SpikformerForMaskedImageModeling, SpikformerBackbone]
 
@@ -460,6 +461,26 @@ def test_parameter_groups(images):
     assert len(stem) == 1 and stem.pop() < lr['timm_model.blocks.0.mlp.fc1.bn.weight'] < 1.
     with pytest.raises(ValueError, match='layer_decay is for fine-tuning a classifier'):
         parameter_groups(mim, 0.05, learning_rate=1., layer_decay=0.5)
+
+
+@pytest.mark.parametrize('value', [-1, 0, 2, float('nan'), 'x', True])
+def test_layer_decay_out_of_range(value, tmp_path):
+    model = SpikformerForImageClassification(make_config())
+    with pytest.raises(ValueError, match='layer_decay must be greater than 0 and at most 1'):
+        SpikformerTrainer(model, training_args(tmp_path), layer_decay=value)
+    with pytest.raises(ValueError, match='layer_decay must be greater than 0 and at most 1'):
+        parameter_groups(model, 0.05, learning_rate=1., layer_decay=value)
+
+
+def test_step_loss_requires_a_classifier_and_labels(images, tmp_path):
+    with pytest.raises(ValueError, match='requires a SpikformerForImageClassification, .* got a SpikformerForMasked'):
+        SpikformerTrainer(
+            SpikformerForMaskedImageModeling(make_config()), training_args(tmp_path), step_loss=TETLoss())
+    trainer = SpikformerTrainer(
+        SpikformerForImageClassification(make_config()), training_args(tmp_path), step_loss=TETLoss(),
+        train_dataset=[dict(pixel_values=image) for image in images])
+    with pytest.raises(ValueError, match='step_loss requires labels, but the samples contain only pixel_values'):
+        trainer.train()
 
 
 def test_trainer_with_layer_decay_and_firing_rates(images, tmp_path, caplog):
