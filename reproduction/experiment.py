@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spikformer import SpikformerMAE
+from timm_spikformer.arguments import check_number
 from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
@@ -42,8 +43,6 @@ __all__ = ['Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
-_RESULT_KEYS = ('attempt', 'cpu_seconds', 'initial', 'machine', 'validation')  # result keys that other files read
-_FINAL_KEYS = ('operations', 'test')
 _BATCH_SIZE = 250  # for evaluation
 _PROFILED_IMAGES = 500
 
@@ -91,6 +90,23 @@ class _EpochLogger(Callback):
         print(f'{self.name}: epoch {epoch + 1}/{self.epochs}, loss {record["loss"]:.4f}{accuracy}', flush=True)
 
 
+def _check_result(result: Dict[str, Any], run: Run) -> None:
+    """Raise a KeyError, TypeError or ValueError if the report cannot be made from a result."""
+    is_reconstruction = run.cell.objective == 'reconstruct'
+    metric = 'loss' if is_reconstruction else 'accuracy'
+    numbers = {'cpu_seconds': result['cpu_seconds'], 'validation': result['validation'][metric]}
+    if run.is_final:
+        operations = result['operations']
+        numbers['test'] = result['test'][metric]
+        for key in ('parameters', 'total_macs') if is_reconstruction else ('parameters', 'dense_macs', 'energy_uj'):
+            numbers[key] = operations[key]
+    for name, value in numbers.items():
+        check_number(name, value)
+    for key in ('cpu', 'python', 'torch', 'timm'):
+        result['machine'][key]
+    Recipe(**result['config']['recipe'])
+
+
 class Study(NamedTuple):
     """A protocol, and the folders that the study reads and writes.
 
@@ -109,7 +125,7 @@ class Study(NamedTuple):
         return self.runs / f'{run.name}.json'
 
     def result(self, run: Run) -> Optional[Dict[str, Any]]:
-        """Return the result of a run; None if it is missing or belongs to other settings or initial weights.
+        """Return the result of a run; None if it is missing or belongs to other settings, images or initial weights.
 
         Raises:
             ValueError: The file is damaged or is not the result of such a run.
@@ -117,14 +133,15 @@ class Study(NamedTuple):
         path = self.result_path(run)
         if not path.is_file():
             return None
+        expected = dict(
+            training=self.protocol.digest(run), initial=self._initial_digest(run),
+            images=self.protocol.sizes[run.cell.dataset])
         try:
             result = json.loads(path.read_text(encoding='utf-8'))
-            if result['training'] != self.protocol.digest(run) or result['initial'] != self._initial_digest(run):
+            if any(result[key] != value for key, value in expected.items()):
                 return None
-            missing = [key for key in (*_RESULT_KEYS, *(_FINAL_KEYS if run.is_final else ())) if key not in result]
-            if missing:
-                raise KeyError(*missing)
-        except (ValueError, KeyError, TypeError) as e:
+            _check_result(result, run)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(
                 f'{path} is damaged or is not the result of this run: {e!r}. Restore it, or remove it to execute the '
                 f'run again.') from e
@@ -245,7 +262,7 @@ class Study(NamedTuple):
         result: Dict[str, Any] = dict(
             cell=run.cell.name, seed=run.seed, attempt=run.attempt, config=run.config(),
             training=self.protocol.digest(run),
-            initial=self._initial_digest(run),
+            initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
             commit=commit, machine=_machine(), cpu_seconds=sum(record['cpu_seconds'] for record in trained.history),
             history=trained.history)
         loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}

@@ -218,8 +218,17 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
             raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {value!r}.')
     if not isinstance(cell.model, str) or not timm.is_model(cell.model):
         raise ValueError(f'model must be the name of a timm model, got {cell.model!r}.')
+    if not isinstance(cell.title, str):
+        raise ValueError(f'title must be a text, got {cell.title!r}.')
     if cell.labels is not None:
         check_integer('labels', cell.labels, 1)
+    for key, value in (('model_kwargs', cell.model_kwargs), ('recipe', cell.recipe), ('tries', cell.tries)):
+        try:
+            is_json = json.loads(json.dumps(value, sort_keys=True)) == value
+        except (TypeError, ValueError):
+            is_json = False
+        if not is_json:
+            raise ValueError(f'{key} must consist of names, texts, numbers and lists, got {value!r}.')
     _check_seeds(cell.seeds)
     if not isinstance(cell.tries, list) or not cell.tries:
         raise ValueError(f'tries must be a non-empty list, got {cell.tries!r}.')
@@ -286,6 +295,9 @@ def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
 def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
     keys = {'title', 'text', 'rows', 'claims'}
     _check_keys(name, question, keys, keys | {'conclusion'})
+    for key in keys & {'title', 'text'} | {'conclusion'} & {*question}:
+        if not isinstance(question[key], str):
+            raise ValueError(f'{name}: {key} must be a text, got {question[key]!r}.')
     _check_mapping(f'{name}: claims', question['claims'])
     lists = [('rows', question['rows']), *question['claims'].items()]
     for key, names in lists:
@@ -295,6 +307,8 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
         if unknown:
             raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
     for claim, compared in question['claims'].items():
+        if not isinstance(claim, str) or not claim:
+            raise ValueError(f'{name}: each claim must be a text, got {claim!r}.')
         if len(compared) not in (2, 4) or len({*compared}) < len(compared):
             raise ValueError(
                 f'{name}: the claim {claim!r} must compare 2 different cells, or 2 differences of 4 cells, got '

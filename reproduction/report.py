@@ -47,10 +47,9 @@ class Row(NamedTuple):
     @property
     def recipe(self) -> str:
         """Settings of the best try; empty if the cell has only one try."""
-        attempt = self.results[0]['attempt']
         if len(self.cell.tries) == 1:
             return ''
-        recipe = self.cell.recipe_of(attempt)
+        recipe = self.results[0]['config']['recipe']
         text = f'lr {recipe["lr"]:g}, {recipe["epochs"]} epochs'
         return text + (f', layer decay {recipe["layer_decay"]:g}' if recipe.get('layer_decay') else '')
 

@@ -1,6 +1,7 @@
 """Reading of checkpoints: damaged files, invalid tensors and invalid descriptions of models raise."""
 import argparse
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -366,3 +367,31 @@ def test_default_labels_of_transformers(state_dict, tmp_path):
     for given, expected in ((labels, None), (labels[::-1], labels[::-1])):
         publish(tmp_path / 'a.pth', 'a/b', 'mit', NAME, labels=given, output=tmp_path / 'out', dry_run=True)
         assert read_checkpoint(tmp_path / 'out').labels == expected
+
+
+SHIPPED = 'spikformer_v2_2_64_patch4_32'
+
+
+@pytest.mark.parametrize('has_args', [True, False])
+def test_data_config_is_that_of_the_tag(has_args, tmp_path):
+    """train.py does not store the data config of the model in its checkpoints."""
+    name = f'{SHIPPED}.cifar10'
+    content = dict(arch=name, state_dict=timm.create_model(name).state_dict())
+    torch.save({**content, 'args': argparse.Namespace(model=name)} if has_args else content, tmp_path / 'x.pth.tar')
+    checkpoint = read_checkpoint(tmp_path / 'x.pth.tar', None if has_args else name)
+    assert checkpoint.data_config['input_size'] == (3, 32, 32) and checkpoint.data_config['mean'][0] == 0.4914
+    assert checkpoint.name == name
+    with pytest.raises(ValueError, match=f"There are no weights named '{SHIPPED}.x', expected {SHIPPED} or one of"):
+        read_checkpoint(tmp_path / 'x.pth.tar', f'{SHIPPED}.x')
+
+
+def test_time_steps_of_weights_in_the_package(tmp_path):
+    """The metadata of the file contains the number of time steps of the training."""
+    file = timm.get_pretrained_cfg(f'{SHIPPED}.fashion_mnist_t4').file
+    assert read_checkpoint(file, SHIPPED).encoder.time_steps == 4
+    assert read_checkpoint(file, SHIPPED, model_kwargs=dict(time_steps=2)).encoder.time_steps == 2
+    overlay = dict(file=str(shutil.copy(file, tmp_path / 'x.safetensors')))
+    assert timm.create_model(SHIPPED, pretrained=True, pretrained_cfg_overlay=overlay).time_steps == 4
+    save_file(load_file(file), tmp_path / 'y.safetensors', {'model_args': '[1]'})
+    with pytest.raises(ValueError, match=r"y.safetensors contains model_args='\[1\]' in its metadata, expected a JSON"):
+        read_checkpoint(tmp_path / 'y.safetensors', SHIPPED)

@@ -1,10 +1,12 @@
 """Measurement of firing rates while a model runs."""
+import contextlib
 from typing import Any, Dict, List
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .eager import force_eager
 from .layers import ConvBNLIF, LinearBNLIF
 from .neurons import LIF
 
@@ -34,6 +36,7 @@ class FiringRateMonitor:
             model: A model with LIF neurons. The hooks stay until `close` is called or the `with` block ends.
         """
         self.enabled = True
+        self._eager = contextlib.ExitStack()
         self._totals: Dict[str, Tensor] = {}
         self._numels: Dict[str, int] = {}
         self._handles: List[RemovableHandle] = []
@@ -85,9 +88,9 @@ class FiringRateMonitor:
         self._handles.clear()
 
     def __enter__(self) -> 'FiringRateMonitor':
-        self._eager = torch.compiler.set_stance('force_eager')
+        self._eager.enter_context(force_eager())
         return self
 
     def __exit__(self, *args: Any) -> None:
-        self._eager.__exit__(*args)
+        self._eager.close()
         self.close()

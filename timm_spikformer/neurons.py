@@ -17,6 +17,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .arguments import check_integer, check_number
+from .eager import force_eager
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
 from .kernels.rules import back_end, context_fallback_reason, record_original_methods, runs_in_kernel
 
@@ -266,7 +267,8 @@ def record_membrane_potentials(
 ) -> Iterator[Dict[str, List[Tensor]]]:
     """Record the membrane potentials of neuron layers in every forward pass within a `with` block.
 
-    Forward hooks recompute them from the currents, in eager mode only. The recorded layers are not fused with their BN.
+    Forward hooks recompute them from the currents. The recorded layers are not fused with their BN, and compiled models
+    run in eager mode.
 
     Args:
         model: Any module that contains `LIF` layers.
@@ -300,6 +302,7 @@ def record_membrane_potentials(
         records[name].append(h if before_reset else v)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(force_eager())
         for name in layers:
             hook = lambda m, args, out, name=name: record(name, m, args[0])  # noqa: E731
             stack.callback(neurons[name].register_forward_hook(hook).remove)
@@ -320,6 +323,7 @@ class StatefulInference:
     This object, not the model, holds the state, keyed by the order of neuron calls. A layer that is called several
     times has a separate state per call, and other threads can use the model at the same time. Each output equals that
     of the whole sequence so far, because features are averaged over all steps so far. Gradients are not recorded.
+    Compiled models run in eager mode, because a compiled graph cannot carry the state.
 
     Args:
         model: A module in eval mode that contains a Spikformer. Layers around it must not depend on the time step.
@@ -352,10 +356,14 @@ class StatefulInference:
         self._input_steps = x.shape[1] if x.ndim == 5 else None
         token = _stateful_inference.set(self)
         try:
-            with torch.no_grad():
-                return self.model(x, **kwargs)
+            with torch.no_grad(), force_eager():
+                output = self.model(x, **kwargs)
         finally:
             _stateful_inference.reset(token)
+        if self._next_index == 0:
+            raise ValueError(
+                f'The model ({type(self.model).__name__}) has not called any LIF neurons, so it has no state to carry.')
+        return output
 
     def select_samples(self, samples: Tensor) -> None:
         """Keep only the state of the samples with the given indices `[b]`."""
@@ -416,10 +424,13 @@ class StatefulInference:
     def mean_over_time(self, x: Tensor) -> Tensor:
         """Add features `[T, B, ...]` and return the running mean over all time steps so far, `[B, ...]`."""
         with self._next_state('mean') as state:
-            total = x.sum(0) if not state else state[0] + x.sum(0)
-            count = len(x) if not state else state[1] + len(x)
+            # with fewer bits than those of float32, a large sum would not change any more
+            total = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+            count = len(x)
+            if state:
+                total, count = state[0] + total, state[1] + count
             state[:] = total, count
-        return total / count
+        return (total / count).to(x.dtype)
 
 
 def _check_supports_stateful(model: nn.Module) -> None:
@@ -427,8 +438,8 @@ def _check_supports_stateful(model: nn.Module) -> None:
     problems = []
     for name, m in model.named_modules():
         what = f'{name or "the model"} ({type(m).__name__})'
-        if isinstance(m, torch.jit.ScriptModule) or '_compiled_call_impl' in vars(m) or hasattr(m, '_orig_mod'):
-            problems.append(f'{what} is compiled or scripted: pass the original module')
+        if isinstance(m, torch.jit.ScriptModule):
+            problems.append(f'{what} is scripted: pass the original module')
         elif isinstance(m, nn.DataParallel):
             problems.append(f'{what} calls the model in other threads: pass its module')
         elif isinstance(m, LIF) and (type(m).forward is not LIF.forward or 'forward' in vars(m)):

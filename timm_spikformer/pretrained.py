@@ -38,7 +38,8 @@ from .digests import sha256_of_file
 
 __all__ = [
     'check_hub_connection', 'check_shipped_weights', 'download', 'download_if_exists', 'get_training_cfg',
-    'locate_weights', 'read_digests', 'read_metadata', 'set_hub_namespace', 'shipped_weights', 'split_revision',
+    'locate_weights', 'read_digests', 'read_metadata', 'read_model_args', 'set_hub_namespace', 'shipped_weights',
+    'split_revision',
 ]
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -81,6 +82,24 @@ def read_metadata(file: Union[str, Path]) -> Dict[str, str]:
     """Return the metadata of a safetensors file; empty if it has none."""
     with safetensors.safe_open(file, 'pt') as f:
         return f.metadata() or {}
+
+
+def read_model_args(file: Union[str, Path]) -> Dict[str, Any]:
+    """Return the arguments of `create_model`, such as time_steps, in the metadata of a weights file; often empty.
+
+    Raises:
+        ValueError: The metadata is invalid.
+    """
+    if not str(file).endswith('.safetensors'):
+        return {}
+    text = read_metadata(file).get(MODEL_ARGS_KEY, '{}')
+    try:
+        args = json.loads(text)
+    except ValueError:
+        args = None
+    if not isinstance(args, dict):
+        raise ValueError(f'{file} contains {MODEL_ARGS_KEY}={text!r} in its metadata, expected a JSON object.')
+    return args
 
 
 def get_training_cfg(model: str) -> PretrainedCfg:
@@ -215,9 +234,10 @@ def locate_weights(
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if cfg.state_dict or cfg.file or cfg.url or cfg.source == 'local-dir':
-        if cfg.file and cfg.file == shipped_weights(name):
-            check_shipped_weights(cfg.file)
-            model_args = {**model_args, **json.loads(read_metadata(cfg.file).get(MODEL_ARGS_KEY, '{}'))}
+        if cfg.file:
+            if cfg.file == shipped_weights(name):
+                check_shipped_weights(cfg.file)
+            model_args = {**model_args, **read_model_args(cfg.file)}
         return model_args, kwargs
 
     repo = cfg.hf_hub_id or _repository(name)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .checkpoints import TRAINING_FILE, convert_state_dict
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
-from .pretrained import WEIGHTS_FILE, download, download_if_exists, split_revision
-from .spikformer import Spikformer, check_model_name
+from .pretrained import WEIGHTS_FILE, download, download_if_exists, read_model_args, split_revision
+from .spikformer import Spikformer, check_model_name, check_model_tag
 from .state_dicts import (
     PARSING_ERRORS,
     check_size,
@@ -207,7 +207,7 @@ def create_from_state_dict(
     """Create the model `name` with the number of classes and input channels of `state_dict`, and load the weights.
 
     Args:
-        name: Registered name.
+        name: Registered name, with or without a tag.
         state_dict: Weights of this package, of the V1 authors' code or of spikingjelly.
         model_kwargs: See `create_registered_model`.
         source: Origin of the weights, for error messages.
@@ -215,7 +215,7 @@ def create_from_state_dict(
     Raises:
         ValueError: The tensors do not match those of the model, or the model does not accept the arguments.
     """
-    check_model_name(name)
+    check_model_tag(name)  # the tag selects the data config
     model_kwargs = model_kwargs or {}
     check_size(source, state_dict, model_kwargs)
     empty = create_registered_model(name, model_kwargs, device='meta', num_classes=0)
@@ -242,7 +242,7 @@ def create_registered_model(name: str, model_kwargs: Mapping[str, Any], **create
     """Create a registered model with arguments from the user or from a file.
 
     Args:
-        name: Registered name.
+        name: Registered name, with or without a tag.
         model_kwargs: Arguments of the network, without `num_classes` and `in_chans`, which are read from the weights.
         create_kwargs: Other arguments of `timm.create_model`.
 
@@ -358,9 +358,9 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     saved_kwargs = args.get('model_kwargs') or {}
     if not isinstance(saved_kwargs, dict):
         raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
-    saved_kwargs = {'global_pool': args.get('gp'), **saved_kwargs}
+    saved_kwargs = {**read_model_args(path), 'global_pool': args.get('gp'), **saved_kwargs}
     saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
-    model = create_from_state_dict(name.split('.')[0], state_dict, {**saved_kwargs, **(model_kwargs or {})}, path)
+    model = create_from_state_dict(name, state_dict, {**saved_kwargs, **(model_kwargs or {})}, path)
     checkpoint = Checkpoint(model, {}, source=path, name=name)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}

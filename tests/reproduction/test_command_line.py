@@ -1,5 +1,5 @@
 """`python -m reproduction`: options, errors and interruption."""
-import json
+import math
 import os
 import runpy
 import signal
@@ -99,17 +99,19 @@ def test_closed_pipe():
     assert 'Traceback' not in error and 'error' not in error and process.wait() == 1
 
 
-@pytest.mark.parametrize('content, message', [
+@pytest.mark.parametrize('change, message', [
     ('{"a": 1', 'JSONDecodeError'), ('{"a": 1}', "KeyError.'training'"), ('[1]', 'TypeError'),
-    (None, "KeyError.'test'"),
+    (dict(test={}), "KeyError.'loss'"),
+    (dict(validation={'loss': math.nan}), 'validation must be at least 0 and finite, got nan'),
+    (dict(operations=3), 'TypeError'), (dict(machine={}), "KeyError.'cpu'"), (dict(config={'recipe': {}}), 'TypeError'),
 ], ids=str)
-def test_damaged_results(content, message, study, monkeypatch):
-    """Also the result of a try that was copied to that of a final run, which has the same settings."""
+def test_damaged_results(change, message, study, monkeypatch):
     run = study.final_runs(study.protocol.cells['mae'])[0]
-    pretend(study, run)
-    result = json.loads(study.result_path(run).read_text())
-    del result['test']
-    study.result_path(run).write_text(json.dumps(result) if content is None else content)
+    if isinstance(change, dict):
+        pretend(study, run, **change)
+    else:
+        study.result_path(run).parent.mkdir(parents=True)
+        study.result_path(run).write_text(change)
     for command in ('status', 'run', 'report'):
         with pytest.raises(SystemExit, match=f'error: .*seed-0.json is damaged or is not the result .*{message}'):
             command_line(study, monkeypatch, command)

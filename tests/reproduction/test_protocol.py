@@ -1,4 +1,6 @@
 """The protocol of the study: its checks, and the settings of runs."""
+import datetime
+
 import pytest
 import yaml
 from small_study import TINY
@@ -35,6 +37,11 @@ from reproduction.protocol import Run, read_protocol
     ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, "'reconstruct' allows one try only"),
     ({'cells': {'a': {}}}, 'cell a: the entry: missing keys: title'),
     ({'cells': [1]}, r'cells must be a mapping, got \[1\]'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'conclusion': None}}}, 'Q: conclusion must be a text, got None'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {5: ['mae', 'tuned']}}}}, 'claim must be a text, got 5'),
+    ({'cells': {'a': {'title': 5}}}, 'title must be a text, got 5'),
+    ({'cells': {'a': {'title': 'x', 'model_kwargs': {1: 2}}}}, r'model_kwargs must consist of names, .*got \{1: 2\}'),
+    ({'cells': {'a': {'title': 'x', 'model_kwargs': {'a': datetime.date(2026, 1, 1)}}}}, 'model_kwargs must'),
     ({'questions': {'Q': {}}}, 'Q: missing keys: claims, rows, text, title'),
     ({'label_curves': {'a': {'b': {50: 'scratch'}}}}, 'scratch is not a cell with 50 labels'),
     ({'lable_curves': {}}, 'the file: unknown keys: lable_curves'),

@@ -47,10 +47,7 @@ def pretend_final_runs(study: Study, **accuracies) -> None:
         for run in study.tries(cell):
             pretend(study, run, validation=dict(accuracy=50.), cpu_seconds=1800.)
         for run, accuracy in zip(study.final_runs(cell), values):
-            pretend(
-                study, run, cpu_seconds=1800., test=dict(accuracy=accuracy), machine=dict.fromkeys(
-                    ('cpu', 'python', 'torch', 'timm'), 'x'),
-                operations=dict(parameters=1e6, dense_macs=2e6, energy_uj=3., firing_rate=0.2))
+            pretend(study, run, cpu_seconds=1800., test=dict(accuracy=accuracy))
 
 
 def test_report_of_incomplete_study(study, tmp_path):
@@ -88,3 +85,28 @@ def test_difference_of_differences(study, tmp_path):
     low, high = stats.ttest_rel([6., 5.], [2., 1.5]).confidence_interval(0.95)  # 4, 3.5
     line = f'- It helps more: **shown** (+3.75 points, 95% interval {low:+.2f} to {high:+.2f})'
     assert line in (tmp_path / 'README.md').read_text()
+
+
+def test_settings_after_a_change_of_the_order_of_tries(study, tmp_path):
+    """A try that has been removed from the protocol does not matter, either."""
+    cell = study.protocol.cells['scratch']
+    cell.tries[:] = [{'lr': 0.5}, {'lr': 0.25}, {'lr': 0.125}]
+    pretend_final_runs(study, scratch=(79., 79.5))
+    best = Run(cell, 2, 0, False)
+    pretend(study, best, validation=dict(accuracy=60.))
+    for run in study.final_runs(cell):
+        pretend(study, run)
+    del cell.tries[1]
+    for attempt, accuracy in ((0, 50.), (1, 60.)):
+        pretend(study, Run(cell, attempt, 0, False), validation=dict(accuracy=accuracy))
+    write_report(study.protocol, study.runs, tmp_path)
+    text = (tmp_path / 'README.md').read_text()
+    assert '| scratch | 50.00 ± 0.00 |' in text and '| lr 0.125, 3 epochs |' in text
+
+
+def test_results_of_other_images_are_ignored(study, tmp_path):
+    """The digest of the settings contains the fraction of validation images only."""
+    pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
+    study.protocol.sizes['fashion_mnist'].update(train=570, validation=30)
+    write_report(study.protocol, study.runs, tmp_path)
+    assert '80.50' not in (text := (tmp_path / 'README.md').read_text()) and 'scratch 0/2' in text

@@ -7,7 +7,7 @@ _MODULES = {
     'ConversionResult': '.conversion',
     'Dataset': '.card',
     'PublishResult': '.upload',
-    'TrainingRecord': '..reading',
+    'TrainingRecord': '..training_records',
     'convert': '.conversion',
     'publish': '.upload',
     'read_checkpoint': '..reading',
