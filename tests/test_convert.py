@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
 
-from timm_spikformer import cli
+from timm_spikformer import SpikformerMAE, cli
 from timm_spikformer.publishing import convert
 
 MODEL = 'spikformer_4_384_patch4_32'
@@ -126,3 +126,25 @@ def test_command(v1, tmp_path, capsys):
     assert lines[-1] == f'{MODEL}: all tensors were mapped; written to {tmp_path / "out"}'
     with pytest.raises(SystemExit, match='error: There is no file'):
         cli.main(['convert', str(tmp_path / 'nothing'), '--output', str(tmp_path / 'out')])
+
+
+def test_masked_autoencoder(tmp_path, capsys):
+    """The report states that the decoder is dropped, and lists no classifier, as the file contains none."""
+    torch.manual_seed(0)
+    encoder = timm.create_model('test_spikformer_v2', num_classes=0)
+    mae = SpikformerMAE(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    torch.save(mae.state_dict(), tmp_path / 'mae.pth')
+    cli.main(['convert', str(tmp_path / 'mae.pth'), '--output', str(tmp_path / 'out'), '--model', 'test_spikformer_v2'])
+    *report, last = capsys.readouterr().out.splitlines()
+    dropped = [f'(dropped) <- decoder.{k}: the decoder of a masked autoencoder is not converted'
+               for k in mae.decoder.state_dict()]
+    assert report == [f'{k} <- {k}' for k in encoder.state_dict()] + dropped
+    assert f': {len(dropped)} tensors were not mapped (unused or dropped), all others were; written' in last
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert loaded.num_classes == 0 and loaded.state_dict().keys() == encoder.state_dict().keys()
+
+
+def test_time_steps_in_the_metadata_of_a_file(tmp_path):
+    name = 'spikformer_v2_2_64_patch4_32'
+    convert(timm.get_pretrained_cfg(f'{name}.fashion_mnist_t4').file, tmp_path / 'x', model=name)
+    assert timm.create_model(f'local-dir:{tmp_path / "x"}').time_steps == 4

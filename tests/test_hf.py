@@ -39,6 +39,7 @@ from timm_spikformer import (
 )
 from timm_spikformer.hf.remote_code import save_remote_code
 from timm_spikformer.hf.trainer import parameter_groups
+from timm_spikformer.losses import TETLoss
 
 CLASSES = [SpikformerModel, SpikformerForImageClassification, SpikformerForMaskedImageModeling, SpikformerBackbone]
 
@@ -83,6 +84,28 @@ def test_save_load_save(cls, stem, images, tmp_path):
     loaded.save_pretrained(tmp_path / 'b')
     for name in ('model.safetensors', 'config.json'):
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+
+
+@pytest.mark.parametrize('source', CLASSES)
+@pytest.mark.parametrize('target', CLASSES)
+def test_model_of_another_class_is_saved_under_timm_names(source, target, images, tmp_path):
+    """A model that was loaded from the folder of any class is saved so that timm and all classes load it."""
+    make_model(source, images).save_pretrained(tmp_path / 'source')
+    model = target.from_pretrained(tmp_path / 'source').eval()
+    model.save_pretrained(tmp_path / 'target')
+    encoder = {k: v for k, v in model.encoder.state_dict().items() if not k.startswith('head.')}
+    decoder = {'decoder.mask_token'} if target is SpikformerForMaskedImageModeling else set()
+    assert load_file(tmp_path / 'target' / 'model.safetensors').keys() >= encoder.keys() | decoder
+    folder, file = f'local-dir:{tmp_path / "target"}', str(tmp_path / 'target' / 'model.safetensors')
+    has_head = target is SpikformerForImageClassification
+    for loaded in (
+            timm.create_model(folder, pretrained=True),
+            timm.create_model('test_spikformer_v2', num_classes=10 if has_head else 0, checkpoint_path=file),
+            *(cls.from_pretrained(tmp_path / 'target').encoder for cls in CLASSES)):
+        state_dict = loaded.state_dict()
+        assert all(torch.equal(state_dict[k], v) for k, v in encoder.items())
+    again = target.from_pretrained(tmp_path / 'target').eval()
+    assert torch.equal(logits_or_loss(again, images), logits_or_loss(model, images))
 
 
 def test_sharded(images, tmp_path):
@@ -438,6 +461,26 @@ def test_parameter_groups(images):
     assert len(stem) == 1 and stem.pop() < lr['timm_model.blocks.0.mlp.fc1.bn.weight'] < 1.
     with pytest.raises(ValueError, match='layer_decay is for fine-tuning a classifier'):
         parameter_groups(mim, 0.05, learning_rate=1., layer_decay=0.5)
+
+
+@pytest.mark.parametrize('value', [-1, 0, 2, float('nan'), 'x', True])
+def test_layer_decay_out_of_range(value, tmp_path):
+    model = SpikformerForImageClassification(make_config())
+    with pytest.raises(ValueError, match='layer_decay must be greater than 0 and at most 1'):
+        SpikformerTrainer(model, training_args(tmp_path), layer_decay=value)
+    with pytest.raises(ValueError, match='layer_decay must be greater than 0 and at most 1'):
+        parameter_groups(model, 0.05, learning_rate=1., layer_decay=value)
+
+
+def test_step_loss_requires_a_classifier_and_labels(images, tmp_path):
+    with pytest.raises(ValueError, match='requires a SpikformerForImageClassification, .* got a SpikformerForMasked'):
+        SpikformerTrainer(
+            SpikformerForMaskedImageModeling(make_config()), training_args(tmp_path), step_loss=TETLoss())
+    trainer = SpikformerTrainer(
+        SpikformerForImageClassification(make_config()), training_args(tmp_path), step_loss=TETLoss(),
+        train_dataset=[dict(pixel_values=image) for image in images])
+    with pytest.raises(ValueError, match='step_loss requires labels, but the samples contain only pixel_values'):
+        trainer.train()
 
 
 def test_trainer_with_layer_decay_and_firing_rates(images, tmp_path, caplog):

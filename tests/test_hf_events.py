@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from transformers import AutoFeatureExtractor, Trainer, TrainingArguments
 
 import timm_spikformer
 from timm_spikformer.event_data.frames import Events, integrate, resize
+from timm_spikformer.event_data.names import parse_name
 from timm_spikformer.hf import run_event_classification
 from timm_spikformer.hf.event_processing import SpikformerEventProcessor
 from timm_spikformer.losses import TETLoss
@@ -209,6 +211,81 @@ def test_script_gives_a_new_classifier_to_other_classes(pretrained, tmp_path, mo
     assert not torch.equal(new.timm_model.head.fc.weight, model.timm_model.head.fc.weight)
     weights = [m.timm_model.blocks[0].mlp.fc1.linear.weight for m in (new, model)]
     assert torch.equal(*weights)
+
+
+def create_processor(folder):
+    """Create the processor with which the script trains the model in a folder, or in a repository of the Hub."""
+    model = timm_spikformer.SpikformerForImageClassification(timm_spikformer.SpikformerConfig(
+        num_channels=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pretrained_cfg=dict(mean=[0., 0.], std=[1., 1.])))
+    name = parse_name('events/n_mnist?time_steps=3')
+    return run_event_classification._create_processor(model, str(folder), name, (34, 34), is_training=True)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda path: path.write_bytes(path.read_bytes()[:40]), 'preprocessor_config.json is not JSON'),
+    (lambda path: path.write_text(''), 'preprocessor_config.json is not JSON'),
+    (lambda path: path.write_text('[]'), 'contains a list, expected a JSON object'),
+    (lambda path: (path.unlink(), path.mkdir()), 'preprocessor_config.json cannot be read: Is a directory'),
+    (lambda path: (path.unlink(), path.symlink_to('nowhere')), 'preprocessor_config.json cannot be read: No such file'),
+    (lambda path: path.write_text('{"image_processor_type": "ViTImageProcessor"}'), "'ViTImageProcessor', expected"),
+    (lambda path: path.write_text(path.read_text().replace('time_steps', 'steps')), 'the setting steps is unknown'),
+])
+def test_damaged_processor_is_not_replaced_by_a_default(change, message, pretrained, tmp_path, monkeypatch):
+    assert create_processor(pretrained).image_mean == [0.1, 0.2]
+    path = tmp_path / 'pretrained' / 'preprocessor_config.json'
+    monkeypatch.setattr(run_event_classification, 'download_if_exists', lambda repo, filename: str(path))
+    assert create_processor('organization/model').image_std == [0.5, 0.5]
+    change(path)
+    for model in (pretrained, 'organization/model'):
+        if path.exists() or model == pretrained:
+            with pytest.raises(ValueError, match=f'The processor of {model} cannot be used: .*{message}'):
+                create_processor(model)
+
+
+def test_model_without_processor(pretrained, tmp_path, monkeypatch):
+    (tmp_path / 'pretrained' / 'preprocessor_config.json').unlink()
+    monkeypatch.setattr(run_event_classification, 'download_if_exists', lambda repo, filename: None)
+    for model in (pretrained, 'organization/model'):
+        assert create_processor(model).image_std == [1., 1.]
+
+
+def write_images(folder, splits, with_names=True):
+    """Write images of 28x28 pixels of 2 classes to an image folder, or without names to parquet files."""
+    import datasets
+    images = [Image.effect_noise((28, 28), 80) for _ in range(4)]
+    for split in splits:
+        if not with_names:
+            data = datasets.Dataset.from_dict(dict(image=images, label=[0, 1, 0, 1]))
+            data.cast_column('image', datasets.Image()).to_parquet(str(folder / f'{split}.parquet'))
+            continue
+        for i, image in enumerate(images):
+            path = folder / split / f'class {i % 2}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
+
+@pytest.mark.parametrize('splits, with_names, message', [
+    ([''], True, 'has only the splits all in .*data, expected train and either test or validation'),
+    (['test', 'validation'], True, 'has only the splits .*, expected train and'),
+    (['train'], True, 'has only the splits train in'),
+    (['train', 'test'], False, 'the data in .*data has no class names'),
+])
+def test_script_refuses_images_without_splits_or_names(splits, with_names, message, tmp_path, monkeypatch):
+    (tmp_path / 'data').mkdir()
+    write_images(tmp_path / 'data', splits, with_names)
+    with pytest.raises(ValueError, match=message):
+        run_script(
+            monkeypatch, tmp_path, 'output', do_train=True, model='test_spikformer_v2',
+            dataset_name='events/simulated_fashion_mnist?time_steps=2')
+
+
+def test_script_evaluates_on_the_validation_split(tmp_path, monkeypatch):
+    write_images(tmp_path / 'data', ['train', 'validation'])
+    results = run_script(
+        monkeypatch, tmp_path, 'output', do_eval=True, model='test_spikformer_v2',
+        dataset_name='events/simulated_fashion_mnist?time_steps=2')
+    assert results['eval_accuracy'] in (0., 0.25, 0.5, 0.75, 1.)
 
 
 @pytest.mark.parametrize('arguments, message', [

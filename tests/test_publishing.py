@@ -15,7 +15,6 @@ import yaml
 from conftest import assert_neurons_fire, calibrate
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform
 from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
@@ -32,7 +31,6 @@ from transformers import (
 
 from timm_spikformer import SpikformerForImageClassification, SpikformerMAE, cli
 from timm_spikformer.event_data.frames import Events
-from timm_spikformer.hf.processing import create_processor, read_data_config
 from timm_spikformer.hf.remote_code import remote_sources
 from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.publishing import convert, publish, read_checkpoint, save_folder
@@ -119,11 +117,17 @@ def test_bare_state_dict_and_safetensors_file(small, tmp_path):
 def test_other_stems_and_input_shapes(stem, size, in_chans, images, tmp_path):
     torch.manual_seed(0)
     x = nn.functional.interpolate(images[:, :in_chans], size)
+    cfg = dict(crop_mode='squash' if isinstance(size, tuple) else 'center')
     model = calibrate(timm.create_model(
-        'test_spikformer_v2', num_classes=10, stem=stem, img_size=size, in_chans=in_chans, time_steps=2), x)
+        'test_spikformer_v2', num_classes=10, stem=stem, img_size=size, in_chans=in_chans, time_steps=2,
+        pretrained_cfg_overlay=cfg), x)
     assert_all_loaders(dry_run(model, tmp_path / 'out'), model)
     again = read_checkpoint(tmp_path / 'out')
     assert again.data_config['input_size'] == (in_chans, *x.shape[2:])
+    if isinstance(size, tuple):
+        model.pretrained_cfg['crop_mode'] = 'center'
+        with pytest.raises(ValueError, match="no image processor .* 32x48 pixels and crop_mode='center'. Use a model"):
+            dry_run(model, tmp_path / 'center')
 
 
 def test_folders_of_timm_transformers_and_publish(small, tmp_path):
@@ -182,23 +186,6 @@ def test_model_without_classifier(small, tmp_path):
 
 
 # -- image preprocessing
-
-@pytest.mark.parametrize('size, crop_pct', [(224, 0.9), (32, 1.0), (28, 0.875)])
-def test_image_processor_matches_timm_transform(size, crop_pct):
-    import datasets
-    image = datasets.Dataset.from_parquet(str(FASHION_MNIST / 'test.parquet'))[3]['image'].convert('RGB')
-    image = image.resize((300, 260))
-    config = dict(
-        input_size=(3, size, size), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), interpolation='bicubic',
-        crop_pct=crop_pct)
-    processor = create_processor(config, time_steps=4)
-    ours = processor(image, return_tensors='pt').pixel_values[0]
-    expected = create_transform(**config, is_training=False)(image)
-    assert ours.shape == expected.shape and (ours - expected).abs().mean() < 0.01  # in units of the standard deviation
-    read = read_data_config(json.loads(processor.to_json_string()), 3)
-    assert read.pop('crop_pct') == pytest.approx(crop_pct, rel=0.01)
-    assert read == {k: config[k] for k in read}
-
 
 def test_pipeline_classifies(tmp_path):
     import datasets

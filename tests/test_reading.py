@@ -315,19 +315,20 @@ def test_invalid_trainer_state_is_named(small, tmp_path):
 def test_crop_mode_of_folder(small, tmp_path):
     folder = save_folder('timm', small, tmp_path)
     config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['crop_mode'] = 'border'
+    (folder / 'config.json').write_text(json.dumps(config))
+    checkpoint = read_checkpoint(folder)
+    with pytest.raises(ValueError, match="no image processor .* crop_mode='border'"):
+        publish(checkpoint, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
+    with pytest.raises(ValueError, match="no image processor .* crop_mode='border'"):
+        publishing.save_folder(checkpoint, tmp_path / 'out')
     config['pretrained_cfg']['crop_mode'] = 'squash'
     (folder / 'config.json').write_text(json.dumps(config))
     checkpoint = read_checkpoint(folder)
     assert checkpoint.data_config['crop_mode'] == 'squash'
-    with pytest.raises(ValueError, match="no image processor .* crop_mode='squash'"):
-        publish(checkpoint, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
-    with pytest.raises(ValueError, match="no image processor .* crop_mode='squash'"):
-        publishing.save_folder(checkpoint, tmp_path / 'out')
-    create_processor({**checkpoint.data_config, 'input_size': (3, 64, 32)}, 4).save_pretrained(folder)
-    with_processor = read_checkpoint(folder)  # without a crop, like 'squash'
-    publish(with_processor, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
-    assert read_checkpoint(tmp_path / 'out').data_config == with_processor.data_config
-    create_processor(checkpoint.data_config, 4).save_pretrained(folder)
+    publish(checkpoint, 'a/b', 'mit', output=tmp_path / 'out', dry_run=True)
+    assert read_checkpoint(tmp_path / 'out').data_config['crop_mode'] == 'squash'
+    create_processor({**checkpoint.data_config, 'crop_mode': 'center'}, 4).save_pretrained(folder)
     with pytest.raises(ValueError, match="contains crop_mode='squash', but .*preprocessor_config.json does not"):
         read_checkpoint(folder)
 

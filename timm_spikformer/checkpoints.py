@@ -43,10 +43,12 @@ class ConvertedStateDict(NamedTuple):
         state_dict: Tensors keyed by this package's names
         sources: For each name in this package, the names in the checkpoint; empty if filled with zeros
         unused: Names of tensors that V1's code declares but never uses
+        decoder: Names of the tensors of the decoder of a masked autoencoder, which are not converted
     """
     state_dict: Dict[str, Tensor]
     sources: Dict[str, List[str]]
     unused: List[str]
+    decoder: List[str]
 
 
 class _Origin(NamedTuple):
@@ -139,7 +141,8 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Converte
             state_dict = state_dict[key]
     state_dict = _strip_prefix(state_dict)
     model_state = model.state_dict()
-    if any(k.startswith('decoder.') for k in state_dict):  # a masked autoencoder, which has no classifier
+    decoder = [key for key in state_dict if key.startswith('decoder.')]
+    if decoder:  # a masked autoencoder, which has no classifier
         state_dict = {k.removeprefix('encoder.'): v for k, v in state_dict.items() if not k.startswith('decoder.')}
         state_dict.update({k: v for k, v in model_state.items() if k.startswith('head.')})
 
@@ -173,7 +176,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Converte
         _check_scale(origin, model)
         if _of_encoder(out) == _of_encoder(model_state):
             _check_strides(origin, model)
-    return ConvertedStateDict(out, sources, unused)
+    return ConvertedStateDict(out, sources, unused, decoder)
 
 
 def _of_encoder(keys: Iterable[str]) -> set:

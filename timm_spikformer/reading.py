@@ -416,16 +416,15 @@ def _read_folder(path: Path) -> Checkpoint:
     if (path / 'preprocessor_config.json').is_file():
         from .hf.processing import read_data_config
         checkpoint.processor = read_json(path / 'preprocessor_config.json')
+        crop_mode = checkpoint.data_config['crop_mode']
         try:
             checkpoint.data_config.update(read_data_config(checkpoint.processor, checkpoint.encoder.in_chans))
-            crops = checkpoint.processor.get('crop_size') and checkpoint.processor.get('do_center_crop', True)
-            crop_mode = checkpoint.data_config['crop_mode']
         except PARSING_ERRORS as e:
+            detail = first_line(e) if isinstance(e, ValueError) else f'{type(e).__name__} {first_line(e)}'
             raise ValueError(
-                f'{path / "preprocessor_config.json"} is not a valid processor config with size, image_mean and '
-                f'image_std: {type(e).__name__} {first_line(e)}.') from e
+                f'{path / "preprocessor_config.json"} is not a valid processor config: {detail}.') from e
         is_for_images = checkpoint.encoder.in_chans != 2  # a processor of events only resizes frames
-        if is_for_images and (crop_mode == 'border' or (crop_mode == 'squash' and crops)):
+        if is_for_images and crop_mode not in ('center', checkpoint.data_config['crop_mode']):  # 'center': the default
             raise ValueError(
                 f'{path / "config.json"} contains crop_mode={crop_mode!r}, but {path / "preprocessor_config.json"} '
                 f'does not preprocess images in this way. Change one of them.')

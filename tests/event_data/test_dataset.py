@@ -179,6 +179,11 @@ def test_functions_of_timm(installed, n_mnist, tmp_path):
     assert len(loader.dataset.filenames(basename=True)) == 20
     with pytest.raises(ValueError, match="has no split 'dev'"):
         timm.data.create_dataset('events/n_mnist', n_mnist, 'dev')
+    for split in ('train', 'validation'):
+        (tmp_path / 'splits' / split / 'a').mkdir(parents=True)
+        read_splits()['test'][0][0].save(tmp_path / 'splits' / split / 'a' / '1.png')
+    simulated = timm.data.create_dataset('events/simulated_fashion_mnist', str(tmp_path / 'splits'), 'validation')
+    assert simulated.split == 'validation' and len(simulated) == 1
 
     for i in range(2):
         (tmp_path / 'images' / f'class{i}').mkdir(parents=True)

@@ -137,7 +137,7 @@ def _create_dataset(name: str, root: Optional[str] = None, split: str = 'validat
     if kwargs.get('class_map'):
         raise ValueError(f'class_map is for image folders, got {kwargs["class_map"]!r} for {name}.')
     splits = read_event_splits(name, root)
-    wanted = 'train' if split in _TRAIN else 'test' if split in _TEST else split
+    wanted = 'train' if split in _TRAIN else 'test' if split in _TEST and split not in splits else split
     if wanted not in splits:
         raise ValueError(f'{name} has no split {split!r}, expected one of {", ".join(splits)}.')
     return splits[wanted]

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from .._timm import update_model_args
 from ..masked_autoencoder import SpikformerMAE
 from ..sequences import mean_over_time
-from ..spikformer import Spikformer  # not from network: this module registers the models, also in remote code
+from ..spikformer import Spikformer  # not from network: this import registers the models, which remote code relies on
 from .configuration_spikformer import SpikformerConfig
 
 __all__ = [
@@ -58,7 +58,9 @@ register_checkpoint_conversion_mapping('SpikformerForMaskedImageModeling', _MAE_
 
 
 class SpikformerPreTrainedModel(PreTrainedModel):
-    """Base class: initialization, loading and saving. Weights are saved under timm's names; both namings load.
+    """Base class: initialization, loading and saving.
+
+    Weights are saved under timm's names. Weights with either naming scheme can be loaded.
 
     >>> model = SpikformerModel(SpikformerConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
     >>> model.set_time_steps(2)
@@ -87,8 +89,6 @@ class SpikformerPreTrainedModel(PreTrainedModel):
         # accelerate's FSDP raises an error if the model has no module of a listed class
         classes = {type(m).__name__ for m in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in classes]
-        # save under timm's names even if the model was not loaded from a file
-        self._weight_conversions = list(self._conversions)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,11 +127,18 @@ class SpikformerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save the weights and the configuration, including changes made by methods of the timm model."""
-        fields = SpikformerConfig.fields_from_timm(self.encoder)
-        for name in self._config_fields_to_update():
-            if name != 'image_size' or to_2tuple(self.config.image_size) != to_2tuple(fields[name]):
-                setattr(self.config, name, fields[name])
+        self._update_config()
+        # save under timm's names; from_pretrained has replaced this list by the conversions that the loaded file needed
+        self._weight_conversions = list(self._conversions)
         super().save_pretrained(*args, **kwargs)
+
+    def _update_config(self) -> None:
+        """Set the fields of the configuration that methods of the timm model can change."""
+        fields = SpikformerConfig.fields_from_timm(self.encoder)
+        if to_2tuple(self.config.image_size) == to_2tuple(fields['image_size']):
+            fields['image_size'] = self.config.image_size  # an integer or a list, as given by the user
+        for name in self._config_fields_to_update():
+            setattr(self.config, name, fields[name])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.stem
@@ -204,7 +211,7 @@ class SpikformerModel(SpikformerPreTrainedModel):
             to `global_pool` (`[B, 2 * D]` for `'catavgmax'`, None for `''`); `hidden_states`. All are means over time.
 
         Raises:
-            ValueError: `bool_masked_pos` or `output_attentions` is given.
+            ValueError: Attentions or a mask are requested, or the input does not fit the model.
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)
@@ -227,7 +234,7 @@ class SpikformerClassifierOutput(ImageClassifierOutput):
     Output of [`SpikformerForImageClassification`].
 
     Args:
-        step_logits: `[T, B, num_labels]`, logits of each single time step, with `output_step_logits`.
+        step_logits: `[T, B, num_labels]`, logits of each single time step, returned if `output_step_logits` is True.
 
     >>> SpikformerClassifierOutput(logits=torch.zeros(2, 10)).logits.shape
     torch.Size([2, 10])
@@ -270,7 +277,11 @@ class SpikformerForImageClassification(SpikformerPreTrainedModel):
                 f'{labels[~is_valid][0]}. Load the model with num_labels=N to give it a classifier of N classes.')
 
     def forward_steps(self, pixel_values: Tensor, cumulative: bool = True) -> Tensor:
-        """Return logits for each time step, `[T, B, num_labels]`: see `Spikformer.forward_steps`."""
+        """Return logits for each time step, `[T, B, num_labels]`: see `Spikformer.forward_steps`.
+
+        Raises:
+            ValueError: The input does not fit the model.
+        """
         return self.timm_model.forward_steps(pixel_values.to(self.dtype), cumulative)
 
     @can_return_tuple
@@ -402,6 +413,10 @@ class SpikformerForMaskedImageModeling(SpikformerPreTrainedModel):
                 is random.
             output_hidden_states: Return the outputs of the stem and each block for visible patches, `[B, N', D]`.
             return_loss: Ignored: the loss is always returned. Trainer checks for an argument with this name.
+
+        Raises:
+            ValueError: The mask or the noise does not fit the images, attentions are requested, or the input does not
+                fit the model.
         """
         self._check_no_attentions(output_attentions)
         return_hidden_states = self._wants_hidden_states(output_hidden_states)
@@ -442,6 +457,9 @@ class SpikformerBackbone(BackboneMixin, SpikformerPreTrainedModel):
         Args:
             pixel_values: Images `[B, C, H, W]`, or sequences `[B, T, C, H, W]` with their own number of time steps.
             output_hidden_states: Also return the maps of all four stages.
+
+        Raises:
+            ValueError: Attentions or a mask are requested, or the input does not fit the model.
         """
         self._check_no_attentions(output_attentions)
         self._check_no_mask(kwargs)

@@ -6,10 +6,10 @@ of `TrainingArguments`. Pass either options, as in this example, or one JSON fil
     python -m timm_spikformer.hf.run_event_classification --do_train --do_eval --output_dir DIR \
         --dataset_name "events/dvs128_gesture?time_steps=16" --data_dir FOLDER --model spikformer_2_256_patch16_128
 """
-import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -24,11 +24,13 @@ from ..event_data.names import EventName, parse_name, read_event_splits
 from ..event_data.transforms import SequenceTransform
 from ..images import match_classes
 from ..losses import TETLoss
-from ..pretrained import get_training_cfg
+from ..pretrained import download_if_exists, get_training_cfg
 from ..spikformer import check_model_name
+from ..state_dicts import PARSING_ERRORS, first_line, read_json
 from .configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
 from .event_processing import SpikformerEventProcessor
 from .modeling_spikformer import SpikformerForImageClassification
+from .processing import read_event_processor
 from .trainer import FiringRateCallback, SpikformerTrainer
 
 __all__ = ['DataArguments', 'ModelArguments', 'main']
@@ -90,6 +92,25 @@ def _is_pretrained(name: str) -> bool:
     return os.path.isdir(name) or '/' in name
 
 
+def _read_data(name: str, folder: Optional[str]) -> Tuple[EventSequences, EventSequences]:
+    """Read the training sequences and the test sequences of a dataset, or its validation sequences if it has no test.
+
+    Raises:
+        ValueError: The dataset lacks one of these splits or names of its classes.
+    """
+    splits = read_event_splits(name, folder)
+    test = splits.get('test', splits.get('validation'))
+    if 'train' not in splits or test is None:
+        raise ValueError(
+            f'{name} has only the splits {", ".join(splits)} in {folder}, expected train and either test or '
+            f'validation.')
+    if splits['train'].classes is None:
+        raise ValueError(
+            f'{name}: the data in {folder} has no class names. Use a ClassLabel of `datasets` as the label column of '
+            f'the parquet files, or an image folder.')
+    return splits['train'], test
+
+
 def _create_model(name: str, classes: Sequence[str], time_steps: int) -> SpikformerForImageClassification:
     """Create a model for the classes and the frames of a dataset.
 
@@ -115,6 +136,23 @@ def _create_model(name: str, classes: Sequence[str], time_steps: int) -> Spikfor
     return model
 
 
+def _read_processor(model_name: str) -> Optional[SpikformerEventProcessor]:
+    """Read the processor of a pre-trained model; return None if its folder or repository does not contain one.
+
+    Raises:
+        ValueError: The file cannot be read, or is not the file of a `SpikformerEventProcessor`.
+        RuntimeError: There is no network to find out whether the repository contains a processor.
+    """
+    filename = 'preprocessor_config.json'
+    path = os.path.join(model_name, filename) if os.path.isdir(model_name) else download_if_exists(model_name, filename)
+    if path is None or not os.path.lexists(path):
+        return None
+    try:
+        return read_event_processor(read_json(Path(path)))
+    except PARSING_ERRORS as e:
+        raise ValueError(f'The processor of {model_name} cannot be used: {first_line(e)}.') from e
+
+
 def _create_processor(
         model: SpikformerForImageClassification,
         model_name: str,
@@ -125,19 +163,19 @@ def _create_processor(
     """Create the processor of the dataset, with the mean and standard deviation of a pre-trained model.
 
     Raises:
-        ValueError: A pre-trained model is only evaluated, but with frames that its own processor would not return.
+        ValueError: The processor of a pre-trained model is damaged, or the model is only evaluated, but with frames
+            that its own processor would not return.
     """
     cfg = model.config.to_dict()['pretrained_cfg']
     mean, std = cfg['mean'], cfg['std']
-    if _is_pretrained(model_name):
-        with contextlib.suppress(OSError):  # there is no file
-            saved = SpikformerEventProcessor.from_pretrained(model_name)
-            mean, std = saved.image_mean, saved.image_std
-            requested, own = (dataset.time_steps, dataset.split_by), (saved.time_steps, saved.split_by)
-            if not is_training and requested != own:
-                raise ValueError(
-                    f'The processor of {model_name} has time_steps={own[0]} and split_by={own[1]}, but the name of the '
-                    f'dataset has time_steps={requested[0]} and split_by={requested[1]}. Use the same.')
+    saved = _read_processor(model_name) if _is_pretrained(model_name) else None
+    if saved is not None:
+        mean, std = saved.image_mean, saved.image_std
+        requested, own = (dataset.time_steps, dataset.split_by), (saved.time_steps, saved.split_by)
+        if not is_training and requested != own:
+            raise ValueError(
+                f'The processor of {model_name} has time_steps={own[0]} and split_by={own[1]}, but the name of the '
+                f'dataset has time_steps={requested[0]} and split_by={requested[1]}. Use the same.')
     size = model.config.image_size
     return SpikformerEventProcessor(
         size=(size, size) if isinstance(size, int) else size, sensor_size=sensor_size,
@@ -159,13 +197,11 @@ def main() -> None:
             raise ValueError(
                 f'{args.output_dir} contains checkpoints of an earlier run. Continue it with --resume_from_checkpoint '
                 f'CHECKPOINT, or use another --output_dir.')
-    splits = read_event_splits(data_args.dataset_name, data_args.data_dir)
-    classes = splits['train'].classes
-    model = _create_model(model_args.model, classes, name.time_steps)
-    processor = _create_processor(
-        model, model_args.model, name, splits['train'].source.size, args.do_train)
+    train, test = _read_data(data_args.dataset_name, data_args.data_dir)
+    model = _create_model(model_args.model, train.classes, name.time_steps)
+    processor = _create_processor(model, model_args.model, name, train.source.size, args.do_train)
     labels = ordered_labels(model.config.id2label)
-    train, test = (match_classes(splits[split], labels, len(labels)) for split in ('train', 'test'))
+    train, test = (match_classes(sequences, labels, len(labels)) for sequences in (train, test))
     if data_args.max_train_samples is not None:
         train = train.sample_stratified(data_args.max_train_samples, args.seed)
     if data_args.max_eval_samples is not None:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..arguments import check_number
 from ..monitor import FiringRateMonitor
+from .modeling_spikformer import SpikformerForImageClassification
 
 __all__ = ['FiringRateCallback', 'SpikformerTrainer']
 
@@ -121,13 +122,23 @@ class SpikformerTrainer(Trainer):
     ):
         """
         Args:
-            layer_decay: Ratio of the learning rate of each layer to that of the next layer, for fine-tuning; the whole
-                stem is layer 0. None for no layer decay.
+            layer_decay: Ratio of the learning rate of each layer to that of the next layer, greater than 0 and at most
+                1, for fine-tuning; the whole stem is layer 0. None for no layer decay.
             sync_bn: Convert BN to SyncBatchNorm if there are several processes, each with a GPU.
             step_loss: Loss on the logits of each time step, such as `TETLoss`, for a `SpikformerForImageClassification`
                 in place of the loss on the logits after all steps.
+
+        Raises:
+            ValueError: `layer_decay` is out of range, or `step_loss` is combined with another model or with the label
+                smoothing of the training arguments.
         """
+        _check_layer_decay(layer_decay)
         super().__init__(*args, **kwargs)
+        if step_loss is not None and not any(
+                isinstance(m, SpikformerForImageClassification) for m in self.model.modules()):
+            raise ValueError(
+                f'step_loss requires a SpikformerForImageClassification, which returns the logits of each time step, '
+                f'got a {type(self.model).__name__}.')
         if step_loss is not None and self.args.label_smoothing_factor:
             raise ValueError(
                 f'label_smoothing_factor={self.args.label_smoothing_factor} has no effect on step_loss. Set the label '
@@ -142,7 +153,11 @@ class SpikformerTrainer(Trainer):
         if self.step_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop('labels')
+        labels = inputs.pop('labels', None)
+        if labels is None:
+            raise ValueError(
+                f"step_loss requires labels, but the samples contain only {', '.join(inputs)}. Add the key 'labels' to "
+                f'the samples, or omit step_loss.')
         outputs = dict(model(**inputs, output_step_logits=True))
         loss = self.step_loss(outputs.pop('step_logits'), labels)
         return (loss, {'loss': loss, **outputs}) if return_outputs else loss
@@ -157,6 +172,11 @@ class SpikformerTrainer(Trainer):
         return self.optimizer
 
 
+def _check_layer_decay(layer_decay: Optional[float]) -> None:
+    if layer_decay is not None:  # other values would freeze the lower layers, or train them faster than the classifier
+        check_number('layer_decay', layer_decay, above=0, maximum=1)
+
+
 def parameter_groups(
         model: nn.Module,
         weight_decay: float,
@@ -168,8 +188,9 @@ def parameter_groups(
     With `layer_decay`, these are timm's layer groups, each with its own learning rate.
 
     Raises:
-        ValueError: `layer_decay` is given without `learning_rate`, or for a model with a decoder.
+        ValueError: `layer_decay` is out of range, or given without `learning_rate`, or for a model with a decoder.
     """
+    _check_layer_decay(layer_decay)
     if layer_decay is None:
         no_decay = {name for name, _ in model.named_parameters() if name.endswith('mask_token')}
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay)

@@ -64,7 +64,10 @@ def run_convert(args: argparse.Namespace) -> None:
     converted = convert(
         args.checkpoint, args.output, args.model, read_labels(args.labels), parse_kwargs(args.model_kwargs))
     print('\n'.join(converted.report))
-    print(f'{converted.model}: all tensors were mapped; written to {args.output}')
+    summary = 'all tensors were mapped'
+    if converted.unmapped:
+        summary = f'{len(converted.unmapped)} tensors were not mapped (unused or dropped), all others were'
+    print(f'{converted.model}: {summary}; written to {args.output}')
 
 
 def read_labels(path: Optional[str]) -> Optional[List[str]]:

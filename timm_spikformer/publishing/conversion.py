@@ -6,6 +6,7 @@ import timm
 
 from ..checkpoints import ConvertedStateDict, convert_state_dict
 from ..images import data_config
+from ..pretrained import read_model_args
 from ..reading import Checkpoint, check_data_config, create_from_state_dict, create_registered_model, set_labels
 from ..spikformer import check_model_name
 from ..state_dicts import check_size, check_tensors, find_state_dict, read_tensors
@@ -15,7 +16,7 @@ __all__ = ['ConversionResult', 'convert']
 
 
 class ConversionResult(NamedTuple):
-    """Result of `convert`: the model name, and a report with one line per tensor.
+    """Result of `convert`: the model name, a report with one line per tensor, and the names of unmapped tensors.
 
     >>> import tempfile, torch
     >>> model = timm.create_model('test_spikformer_v2')
@@ -27,6 +28,7 @@ class ConversionResult(NamedTuple):
     """
     model: str
     report: List[str]
+    unmapped: List[str]
 
 
 def _report(conversion: ConvertedStateDict) -> List[str]:
@@ -34,6 +36,8 @@ def _report(conversion: ConvertedStateDict) -> List[str]:
     for target, sources in conversion.sources.items():
         lines.append(f'{target} <- {", ".join(sources) or "zeros: the checkpoint has none"}')
     lines += [f'(unused) <- {name}: declared by V1 but never used' for name in conversion.unused]
+    lines += [f'(dropped) <- {name}: the decoder of a masked autoencoder is not converted'
+              for name in conversion.decoder]
     return lines
 
 
@@ -41,11 +45,11 @@ def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Di
     """Convert a state dict to the tensors of a model; raise a ValueError if their names do not match exactly."""
     check_model_name(name)
     check_size(path, state_dict, model_kwargs)
-    empty = create_registered_model(name, model_kwargs, device='meta')
+    empty = create_registered_model(name, model_kwargs, device='meta', num_classes=0)
     try:
         conversion = convert_state_dict(state_dict, empty)
-        if not any(key.startswith('head.') for key in conversion.state_dict):
-            empty.reset_classifier(0)
+        if any(key.startswith('head.') for key in conversion.state_dict):
+            empty.reset_classifier(1)  # only the names of its tensors matter
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f'{path} is not a checkpoint of {name}: {type(e).__name__} {e}.') from e
     expected = set(empty.state_dict())
@@ -85,6 +89,8 @@ def convert(
 ) -> ConversionResult:
     """Convert a checkpoint file to a folder that timm and transformers load.
 
+    Of a masked autoencoder, only the encoder is converted, to a model without a classifier.
+
     Args:
         path: `.pth.tar` file of the authors' V1 code, or a state dict of spikingjelly or of this package.
         output: Folder to write; see `folders.write_folder`.
@@ -106,11 +112,12 @@ def convert(
     state_dict = find_state_dict(path, read_tensors(path))
     check_tensors(path, state_dict)
     model = model or _find_model(path, state_dict)
-    conversion = _convert(path, state_dict, model, model_kwargs or {})
+    model_kwargs = {**read_model_args(path), **(model_kwargs or {})}
+    conversion = _convert(path, state_dict, model, model_kwargs)
     converted = create_from_state_dict(model, state_dict, model_kwargs=model_kwargs)
     checkpoint = Checkpoint(converted, data_config(converted), source=path)
     check_data_config(path, checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
     save_folder(checkpoint, output, inputs=[path], require_spikes=False, command='convert')
-    return ConversionResult(model, _report(conversion))
+    return ConversionResult(model, _report(conversion), [*conversion.unused, *conversion.decoder])

@@ -56,13 +56,10 @@ def check_processor(checkpoint: Checkpoint) -> None:
     """Check that a processor of transformers can preprocess images like the data config of a checkpoint.
 
     Raises:
-        ValueError: No processor has the crop mode of the data config, and the checkpoint does not contain a processor.
+        ValueError: There is no such processor, and the checkpoint does not contain a processor.
     """
-    crop_mode = checkpoint.data_config['crop_mode']
-    if checkpoint.processor is None and crop_mode != 'center' and checkpoint.encoder.in_chans != 2:
-        raise ValueError(
-            f'The folder would contain no image processor that preprocesses images as the data config states, with '
-            f"crop_mode={crop_mode!r}. Use a model with crop_mode='center', or save a processor with the model first.")
+    if checkpoint.processor is None:
+        create_processor(checkpoint.data_config, checkpoint.encoder.time_steps)
 
 
 def write_checkpoint(
