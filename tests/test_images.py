@@ -526,13 +526,14 @@ def upside_down() -> bytes:
 @pytest.mark.parametrize('content, expected', [
     (png(gray(0x8000, 'I;16')), (128,) * 3),
     (png(gray(0x8000, 'I;16'), format='TIFF'), (128,) * 3),
+    (b'P5 4 4 65535\n' + b'\x80\x00' * 16, (128,) * 3),
     (png(Image.new('L', (4, 4), 100)), (100,) * 3),
     (png(Image.new('1', (4, 4), 1)), (255,) * 3),
     (png(Image.new('LA', (4, 4), (100, 0))), (100,) * 3),
     (png(Image.new('RGBA', (4, 4), (1, 2, 3, 0))), (1, 2, 3)),
     (png(Image.new('RGB', (4, 4), (10, 200, 30)).quantize()), (10, 200, 30)),
     (png(Image.new('CMYK', (8, 8), (255, 0, 0, 0)), format='TIFF'), (0, 255, 255)),
-], ids=['16-bit PNG', '16-bit TIFF', 'gray', 'bilevel', 'gray with alpha', 'alpha', 'palette', 'CMYK'])
+], ids=['16-bit PNG', '16-bit TIFF', '16-bit PGM', 'gray', 'bilevel', 'gray with alpha', 'alpha', 'palette', 'CMYK'])
 def test_images_are_decoded_to_8_bits(content, expected):
     image = decode(io.BytesIO(content), 'RGB')
     assert image.mode == 'RGB' and image.getpixel((0, 0)) == expected

@@ -3,6 +3,8 @@ from typing import Optional
 
 import torch
 
+from .errors import first_line
+
 __all__ = ['choose_device']
 
 _TYPES = {'cpu', 'cuda', 'mps', 'xpu'}
@@ -23,5 +25,5 @@ def choose_device(name: Optional[str] = None) -> torch.device:
             raise ValueError(f'--device {name} cannot be used: expected one of {", ".join(sorted(types))}.')
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {name} cannot be used: {str(e).splitlines()[0]}') from e
+        raise ValueError(f'--device {name} cannot be used: {first_line(e)}.') from e
     return device

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Optional
 
-__all__ = ['pip_requirement', 'user_message']
+__all__ = ['first_line', 'pip_requirement', 'user_message']
 
 _PACKAGE = Path(__file__).parent
 # libraries whose exceptions are about files, external data or the network
@@ -38,15 +38,15 @@ def user_message(error: BaseException) -> Optional[str]:
     if isinstance(error, ImportError):
         return _explain_import(error)
     if _is_out_of_memory(error):
-        return (f'There is not enough memory: {_first_line(error)} Use a smaller batch size, fewer time steps, a '
+        return (f'There is not enough memory: {first_line(error)}. Use a smaller batch size, fewer time steps, a '
                 f'smaller model or image, or another device.')
     if _is_network_error(error):
-        return (f'The Hub cannot be reached: {_first_line(error)} Check the network, or set HF_HUB_OFFLINE=1 to use '
+        return (f'The Hub cannot be reached: {first_line(error)}. Check the network, or set HF_HUB_OFFLINE=1 to use '
                 f'what has been downloaded before.')
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if _is_library_error(error) or isinstance(error, (UnicodeError, EOFError)):
-        return f'Data cannot be read: {_first_line(error)} ({type(error).__name__})'
+        return f'Data cannot be read: {first_line(error)} ({type(error).__name__})'
     if isinstance(error, (ValueError, RuntimeError)) and _is_raised_by_package(error):
         return str(error)
     return None
@@ -74,7 +74,7 @@ def _explain_import(error: ImportError) -> Optional[str]:
         return None
     if isinstance(error, ModuleNotFoundError) and module == error.name:
         return f'{module} is required here but is not installed. Run: pip install "{pip_requirement(module)}"'
-    return f'{_first_line(error)} The installed version is not supported. Run: pip install "{pip_requirement(module)}"'
+    return f'{first_line(error)}. The installed version is not supported. Run: pip install "{pip_requirement(module)}"'
 
 
 def _explain_os_error(error: OSError) -> str:
@@ -104,10 +104,15 @@ def _is_library_error(error: BaseException) -> bool:
     return any(c.__module__.partition('.')[0] in _LIBRARIES for c in type(error).__mro__)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message without its period, or the first two if the first ends in a colon.
+
+    If the message is empty, return the type of the error.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith('.') else f'{text}.'
+    if len(lines) > 1 and lines[0].endswith(':'):
+        lines[0] += f' {lines[1]}'
+    return lines[0].removesuffix('.') if lines else type(error).__name__
 
 
 def _is_raised_by_package(error: BaseException) -> bool:

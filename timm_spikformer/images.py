@@ -303,8 +303,10 @@ def decode(stream: BinaryIO, mode: str) -> Image.Image:
     try:
         with Image.open(stream) as image:
             image.load()
+            file_format = image.format  # Pillow reads 16-bit PGM files as 32-bit integers from 0 to 65535
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I;16'):
+            is_16_bit = image.mode.startswith('I;16') or (image.mode == 'I' and file_format == 'PPM')
+            if is_16_bit:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ('I', 'F'):
                 kind = '32-bit integers' if image.mode == 'I' else 'floating-point numbers'

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import first_line
+
 __all__ = ['read_parquet']
 
 _HIGHEST_LABEL = 2 ** 31 - 1
@@ -45,7 +47,7 @@ class ParquetSource:
             try:
                 file = pq.ParquetFile(path, memory_map=True)
             except (pa.ArrowException, OSError) as e:
-                raise ValueError(f'{path} is not a parquet file, or is damaged: {_first_line(e)}') from e
+                raise ValueError(f'{path} is not a parquet file, or is damaged: {first_line(e)}') from e
             schema = file.schema_arrow
             if 'image' not in schema.names or not _is_image(schema.field('image').type):
                 raise ValueError(f'{path} has the columns {_columns(schema)}. {expected}')
@@ -72,7 +74,7 @@ class ParquetSource:
             try:
                 self._columns[group] = self.files[path].read_row_group(in_file, columns=['image']).column('image')
             except (pa.ArrowException, OSError) as e:
-                raise ValueError(f'the file is damaged: {_first_line(e)}') from e
+                raise ValueError(f'the file is damaged: {first_line(e)}') from e
         value = self._columns[group][i - int(self._starts[group])].as_py()
         if isinstance(value, dict):
             value = value.get('bytes') or value.get('path')
@@ -119,7 +121,7 @@ def _read_labels(
         try:
             column = file.read(columns=['label']).column('label')
         except (pa.ArrowException, OSError) as e:
-            raise ValueError(f'{path} is damaged: {_first_line(e)}') from e
+            raise ValueError(f'{path} is damaged: {first_line(e)}') from e
         if not pa.types.is_integer(type):
             shown = repr(column[0].as_py()) if len(column) else 'none'
             raise ValueError(f'{path} has labels of type {type}, such as {shown}. Expected integers or a ClassLabel.')
@@ -147,7 +149,3 @@ def _class_names(schema: pa.Schema) -> Optional[List[str]]:
         return [str(name) for name in feature['names']] if feature['_type'] == 'ClassLabel' else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

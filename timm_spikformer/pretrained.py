@@ -35,6 +35,7 @@ from timm.models import (
 )
 
 from .digests import sha256_of_file
+from .errors import first_line
 
 __all__ = [
     'check_hub_connection', 'check_shipped_weights', 'download', 'download_if_exists', 'get_training_cfg',
@@ -162,7 +163,7 @@ def check_hub_connection(endpoint: Optional[str] = None) -> None:
     thread.join(_HUB_TIMEOUT)
     error = results[0] if results else TimeoutError(f'{endpoint} did not answer within {_HUB_TIMEOUT:g} seconds')
     if error is not None:
-        reason = str(error).strip().splitlines()[0].removesuffix('.') if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise RuntimeError(
             f'The Hub cannot be reached: {reason}. Check the network, or unset HF_HUB_OFFLINE if it is set, and try '
             f'again.') from error

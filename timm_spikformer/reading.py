@@ -21,6 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .checkpoints import TRAINING_FILE, convert_state_dict
+from .errors import first_line
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
 from .pretrained import WEIGHTS_FILE, download, download_if_exists, read_model_args, split_revision
@@ -30,7 +31,6 @@ from .state_dicts import (
     check_size,
     check_tensors,
     find_state_dict,
-    first_line,
     read_json,
     read_tensors,
 )

@@ -12,26 +12,16 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from ._timm import torch_load
+from .errors import first_line
 
 __all__ = [
-    'PARSING_ERRORS', 'check_size', 'check_tensors', 'find_state_dict', 'first_line', 'read_json', 'read_tensors']
+    'PARSING_ERRORS', 'check_size', 'check_tensors', 'find_state_dict', 'read_json', 'read_tensors']
 
 # Exceptions that parsing code may raise on malformed external data
 PARSING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message without its period, or the first two if the first ends in a colon.
-
-    If the message is empty, return the type of the error.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(':'):
-        lines[0] += f' {lines[1]}'
-    return lines[0].removesuffix('.') if lines else type(error).__name__
 
 
 def read_tensors(path: Path) -> Dict[str, Any]:

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from .arguments import check_integer, check_number
+from .errors import first_line
 from .folders import check_output_file, write_file
 from .images import Images, make_loader
 from .losses import TETLoss
 from .monitor import FiringRateMonitor
-from .state_dicts import first_line
 
 __all__ = [
     'Callback', 'Recipe', 'TrainingResult', 'check_recipe', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias',

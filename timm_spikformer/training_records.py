@@ -7,7 +7,8 @@ from typing import Any, Dict, Mapping, Optional
 import yaml
 
 from .checkpoints import TRAINING_FILE
-from .state_dicts import PARSING_ERRORS, first_line, read_json
+from .errors import first_line
+from .state_dicts import PARSING_ERRORS, read_json
 
 __all__ = ['TrainingRecord', 'read_training_record', 'record_of_train_script']
 

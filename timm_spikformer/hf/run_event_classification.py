@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..arguments import check_count
+from ..errors import first_line
 from ..event_data.dataset import EventSequences, collate
 from ..event_data.names import EventName, parse_name, read_event_splits
 from ..event_data.transforms import SequenceTransform
@@ -26,7 +27,7 @@ from ..images import match_classes
 from ..losses import TETLoss
 from ..pretrained import download_if_exists, get_training_cfg
 from ..spikformer import check_model_name
-from ..state_dicts import PARSING_ERRORS, first_line, read_json
+from ..state_dicts import PARSING_ERRORS, read_json
 from .configuration_spikformer import SpikformerConfig, label_maps, ordered_labels
 from .event_processing import SpikformerEventProcessor
 from .modeling_spikformer import SpikformerForImageClassification

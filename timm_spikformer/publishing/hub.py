@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..errors import first_line
 from ..folders import MANIFEST, manifest_files
 from ..pretrained import check_hub_connection
 
@@ -231,15 +232,10 @@ def _convert_errors(repo: Optional[str] = None) -> Iterator[None]:
     except HfHubHTTPError as e:
         if repo is not None and e.response.status_code in (401, 403):
             raise ValueError(f'The token may not write to {repo}. Use one with write access to it.') from e
-        raise RuntimeError(f'{start or "The Hub returned an error: "}{_first_line(e)} {advice}') from e
+        raise RuntimeError(f'{start or "The Hub returned an error: "}{first_line(e)}. {advice}') from e
     except (HTTPError, OSError, RuntimeError) as e:  # uploads of huggingface_hub raise RuntimeError
-        raise RuntimeError(f'{start or "The Hub cannot be reached: "}{_first_line(e)} {advice}') from e
+        raise RuntimeError(f'{start or "The Hub cannot be reached: "}{first_line(e)}. {advice}') from e
     except ValueError as e:
         if re.match('Invalid metadata in README.md', str(e)):  # huggingface_hub includes the reason that the Hub gives
             raise RuntimeError(f'The Hub rejects the model card: {e}') from e
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f'{lines[0].removesuffix(".")}.' if lines else f'{type(error).__name__}.'
