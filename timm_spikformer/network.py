@@ -474,7 +474,8 @@ def find_spikformer(model: nn.Module) -> Spikformer:
     Raises:
         ValueError: The module contains no Spikformer, or more than one.
     """
-    found = [m for m in model.modules() if isinstance(m, Spikformer)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [m for m in modules if isinstance(m, Spikformer)]
     if len(found) != 1:
         raise ValueError(
             f'Expected a Spikformer or a module that contains one: a model of timm.list_models(module="spikformer"), a '
