@@ -60,7 +60,7 @@ def test_failed_export_changes_nothing(study, tmp_path):
         cells[name] = cells[name]._replace(ships=f'x.{name}')
     run = study.final_runs(cells['mae'])[0]
     study.train(run, study.read_data(run))
-    pretend(study, run, test={})
+    pretend(study, run)
     with pytest.raises(ValueError, match='The result of scratch is missing'):
         shipping.ship(study, tmp_path / 'weights')
     assert not (tmp_path / 'weights').exists()
