@@ -32,13 +32,13 @@ def next_jobs(
 
     Args:
         study: The study.
-        patterns: Names of cells, or patterns such as `pretrained-*`. The cells that they are initialized from are
+        patterns: Names of cells, or patterns such as `pretrained-*`. The initial cells of the selected cells are
             included.
         seeds: Seeds of the final runs; all seeds by default. Runs with seed 0 that provide the initial weights of tries
             are included.
 
     Raises:
-        ValueError: A pattern matches no cell, or no selected cell has one of the seeds.
+        ValueError: A pattern matches no cell, or one of the seeds is not used by any selected cell.
     """
     cells = study.protocol.cells
     wanted = set()
@@ -64,17 +64,23 @@ def next_jobs(
                 continue
             if run.is_final and not (seeds is None or run.seed in seeds or (run.seed == 0 and name in with_seed_0)):
                 continue
-            job: Optional[Job] = Job(run)
-            if cell.init is not None and not study.has_weights(run):
-                has_best_try = study.best_try(cells[cell.init]) is not None
-                initial = study.initial_run(run) if has_best_try else None
-                if initial is None or study.result(initial) is None:
-                    job = None  # wait for the initial run
-                elif not study.has_weights(initial):
-                    job = Job(initial, weights_only=True)
-            if job is not None:
+            job = _job_for(study, run)
+            if job is not None:  # runs with the same digest share a checkpoint folder, so only one of them may start
                 jobs.setdefault(study.protocol.digest(job.run), job)
     return list(jobs.values())
+
+
+def _job_for(study: Study, run: Run) -> Optional[Job]:
+    """Return the job to start for a missing run; None if its initial run has to finish first."""
+    init = run.cell.init
+    if init is None or study.has_weights(run):
+        return Job(run)
+    if study.best_try(study.protocol.cells[init]) is None:
+        return None
+    initial = study.initial_run(run)
+    if study.result(initial) is None:
+        return None
+    return Job(run) if study.has_weights(initial) else Job(initial, weights_only=True)
 
 
 def run_missing(
@@ -99,9 +105,11 @@ def run_missing(
     running: Dict[str, Tuple[Job, subprocess.Popen]] = {}
     failed: List[str] = []
     has_started = False
-    # before the first run, because each run would fail otherwise
-    for run in {job.run.cell.dataset: job.run for job in next_jobs(study, patterns, seeds)}.values():
-        study.read_data(run)
+    checked = set()
+    for job in next_jobs(study, patterns, seeds):  # a missing dataset is reported before the first run
+        if job.run.cell.dataset not in checked:
+            study.read_data(job.run)
+            checked.add(job.run.cell.dataset)
     try:
         while True:
             waiting = [job for job in next_jobs(study, patterns, seeds) if job.run.name not in (*running, *failed)]
@@ -125,9 +133,10 @@ def run_missing(
                 outcome = 'done'
                 if process.returncode != 0:
                     outcome = 'failed'
-                elif not _is_done(study, job):  # the same run would be started again and again
-                    outcome = 'failed: the protocol has been changed during the run, so the result is outdated'
-                failed += [] if outcome == 'done' else [name]
+                elif not _is_done(study, job):  # it counts as failed, because it would be started again endlessly
+                    outcome = 'failed: the protocol has been changed during the run'
+                if outcome != 'done':
+                    failed.append(name)
                 print(f'{name}: {outcome}', flush=True)
     finally:
         for _, process in running.values():

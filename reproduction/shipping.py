@@ -22,7 +22,7 @@ __all__ = ['ship']
 
 
 def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
-    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell with `ships`, and update SHA256SUMS.
+    """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell whose `ships` is set, and update SHA256SUMS.
 
     The weights are from the final run with seed 0. Missing weights are trained. The YAML file contains the training
     settings, which model cards include. The package verifies the weights against SHA256SUMS when it loads them.
@@ -30,7 +30,7 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
     Raises:
         ValueError: The result of one of these runs is missing.
     """
-    files: Dict[str, bytes] = {}  # all weights are trained first, so that an error does not leave some without a digest
+    files: Dict[str, bytes] = {}  # written after all trainings, so that no weights are left without a digest
     digests = read_digests(folder)
     for cell in study.protocol.cells.values():
         if cell.ships is None:
@@ -38,16 +38,16 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         finals = [run for run in study.final_runs(cell) if run.seed == 0]
         if not finals or study.result(finals[0]) is None:
             raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
-        weights = _weights_file(study, finals[0])
+        weights = _serialize_weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(weights).hexdigest()
         files[f'{cell.ships}.safetensors'] = weights
-        files[f'{cell.ships}.yaml'] = _training_file(finals[0], study.result(finals[0])).encode()
+        files[f'{cell.ships}.yaml'] = _format_training_args(finals[0], study.result(finals[0])).encode()
     for name, content in files.items():
         write(folder / name, content)
     write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
-def _weights_file(study: Study, run: Run) -> bytes:
+def _serialize_weights(study: Study, run: Run) -> bytes:
     model = study.train(run, study.read_data(run)).model
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     model_args = {**run.cell.model_kwargs, 'time_steps': _time_steps(run.cell)}
@@ -62,7 +62,7 @@ def _time_steps(cell: Cell) -> int:
     return timm.create_model(cell.model, **cell.model_kwargs).time_steps
 
 
-def _training_file(run: Run, result: Dict[str, Any]) -> str:
+def _format_training_args(run: Run, result: Dict[str, Any]) -> str:
     cell, recipe = run.cell, run.config()['recipe']
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
     values = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
@@ -70,7 +70,7 @@ def _training_file(run: Run, result: Dict[str, Any]) -> str:
         values['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:
         values['initialized_from'] = cell.init
-    # nested values as text, because the model card shows a table
+    # nested values are stored as text, because the model card shows a table
     for key, value in recipe.items():
         values[key] = json.dumps(value) if isinstance(value, (dict, list)) else value
     return yaml.safe_dump(values, sort_keys=False)

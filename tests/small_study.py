@@ -45,7 +45,7 @@ def pretend(study: Study, run: Run, **values) -> None:
 
 
 def without_times(value: Any) -> Any:
-    """Return a result without the values that differ between equal runs."""
+    """Return a result without the values that differ between runs with the same settings."""
     if isinstance(value, dict):
         return {key: without_times(x) for key, x in value.items() if 'seconds' not in key}
     return [without_times(x) for x in value] if isinstance(value, list) else value

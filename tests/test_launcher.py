@@ -27,7 +27,9 @@ def run(*args, check=True):
 
 
 def lines(result):
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{')]
+    """Return the JSON objects in the output. Processes share a pipe, so the newline may follow that of another one."""
+    text = result.stdout.replace('}{', '}\n{')
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{')]
 
 
 @pytest.mark.parametrize('launcher, num_processes', [

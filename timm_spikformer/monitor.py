@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .eager import force_eager
+from .kernels.eager import force_eager
 from .layers import ConvBNLIF, LinearBNLIF
 from .neurons import LIF
 

@@ -17,7 +17,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .arguments import check_integer, check_number
-from .eager import force_eager
+from .kernels.eager import force_eager
 from .kernels.lif import LIFConstants, lif_cpu, lif_cuda, supports_lif_cuda
 from .kernels.rules import back_end, context_fallback_reason, record_original_methods, runs_in_kernel
 

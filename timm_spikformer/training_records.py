@@ -14,14 +14,18 @@ __all__ = ['TrainingRecord', 'read_training_record', 'record_of_train_script']
 
 # Arguments of train.py that describe the machine or contain local paths; they are not published, see `_is_private`
 _PRIVATE_ARGS = frozenset((
-    'data', 'output', 'output_dir', 'config', 'experiment', 'resume', 'initial_checkpoint', 'class_map', 'device',
-    'device_modules', 'local_rank', 'rank', 'world_size', 'distributed', 'prefetcher', 'log_interval', 'workers',
-    'pin_mem', 'log_wandb'))
+    'data', 'output', 'output_dir', 'config', 'experiment', 'resume', 'initial_checkpoint', 'pretrained_path',
+    'class_map', 'device', 'device_modules', 'local_rank', 'rank', 'world_size', 'distributed', 'prefetcher',
+    'log_interval', 'workers', 'pin_mem', 'log_wandb'))
 
 
 @dataclass
 class TrainingRecord:
-    """How a model was trained, if its checkpoint records it: the command, and the arguments by name.
+    """Record of how a model was trained.
+
+    Args:
+        command: Command that repeats the training, or 'transformers Trainer', whose command is not recorded.
+        args: Training arguments by name. The names are those of the program that trained the model.
 
     >>> TrainingRecord('timm-spikformer demo --epochs=5', {'epochs': 5}).args['epochs']
     5
@@ -39,6 +43,10 @@ def record_of_train_script(args: Mapping[Any, Any]) -> TrainingRecord:
 def _is_private(key: str, value: Any) -> bool:
     if key in _PRIVATE_ARGS or key.endswith(('data_dir', 'dataset_dir')) or key.startswith('wandb_'):
         return True
+    if isinstance(value, Mapping):
+        return any(_is_private(str(k), v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(_is_private('', v) for v in value)
     return bool(re.search(r'(^|[/=:\s])(/|~|[A-Za-z]:\\)', str(value)))
 
 

@@ -37,28 +37,27 @@ def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, m
 
 @pytest.mark.parametrize('name, fixed_bn', [('mae', 0.), ('tuned', 0.), ('tuned', 0.5)])
 def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monkeypatch):
-    """Interrupt each epoch except the last one, also while the initial weights are trained."""
+    """Interrupt each epoch except the last one, of the run and of its initial run."""
     cell = study.protocol.cells[name]
     cell.recipe['fixed_bn'] = fixed_bn
     run = Run(cell, 0, 0, len(cell.tries) == 1)
     expected = study.execute(run)
     shutil.rmtree(study.checkpoints)
     study.result_path(run).unlink()
-    save, stops = training.save_checkpoint, [1, 2]
+    save = training.save_checkpoint
 
     def save_and_stop(path, kind, **state):
         save(path, kind, **state)
-        if stops:
-            stops.pop()
+        if state['epoch'] < 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, 'save_checkpoint', save_and_stop)
-    for _ in range(2):
+    for _ in range(2 if name == 'mae' else 4):
         with pytest.raises(KeyboardInterrupt):
             study.execute(run)
         assert not study.result_path(run).exists()
     assert without_times(study.execute(run)) == without_times(expected)
-    assert json.loads(study.result_path(run).read_text())['history'] != []
+    assert without_times(json.loads(study.result_path(run).read_text())) == without_times(expected)
 
 
 def test_finished_weights_are_verified_and_can_be_read_by_several_runs(study):
@@ -102,7 +101,7 @@ def test_part_of_a_dataset_raises(study):
 
 
 def test_operations_of_non_spiking_networks():
-    """Multiply-accumulates of all products, also of attention, and their energy."""
+    """The multiply-accumulates include the products of attention; each takes 4.6 pJ."""
     cell = read_protocol().cells['vit']
     model = models.create(Run(cell, 0, 0, True).config(), 10, 28).eval()
     images = read_splits()['test'].sample_evenly(2)
@@ -139,7 +138,7 @@ def test_result_from_other_initial_weights_is_ignored(study):
     for run, accuracy in zip(study.tries(cells['scratch']), (70., 71.)):
         pretend(study, run, validation=dict(accuracy=accuracy))
     run = study.tries(cells['tuned'])[0]
-    pretend(study, run, initial=study.protocol.digest(study.initial_run(run)))
+    pretend(study, run)
     assert study.result(run) is not None
     pretend(study, study.tries(cells['scratch'])[0], validation=dict(accuracy=72.))
     assert study.result(run) is None

@@ -6,6 +6,7 @@ from PIL import Image
 from timm.data import str_to_pil_interp
 from transformers import CLIPImageProcessor, ViTImageProcessor
 
+from ..arguments import check_finite, check_integer, check_number
 from ..event_data.names import is_event_name, parse_name
 from .event_processing import SpikformerEventProcessor
 
@@ -29,7 +30,7 @@ def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int, dataset: O
     """Create a processor with the size, crop, interpolation, mean and std of a timm cfg.
 
     For 2 input channels, one per polarity of events, the processor is a `SpikformerEventProcessor`, which splits a
-    recording into `time_steps` frames, or as the name of the event dataset states on which the model was trained.
+    recording into `time_steps` frames. If `dataset` is the name of an event dataset, its options are used instead.
     Otherwise it is a CLIPImageProcessor of transformers, which resizes the shorter side (`crop_mode='center'`) or each
     side (`crop_mode='squash'`), and crops the center, like timm. The crops differ by one pixel if the number of pixels
     to remove is odd, as the libraries round it differently.
@@ -41,7 +42,8 @@ def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int, dataset: O
 
     Raises:
         ValueError: No image processor preprocesses images like timm: `crop_mode` is 'border', or it is 'center' and the
-            input is not square, or both libraries do not have the interpolation.
+            input is not square, or the interpolation is not available in both libraries. Or `dataset` is an invalid
+            name of an event dataset.
     """
     channels, height, width = pretrained_cfg['input_size']
     if channels == 2:
@@ -77,7 +79,7 @@ def create_processor(pretrained_cfg: Dict[str, Any], time_steps: int, dataset: O
 
 
 def read_data_config(processor: Dict[str, Any], channels: int) -> Dict[str, Any]:
-    """Return timm's data config for the contents of a preprocessor_config.json: see `images.DATA_KEYS`.
+    """Convert the contents of a preprocessor_config.json to timm's data config, with the keys in `images.DATA_KEYS`.
 
     Args:
         processor: Contents of the file.
@@ -126,7 +128,7 @@ def _create_image_processor(processor: Dict[str, Any]) -> Any:
     if name not in classes:
         raise ValueError(
             f'image_processor_type is {name!r}, expected CLIPImageProcessor or ViTImageProcessor, whose preprocessing '
-            f'timm can do as well.')
+            f'timm can reproduce.')
     _check_keys(processor, (*_SETTINGS, *_WITHOUT_EFFECT))
     return classes[name](**processor)
 
@@ -138,20 +140,25 @@ def _check_settings(image_processor: Any, channels: int) -> None:
         required['do_convert_rgb'] = False
     for name, value in required.items():
         given = getattr(image_processor, name)
-        if given is not value and not (given is None and not value):
+        if given not in ((True,) if value else (False, None)):
             raise ValueError(f'timm cannot preprocess images like a processor with {name}={given!r}, expected {value}.')
     factor = image_processor.rescale_factor
+    check_number('rescale_factor', factor)
     if not math.isclose(factor, 1 / 255, rel_tol=1e-6):  # some files contain a rounded number
         raise ValueError(
             f'timm cannot preprocess images like a processor with rescale_factor={factor!r}, expected 1/255. Change '
             f'image_mean and image_std instead.')
     for name in ('image_mean', 'image_std'):
         values = getattr(image_processor, name)
-        if not isinstance(values, tuple):
-            raise ValueError(f'{name} is {values!r}, expected a list with a number per channel.')
+        if not isinstance(values, (list, tuple)) or len(values) != channels:
+            raise ValueError(f'{name} is {values!r}, expected a list of {channels} numbers, one per channel.')
+        for value in values:
+            check_finite(name, value)
     interpolation = Image.Resampling(image_processor.resample).name.lower()
     if interpolation not in _INTERPOLATIONS:
-        raise ValueError(f'resample={image_processor.resample} ({interpolation}) is not supported by the processor.')
+        raise ValueError(
+            f'resample={image_processor.resample} ({interpolation}) is not available in both libraries, expected one '
+            f'of {", ".join(_INTERPOLATIONS)}.')
 
 
 def _read_crop(image_processor: Any) -> Tuple[Tuple[int, int], float, str]:
@@ -160,13 +167,15 @@ def _read_crop(image_processor: Any) -> Tuple[Tuple[int, int], float, str]:
     Raises:
         ValueError: timm cannot resize and crop like this image processor.
     """
-    size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
-    crop = dict(image_processor.crop_size) if image_processor.do_center_crop else None
+    size = {key: value for key, value in dict(image_processor.size or {}).items() if value is not None}
+    crop = dict(image_processor.crop_size or {}) if image_processor.do_center_crop else None
+    for name, value in (*size.items(), *(crop or {}).items()):
+        check_integer(name, value, 1)
     given = f'size={size} and ' + (f'crop_size={crop}' if crop else 'without a center crop')
     if size.keys() == {'height', 'width'}:
         crop_mode, resized = 'squash', (size['height'], size['width'])
         cropped = (crop['height'], crop['width']) if crop else resized
-    elif size.keys() == {'shortest_edge'} and crop and crop['height'] == crop['width']:
+    elif size.keys() == {'shortest_edge'} and crop and crop.get('height') == crop.get('width'):
         crop_mode, resized, cropped = 'center', (size['shortest_edge'],) * 2, (crop['height'], crop['width'])
     else:
         raise ValueError(

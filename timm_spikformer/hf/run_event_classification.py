@@ -57,7 +57,8 @@ class ModelArguments:
                           'with a pre-trained model.'})
     loss: str = field(
         default='mean',
-        metadata={'help': 'mean: cross-entropy of the mean of the logits over time; tet: TETLoss.',
+        metadata={'help': 'mean: cross-entropy of the mean of the logits over time; tet: temporal efficient '
+                          'training loss, on the logits of each time step.',
                   'choices': ['mean', 'tet']})
 
     def __post_init__(self):
@@ -94,10 +95,10 @@ def _is_pretrained(name: str) -> bool:
 
 
 def _read_data(name: str, folder: Optional[str]) -> Tuple[EventSequences, EventSequences]:
-    """Read the training sequences and the test sequences of a dataset, or its validation sequences if it has no test.
+    """Read the training and test sequences of a dataset; without a test split, those of the validation split.
 
     Raises:
-        ValueError: The dataset lacks one of these splits or names of its classes.
+        ValueError: The dataset lacks one of these splits, or has no class names.
     """
     splits = read_event_splits(name, folder)
     test = splits.get('test', splits.get('validation'))
@@ -115,7 +116,11 @@ def _read_data(name: str, folder: Optional[str]) -> Tuple[EventSequences, EventS
 def _create_model(name: str, classes: Sequence[str], time_steps: int) -> SpikformerForImageClassification:
     """Create a model for the classes and the frames of a dataset.
 
-    A pre-trained model with the same class names keeps their order. One with other classes gets a new classifier.
+    A pre-trained model with the same class names keeps their order. A pre-trained model with other class names gets a
+    new, randomly initialized classifier. `time_steps` applies to new models only.
+
+    Raises:
+        ValueError: A pre-trained model does not have 2 input channels, or there is no model with this name.
     """
     labels = dict(num_labels=len(classes), **label_maps(classes))
     if not _is_pretrained(name):
@@ -142,7 +147,7 @@ def _read_processor(model_name: str) -> Optional[SpikformerEventProcessor]:
 
     Raises:
         ValueError: The file cannot be read, or is not the file of a `SpikformerEventProcessor`.
-        RuntimeError: There is no network to find out whether the repository contains a processor.
+        RuntimeError: The Hub cannot be reached to check whether the repository contains a processor.
     """
     filename = 'preprocessor_config.json'
     path = os.path.join(model_name, filename) if os.path.isdir(model_name) else download_if_exists(model_name, filename)
@@ -164,8 +169,8 @@ def _create_processor(
     """Create the processor of the dataset, with the mean and standard deviation of a pre-trained model.
 
     Raises:
-        ValueError: The processor of a pre-trained model is damaged, or the model is only evaluated, but with frames
-            that its own processor would not return.
+        ValueError: The processor of a pre-trained model is damaged, or the model is evaluated without training, and the
+            dataset has another `time_steps` or `split_by` than its processor.
     """
     cfg = model.config.to_dict()['pretrained_cfg']
     mean, std = cfg['mean'], cfg['std']
@@ -176,7 +181,8 @@ def _create_processor(
         if not is_training and requested != own:
             raise ValueError(
                 f'The processor of {model_name} has time_steps={own[0]} and split_by={own[1]}, but the name of the '
-                f'dataset has time_steps={requested[0]} and split_by={requested[1]}. Use the same.')
+                f'dataset has time_steps={requested[0]} and split_by={requested[1]}. Change '
+                f'--dataset_name to match the processor.')
     size = model.config.image_size
     return SpikformerEventProcessor(
         size=(size, size) if isinstance(size, int) else size, sensor_size=sensor_size,
@@ -210,7 +216,7 @@ def main() -> None:
     step_loss = None
     if model_args.loss == 'tet':
         step_loss = TETLoss(label_smoothing=args.label_smoothing_factor)
-        args.label_smoothing_factor = 0.
+        args.label_smoothing_factor = 0.  # the loss applies it; SpikformerTrainer rejects both together
     train.transform = SequenceTransform(
         hflip=data_args.hflip, roll=name.roll, erase_prob=data_args.erase_prob)
     trainer = SpikformerTrainer(

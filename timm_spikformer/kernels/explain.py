@@ -7,6 +7,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from .eager import force_eager
 from .events import EventRecord, set_event_observer
 
 __all__ = ['KernelGroup', 'KernelReport', 'explain_kernels', 'time_layers']
@@ -60,7 +61,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
+        with torch.no_grad(), force_eager():
             yield
     finally:
         for m, mode in modes:

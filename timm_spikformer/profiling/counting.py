@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_integer
+from ..kernels.eager import force_eager
 from ..masked_autoencoder import SpikformerMAE
 from ..network import Spikformer, find_spikformer
 from ..recompute import preserve_bn_statistics
@@ -376,10 +377,9 @@ def measurement_context(encoder: Spikformer, time_steps: Optional[int] = None) -
     time_steps = before if time_steps is None else check_time_steps(time_steps)
     device = next(encoder.parameters()).device
     fork_rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
-    eager = torch.compiler.set_stance('force_eager')  # a compiled model would trace the hooks as part of the graph
     # in inference mode, a dispatch mode receives linear and conv2d instead of the products that they consist of
     no_inference_mode = torch.inference_mode(False)
-    with no_inference_mode, torch.no_grad(), eager, fork_rng, preserve_bn_statistics(encoder):
+    with no_inference_mode, torch.no_grad(), force_eager(), fork_rng, preserve_bn_statistics(encoder):
         try:
             encoder.time_steps = time_steps
             yield

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Union
 import timm
 
 from ..checkpoints import ConvertedStateDict, convert_state_dict
+from ..errors import first_line
 from ..images import data_config
 from ..pretrained import read_model_args
 from ..reading import Checkpoint, check_data_config, create_from_state_dict, create_registered_model, set_labels
@@ -16,7 +17,13 @@ __all__ = ['ConversionResult', 'convert']
 
 
 class ConversionResult(NamedTuple):
-    """Result of `convert`: the model name, a report with one line per tensor, and the names of unmapped tensors.
+    """Result of `convert`.
+
+    Args:
+        model: Name of the model.
+        report: How each tensor is mapped, one line per tensor.
+        unmapped: Names of the tensors of the file that are not converted: those that V1 declares but does not use, and
+            those of the decoder of a masked autoencoder.
 
     >>> import tempfile, torch
     >>> model = timm.create_model('test_spikformer_v2')
@@ -34,7 +41,7 @@ class ConversionResult(NamedTuple):
 def _report(conversion: ConvertedStateDict) -> List[str]:
     lines = []
     for target, sources in conversion.sources.items():
-        lines.append(f'{target} <- {", ".join(sources) or "zeros: the checkpoint has none"}')
+        lines.append(f'{target} <- {", ".join(sources) or "zeros (not in the checkpoint)"}')
     lines += [f'(unused) <- {name}: declared by V1 but never used' for name in conversion.unused]
     lines += [f'(dropped) <- {name}: the decoder of a masked autoencoder is not converted'
               for name in conversion.decoder]
@@ -51,25 +58,26 @@ def _convert(path: Path, state_dict: Dict[str, Any], name: str, model_kwargs: Di
         if any(key.startswith('head.') for key in conversion.state_dict):
             empty.reset_classifier(1)  # only the names of its tensors matter
     except (LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f'{path} is not a checkpoint of {name}: {type(e).__name__} {e}.') from e
+        raise ValueError(f'{path} is not a checkpoint of {name}: {first_line(e)}.') from e
     expected = set(empty.state_dict())
     left_over = [conversion.sources[key] for key in conversion.state_dict if key not in expected]
     missing = expected - conversion.state_dict.keys()
     if left_over or missing:
-        names = [name for sources in left_over for name in sources]
-        some = ', '.join((names or sorted(missing))[:5])
+        unexpected = [name for sources in left_over for name in sources]
+        problems = [
+            f'{len(names)} tensors are {what} ({", ".join(sorted(names)[:5])})'
+            for names, what in ((unexpected, 'unexpected'), (missing, 'missing')) if names]
         raise ValueError(
-            f'{path} is not a complete checkpoint of {name}: {len(names)} tensors are unexpected and {len(missing)} '
-            f'are missing ({some}). Nothing was written.')
+            f'{path} is not a complete checkpoint of {name}: {" and ".join(problems)}. Nothing was written.')
     return conversion
 
 
-def _find_model(path: Path, state_dict: Dict[str, Any]) -> str:
+def _find_model(path: Path, state_dict: Dict[str, Any], model_kwargs: Dict[str, Any]) -> str:
     """Return the only registered model whose tensors match those of a checkpoint exactly."""
     fitting = []
     for name in timm.list_models(module='spikformer'):
         try:
-            _convert(path, state_dict, name, {})
+            _convert(path, state_dict, name, model_kwargs)
         except ValueError:
             continue
         fitting.append(name)
@@ -89,7 +97,7 @@ def convert(
 ) -> ConversionResult:
     """Convert a checkpoint file to a folder that timm and transformers load.
 
-    Of a masked autoencoder, only the encoder is converted, to a model without a classifier.
+    For a masked autoencoder, only the encoder is converted; the resulting model has no classifier.
 
     Args:
         path: `.pth.tar` file of the authors' V1 code, or a state dict of spikingjelly or of this package.
@@ -99,20 +107,21 @@ def convert(
         model_kwargs: Arguments of the model for a variant without a registered name; `model` is required then.
 
     Raises:
-        ValueError: The file would run code when opened, its tensors do not match those of the model, or `output`
-            contains files that must not be overwritten.
-        RuntimeError: The written folder gives outputs that differ from those of the checkpoint.
+        ValueError: The file is missing or would run code when opened, its tensors do not match those of exactly one
+            model, an argument is invalid, or `output` contains files that must not be overwritten.
+        RuntimeError: The model in the written folder returns other outputs than the checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f'{path} is a folder, expected a checkpoint file.')
     if not path.is_file():
-        problem = f'{path} is a folder, expected a checkpoint file' if path.is_dir() else f'There is no file {path}'
-        raise ValueError(f'{problem}.')
+        raise ValueError(f'{path} does not exist, expected a checkpoint file.')
     if model_kwargs and model is None:
-        raise ValueError('--model-kwargs requires --model, the registered name of the model that they modify.')
+        raise ValueError('model_kwargs (--model-kwargs) requires model (--model), the name of the model to modify.')
     state_dict = find_state_dict(path, read_tensors(path))
     check_tensors(path, state_dict)
-    model = model or _find_model(path, state_dict)
     model_kwargs = {**read_model_args(path), **(model_kwargs or {})}
+    model = model or _find_model(path, state_dict, model_kwargs)
     conversion = _convert(path, state_dict, model, model_kwargs)
     converted = create_from_state_dict(model, state_dict, model_kwargs=model_kwargs)
     checkpoint = Checkpoint(converted, data_config(converted), source=path)

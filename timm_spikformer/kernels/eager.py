@@ -1,7 +1,7 @@
-"""Eager mode for measurements and stateful inference, which a compiled graph would bypass."""
+"""Eager mode for code that depends on hooks, kernels or Python state, which compiled graphs would skip."""
 import contextlib
 import threading
-from typing import Iterator, Optional
+from typing import Iterator
 
 import torch
 
@@ -9,19 +9,19 @@ __all__ = ['force_eager']
 
 _lock = threading.Lock()
 _num_users = 0
-_stance: Optional[contextlib.AbstractContextManager] = None
+_stance = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def force_eager() -> Iterator[None]:
     """Run compiled functions and models in eager mode within the block, in all threads.
 
-    Blocks may overlap, also in different threads: the last one that ends restores PyTorch's setting.
+    Blocks may overlap, also in different threads: the last one to end restores the previous stance of the compiler.
     """
-    global _num_users, _stance
+    global _num_users
     with _lock:
         if _num_users == 0:
-            _stance = torch.compiler.set_stance('force_eager')
+            _stance.enter_context(torch.compiler.set_stance('force_eager'))
         _num_users += 1
     try:
         yield
@@ -29,4 +29,4 @@ def force_eager() -> Iterator[None]:
         with _lock:
             _num_users -= 1
             if _num_users == 0:
-                _stance.__exit__(None, None, None)
+                _stance.close()
