@@ -95,7 +95,7 @@ def test_settings_that_do_not_fit(change, message, study, monkeypatch):
 
 
 def test_part_of_a_dataset_raises(study):
-    """The slice in the package has the file names and classes of the whole dataset."""
+    """The subset in the package has the file names and classes of the whole dataset."""
     with pytest.raises(ValueError, match='6,000 images of fashion_mnist, train split: the protocol requires 60,000'):
         study._replace(protocol=read_protocol()).read_data(Run(read_protocol().cells['ssa'], 0, 0, True))
 
