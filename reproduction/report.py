@@ -50,7 +50,7 @@ class Row(NamedTuple):
         if len(self.cell.tries) == 1:
             return ''
         recipe = self.results[0]['config']['recipe']
-        text = f'lr {recipe["lr"]:g}, {recipe["epochs"]} epochs'
+        text = f'lr {recipe["lr"]:g}, {recipe["epochs"]} epoch{"s" if recipe["epochs"] > 1 else ""}'
         return text + (f', layer decay {recipe["layer_decay"]:g}' if recipe.get('layer_decay') else '')
 
 
