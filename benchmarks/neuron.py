@@ -1,4 +1,4 @@
-"""LIF compared with spikingjelly's LIFNode: time, eager and compiled, and memory saved for backward.
+"""Compare `lif` with spikingjelly's LIFNode: the time (eager and compiled) and the memory saved for the backward pass.
 
     python -m benchmarks neuron
 """
@@ -14,7 +14,7 @@ from timm_spikformer import lif
 from .measure import interleave, ratio
 
 
-def _peer() -> Callable[[Tensor], Tensor]:
+def _create_spikingjelly_lif() -> Callable[[Tensor], Tensor]:
     node = neuron.LIFNode(
         tau=2., detach_reset=True, step_mode='m', surrogate_function=surrogate.Sigmoid(alpha=4.))
 
@@ -26,7 +26,10 @@ def _peer() -> Callable[[Tensor], Tensor]:
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Return the number of bytes saved for backward, without the input, which the layer before saves in any case."""
+    """Return the number of bytes saved for the backward pass.
+
+    The input and the output spikes are excluded, because the neighboring layers save them anyway.
+    """
     storages = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -36,17 +39,22 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = function(x)
     storages.pop(x.untyped_storage().data_ptr(), None)
-    storages.pop(out.untyped_storage().data_ptr(), None)  # the next layer saves the spikes in both cases
+    storages.pop(out.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
 def run(quick: bool) -> Dict[str, Any]:
+    """Print and return the speedups over spikingjelly, times relative to a copy, and bytes saved for backward.
+
+    Args:
+        quick: Use a small shape and few rounds, to check that the benchmark runs.
+    """
     torch.manual_seed(0)
     shape = (4, 2, 16, 8, 8) if quick else (4, 2, 512, 56, 56)
     rounds = 2 if quick else 15
     x = torch.randn(shape) + 0.3
-    x_grad, grad = x.clone().requires_grad_(), torch.randn(shape)
-    peer, compiled = _peer(), torch.compile(lif, dynamic=False)
+    x_requires_grad, grad_output = x.clone().requires_grad_(), torch.randn(shape)
+    peer, compiled = _create_spikingjelly_lif(), torch.compile(lif, dynamic=False)
 
     def inference(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -56,8 +64,8 @@ def run(quick: bool) -> Dict[str, Any]:
 
     def training(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def call() -> None:
-            x_grad.grad = None
-            function(x_grad).backward(grad)
+            x_requires_grad.grad = None
+            function(x_requires_grad).backward(grad_output)
         return call
 
     with torch.no_grad():
@@ -77,7 +85,7 @@ def run(quick: bool) -> Dict[str, Any]:
         relative = {name: statistics.median(t) / statistics.median(times['copy']) for name, t in times.items()}
         relative_to_copy.append(dict(step=title, **relative))
         print('    time / time of a copy: ' + ', '.join(f'{name} {value:.2f}' for name, value in relative.items()))
-    ours, theirs = (saved_bytes(function, x_grad) / x.numel() for function in (lif, peer))
+    ours, theirs = (saved_bytes(function, x_requires_grad) / x.numel() for function in (lif, peer))
     print(f'  saved for backward: {ours:.1f} bytes per neuron and time step, spikingjelly {theirs:.1f}')
     return dict(
         shape=list(shape), firing_rate=spikes.mean().item(), speedups=rows, relative_to_copy=relative_to_copy,

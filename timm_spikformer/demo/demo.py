@@ -50,6 +50,7 @@ _CHECKPOINTS = [f'{name}.pth.tar' for name in ('supervised', 'pretraining', 'fin
 _FILES = [SETTINGS, *_CHECKPOINTS, _PREDICTIONS, _RECONSTRUCTIONS, _RESULTS]
 _ARGS_NOT_RESTORED = ('resume', 'output', 'device')  # arguments of the current call, which --resume does not restore
 _TRAINING_ARGS = ('model', 'time_steps', 'epochs', 'batch_size', 'lr', 'weight_decay', 'seed')
+_ADVICE = 'Lower --batch-size.'  # if there are fewer images than one batch
 _PRETRAINING_COST = 0.6  # time per image in pre-training, relative to supervised training
 
 
@@ -58,12 +59,28 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
 
     All arguments and the data are checked before anything is written.
 
+    Returns:
+        The results of the selected stages, and the total time `seconds`. Accuracies are in percent, times in seconds.
+
+        - classify: `shipped_accuracy`.
+        - train: `accuracy`; `linear_accuracy`, None if no linear classifier was fitted; `tested_on`, a description of
+          the test images; `firing_rate`, the mean of the layers, and `firing_rates` by layer, in spikes per neuron and
+          time step; `training_seconds`.
+        - pretrain: `reconstruction_loss`; `reconstruction_loss_of_mean`, that of predicting the mean of each patch;
+          `labeled`, the number of labeled images; `finetuned_accuracy`; `scratch_accuracy`; `finetuned_seconds`, which
+          includes pre-training; `scratch_seconds`.
+        - train and pretrain: `model`, `time_steps` and `seed`.
+
     Raises:
-        ValueError: An argument, the data or the output folder is invalid.
+        ValueError: An argument, the data or the output folder is invalid, or training diverged.
+        RuntimeError: The saved model returns different logits than the trained model.
     """
     start = time.time()
     output = Path(args.output)
-    args.data = args.data and os.path.abspath(args.data)
+    if args.data is not None:
+        if not args.data:
+            raise ValueError('--data is empty. Give a folder, or omit --data to use the shipped images.')
+        args.data = os.path.abspath(args.data)
     if args.resume:
         _restore_args(args, output / SETTINGS)
         print(f'Resuming the run in {output} with its arguments.')
@@ -72,7 +89,7 @@ def run_demo(args: argparse.Namespace) -> Dict[str, Any]:
             setattr(args, name, default)
     _check_arguments(args)
     stages = args.stages or (STAGES if args.data is None else STAGES[1:])
-    data = [args.data] if args.data else []
+    data = [] if args.data is None else [args.data]
     check_output_folder(output, KIND, data=data, allow_other_files=True, names=_FILES)
     if 'train' in stages:
         check_output_folder(output / _MODEL, KIND, data=data)
@@ -165,7 +182,7 @@ class _TrainingRun(NamedTuple):
     """Settings and images of a training run."""
     stage: Stage
     images: Images
-    advice: str = 'Lower --batch-size.'
+    advice: str = _ADVICE
 
     def check(self) -> None:
         """Raise a ValueError if there are fewer images than one batch needs."""
@@ -196,8 +213,8 @@ class _Demo:
         self.stages = stages
         self.device = torch.device(args.device)
         self.images, self.test_images = select_train_test(read_splits(args.data), args.seed)
-        self.all_images = self.images
-        self.config = training_data_config(args.model if args.data else None)
+        self.all_training_images = self.images
+        self.config = training_data_config(None if args.data is None else args.model)
         self.run_config.update(
             {'classes': self.images.classes, 'training images': _describe_images(self.images),
              'test images': _describe_images(self.test_images)})
@@ -206,29 +223,30 @@ class _Demo:
             self.test_images = self.test_images.sample_stratified(100, args.seed)
         most_labeled = max(1, len(self.images) // 2)
         labeled_images = self.images.sample_stratified(min(args.labeled, most_labeled), args.seed)
-        labeled_advice = 'Lower --batch-size.'
+        labeled_advice = _ADVICE
         if args.labeled < min(most_labeled, args.batch_size):
             labeled_advice = f'Raise --labeled, which is {args.labeled}, or lower --batch-size.'
 
         def stage(name: str, title: str, epochs: int, cost: float = 1., **kwargs: Any) -> Stage:
             defaults = dict(
                 lr=args.lr, batch_size=args.batch_size, weight_decay=args.weight_decay, seed=args.seed,
-                hflip=0.5 if args.data else 0.)  # no flips for Fashion-MNIST, in which all shoes point to the left
+                hflip=0. if args.data is None else 0.5)  # no flips for Fashion-MNIST: all shoes point to the left
             return Stage(name, title, Recipe(epochs, **{**defaults, **kwargs}), cost)
 
-        self.supervised = [_TrainingRun(stage('supervised', 'Training', args.epochs), self.images)]
-        self.self_supervised = [
+        self.training_run = _TrainingRun(stage('supervised', 'Training', args.epochs), self.images)
+        self.pretraining_runs = [
             _TrainingRun(stage(
                 'pretraining', 'Pre-training', args.pretrain_epochs, lr=args.pretrain_lr,
                 batch_size=2 * args.batch_size, beta2=0.95, cost=_PRETRAINING_COST), self.images),
             _TrainingRun(stage('finetuning', 'Fine-tuning', args.finetune_epochs), labeled_images, labeled_advice),
             _TrainingRun(stage('scratch', 'From scratch', args.finetune_epochs), labeled_images, labeled_advice),
         ]
-        for run in (*self.supervised, *self.self_supervised):
+        for run in (self.training_run, *self.pretraining_runs):
             run.check()
         model = self._create_model()
         if 'pretrain' in stages:
-            with torch.no_grad():  # fails if the model or the mask ratio does not fit the images
+            # raises an error now, not after the first stage, if the model or the mask ratio does not fit the images
+            with torch.no_grad():
                 self._create_mae().eval()(torch.zeros(1, *self.config['input_size'], device=self.device))
         self.test_loader = make_loader(self.test_images, self.config, 250, self.device)
         self.description = (
@@ -268,7 +286,7 @@ class _Demo:
     def run(self) -> Dict[str, Any]:
         """Run the stages; return their results."""
         print(self.description)
-        parts = {'train': (self.train, self.supervised), 'pretrain': (self.pretrain, self.self_supervised)}
+        parts = {'train': (self.train, [self.training_run]), 'pretrain': (self.pretrain, self.pretraining_runs)}
         chosen = [part for stage, part in parts.items() if stage in self.stages]
         results: Dict[str, Any] = {}
         with Progress(sum(run.stage.work(run.images) for _, runs in chosen for run in runs)) as progress:
@@ -278,7 +296,7 @@ class _Demo:
 
     def train(self, progress: Progress) -> Dict[str, Any]:
         """Train with all labels, and save the model."""
-        model, seconds = self._train(self.supervised[0], self._create_model(), classify, progress)
+        model, seconds = self._train(self.training_run, self._create_model(), classify, progress)
         progress.title('Testing')
         top1, rates = evaluate(model, self.test_loader)
         linear = fit_linear(self.images, self.test_images, self.config, self.device)
@@ -289,7 +307,7 @@ class _Demo:
 
     def pretrain(self, progress: Progress) -> Dict[str, Any]:
         """Pre-train without labels, fine-tune with few labels, and compare with training from scratch."""
-        pretraining, finetuning, scratch = self.self_supervised
+        pretraining, finetuning, scratch = self.pretraining_runs
         args = self.args
         mae, pretrain_seconds = self._train(pretraining, self._create_mae(), reconstruct, progress)
         mae_loss, mean_loss = reconstruction_loss(mae, self.test_loader, args.seed)
@@ -297,12 +315,12 @@ class _Demo:
         model = self._create_model()
         model.load_state_dict(mae.state_dict())  # loads the encoder; the classifier keeps its initialization
         tuned, tune_seconds = self._train(finetuning, model, classify, progress)
-        untuned, scratch_seconds = self._train(scratch, self._create_model(), classify, progress)
+        from_scratch, scratch_seconds = self._train(scratch, self._create_model(), classify, progress)
         progress.title('Testing')
         return dict(
             reconstruction_loss=mae_loss, reconstruction_loss_of_mean=mean_loss, labeled=len(finetuning.images),
             finetuned_accuracy=evaluate(tuned, self.test_loader)[0],
-            scratch_accuracy=evaluate(untuned, self.test_loader)[0],
+            scratch_accuracy=evaluate(from_scratch, self.test_loader)[0],
             finetuned_seconds=round(pretrain_seconds + tune_seconds, 1), scratch_seconds=round(scratch_seconds, 1))
 
     def _save(self, model: nn.Module) -> None:
@@ -311,15 +329,19 @@ class _Demo:
         args = self.args
         training = {name: getattr(args, name) for name in _TRAINING_ARGS}
         options = [f'--{name.replace("_", "-")}={value}' for name, value in training.items()]
-        command = ['timm-spikformer', 'demo', '--stages', 'train', *(['--data', 'DIR'] if args.data else []), *options]
+        if args.data is not None:
+            options = ['--data', 'DIR', *options]
+        if args.quick:  # trains on a sample of the images
+            options.append('--quick')
+        command = ['timm-spikformer', 'demo', '--stages', 'train', *options]
         if self.test_images.split.startswith('held-out'):  # lets `publish` identify the held-out images
-            training[DIGEST_ARG] = self.all_images.digest()
+            training[DIGEST_ARG] = self.all_training_images.digest()
         with write_folder(self.output / _MODEL, KIND) as folder:
             save_for_hf(
                 model, str(folder), model_config=dict(label_names=self.images.classes), safe_serialization=True,
                 data_config=self.config)
-            note = yaml.safe_dump({'command': shlex.join(command), **training}, sort_keys=False)
-            (folder / TRAINING_FILE).write_text(note, encoding='utf-8')
+            training_args = yaml.safe_dump({'command': shlex.join(command), **training}, sort_keys=False)
+            (folder / TRAINING_FILE).write_text(training_args, encoding='utf-8')
             loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(self.device).eval()
             x = torch.randn(8, *self.config['input_size'], device=self.device)
             with torch.no_grad():
@@ -359,7 +381,7 @@ def _print_results(results: Dict[str, Any], args: argparse.Namespace, output: Pa
         profile = ['timm-spikformer', 'profile', args.model, '--checkpoint', folder]
         commands = {
             'load it': ['python', '-c', load],
-            'profile it': [*profile, *(['--data', args.data] if args.data else [])],
+            'profile it': [*profile, *([] if args.data is None else ['--data', args.data])],
             'use your own images': ['timm-spikformer', 'demo', '--data', 'DIR'],
             'train a larger model': ['timm-spikformer', 'recipe', 'cifar10'],  # prints the recipe and its command
         }
