@@ -276,7 +276,7 @@ class Profile:
 
     @cached_property
     def groups(self) -> Dict[str, Totals]:
-        """Totals of each group of layers: stem, attention, mlp and head. Groups without layers are omitted."""
+        """Totals of the layers of each group (stem, attention, mlp, head). Groups without layers are omitted."""
         groups = {name: [x for x in self.layers if x.group == name] for name in GROUPS}
         return {name: self._sum(layers) for name, layers in groups.items() if layers}
 
