@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ('py:.*', r'(torch|timm|transformers|numpy|np|nn|spikingjelly|collections|typing|pathlib|os|rich)\..*'),
     ('py:.*', r'huggingface_hub\..*'),
     ('py:.*', r'(Tensor|Path|PathLike|Any|ndarray|Console|optional|Namespace|TransformersKwargs)'),
-    ('py:.*', r'(SummaryWriter|_Number)'),
+    ('py:.*', r'(.*\.)?(SummaryWriter|_Number)'),
 ]
 
 # HTML
