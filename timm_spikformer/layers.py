@@ -298,8 +298,8 @@ class _Unit(nn.Module):
             return self
         folded = copy.deepcopy(self).eval()  # the functions of PyTorch require eval mode
         setattr(folded, self.layer_name, fold(getattr(folded, self.layer_name), folded.bn))
-        folded.bn = nn.Identity()
-        return folded.eval()
+        folded.bn = nn.Identity().eval()
+        return folded
 
     @torch.jit.ignore
     def _fire_event_driven(

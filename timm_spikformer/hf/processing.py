@@ -98,7 +98,7 @@ def read_data_config(processor: Dict[str, Any], channels: int) -> Dict[str, Any]
     (height, width), crop_pct, crop_mode = _read_crop(image_processor)
     return dict(
         input_size=(channels, height, width), mean=image_processor.image_mean, std=image_processor.image_std,
-        interpolation=Image.Resampling(image_processor.resample).name.lower(), crop_pct=crop_pct, crop_mode=crop_mode)
+        interpolation=_read_interpolation(image_processor), crop_pct=crop_pct, crop_mode=crop_mode)
 
 
 def read_event_processor(processor: Dict[str, Any]) -> SpikformerEventProcessor:
@@ -154,11 +154,16 @@ def _check_settings(image_processor: Any, channels: int) -> None:
             raise ValueError(f'{name} is {values!r}, expected a list of {channels} numbers, one per channel.')
         for value in values:
             check_finite(name, value)
+
+
+def _read_interpolation(image_processor: Any) -> str:
+    """Return timm's name of the interpolation; raise a ValueError if it is not available in both libraries."""
     interpolation = Image.Resampling(image_processor.resample).name.lower()
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(
             f'resample={image_processor.resample} ({interpolation}) is not available in both libraries, expected one '
             f'of {", ".join(_INTERPOLATIONS)}.')
+    return interpolation
 
 
 def _read_crop(image_processor: Any) -> Tuple[Tuple[int, int], float, str]:
