@@ -15,14 +15,14 @@ _PRODUCTS = (_aten.convolution, _aten.convolution_backward, _aten.mm, _aten.addm
 
 def _signature(arg: Any) -> Any:
     if isinstance(arg, Tensor):
-        return ('tensor', tuple(arg.shape), tuple(arg.stride()), arg.dtype)
+        return ('tensor', tuple(arg.shape), tuple(arg.stride()), arg.dtype, arg.device)
     return tuple(arg) if isinstance(arg, list) else arg
 
 
 def _make_argument(signature: Any) -> Any:
     if isinstance(signature, tuple) and signature and signature[0] == 'tensor':
-        _, shape, stride, dtype = signature
-        x = torch.empty_strided(shape, stride, dtype=dtype)
+        _, shape, stride, dtype, device = signature
+        x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         return x.copy_(torch.rand(shape) < 0.15)  # about as sparse as spikes; does not affect dense kernels
     return list(signature) if isinstance(signature, tuple) else signature
 

@@ -20,7 +20,13 @@ class Ratio(NamedTuple):
 
 
 def clock() -> float:
-    """Return the time in seconds: with one thread, CPU time, which other load affects less; otherwise wall time."""
+    """Return the time in seconds: with one thread, CPU time, which other load affects less; otherwise wall time.
+
+    If CUDA is in use, it is the wall time after all kernels have finished.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

@@ -32,7 +32,7 @@ def create(name: str, time_steps: int, x: Tensor, **kwargs) -> nn.Module:
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    y = torch.arange(len(x)) % 10
+    y = torch.arange(len(x), device=x.device) % 10
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -26,6 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
         command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
+    for command in (run, one, ship):
+        command.add_argument('--device', default='cpu', help='PyTorch device for training (default: cpu)')
     for command in (run, status, one, ship):
         command.add_argument(
             '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR',
@@ -45,7 +47,9 @@ def main() -> None:
             write_report(protocol, args.runs)
             return
         from .experiment import Study
-        study = Study(protocol, args.runs, args.checkpoints, args.data)
+        from timm_spikformer.devices import choose_device
+        device = choose_device(getattr(args, 'device', 'cpu'))
+        study = Study(protocol, args.runs, args.checkpoints, args.data, device)
         if args.command == 'run-one':
             _run_one(study, args.name, args.weights_only)
         elif args.command == 'ship':
@@ -71,7 +75,7 @@ def _run(study, args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}.')
     signal.signal(signal.SIGTERM, lambda *args: sys.exit('Terminated.'))  # `run_missing` ends its processes on an exit
-    options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data')]
+    options = [f'--{name}={getattr(args, name)}' for name in ('protocol', 'runs', 'checkpoints', 'data', 'device')]
     failed = run_missing(study, args.only, args.seeds, args.jobs, options)
     if failed:
         sys.exit(f'error: these runs failed, see above: {", ".join(failed)}')

@@ -72,7 +72,7 @@ def _machine() -> Dict[str, Any]:
 
 
 class _EpochLogger(Callback):
-    """Record the CPU time of each epoch, and print progress after it."""
+    """Record the CPU time of each epoch, or the GPU that it ran on, and print progress after it."""
 
     def __init__(self, name: str, epochs: int):
         self.name = name
@@ -84,7 +84,11 @@ class _EpochLogger(Callback):
 
     def on_epoch(self, epoch: int, model: nn.Module, record: Dict[str, Any]) -> None:
         now = time.process_time()
-        record['cpu_seconds'] = now - self.start
+        device = next(model.parameters()).device
+        if device.type == 'cpu':
+            record['cpu_seconds'] = now - self.start
+        else:
+            record['gpu'] = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
         self.start = now
         accuracy = '' if record['accuracy'] is None else f', training accuracy {record["accuracy"]:.1f}%'
         print(f'{self.name}: epoch {epoch + 1}/{self.epochs}, loss {record["loss"]:.4f}{accuracy}', flush=True)
@@ -115,11 +119,13 @@ class Study(NamedTuple):
         runs: Folder with the results, one JSON file per run.
         checkpoints: Folder with the checkpoints, one folder per set of trained weights.
         data: Folder with the datasets.
+        device: Device for training. Trained weights are evaluated on a CPU.
     """
     protocol: Protocol
     runs: Path
     checkpoints: Path
     data: Path
+    device: torch.device = torch.device('cpu')
 
     def result_path(self, run: Run) -> Path:
         return self.runs / f'{run.name}.json'
@@ -239,6 +245,7 @@ class Study(NamedTuple):
             model, objective = create_autoencoder(model), reconstruct
         if cell.labels is not None and cell.labels > len(data.train):
             raise ValueError(f'{run.name}: labels is {cell.labels}, but there are {data.train.description}.')
+        model = model.to(self.device)
         images = data.train if cell.labels is None else data.train.sample_stratified(cell.labels, run.seed)
         folder = self.checkpoint_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,13 +265,13 @@ class Study(NamedTuple):
         data = self.read_data(run)
         commit = _git_commit()
         trained = self.train(run, data)
-        model = trained.model
+        model = trained.model.cpu()
         result: Dict[str, Any] = dict(
             cell=run.cell.name, seed=run.seed, attempt=run.attempt, config=run.config(),
             training=self.protocol.digest(run),
             initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
-            commit=commit, machine=_machine(), cpu_seconds=sum(record['cpu_seconds'] for record in trained.history),
-            history=trained.history)
+            commit=commit, machine=_machine(),
+            cpu_seconds=sum(record.get('cpu_seconds', 0.) for record in trained.history), history=trained.history)
         loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}
         if run.is_final:
             loaders['test'] = make_loader(data.test, data.config, _BATCH_SIZE)

@@ -48,7 +48,7 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
 
 
 def _serialize_weights(study: Study, run: Run) -> bytes:
-    model = study.train(run, study.read_data(run)).model
+    model = study.train(run, study.read_data(run)).model.cpu()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     model_args = {**run.cell.model_kwargs, 'time_steps': _time_steps(run.cell)}
     metadata = {

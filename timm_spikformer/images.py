@@ -587,6 +587,7 @@ def make_loader(
         device: Union[str, torch.device] = 'cpu',
         augment: bool = False,
         hflip: float = 0.5,
+        num_workers: int = 0,
         **augmentation: Any,
 ) -> Iterable[Any]:
     """Create a timm data loader for images or event sequences.
@@ -598,6 +599,7 @@ def make_loader(
         device: Device of the model; for CUDA, timm's prefetcher moves batches with labels there.
         augment: Load for training: shuffle, flip at random, and drop the last batch if it is incomplete.
         hflip: Probability of a horizontal flip if `augment` is True.
+        num_workers: Number of processes that load images; with 0, the calling process loads them.
         augmentation: Further arguments of timm's `create_loader`; by default images are neither cropped nor jittered.
 
     Returns:
@@ -614,7 +616,7 @@ def make_loader(
         device=device,
         is_training=augment,
         hflip=hflip,
-        num_workers=0,
+        num_workers=num_workers,
         persistent_workers=False,
         **{**_NO_AUGMENTATION, **augmentation},
     )

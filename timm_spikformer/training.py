@@ -56,6 +56,7 @@ class Recipe(NamedTuple):
         bf16: Use bfloat16 autocast on a CPU, which is faster on CPUs with bfloat16 instructions. CUDA always uses it.
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
+        num_workers: Number of processes that load the training images. Random augmentation depends on it.
         seed: Random seed.
 
     >>> recipe = Recipe(epochs=10, lr=1e-2, batch_size=32, augmentation=dict(auto_augment='rand-m9-n2'))
@@ -74,6 +75,7 @@ class Recipe(NamedTuple):
     bf16: bool = False
     hflip: float = 0.
     augmentation: Mapping[str, Any] = {}
+    num_workers: int = 0
     seed: int = 0
 
 
@@ -268,7 +270,8 @@ def train(
     callback = callback or Callback()
     device = next(model.parameters()).device
     loader = make_loader(
-        images, config, recipe.batch_size, device, augment=True, hflip=recipe.hflip, **recipe.augmentation)
+        images, config, recipe.batch_size, device, augment=True, hflip=recipe.hflip, num_workers=recipe.num_workers,
+        **recipe.augmentation)
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, recipe.beta2),
         layer_decay=recipe.layer_decay)
@@ -345,6 +348,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     for name in ('epochs', 'batch_size'):
         check_integer(name, getattr(recipe, name), 1)
+    check_integer('num_workers', recipe.num_workers, 0)
     for name in ('lr', 'weight_decay'):
         check_number(name, getattr(recipe, name))
     check_number('warmup_epochs', recipe.warmup_epochs, below=recipe.epochs)
