@@ -18,7 +18,9 @@ GROUPS = ('neuron', 'model', 'masked', 'scaling', 'data', 'compile', 'deploy', '
 
 def _parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.splitlines()[0])
-    parser.add_argument('groups', nargs='*', metavar='GROUP', help=f'one of {", ".join(GROUPS)} (default: all; cuda only if there is a CUDA device)')
+    parser.add_argument(
+        'groups', nargs='*', metavar='GROUP',
+        help=f'one of {", ".join(GROUPS)} (default: all; cuda only if there is a CUDA device)')
     parser.add_argument('--quick', action='store_true', help='few rounds of small shapes, to check that all groups run')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results to a JSON file after each group')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='plot the results of the group scaling')

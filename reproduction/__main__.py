@@ -46,8 +46,9 @@ def main() -> None:
             from .report import write_report
             write_report(protocol, args.runs)
             return
-        from .experiment import Study
         from timm_spikformer.devices import choose_device
+
+        from .experiment import Study
         device = choose_device(getattr(args, 'device', 'cpu'))
         study = Study(protocol, args.runs, args.checkpoints, args.data, device)
         if args.command == 'run-one':

@@ -106,6 +106,8 @@ def _check_result(result: Dict[str, Any], run: Run) -> None:
             numbers[key] = operations[key]
     for name, value in numbers.items():
         check_number(name, value)
+    for record in result['history']:
+        check_number('seconds', record['seconds'])
     for key in ('cpu', 'python', 'torch', 'timm'):
         result['machine'][key]
     Recipe(**result['config']['recipe'])

@@ -86,15 +86,29 @@ def _examine(text: str, rows: List[Row]) -> Claim:
     return Claim(text, paired_difference(first, second))
 
 
-def _cpu_hours(study: Study) -> float:
-    """Return the CPU hours of all training runs; a try and a final run with the same weights count once."""
-    seconds: Dict[str, float] = {}
+def _trainings(study: Study) -> List[Dict[str, Any]]:
+    """Return one result per training; a try and a final run with the same weights count once."""
+    results: Dict[str, Dict[str, Any]] = {}
     for cell in study.protocol.cells.values():
         for run in [*study.tries(cell), *study.final_runs(cell)]:
             result = study.result(run)
             if result is not None:
-                seconds[result['training']] = result['cpu_seconds']
-    return math.fsum(seconds.values()) / 3600
+                results[result['training']] = result
+    return list(results.values())
+
+
+def _cpu_hours(study: Study) -> float:
+    return math.fsum(result['cpu_seconds'] for result in _trainings(study)) / 3600
+
+
+def _gpu_minutes(study: Study) -> Dict[str, float]:
+    """Return the minutes of training on each kind of GPU."""
+    seconds: Dict[str, float] = defaultdict(float)
+    for result in _trainings(study):
+        for record in result['history']:
+            if 'gpu' in record:
+                seconds[record['gpu']] += record['seconds']
+    return {name: seconds[name] / 60 for name in sorted(seconds)}
 
 
 def _machines(rows: Dict[str, Row]) -> List[str]:
@@ -121,7 +135,8 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
     missing = [
         f'{row.cell.name} {len(row.results)}/{len(row.cell.seeds)}' for row in rows.values() if not row.is_complete]
     return environment.get_template(TEMPLATE).render(
-        questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(study), machines=_machines(rows),
+        questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(study),
+        gpu_minutes=_gpu_minutes(study), machines=_machines(rows),
         seeds=len(study.protocol.seeds))
 
 

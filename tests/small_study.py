@@ -37,7 +37,7 @@ def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
     result = dict(
         config=run.config(), training=study.protocol.digest(run), initial=study._initial_digest(run),
-        images=study.protocol.sizes[run.cell.dataset], attempt=run.attempt, cpu_seconds=0.,
+        images=study.protocol.sizes[run.cell.dataset], attempt=run.attempt, cpu_seconds=0., history=[],
         machine=dict.fromkeys(('cpu', 'python', 'torch', 'timm'), 'x'),
         validation=dict(accuracy=50., loss=0.5), test=dict(accuracy=50., loss=0.5),
         operations=dict(parameters=1e6, dense_macs=2e6, total_macs=2e6, energy_uj=3., firing_rate=0.2))

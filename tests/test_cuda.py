@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks.peer import PeerSpikformer
 from timm_spikformer import SpikformerMAE, lif, predict_anytime, use_kernels
+from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.neurons import lif_plain
 from timm_spikformer.profiling import profile
+from timm_spikformer.training import Recipe, classify, evaluate, init_bn_bias, train
 
 ROOT = Path(__file__).parent.parent
 ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')]
@@ -183,6 +185,25 @@ def test_predict_anytime(device, model, images):
     assert out.steps.unique().numel() > 1 and out.logits.device.type == device.type
     whole = predict_anytime(model, x, 1.).logits  # convolution algorithms can differ from those for a whole sequence
     assert (whole.argmax(1) == steps[-1].argmax(1)).float().mean() >= 0.9
+
+
+def test_training_loop(device, tmp_path):
+    """Images are loaded in another process; the result of a run that is read from its checkpoint is the same."""
+    torch.manual_seed(0)
+    data = read_splits()['train'].sample_stratified(96, seed=0)
+    recipe = Recipe(2, 1e-2, 32, fixed_bn=0.5, num_workers=1)
+    weights = []
+    for _ in range(2):
+        model = timm.create_model('spikformer_v2_2_64_patch4_32', num_classes=10, img_size=28, embed_dim=16)
+        init_bn_bias(model)
+        result = train(
+            model.to(device), classify, data, training_data_config(), recipe, tmp_path / 'last.pth.tar', 'Test', 'test',
+            {}, resume=True)
+        weights.append(result.model.state_dict())
+    assert {t.device.type for t in weights[0].values()} == {device.type}
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values()))
+    loader = make_loader(data, training_data_config(), 32, device)
+    assert min(evaluate(result.model, loader)[1].values()) > 0
 
 
 def test_inference_mode(device, model, images):

@@ -35,11 +35,16 @@ def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, m
         p.numel() for p in timm.create_model(run.cell.model, num_classes=10, embed_dim=16).parameters())
 
 
-@pytest.mark.parametrize('name, fixed_bn', [('mae', 0.), ('tuned', 0.), ('tuned', 0.5)])
-def test_interrupted_run_gives_same_result(name, fixed_bn, study, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name, recipe', [
+    ('mae', {}),
+    ('tuned', {}),
+    ('tuned', dict(fixed_bn=0.5)),
+    ('tuned', dict(num_workers=2, augmentation=dict(auto_augment='rand-m7-n1', scale=[0.5, 1.]))),
+], ids=str)
+def test_interrupted_run_gives_same_result(name, recipe, study, tmp_path, monkeypatch):
     """Interrupt each epoch except the last one, of the run and of its initial run."""
     cell = study.protocol.cells[name]
-    cell.recipe['fixed_bn'] = fixed_bn
+    cell.recipe.update(recipe)
     run = Run(cell, 0, 0, len(cell.tries) == 1)
     expected = study.execute(run)
     shutil.rmtree(study.checkpoints)

@@ -65,6 +65,16 @@ def test_report_of_incomplete_study(study, tmp_path):
         in text)
 
 
+def test_time_on_gpus_is_reported_separately(study, tmp_path):
+    """The last two of the three epochs of a run were trained on a GPU."""
+    run = study.tries(study.protocol.cells['scratch'])[0]
+    epochs = [dict(seconds=1800., cpu_seconds=1800.)] + [dict(seconds=s, gpu='NVIDIA X') for s in (90., 60.)]
+    pretend(study, run, cpu_seconds=1800., history=epochs)
+    write_report(study.protocol, study.runs, tmp_path)
+    text = (tmp_path / 'README.md').read_text()
+    assert 'took 0.5 CPU hours with one thread each, and 2.5 minutes on one NVIDIA X.\n' in text
+
+
 @pytest.mark.parametrize('tuned, verdict', [
     ((80., 80.5), 'shown'), ((78., 78.5), 'contradicted'), ((80., 79.), 'not shown'), ((80.,), 'runs are missing'),
 ], ids=lambda value: value if isinstance(value, str) else '')
