@@ -346,7 +346,7 @@ def test_labels_of_wrapped_model():
     for wrapped in (model, ModelEmaV3(model), torch.compile(model), ModelEmaV3(torch.compile(model))):
         assert checkpoint_from_model(wrapped).labels == ['x', 'y']
     model.config.id2label = {0: 'x', 1: 'x'}
-    with pytest.raises(ValueError, match="The label 'x' occurs twice, for class 0 and class 1"):
+    with pytest.raises(ValueError, match="The list of labels has the same name for class 0 and class 1, 'x'"):
         checkpoint_from_model(model)
 
 

@@ -6,9 +6,8 @@ Pillow decodes the images; an image that cannot be decoded raises an error that 
 import copy
 import hashlib
 import os
-import re
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, List, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterable, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -21,6 +20,8 @@ from torch.utils.data import Dataset
 
 from ._timm import find_images_and_targets
 from .arguments import check_integer, check_number
+from .class_names import check_class_names
+from .layouts import SPLITS, find_class_folders, find_parquet_files
 from .pretrained import get_training_cfg
 
 __all__ = [
@@ -35,8 +36,6 @@ DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mod
 SHIPPED_MODEL = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 FASHION_MNIST = Path(__file__).parent / 'assets' / 'fashion_mnist'
 
-_SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # by folder name
-_PARQUET = re.compile(r'(?P<split>train|test|validation|val)(-\d+-of-(?P<shards>\d+).*)?')
 _LABELED_LAYOUTS = 'DIR/{train,test}/CLASS/*.png, DIR/CLASS/*.png, parquet files with columns image and label'
 _EXPECTED = f'Expected one of: {_LABELED_LAYOUTS}.'
 _EXPECTED_ANY = f'Expected one of: {_LABELED_LAYOUTS}, DIR/*.png without labels.'
@@ -170,7 +169,7 @@ class Images(Dataset):
         count = f'{len(self):,} image{"" if len(self) == 1 else "s"} of {self.name}'
         if self.split == 'all':
             return count
-        return f'{count}, {self.split}' + (' split' if self.split in _SPLITS.values() else '')
+        return f'{count}, {self.split}' + (' split' if self.split in SPLITS.values() else '')
 
     def filename(self, i: int) -> str:
         """Return the path of an image, or the file and the row of an image in a parquet file."""
@@ -348,8 +347,8 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     root = FASHION_MNIST if folder is None else Path(folder)
     if not root.is_dir():
         raise ValueError(f'{root} is not a folder. {expected}')
-    files = _find_parquet(root, expected)
-    folders = {} if files else _find_folders(root, expected)
+    files = find_parquet_files(root, expected)
+    folders = {} if files else find_class_folders(root, expected)
     if not files and not folders:
         extensions = ', '.join(get_img_extensions())
         raise ValueError(f'{root} contains no images ({extensions}) in the expected places. {expected}')
@@ -361,7 +360,7 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
     for split, images in splits.items():
         if labels and images.labels is None:
             raise ValueError(f'{root} has no labels. {expected}')
-        _check_names(images.classes, f'{root}: the split {split}')
+        check_class_names(images.classes, f'{root}: the split {split}')
     train = splits.get('train')
     if train is not None and train.labels is not None and train.classes is not None:
         for split, images in splits.items():
@@ -371,61 +370,6 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
                 except ValueError as e:
                     raise ValueError(f'{root}: the splits train and {split} have different classes. {e}') from e
     return splits
-
-
-def _find_parquet(root: Path, expected: str) -> Dict[str, List[Path]]:
-    """Return the parquet files by split; the only split is 'all' if no file is named after a split."""
-    paths = sorted(p for folder in (root, root / 'data') if folder.is_dir() for p in folder.glob('*.parquet'))
-    splits: Dict[str, List[Path]] = {}
-    shards: Dict[str, int] = {}
-    for path in paths:
-        match = _PARQUET.fullmatch(path.stem)
-        split = _SPLITS[match['split']] if match else 'all'
-        splits.setdefault(split, []).append(path)
-        shards[split] = int(match['shards'] or 1) if match else 0
-    if 'all' in splits and len(splits) > 1:
-        raise ValueError(
-            f'{root} contains files named after splits, but also {splits["all"][0].name}, which is not named train, '
-            f'test or validation. {expected}')
-    for split, files in splits.items():
-        if shards[split] and len(files) != shards[split]:
-            raise ValueError(
-                f'{root} contains {len(files)} parquet files of the split {split}, but {files[-1].name} is named as '
-                f'one of {shards[split]}. Complete the download, or remove files that do not belong to it.')
-    return splits
-
-
-def _subfolders(folder: Path) -> List[Path]:
-    paths = sorted(folder.iterdir())
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f'{path} is a symbolic link to {os.readlink(path)}, which does not exist.')
-    return [path for path in paths if path.is_dir()]
-
-
-def _has_images(folder: Path) -> bool:
-    extensions = get_img_extensions(as_set=True)
-    with os.scandir(folder) as entries:
-        return any(
-            os.path.splitext(entry.name)[1].lower() in extensions and not entry.is_dir() for entry in entries)
-
-
-def _find_folders(root: Path, expected: str) -> Dict[str, Path]:
-    """Return the folder of each split, `root` as 'all' if there are no splits; an empty dict if there are no images."""
-    subfolders = _subfolders(root)
-    splits: Dict[str, Path] = {}
-    for path in subfolders:
-        if path.name in _SPLITS and not _has_images(path) and any(_has_images(p) for p in _subfolders(path)):
-            split = _SPLITS[path.name]
-            if split in splits:
-                raise ValueError(f'{root} contains both {splits[split].name} and {path.name}. Remove or rename one.')
-            splits[split] = path
-    classes = [path for path in subfolders if path not in splits.values() and _has_images(path)]
-    if splits and (classes or _has_images(root)):
-        other = f'the folder {classes[0].name}, which contains images directly' if classes else 'images'
-        found = ', '.join(path.name for path in splits.values())
-        raise ValueError(f'{root} contains {found} with class folders, but also {other}. {expected}')
-    return splits or ({'all': root} if classes or _has_images(root) else {})
 
 
 def _read_folder(folder: Path, name: str, split: str, expected: str) -> Images:
@@ -541,7 +485,7 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
         ValueError: The images have no labels, or have classes that the model does not have.
     """
     images._check_labels()
-    _check_names(names, 'The model')
+    check_class_names(names, 'The model')
     if images.classes is None:
         _check_range(images, num_classes)
         return images
@@ -559,17 +503,6 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     matched.labels = np.array([index[name] for name in images.classes])[images.labels]
     matched.classes = list(names)
     return matched
-
-
-def _check_names(names: Optional[Sequence[str]], owner: str) -> None:
-    """Raise a ValueError if two classes have the same name."""
-    seen: Dict[str, int] = {}
-    for i, name in enumerate(names or ()):
-        if name in seen:
-            raise ValueError(
-                f'{owner} has the same name for class {seen[name]} and class {i}, {name!r}. Class names must be '
-                f'unique.')
-        seen[name] = i
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .checkpoints import TRAINING_FILE, convert_state_dict
+from .class_names import check_class_names
 from .errors import first_line
 from .images import DATA_KEYS, data_config
 from .masked_autoencoder import SpikformerMAE
@@ -277,14 +278,7 @@ def set_labels(checkpoint: Checkpoint, labels: Sequence[str]) -> None:
     labels, num_classes = list(labels), checkpoint.encoder.num_classes
     if len(labels) != num_classes:
         raise ValueError(f'The model has {num_classes} classes, but {len(labels)} labels were given.')
-    seen: Dict[str, int] = {}
-    for i, name in enumerate(labels):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f'The label of class {i} is {name!r}; each class needs a name.')
-        if name in seen:
-            raise ValueError(
-                f'The label {name!r} occurs twice, for class {seen[name]} and class {i}. Class names must be unique.')
-        seen[name] = i
+    check_class_names(labels, 'The list of labels')
     checkpoint.labels = None if labels == [f'LABEL_{i}' for i in range(num_classes)] else labels
 
 
