@@ -39,6 +39,11 @@ def run(tmp_path, **recipe):
     (dict(warmup_epochs=1), 'warmup_epochs must be at least 0 and less than 1, got 1'),
     (dict(fixed_bn=2.), 'fixed_bn must be at least 0 and at most 1, got 2.0'),
     (dict(ema_decay=1.5), 'ema_decay must be at least 0 and at most 1, got 1.5'),
+    (dict(num_workers=-1), 'num_workers must be an integer of at least 0, got -1'),
+    (dict(augmentation=dict(crop=1)), r"Run: the augmentation {'crop': 1} is not possible: .* argument 'crop'"),
+    (dict(augmentation=dict(num_workers=2)), 'is not possible: .* multiple values for .*num_workers'),
+    (dict(augmentation=dict(scale='x')), "the augmentation {'scale': 'x'} is not possible"),
+    (dict(augmentation=dict(auto_augment='x')), 'is not possible: Unknown AA policy x'),
     (None, 'Run: training requires labels, but these images have none: 32 images of Fashion-MNIST'),
 ])
 def test_bad_settings(recipe, message, tmp_path):

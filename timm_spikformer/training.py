@@ -261,17 +261,16 @@ def train(
         callback: Its methods are called during training.
 
     Raises:
-        ValueError: A setting is out of its range, there are no labels or fewer images than one batch, the loss is not
-            finite, or the checkpoint was changed since it was written or belongs to another run.
+        ValueError: A setting is out of its range, the augmentation is not possible, there are no labels or fewer images
+            than one batch, the loss is not finite, or the checkpoint was changed since it was written or belongs to
+            another run.
     """
     start = time.time()
     _check_settings(images, recipe, title)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     callback = callback or Callback()
     device = next(model.parameters()).device
-    loader = make_loader(
-        images, config, recipe.batch_size, device, augment=True, hflip=recipe.hflip, num_workers=recipe.num_workers,
-        **recipe.augmentation)
+    loader = _make_training_loader(images, config, recipe, device, title)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, recipe.beta2),
         layer_decay=recipe.layer_decay)
@@ -367,6 +366,25 @@ def _check_settings(images: Images, recipe: Recipe, title: str) -> None:
         raise ValueError(
             f'{title}: there are fewer training images ({images.description}) than the batch_size of '
             f'{recipe.batch_size}. Use a smaller batch_size.')
+
+
+def _make_training_loader(
+        images: Images,
+        config: Dict[str, Any],
+        recipe: Recipe,
+        device: torch.device,
+        title: str,
+) -> Any:
+    try:
+        loader = make_loader(
+            images, config, recipe.batch_size, device, augment=True, hflip=recipe.hflip, num_workers=recipe.num_workers,
+            **recipe.augmentation)
+        loader.dataset[0]  # augments an image
+        return loader
+    except (TypeError, AssertionError, LookupError, ArithmeticError, AttributeError) as e:
+        raise ValueError(
+            f"{title}: the augmentation {dict(recipe.augmentation)} is not possible: {first_line(e)}. Expected "
+            f"arguments of timm's create_loader, such as scale=(0.5, 1.0) or auto_augment='rand-m9-n2'.") from e
 
 
 def _to_channels_last(x: Tensor) -> Tensor:
