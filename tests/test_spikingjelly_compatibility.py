@@ -1,5 +1,6 @@
 """Compatibility with spikingjelly's utilities: reset_net, set_step_mode and monitors."""
 import pytest
+import timm
 import torch
 from conftest import calibrate
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -97,7 +98,6 @@ def test_unknown_layer_raises(model):
 
 
 def test_reset_methods_of_timm_still_work(images):
-    import timm
     model = calibrate(timm.create_model('test_spikformer_v2', num_classes=10), images)
     model.reset_classifier(5)
     assert model(images).shape == (16, 5)

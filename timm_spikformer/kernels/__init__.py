@@ -7,6 +7,7 @@
 - `events.py`: forward and backward of event-driven products, and the conditions for using them.
 - `event_loops.py`, `simd.py`, `compiled.py`, `threads.py`: the loops of event-driven products, their vector
   operations, compilation with numba, and multithreading, respectively.
+- `eager.py`: eager mode for code that compiled graphs would skip.
 - `explain.py`: a table of which groups of a model's modules run in a kernel, and why the others do not.
 
 This package imports nothing else from timm_spikformer. The reference for each kernel is the modules that it replaces.
