@@ -3,7 +3,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Dict
+from typing import Dict
 
 import safetensors.torch
 import timm
@@ -41,7 +41,7 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         weights = _serialize_weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(weights).hexdigest()
         files[f'{cell.ships}.safetensors'] = weights
-        files[f'{cell.ships}.yaml'] = _format_training_args(finals[0], study.result(finals[0])).encode()
+        files[f'{cell.ships}.yaml'] = _format_training_args(study, finals[0]).encode()
     for name, content in files.items():
         write(folder / name, content)
     write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
@@ -62,14 +62,14 @@ def _time_steps(cell: Cell) -> int:
     return timm.create_model(cell.model, **cell.model_kwargs).time_steps
 
 
-def _format_training_args(run: Run, result: Dict[str, Any]) -> str:
-    cell, recipe = run.cell, run.config()['recipe']
+def _format_training_args(study: Study, run: Run) -> str:
+    cell, recipe, result = run.cell, run.config()['recipe'], study.result(run)
     command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
     values = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
     if 'accuracy' in result['test']:
         values['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:
-        values['initialized_from'] = cell.init
+        values['initialized_from'] = f'{cell.init} ({study.protocol.cells[cell.init].title})'
     # nested values are stored as text, because the model card shows a table
     for key, value in recipe.items():
         values[key] = json.dumps(value) if isinstance(value, (dict, list)) else value

@@ -40,6 +40,8 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     assert study.has_weights(run) and not study.has_weights(study.final_runs(cell)[1])
     tuned = Run(study.protocol.cells['tuned'], 0, 0, False)
     study.train(tuned, study.read_data(tuned))
+    pretend(study, tuned)
+    assert yaml.safe_load(shipping._format_training_args(study, tuned))['initialized_from'] == 'mae (masked)'
     assert [path.name for path in study.checkpoints.iterdir()] == [study.protocol.digest(tuned)]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
