@@ -78,11 +78,11 @@ def run(quick: bool) -> Dict[str, Any]:
     rows: List[Dict[str, Any]] = []
     compiled: Dict[str, Any] = {}
     for name, time_steps in {'test_spikformer_v2': (4,)}.items() if quick else MODELS.items():
-        x = crop_photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+        images = crop_photographs(batch_size, timm.get_pretrained_cfg(name).input_size[-1])
+        x = images.cuda()
         for T in time_steps:
-            model = create(name, T, x[:4])
-            peer = PeerSpikformer(model).cuda()
-            model, x = model.cuda(), x.cuda()
+            model = create(name, T, images[:4])
+            peer, model = PeerSpikformer(model).cuda(), model.cuda()
             for make, step in ((inference, 'inference'), (training_step, 'training step')):
                 row = _compare(make, model, peer, x, rounds)
                 memory = row['memory_mib']
@@ -96,5 +96,4 @@ def run(quick: bool) -> Dict[str, Any]:
             del peer
             if quick or (name, T) == COMPILED:
                 compiled = dict(model=name, time_steps=T, **_compile(model, x, rounds))
-            x = x.cpu()
     return dict(gpu=gpu, batch_size=batch_size, dtype='bfloat16', rows=rows, compiled=compiled)

@@ -97,14 +97,14 @@ def _trainings(study: Study) -> List[Dict[str, Any]]:
     return list(results.values())
 
 
-def _cpu_hours(study: Study) -> float:
-    return math.fsum(result['cpu_seconds'] for result in _trainings(study)) / 3600
+def _cpu_hours(trainings: List[Dict[str, Any]]) -> float:
+    return math.fsum(result['cpu_seconds'] for result in trainings) / 3600
 
 
-def _gpu_minutes(study: Study) -> Dict[str, float]:
+def _gpu_minutes(trainings: List[Dict[str, Any]]) -> Dict[str, float]:
     """Return the minutes of training on each kind of GPU."""
     seconds: Dict[str, float] = defaultdict(float)
-    for result in _trainings(study):
+    for result in trainings:
         for record in result['history']:
             if 'gpu' in record:
                 seconds[record['gpu']] += record['seconds']
@@ -134,9 +134,10 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
         undefined=jinja2.StrictUndefined)
     missing = [
         f'{row.cell.name} {len(row.results)}/{len(row.cell.seeds)}' for row in rows.values() if not row.is_complete]
+    trainings = _trainings(study)
     return environment.get_template(TEMPLATE).render(
-        questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(study),
-        gpu_minutes=_gpu_minutes(study), machines=_machines(rows),
+        questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(trainings),
+        gpu_minutes=_gpu_minutes(trainings), machines=_machines(rows),
         seeds=len(study.protocol.seeds))
 
 
