@@ -1,4 +1,4 @@
-"""Command line of the study: `python -m reproduction {run,status,report,ship}`."""
+"""Command line of the study: `python -m reproduction {run,run-one,status,report,ship}`."""
 import argparse
 import os
 import signal
@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument('name', metavar='RUN')
     one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the existing result')
     ship = commands.add_parser('ship', help='write the weights that are included in the package')
-    report = commands.add_parser('report', help='write README.md and the figures')
+    report = commands.add_parser('report', help='write reproduction/README.md and its figures')
     for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
         command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
@@ -100,7 +100,7 @@ def _print_status(study) -> None:
         tries = study.tries(cell)
         done = [study.result(run) is not None for run in tries]
         final = [study.result(run) is not None for run in study.final_runs(cell)]
-        counts = f'tries {sum(done)}/{len(tries)}   final runs {sum(final)}/{len(cell.seeds)}'
+        counts = f'tries {f"{sum(done)}/{len(tries)}" if tries else "none"}   final runs {sum(final)}/{len(cell.seeds)}'
         print(f'{cell.name:<22} {counts}', flush=True)
 
 

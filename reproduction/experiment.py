@@ -39,12 +39,12 @@ from .files import write
 from .models import SoftmaxAttention, create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 
-__all__ = ['Study', 'write_json']
+__all__ = ['PROFILED_IMAGES', 'Study', 'write_json']
 
 _KIND = 'reproduction'
 _CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
-_BATCH_SIZE = 250  # for evaluation
-_PROFILED_IMAGES = 500
+_BATCH_SIZE = 250  # for evaluation and profiling; divides the numbers of images
+PROFILED_IMAGES = 500  # validation images from which operations and energy are measured
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -197,7 +197,7 @@ class Study(NamedTuple):
         return self.checkpoints / self.protocol.digest(run)
 
     def has_weights(self, run: Run) -> bool:
-        """Return whether the weights of a run exist. Most results in git come without their weights."""
+        """Return whether the weights of a run exist. Results in git come without them, except those that ship."""
         return self._is_trained(run) or self._shipped_file(run) is not None
 
     def _is_trained(self, run: Run) -> bool:
@@ -229,7 +229,7 @@ class Study(NamedTuple):
         return read_data(self.data, dataset, self.protocol.sizes[dataset])
 
     def train(self, run: Run, data: Data) -> TrainingResult:
-        """Train the weights of a run, or load them if they exist already.
+        """Train the weights of a run, or load them if they exist already. Missing initial weights are trained first.
 
         Raises:
             ValueError: The settings do not fit the model or the data, see `create` and `training.train`.
@@ -283,7 +283,7 @@ class Study(NamedTuple):
                 result[split] = dict(loss=loss, loss_of_mean=of_mean)
             else:
                 accuracy, rates = evaluate(model, loader)
-                result[split] = dict(accuracy=round(accuracy, 4))  # without the digits of rounding errors
+                result[split] = dict(accuracy=round(accuracy, 4))  # floating-point errors are smaller
                 if split == 'test':
                     result['firing_rates'] = rates
         if run.is_final:
@@ -308,8 +308,12 @@ def _count_macs(model: nn.Module, data: Data, module: str = 'Global') -> float:
 
 
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
-    """Return the number of parameters, and operations and energy per validation image by the papers' conventions."""
-    images = data.validation.sample_evenly(_PROFILED_IMAGES)
+    """Return the number of parameters, and the operations and energy per validation image by the papers' conventions.
+
+    `dense_macs` are those of one time step, and `total_macs` of an autoencoder are those of one time step of the encoder
+    and of the decoder. `macs`, `acs` and the energies are those of all time steps.
+    """
+    images = data.validation.sample_evenly(PROFILED_IMAGES)
     parameters = sum(p.numel() for p in model.parameters())
     if not any(isinstance(m, Spikformer) for m in model.modules()):
         macs = _count_macs(model, data)

@@ -39,9 +39,9 @@ class Cell(NamedTuple):
         objective: 'classify', 'classify_steps' for the TET loss, or 'reconstruct' for masked pre-training.
         labels: Number of labeled training images; None for all.
         init: Name of the cell whose weights, with the same seed, initialize the model; None for random weights.
-        recipe: Fields of `timm_spikformer.training.Recipe`. In protocol.yaml, null removes a field of the
-            default recipe.
-        tries: Alternative changes to the recipe. The try with the highest validation accuracy with seed 0 is used for
+        recipe: Fields of `timm_spikformer.training.Recipe`. In protocol.yaml, null removes a value of
+            `defaults: recipe`, so that the default of `Recipe` is used.
+        tries: Candidate changes to the recipe. The try with the highest validation accuracy with seed 0 is used for
             all seeds.
         seeds: Seeds of the final runs.
         ships: `MODEL.TAG` of the weights that the package includes from the final run with seed 0; None for most cells.
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
     Args:
         cell: Cell of the run.
-        attempt: Index of the try that the run uses.
+        attempt: Index of the try that the run uses (`try` is a keyword of Python).
         seed: Random seed.
         is_final: Whether the run is a final run.
     """
@@ -219,7 +219,7 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
     if not isinstance(cell.model, str) or not timm.is_model(cell.model):
         raise ValueError(f'model must be the name of a timm model, got {cell.model!r}.')
     if not isinstance(cell.title, str):
-        raise ValueError(f'title must be a text, got {cell.title!r}.')
+        raise ValueError(f'title must be a string, got {cell.title!r}.')
     if cell.labels is not None:
         check_integer('labels', cell.labels, 1)
     for key, value in (('model_kwargs', cell.model_kwargs), ('recipe', cell.recipe), ('tries', cell.tries)):
@@ -228,7 +228,7 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
         except (TypeError, ValueError):
             is_json = False
         if not is_json:
-            raise ValueError(f'{key} must consist of names, texts, numbers and lists, got {value!r}.')
+            raise ValueError(f'{key} must consist of JSON values, got {value!r}.')
     _check_seeds(cell.seeds)
     if not isinstance(cell.tries, list) or not cell.tries:
         raise ValueError(f'tries must be a non-empty list, got {cell.tries!r}.')
@@ -275,7 +275,7 @@ def _check_seeds(seeds: Any) -> None:
     for seed in seeds if is_list else ():
         check_integer('each seed', seed, 0)
     if not is_list or len({*seeds}) < len(seeds):
-        raise ValueError(f'seeds must be a list of different integers, got {seeds!r}.')
+        raise ValueError(f'seeds must be a list of distinct integers, got {seeds!r}.')
 
 
 def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
@@ -295,9 +295,9 @@ def _check_recipe(recipe: Dict[str, Any], change: Dict[str, Any]) -> None:
 def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
     keys = {'title', 'text', 'rows', 'claims'}
     _check_keys(name, question, keys, keys | {'conclusion'})
-    for key in keys & {'title', 'text'} | {'conclusion'} & {*question}:
+    for key in {'title', 'text', 'conclusion'} & {*question}:
         if not isinstance(question[key], str):
-            raise ValueError(f'{name}: {key} must be a text, got {question[key]!r}.')
+            raise ValueError(f'{name}: {key} must be a string, got {question[key]!r}.')
     _check_mapping(f'{name}: claims', question['claims'])
     lists = [('rows', question['rows']), *question['claims'].items()]
     for key, names in lists:
@@ -308,7 +308,7 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
             raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
     for claim, compared in question['claims'].items():
         if not isinstance(claim, str) or not claim:
-            raise ValueError(f'{name}: each claim must be a text, got {claim!r}.')
+            raise ValueError(f'{name}: each claim must be a string, got {claim!r}.')
         if len(compared) not in (2, 4) or len({*compared}) < len(compared):
             raise ValueError(
                 f'{name}: the claim {claim!r} must compare 2 different cells, or 2 differences of 4 cells, got '

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-from .experiment import Study
+from .experiment import PROFILED_IMAGES, Study
 from .files import write
 from .protocol import Cell, Protocol
 from .statistics import Difference, Summary, paired_difference, summarize
@@ -45,8 +45,8 @@ class Row(NamedTuple):
         return summarize(self.values(*keys)) if self.results else None
 
     @property
-    def recipe(self) -> str:
-        """Settings of the best try; empty if the cell has only one try."""
+    def selected_try(self) -> str:
+        """Main settings of the best try; empty if the cell has only one try."""
         if len(self.cell.tries) == 1:
             return ''
         recipe = self.results[0]['config']['recipe']
@@ -138,7 +138,7 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
     return environment.get_template(TEMPLATE).render(
         questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(trainings),
         gpu_minutes=_gpu_minutes(trainings), machines=_machines(rows),
-        seeds=len(study.protocol.seeds))
+        seeds=len(study.protocol.seeds), sizes=study.protocol.sizes['fashion_mnist'], profiled_images=PROFILED_IMAGES)
 
 
 def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, str]]]) -> Figure:
@@ -169,15 +169,17 @@ def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, st
 
 def _energy_figure(rows: Dict[str, Row]) -> Figure:
     """Plot the test accuracy against the energy per image for the cells with several seeds and all labels."""
-    figure = Figure(figsize=(7.5, 4), layout='constrained')
+    figure = Figure(figsize=(9, 4), layout='constrained')
     ax = figure.subplots()
-    for name, row in rows.items():
+    styles = (dict(marker=marker, color=f'C{i}') for marker in 'os^D' for i in range(10))
+    for row in rows.values():
         cell = row.cell
         is_classifier = cell.objective == 'classify' and cell.dataset == 'fashion_mnist'
         if is_classifier and cell.labels is None and len(cell.seeds) > 1 and row.is_complete:
             accuracy, energy = row.summary('test', 'accuracy'), row.summary('operations', 'energy_uj')
-            ax.errorbar(energy.mean, accuracy.mean, yerr=accuracy.deviation, marker='o', capsize=3, color='C0')
-            ax.annotate(name, (energy.mean, accuracy.mean), xytext=(5, 3), textcoords='offset points')
+            ax.errorbar(
+                energy.mean, accuracy.mean, yerr=accuracy.deviation, capsize=3, linestyle='none', label=cell.title,
+                **next(styles))
     ax.set_xscale('log')
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
@@ -185,6 +187,8 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
     ax.set_xlabel('energy of arithmetic per image, µJ')
     ax.set_ylabel('test accuracy, %')
     ax.grid(alpha=0.3)
+    if ax.has_data():
+        figure.legend(loc='outside right')
     return figure
 
 
@@ -196,7 +200,7 @@ def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
     """
     if not runs.is_dir():
         raise ValueError(f'{runs} is not a folder with results.')
-    study = Study(protocol, runs, runs, runs)
+    study = Study(protocol, runs, checkpoints=runs, data=runs)  # only the results are read
     rows = _rows(study)
     files = {'README.md': _render(study, rows).encode()}
     with matplotlib.rc_context(_SVG):

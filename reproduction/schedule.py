@@ -28,7 +28,9 @@ def next_jobs(
         patterns: Sequence[str] = ('*',),
         seeds: Optional[Collection[int]] = None,
 ) -> List[Job]:
-    """Return the missing runs that can start now, in the order of the protocol.
+    """Return the jobs that can start now: missing runs, or the training of initial weights that they need.
+
+    The jobs have the order of the protocol.
 
     Args:
         study: The study.
@@ -97,7 +99,7 @@ def run_missing(
         patterns: See `next_jobs`.
         seeds: See `next_jobs`.
         jobs: Number of processes.
-        options: Command-line options with the folders, which are passed to each process.
+        options: Command-line options that are passed to each process: protocol, folders and device.
 
     Raises:
         ValueError: A dataset is missing or incomplete. See also `next_jobs`.
@@ -133,7 +135,7 @@ def run_missing(
                 outcome = 'done'
                 if process.returncode != 0:
                     outcome = 'failed'
-                elif not _is_done(study, job):  # it counts as failed, because it would be started again endlessly
+                elif not _is_done(study, job):  # as failed, so that it is not started again
                     outcome = 'failed: the protocol has been changed during the run'
                 if outcome != 'done':
                     failed.append(name)

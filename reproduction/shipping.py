@@ -20,6 +20,11 @@ from .protocol import Cell, Run
 
 __all__ = ['ship']
 
+_LOSSES = dict(
+    classify='cross-entropy with label smoothing 0.1',
+    classify_steps='TET with label smoothing 0.1',
+    reconstruct='mean squared error of masked patches, normalized per patch')
+
 
 def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
     """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell whose `ships` is set, and update SHA256SUMS.
@@ -64,8 +69,11 @@ def _time_steps(cell: Cell) -> int:
 
 def _format_training_args(study: Study, run: Run) -> str:
     cell, recipe, result = run.cell, run.config()['recipe'], study.result(run)
-    command = shlex.join(['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0'])
-    values = dict(command=command, dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell))
+    # a folder without results, because `run` skips runs that have one
+    command = ['python', '-m', 'reproduction', 'run', '--only', cell.name, '--seeds', '0', '--runs', 'repeated_runs']
+    values = dict(
+        command=shlex.join(command), dataset=DATASETS[cell.dataset], model=cell.model, time_steps=_time_steps(cell),
+        loss=_LOSSES[cell.objective])
     if 'accuracy' in result['test']:
         values['test_accuracy'] = round(result['test']['accuracy'], 2)
     if cell.init is not None:
