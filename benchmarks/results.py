@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-from timm_spikformer.temporaries import create_temporary
+from timm_spikformer.temporaries import replace_file
 
 PACKAGES = ('torch', 'numba', 'timm', 'spikingjelly')
 
@@ -151,12 +151,5 @@ def read_results(path: Path) -> Dict[str, Any]:
     return results
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file completely or not at all."""
-    with create_temporary(path, path.parent) as partial:
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, path)
-
-
 def write_results(path: Path, results: Dict[str, Any]) -> None:
-    write_text(path, json.dumps(results, indent=1) + '\n')
+    replace_file(path, (json.dumps(results, indent=1) + '\n').encode())

@@ -3,6 +3,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
+from timm_spikformer.temporaries import replace_file
+
 from .results import (
     DemoSpeedup,
     EventResults,
@@ -12,7 +14,6 @@ from .results import (
     StepMemory,
     format_environment,
     read_results,
-    write_text,
 )
 
 FOLDER = Path(__file__).parent
@@ -131,4 +132,4 @@ def update(readme: str, results: Dict[str, Any]) -> str:
 
 if __name__ == '__main__':
     path = FOLDER / 'README.md'
-    write_text(path, update(path.read_text(encoding='utf-8'), read_results(RESULTS)))
+    replace_file(path, update(path.read_text(encoding='utf-8'), read_results(RESULTS)).encode())

@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.arguments import check_number
-from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader
 from timm_spikformer.pretrained import WEIGHTS_FOLDER, check_shipped_weights, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
+from timm_spikformer.temporaries import replace_file
 from timm_spikformer.training import (
     Callback,
     Recipe,
@@ -31,11 +31,11 @@ from timm_spikformer.training import (
     classify_steps,
     evaluate,
     reconstruct,
+    reconstruction_loss,
     train,
 )
 
 from .data import Data, read_data
-from .files import write
 from .models import SoftmaxAttention, create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 
@@ -49,7 +49,7 @@ PROFILED_IMAGES = 500  # validation images from which operations and energy are 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file completely or not at all."""
-    write(path, (json.dumps(values, indent=1) + '\n').encode())
+    replace_file(path, (json.dumps(values, indent=1) + '\n').encode())
 
 
 def _git_commit() -> str:
@@ -310,7 +310,7 @@ def _count_macs(model: nn.Module, data: Data, module: str = 'Global') -> float:
 def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
     """Return the number of parameters, and the operations and energy per validation image by the papers' conventions.
 
-    `dense_macs` are those of one time step, and `total_macs` of an autoencoder are those of one time step of the encoder
+    `dense_macs` are those of one time step; `total_macs` of an autoencoder are those of one time step of the encoder,
     and of the decoder. `macs`, `acs` and the energies are those of all time steps.
     """
     images = data.validation.sample_evenly(PROFILED_IMAGES)

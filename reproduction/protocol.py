@@ -204,50 +204,73 @@ def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str,
         'name': name, 'dataset': None, 'model': None, 'model_kwargs': {}, 'attention': 'ssa', 'objective': 'classify',
         'labels': None, 'init': None, 'tries': None, 'seeds': content['seeds'], **merged,
         'recipe': {key: value for key, value in recipe.items() if value is not None}})
-    for key, value in (('the name', name), ('ships', cell.ships)):  # both are used as file names
+    _check_names(cell, before)
+    _check_model_and_data(cell, tuple(content['datasets']))
+    _check_seeds(cell.seeds)
+    _check_tries(cell)
+    if cell.init is not None:
+        _check_init(cell, before)
+    return cell
+
+
+def _check_names(cell: Cell, before: Dict[str, Cell]) -> None:
+    for key, value in (('the name', cell.name), ('ships', cell.ships)):  # both are used as file names
         if value is not None and not (isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value)):
             raise ValueError(f'{key} must consist of letters, digits, ".", "_" and "-", got {value!r}.')
     for other in before.values():
         if cell.ships is not None and cell.ships == other.ships:
             raise ValueError(f'ships is {cell.ships!r}, which cell {other.name} uses already.')
+    if not isinstance(cell.title, str):
+        raise ValueError(f'title must be a string, got {cell.title!r}.')
+
+
+def _check_model_and_data(cell: Cell, datasets: Collection[str]) -> None:
     for key, value, allowed in (
-            ('dataset', cell.dataset, tuple(content['datasets'])),
+            ('dataset', cell.dataset, datasets),
             ('attention', cell.attention, _ATTENTIONS),
             ('objective', cell.objective, _OBJECTIVES)):
         if value not in allowed:
             raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {value!r}.')
     if not isinstance(cell.model, str) or not timm.is_model(cell.model):
         raise ValueError(f'model must be the name of a timm model, got {cell.model!r}.')
-    if not isinstance(cell.title, str):
-        raise ValueError(f'title must be a string, got {cell.title!r}.')
+    _check_json('model_kwargs', cell.model_kwargs)
     if cell.labels is not None:
         check_integer('labels', cell.labels, 1)
-    for key, value in (('model_kwargs', cell.model_kwargs), ('recipe', cell.recipe), ('tries', cell.tries)):
-        try:
-            is_json = json.loads(json.dumps(value, sort_keys=True)) == value
-        except (TypeError, ValueError):
-            is_json = False
-        if not is_json:
-            raise ValueError(f'{key} must consist of JSON values, got {value!r}.')
-    _check_seeds(cell.seeds)
+
+
+def _check_tries(cell: Cell) -> None:
+    _check_json('recipe', cell.recipe)
     if not isinstance(cell.tries, list) or not cell.tries:
         raise ValueError(f'tries must be a non-empty list, got {cell.tries!r}.')
+    _check_json('tries', cell.tries)
     if 0 not in cell.seeds:
         raise ValueError(f'seeds must include 0, the seed of the tries, got {cell.seeds}.')
     if cell.objective == 'reconstruct' and len(cell.tries) > 1:
         raise ValueError("the objective 'reconstruct' allows one try only: tries are selected by validation accuracy.")
-    if cell.init is not None and not _is_cell(cell.init, before):
-        raise ValueError(f'init must be a cell that is listed earlier in the file, got {cell.init!r}.')
-    if cell.init is not None:
-        initial = before[cell.init]
-        if not set(cell.seeds) <= set(initial.seeds):
-            raise ValueError(f'seeds must be among those of {cell.init} ({initial.seeds}), got {cell.seeds}.')
-        if cell.dataset != initial.dataset:
-            raise ValueError(f'dataset must be that of {cell.init} ({initial.dataset}), got {cell.dataset}.')
     for i, change in enumerate(cell.tries):
         _check_mapping(f'try {i}', change)
         _check_recipe(cell.recipe, change)
-    return cell
+
+
+def _check_init(cell: Cell, before: Dict[str, Cell]) -> None:
+    """Check the cell that provides the initial weights."""
+    if not _is_cell(cell.init, before):
+        raise ValueError(f'init must be a cell that is listed earlier in the file, got {cell.init!r}.')
+    initial = before[cell.init]
+    if not set(cell.seeds) <= set(initial.seeds):
+        raise ValueError(f'seeds must be among those of {cell.init} ({initial.seeds}), got {cell.seeds}.')
+    if cell.dataset != initial.dataset:
+        raise ValueError(f'dataset must be that of {cell.init} ({initial.dataset}), got {cell.dataset}.')
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Check that a value is the same after it was written to JSON, as in a result, and read."""
+    try:
+        is_json = json.loads(json.dumps(value, sort_keys=True)) == value
+    except (TypeError, ValueError):
+        is_json = False
+    if not is_json:
+        raise ValueError(f'{key} must consist of JSON values, got {value!r}.')
 
 
 def _is_cell(value: Any, cells: Dict[str, Cell]) -> bool:

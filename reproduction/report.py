@@ -10,8 +10,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
+from timm_spikformer.temporaries import replace_file
+
 from .experiment import PROFILED_IMAGES, Study
-from .files import write
 from .protocol import Cell, Protocol
 from .statistics import Difference, Summary, paired_difference, summarize
 
@@ -212,4 +213,4 @@ def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
             figure.savefig(buffer, format='svg', metadata={'Date': None})
             files[f'figures/{name}.svg'] = buffer.getvalue()
     for name, content in files.items():
-        write(output / name, content)
+        replace_file(output / name, content)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Collection, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Collection, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .experiment import Study
 from .protocol import Run
@@ -43,17 +43,9 @@ def next_jobs(
         ValueError: A pattern matches no cell, or one of the seeds is not used by any selected cell.
     """
     cells = study.protocol.cells
-    wanted = set()
-    for pattern in patterns:
-        matching = fnmatch.filter(cells, pattern)
-        if not matching:
-            raise ValueError(f'No cell matches {pattern!r}. Cells: {", ".join(cells)}.')
-        wanted.update(matching)
-    for seed in seeds or ():
-        if not any(seed in cells[name].seeds for name in wanted):
-            raise ValueError(f'None of the selected cells has the seed {seed}.')
+    wanted = _select_cells(study, patterns, seeds or ())
     with_seed_0 = set()  # cells whose final run with seed 0 provides initial weights of tries
-    for name in reversed(cells):
+    for name in reversed(cells):  # each cell is listed after its initial cell
         if name in wanted and cells[name].init is not None:
             wanted.add(cells[name].init)
             if study.tries(cells[name]) or name in with_seed_0:
@@ -70,6 +62,21 @@ def next_jobs(
             if job is not None:  # runs with the same digest share a checkpoint folder, so only one of them may start
                 jobs.setdefault(study.protocol.digest(job.run), job)
     return list(jobs.values())
+
+
+def _select_cells(study: Study, patterns: Sequence[str], seeds: Collection[int]) -> Set[str]:
+    """Return the names of the cells that match a pattern; check patterns and seeds."""
+    cells = study.protocol.cells
+    names = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(cells, pattern)
+        if not matching:
+            raise ValueError(f'No cell matches {pattern!r}. Cells: {", ".join(cells)}.')
+        names.update(matching)
+    for seed in seeds:
+        if not any(seed in cells[name].seeds for name in names):
+            raise ValueError(f'None of the selected cells has the seed {seed}.')
+    return names
 
 
 def _job_for(study: Study, run: Run) -> Optional[Job]:
@@ -122,22 +129,15 @@ def run_missing(
             has_started = True
             for job in waiting[:jobs - len(running)]:
                 print(f'{job.run.name}: started', flush=True)
-                command = [sys.executable, '-m', 'reproduction', 'run-one', job.run.name, *options]
-                if job.weights_only:
-                    command.append('--weights-only')
-                running[job.run.name] = job, subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
+                running[job.run.name] = job, _start(job, options)
             ended: List[str] = []
             while not ended:
                 time.sleep(0.5)
                 ended = [name for name, (_, process) in running.items() if process.poll() is not None]
             for name in ended:
                 job, process = running.pop(name)
-                outcome = 'done'
-                if process.returncode != 0:
-                    outcome = 'failed'
-                elif not _is_done(study, job):  # as failed, so that it is not started again
-                    outcome = 'failed: the protocol has been changed during the run'
-                if outcome != 'done':
+                outcome = _outcome(study, job, process)
+                if outcome != 'done':  # it is not started again
                     failed.append(name)
                 print(f'{name}: {outcome}', flush=True)
     finally:
@@ -147,5 +147,15 @@ def run_missing(
             process.wait()
 
 
-def _is_done(study: Study, job: Job) -> bool:
-    return study.has_weights(job.run) if job.weights_only else study.result(job.run) is not None
+def _start(job: Job, options: Sequence[str]) -> subprocess.Popen:
+    command = [sys.executable, '-m', 'reproduction', 'run-one', job.run.name, *options]
+    if job.weights_only:
+        command.append('--weights-only')
+    return subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT})
+
+
+def _outcome(study: Study, job: Job, process: subprocess.Popen) -> str:
+    if process.returncode != 0:
+        return 'failed'
+    is_done = study.has_weights(job.run) if job.weights_only else study.result(job.run) is not None
+    return 'done' if is_done else 'failed: the protocol has been changed during the run'

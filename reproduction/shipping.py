@@ -11,10 +11,10 @@ import yaml
 
 from timm_spikformer.masked_autoencoder import AUTOENCODER_KEY
 from timm_spikformer.pretrained import MODEL_ARGS_KEY, SHA256_FILE, WEIGHTS_FOLDER, read_digests
+from timm_spikformer.temporaries import replace_file
 
 from .data import DATASETS
 from .experiment import Study
-from .files import write
 from .models import AUTOENCODER
 from .protocol import Cell, Run
 
@@ -48,8 +48,8 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         files[f'{cell.ships}.safetensors'] = weights
         files[f'{cell.ships}.yaml'] = _format_training_args(study, finals[0]).encode()
     for name, content in files.items():
-        write(folder / name, content)
-    write(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
+        replace_file(folder / name, content)
+    replace_file(folder / SHA256_FILE, ''.join(f'{digests[name]}  {name}\n' for name in sorted(digests)).encode())
 
 
 def _serialize_weights(study: Study, run: Run) -> bytes:

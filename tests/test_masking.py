@@ -13,28 +13,29 @@ def test_convolution_of_patches_matches_masked_maps(p, n):
     torch.manual_seed(0)
     B, C, h, w = 2, 5, 3, 4
     visible = (torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
-    seen = torch.zeros(B, h * w).scatter(1, visible[0], 1.).view(B, 1, h, w)
-    seen = seen.repeat_interleave(p, 2).repeat_interleave(p, 3).double()
+    is_visible = torch.zeros(B, h * w).scatter(1, visible[0], 1.).view(B, 1, h, w)
+    is_visible = is_visible.repeat_interleave(p, 2).repeat_interleave(p, 3).double()
     maps = torch.randn(n, B, C, h * p, w * p, dtype=torch.double, requires_grad=True)
     weight = torch.randn(7, C, 3, 3, dtype=torch.double, requires_grad=True)
 
-    masked = (maps * seen).flatten(0, 1)
-    dense = torch.nn.functional.conv2d(masked, weight, padding=1).unflatten(0, (n, B)) * seen
+    masked = (maps * is_visible).flatten(0, 1)
+    dense = torch.nn.functional.conv2d(masked, weight, padding=1).unflatten(0, (n, B)) * is_visible
     patches = visible_patches(maps, visible)
     assert patches.shape == (n, B * 5, C, p, p)
     out = conv3x3_of_patches(patches, weight, visible).unflatten(0, (n, -1))
     torch.testing.assert_close(patches_to_maps(out, visible), dense)
-    assert torch.equal(patches_to_maps(patches, visible), maps * seen)
+    assert torch.equal(patches_to_maps(patches, visible), maps * is_visible)
     assert add_halo(patches, visible).shape == (n * B * 5, C, p + 2, p + 2)
 
     grad = torch.randn_like(dense)
     expected = torch.autograd.grad(dense, (maps, weight), grad)
-    given = torch.autograd.grad(patches_to_maps(out, visible), (maps, weight), grad)
-    for a, b in zip(given, expected):
+    actual = torch.autograd.grad(patches_to_maps(out, visible), (maps, weight), grad)
+    for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b)
 
 
 def test_masked_pixels_are_not_read():
+    """NaN outside the visible patches does not reach the output."""
     visible = (torch.tensor([[1, 2, 7]]), 4, 4)
     maps = torch.full((1, 1, 2, 8, 8), float('nan'))
     maps[..., 0:2, 2:6] = 1.
@@ -57,8 +58,8 @@ def test_pooling_of_spike_patches_matches_masked_maps(p):
         out = apply_to_patches(nn.MaxPool2d(3, 2, 1), x, visible)
         return out, *torch.autograd.grad(out, x, grad)
 
-    given = run()
+    actual = run()
     with use_kernels('plain'):
         expected = run()
-    assert 0. < expected[0].mean() < 1. and torch.equal(given[0], expected[0])
-    torch.testing.assert_close(given[1], expected[1])
+    assert 0. < expected[0].mean() < 1. and torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])

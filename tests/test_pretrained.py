@@ -20,10 +20,9 @@ from transformers import AutoModelForMaskedImageModeling
 
 import timm_spikformer
 from timm_spikformer import SpikformerMAE, pretrained
-from timm_spikformer.demo.pictures import reconstruction_loss
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
-from timm_spikformer.training import evaluate, init_bn_bias
+from timm_spikformer.training import evaluate, init_bn_bias, reconstruction_loss
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'

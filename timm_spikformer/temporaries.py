@@ -22,7 +22,7 @@ except ImportError:  # Windows: no locks; files left by killed processes are not
     fcntl = None
 
 __all__ = [
-    'PREFIX', 'create_folders', 'create_temporary', 'discard', 'lock', 'lock_for_run', 'remove_stale',
+    'PREFIX', 'create_folders', 'create_temporary', 'discard', 'lock', 'lock_for_run', 'remove_stale', 'replace_file',
     'reraise_with_path', 'temporary_path',
 ]
 
@@ -58,6 +58,16 @@ def create_temporary(target: Path, parent: Path, is_folder: bool = False) -> Ite
         if descriptor is not None:
             os.close(descriptor)
         discard(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write or replace a file completely or not at all, and create its folder; see `folders.py` for owned files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with create_temporary(path, path.parent) as partial, reraise_with_path(path, partial):
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    with lock(path.parent):
+        remove_stale(path, path.parent)
 
 
 def remove_stale(target: Path, parent: Path) -> None:

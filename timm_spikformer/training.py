@@ -25,11 +25,12 @@ from .errors import first_line
 from .folders import check_output_file, write_file
 from .images import Images, make_loader
 from .losses import TETLoss
+from .masked_autoencoder import SpikformerMAE
 from .monitor import FiringRateMonitor
 
 __all__ = [
     'Callback', 'Recipe', 'TrainingResult', 'check_recipe', 'classify', 'classify_steps', 'evaluate', 'init_bn_bias',
-    'reconstruct', 'train',
+    'masking_noise', 'reconstruct', 'reconstruction_loss', 'train',
 ]
 
 # Function of (model, images, labels) that returns the loss and the logits, or None without logits
@@ -173,9 +174,45 @@ def evaluate(model: nn.Module, loader: Any) -> Tuple[float, Dict[str, float]]:
                     'The logits contain NaN, so the accuracy cannot be computed. Check the images and the weights of '
                     'the model.')
             top1.update(accuracy(logits, y)[0].item(), len(x))
-    if top1.count == 0:
-        raise ValueError('There is no data: the loader returned no images.')
+    _check_count(top1)
     return top1.avg, monitor.rates
+
+
+def _check_count(meter: AverageMeter) -> None:
+    if meter.count == 0:
+        raise ValueError('There is no data: the loader returned no images.')
+
+
+def masking_noise(mae: SpikformerMAE, x: Tensor, seed: int) -> Tensor:
+    """Return reproducible `noise` for masking images `[B, C, H, W]`, see `SpikformerMAE.forward`."""
+    num_units = (x.shape[-2] // mae.mask_unit) * (x.shape[-1] // mae.mask_unit)
+    return torch.rand(len(x), num_units, generator=torch.Generator().manual_seed(seed)).to(x.device)
+
+
+@torch.no_grad()
+def reconstruction_loss(mae: SpikformerMAE, loader: Any, seed: int) -> Tuple[float, float]:
+    """Return the loss over the masked patches of all images, and the loss of predicting the mean of each patch.
+
+    With targets normalized per patch, the second loss is 1 if no patch is constant; constant patches contribute 0.
+
+    Args:
+        mae: Masked autoencoder. It is left in eval mode.
+        loader: Iterable of pairs of images and labels.
+        seed: Seed of the masks, which are the same in each batch.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    mae.eval()
+    ours, means = AverageMeter(), AverageMeter()
+    for x, _ in loader:
+        out = mae(x, noise=masking_noise(mae, x, seed))
+        target = mae.target(x)
+        error = (target - target.mean(-1, keepdim=True)).square().mean(-1)
+        ours.update(out.loss.item(), len(x))
+        means.update(error[out.mask].mean().item(), len(x))
+    _check_count(ours)
+    return ours.avg, means.avg
 
 
 def save_checkpoint(path: Path, kind: str, **state: Any) -> None:

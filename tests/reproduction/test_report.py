@@ -63,6 +63,10 @@ def test_report_of_incomplete_study(study, tmp_path):
     assert (
         f'- It helps: **not shown** (+1.25 points, 95% interval {interval.low:+.2f} to {interval.high:+.2f})'
         in text)
+    assert '| It helps | not shown |' in text and 'of 2 seeds' not in text
+    study.result_path(study.final_runs(study.protocol.cells['tuned'])[1]).unlink()
+    write_report(study.protocol, study.runs, tmp_path)
+    assert '80.00 (1 of 2 seeds) |' in (tmp_path / 'README.md').read_text()
 
 
 def test_time_on_gpus_is_reported_separately(study, tmp_path):
@@ -72,7 +76,7 @@ def test_time_on_gpus_is_reported_separately(study, tmp_path):
     pretend(study, run, cpu_seconds=1800., history=epochs)
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()
-    assert 'took 0.5 CPU hours with one thread each, and 2.5 minutes on one NVIDIA X.\n' in text
+    assert 'took 0.5 CPU hours in total (one thread per process) and 2.5 minutes on one NVIDIA X, without' in text
 
 
 @pytest.mark.parametrize('tuned, verdict', [

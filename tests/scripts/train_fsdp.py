@@ -14,9 +14,9 @@ torch.manual_seed(0)
 model = SpikformerForMaskedImageModeling(SpikformerConfig.from_timm('test_spikformer_v2', time_steps=1))
 plain = copy.deepcopy(model)
 mesh = init_device_mesh('cpu', (dist.get_world_size(),))
-units = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-for unit in [*units, model]:
-    fully_shard(unit, mesh=mesh)
+sharded_modules = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+for module in [*sharded_modules, model]:
+    fully_shard(module, mesh=mesh)
 
 # the same images on each rank, so that averaging gradients over ranks does not change them
 x, mask = torch.randn(4, 3, 64, 64), (torch.arange(16) % 4 > 0).expand(4, -1)
@@ -31,7 +31,7 @@ for name, m in (('sharded', model), ('plain', plain)):
         optimizer.step()
         losses[name].append(loss.item())
 if dist.get_rank() == 0:
-    print(json.dumps(dict(units=len(units), **losses)), flush=True)
+    print(json.dumps(dict(units=len(sharded_modules), **losses)), flush=True)
 dist.barrier()
-del model, optimizer
+del model, optimizer  # sharded tensors are freed while the process group exists
 dist.destroy_process_group()

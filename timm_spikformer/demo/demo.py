@@ -39,9 +39,9 @@ from ..images import (
 from ..linear import fit_linear
 from ..masked_autoencoder import SpikformerMAE
 from ..spikformer import check_model_name
-from ..training import Objective, Recipe, classify, evaluate, init_bn_bias, reconstruct, train
+from ..training import Objective, Recipe, classify, evaluate, init_bn_bias, reconstruct, reconstruction_loss, train
 from .command import DEFAULTS, KIND, SETTINGS, STAGES
-from .pictures import reconstruction_loss, save_predictions, save_reconstructions
+from .pictures import save_predictions, save_reconstructions
 from .progress import Progress, Stage, StageProgress
 
 _PREDICTIONS, _RECONSTRUCTIONS = 'predictions.png', 'reconstruction.png'

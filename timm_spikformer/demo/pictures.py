@@ -1,6 +1,6 @@
 """Pictures of the demo: images with their predicted labels, and reconstructions of masked images."""
 from pathlib import Path
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, Sequence
 
 import torch
 from PIL import Image, ImageDraw
@@ -12,9 +12,11 @@ from torchvision.utils import make_grid
 from ..folders import write_file
 from ..images import to_pixels
 from ..masked_autoencoder import SpikformerMAE
+from ..training import masking_noise
 from .command import KIND
 
 _TILE = 84  # maximum width in pixels to which small images are enlarged, by an integer factor
+_MARGIN, _CAPTION, _COLUMNS = 18, 24, 5  # pixels beside an image, and of the height of its caption; images per row
 
 
 def _enlarge(images: Tensor) -> Tensor:
@@ -22,40 +24,17 @@ def _enlarge(images: Tensor) -> Tensor:
 
 
 def save_predictions(x: Tensor, captions: Sequence[str], config: Dict[str, Any], path: Path) -> None:
-    """Write a PNG of images `[B, C, H, W]` in rows of five, each above its caption."""
+    """Write a PNG of images `[B, C, H, W]` in rows, each above its caption."""
     tiles = [to_pil_image(image) for image in _enlarge(to_pixels(x, config))]
-    width, height, columns = tiles[0].width + 36, tiles[0].height + 24, 5
-    picture = Image.new('RGB', (width * min(columns, len(tiles)), height * -(-len(tiles) // columns)), 'white')
+    width, height = tiles[0].width + 2 * _MARGIN, tiles[0].height + _CAPTION
+    picture = Image.new('RGB', (width * min(_COLUMNS, len(tiles)), height * -(-len(tiles) // _COLUMNS)), 'white')
     draw = ImageDraw.Draw(picture)
     for i, (tile, caption) in enumerate(zip(tiles, captions)):
-        left, top = i % columns * width, i // columns * height
-        picture.paste(tile, (left + 18, top + 4))
-        draw.text((left + width // 2, top + height - 10), caption, fill='black', anchor='mm')
+        left, top = i % _COLUMNS * width, i // _COLUMNS * height
+        picture.paste(tile, (left + _MARGIN, top + _CAPTION // 6))
+        draw.text((left + width // 2, top + tile.height + 14), caption, fill='black', anchor='mm')
     with write_file(path, KIND) as partial:
         picture.save(partial)
-
-
-def _noise(mae: SpikformerMAE, x: Tensor, seed: int) -> Tensor:
-    num_units = (x.shape[-2] // mae.mask_unit) * (x.shape[-1] // mae.mask_unit)
-    return torch.rand(len(x), num_units, generator=torch.Generator().manual_seed(seed)).to(x.device)
-
-
-@torch.no_grad()
-def reconstruction_loss(mae: SpikformerMAE, loader: Any, seed: int) -> Tuple[float, float]:
-    """Return the loss over the masked patches of all images, and the loss of predicting the mean of each patch.
-
-    With targets normalized per patch, the second loss is 1 if no patch is constant; constant patches contribute 0.
-    """
-    mae.eval()
-    ours, means, count = 0., 0., 0
-    for x, _ in loader:
-        out = mae(x, noise=_noise(mae, x, seed))
-        target = mae.target(x)
-        error = (target - target.mean(-1, keepdim=True)).square().mean(-1)
-        ours += out.loss.item() * len(x)
-        means += error[out.mask].mean().item() * len(x)
-        count += len(x)
-    return ours / count, means / count
 
 
 def save_reconstructions(
@@ -69,7 +48,7 @@ def save_reconstructions(
     """Write a PNG with `count` columns of image, visible patches, and image with reconstructed masked patches."""
     x, _ = next(iter(loader))
     x = x[:: max(1, len(x) // count)][:count]
-    rows = mae.eval().reconstruct(x, noise=_noise(mae, x, seed))
+    rows = mae.eval().reconstruct(x, noise=masking_noise(mae, x, seed))
     images = _enlarge(to_pixels(torch.cat(rows), config))
     with write_file(path, KIND) as partial:
         to_pil_image(make_grid(images, nrow=len(x), padding=4, pad_value=1.)).save(partial)

@@ -1,4 +1,4 @@
-"""Numbers of operations of a layer, computed from its recorded counts and the conventions."""
+"""Operation counts of a layer, computed from its recorded counts and the conventions."""
 from typing import NamedTuple
 
 import torch
@@ -52,28 +52,28 @@ def count_operations(
         memory_bytes = memory_bytes + active_steps * counts.output_numel * counts.weight_bytes
     if conventions.bn == 'mac' and counts.has_bn:
         macs = macs + active_steps * counts.output_numel
-    if counts.spikes is not None:  # neurons update their membranes at all time steps
-        every_step = torch.ones_like(active_steps)
+    if counts.spikes is not None:  # neurons update their membrane potentials at all time steps
+        all_steps = torch.ones_like(active_steps)
         if conventions.neuron == 'mac':
-            macs = macs + every_step * counts.output_numel
-        memory_bytes = memory_bytes + every_step * (2 * _MEMBRANE_BYTES * counts.output_numel)
+            macs = macs + all_steps * counts.output_numel
+        memory_bytes = memory_bytes + all_steps * (2 * _MEMBRANE_BYTES * counts.output_numel)
     return Operations(dense_macs, macs, acs, memory_bytes)
 
 
 def _count_product(counts: LayerCounts, conventions: Conventions, time_steps: int, is_sequence: bool) -> _Product:
-    every_step = torch.ones(time_steps, dtype=torch.float64)
+    all_steps = torch.ones(time_steps, dtype=torch.float64)
     if counts.attention is not None:
-        return _count_attention(counts, conventions, every_step)
+        return _count_attention(counts, conventions, all_steps)
     if counts.input == 'features':
-        return _count_dense_macs(counts, _only(-1, time_steps))
+        return _count_dense_macs(counts, _only(-1, time_steps))  # once, for the mean over time
     if counts.input == 'image' and not is_sequence:
-        return _count_first_conv(counts, conventions, every_step)
+        return _count_first_conv(counts, conventions, all_steps)
     if counts.input == 'image' and not counts.is_integer:
-        return _count_dense_macs(counts, every_step)
+        return _count_dense_macs(counts, all_steps)
     # spikes, sums of spikes, or event counts, which are counted as sums
     if counts.input != 'spikes' and conventions.residual == 'mac':
-        return _count_dense_macs(counts, every_step)
-    return _count_sparse(counts, conventions, every_step)
+        return _count_dense_macs(counts, all_steps)
+    return _count_sparse(counts, conventions, all_steps)
 
 
 def _only(step: int, time_steps: int) -> Tensor:
@@ -87,32 +87,32 @@ def _count_dense_macs(counts: LayerCounts, active_steps: Tensor) -> _Product:
         counts.dense_macs, macs, acs=torch.zeros_like(macs), weight_reads=macs, active_steps=active_steps)
 
 
-def _count_first_conv(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+def _count_first_conv(counts: LayerCounts, conventions: Conventions, all_steps: Tensor) -> _Product:
     """Count the first convolution of images, whose input is the same at all time steps."""
     if conventions.first_conv == 'ac':
-        acs = every_step * counts.dense_macs
+        acs = all_steps * counts.dense_macs
         return _Product(
-            counts.dense_macs, macs=torch.zeros_like(acs), acs=acs, weight_reads=acs, active_steps=every_step)
+            counts.dense_macs, macs=torch.zeros_like(acs), acs=acs, weight_reads=acs, active_steps=all_steps)
     return _count_dense_macs(
-        counts, _only(0, len(every_step)) if conventions.first_conv == 'once' else every_step)
+        counts, _only(0, len(all_steps)) if conventions.first_conv == 'once' else all_steps)
 
 
-def _count_sparse(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+def _count_sparse(counts: LayerCounts, conventions: Conventions, all_steps: Tensor) -> _Product:
     """Count a product of spikes, sums of spikes or event counts."""
-    is_nonzero = conventions.residual == 'nonzero'
+    counts_nonzero = conventions.residual == 'nonzero'
     if conventions.fan_out == 'exact':
-        acs = counts.nonzero_synops if is_nonzero else counts.synops
+        acs = counts.nonzero_synops if counts_nonzero else counts.synops
     else:
         acs = sum(
-            (x.num_nonzero if is_nonzero else x.total) * (x.dense_macs / x.numel) for x in counts.inputs.values())
+            (x.num_nonzero if counts_nonzero else x.total) * (x.dense_macs / x.numel) for x in counts.inputs.values())
     return _Product(
-        counts.dense_macs, macs=torch.zeros_like(every_step), acs=acs, weight_reads=counts.nonzero_synops,
-        active_steps=every_step)
+        counts.dense_macs, macs=torch.zeros_like(all_steps), acs=acs, weight_reads=counts.nonzero_synops,
+        active_steps=all_steps)
 
 
-def _count_attention(counts: LayerCounts, conventions: Conventions, every_step: Tensor) -> _Product:
+def _count_attention(counts: LayerCounts, conventions: Conventions, all_steps: Tensor) -> _Product:
     """Count the two products of spiking attention; their order may differ between input sizes."""
-    zeros = torch.zeros_like(every_step)
+    zeros = torch.zeros_like(all_steps)
     dense_macs, acs = 0., zeros
     for a in counts.attention.values():
         if conventions.attention_order == 'cheaper' and a.dense_kv < a.dense_qk:
@@ -123,4 +123,4 @@ def _count_attention(counts: LayerCounts, conventions: Conventions, every_step: 
         if conventions.attention != 'none':
             first_acs = pairs if conventions.attention == 'coincidence' else first * (dense / a.numel)
             acs = acs + first_acs + second * (dense / a.numel)
-    return _Product(dense_macs, macs=zeros, acs=acs, weight_reads=zeros, active_steps=every_step)
+    return _Product(dense_macs, macs=zeros, acs=acs, weight_reads=zeros, active_steps=all_steps)

@@ -38,7 +38,8 @@ def _sum_per_step(x: Tensor) -> Tensor:
     return x.flatten(1).to('cpu').double().sum(1)
 
 
-def _is_nonzero(x: Tensor) -> Tensor:
+def _nonzero_as_ones(x: Tensor) -> Tensor:
+    """Return 1 where x is not 0, in x's dtype."""
     return torch.ne(x, 0, out=torch.empty_like(x))
 
 
@@ -82,7 +83,7 @@ def _add_to(total: Optional[Tensor], x: Tensor) -> Tensor:
 
 
 class SpikeCounts:
-    """Number of spikes of each neuron, and the number of time steps in which it could have fired."""
+    """Number of spikes of each neuron (or channel), and the largest number that is possible."""
 
     def __init__(self) -> None:
         self.counts: Optional[Tensor] = None
@@ -118,8 +119,8 @@ class LayerCounts:
     """Sums over all images for one layer (a product and its neurons). Tensors are `[steps]`, float64.
 
     `steps` is 1 for the input of the classifier, and for an input that is the same at all time steps; else it is T.
-    Counts of which products are computed are kept for each size of the input, so that operations can be computed per
-    size: the mean input and the dense operations of different sizes must not be mixed.
+    Counts that are multiplied with each other are kept for each size of the input, because the mean input and the dense
+    operations of different sizes must not be mixed.
     """
     name: str
     group: str  # stem, attention, mlp or head
@@ -156,7 +157,7 @@ class LayerCounts:
         if self.input == 'spikes':
             counts.num_nonzero = counts.total
         else:
-            counts.num_nonzero = _add_to(counts.num_nonzero, _sum_per_step(_is_nonzero(x)))
+            counts.num_nonzero = _add_to(counts.num_nonzero, _sum_per_step(_nonzero_as_ones(x)))
         if self.input == 'sums':
             numbers = torch.bincount(x.flatten().long())
             self.value_counts.update({value: number for value, number in enumerate(numbers.tolist()) if number})
@@ -173,7 +174,7 @@ class LayerCounts:
             return x
         if not self.is_scaled or not (x >= 0).all():
             _raise_not_spikes(self.name, x)
-        return _is_nonzero(x) if self.input == 'spikes' else x.round()  # a scaled spike is one spike
+        return _nonzero_as_ones(x) if self.input == 'spikes' else x.round()  # a scaled spike is one spike
 
     def add_product(self, func: Any, args: Any, out: Tensor, steps: int) -> None:
         """Add a product of the layer, whose input contains `steps` time steps along the batch dimension."""
@@ -184,7 +185,7 @@ class LayerCounts:
         if self.input == 'spikes':
             self.nonzero_synops = self.synops
         else:
-            self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_is_nonzero(x), args, steps))
+            self.nonzero_synops = _add_to(self.nonzero_synops, count_synops(_nonzero_as_ones(x), args, steps))
 
     def add_attention(self, qkv: Tensor, num_heads: int) -> None:
         """Add the spikes q, k, v of a batch, `[T, B, N, 3 * C]`; raise a ValueError if they are not spikes."""
