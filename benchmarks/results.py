@@ -144,7 +144,7 @@ def read_results(path: Path) -> Dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not a file with results of `python -m benchmarks --json`: {e}') from e
     if not isinstance(results, dict) or 'environment' not in results:
         raise ValueError(f'{path} contains no results of `python -m benchmarks --json`: there is no "environment".')

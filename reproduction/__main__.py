@@ -22,7 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument('name', metavar='RUN')
     one.add_argument('--weights-only', action='store_true', help='train the weights, and keep the existing result')
     ship = commands.add_parser('ship', help='write the weights that are included in the package')
-    report = commands.add_parser('report', help='write reproduction/README.md and its figures')
+    report = commands.add_parser('report', help='write README.md and the figures')
+    report.add_argument(
+        '--output', type=Path, metavar='DIR',
+        help='folder for README.md and figures/ (default: reproduction/, if --protocol and --runs have their defaults)')
     for command in (run, status, one, ship, report):
         command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
         command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
@@ -44,7 +47,7 @@ def main() -> None:
         protocol = read_protocol(args.protocol)
         if args.command == 'report':
             from .report import write_report
-            write_report(protocol, args.runs)
+            write_report(protocol, args.runs, _report_folder(args))
             return
         from timm_spikformer.devices import choose_device
 
@@ -69,6 +72,14 @@ def main() -> None:
         sys.exit(f'error: {e.filename or "a file"}: {e.strerror or e}')
     except KeyboardInterrupt:
         sys.exit('\nInterrupted. Run the same command again to continue.')
+
+
+def _report_folder(args: argparse.Namespace) -> Path:
+    if args.output is not None:
+        return args.output
+    if (args.protocol, args.runs) != (FOLDER / 'protocol.yaml', FOLDER / 'runs'):
+        raise ValueError('A report of another protocol or other results requires --output.')
+    return FOLDER
 
 
 def _run(study, args: argparse.Namespace) -> None:

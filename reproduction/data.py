@@ -7,7 +7,7 @@ import timm
 from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.images import DATA_KEYS, Images, read_splits
 
-__all__ = ['DATASETS', 'SPLITS', 'Data', 'read_data']
+__all__ = ['DATASETS', 'IMAGE_DATASETS', 'SPLITS', 'Data', 'read_data']
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -22,6 +22,7 @@ _CONFIGS = {
     'fashion_mnist': 'spikformer_v2_2_64_patch4_32.fashion_mnist',
     'cifar10': 'spikformer_v2_2_128_patch4_32.cifar10',
 }
+IMAGE_DATASETS = tuple(_CONFIGS)
 _EVENTS = 'events/simulated_fashion_mnist?time_steps=4&split_by=time'
 _EVENT_CONFIG = dict(
     input_size=(2, 28, 28), mean=(0., 0.), std=(1., 1.), interpolation='bilinear', crop_pct=1.)
@@ -33,6 +34,11 @@ class Data(NamedTuple):
     validation: Images
     test: Images
     config: Dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        classes = self.train.classes  # None if the files contain no class names
+        return int(self.train.labels.max()) + 1 if classes is None else len(classes)
 
 
 def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
@@ -63,5 +69,11 @@ def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
     for split, size in (('train', count), ('test', sizes['test'])):
         if len(splits[split]) != size:
             raise ValueError(f'{splits[split].description}: the protocol requires {size:,} images.')
+        if splits[split].labels is None:
+            raise ValueError(f'{splits[split].description}: the study requires labels.')
     train, validation = splits['train'].hold_out(seed=0, fraction=sizes['validation'] / count)
+    if len(validation) != sizes['validation']:
+        raise ValueError(
+            f'{splits["train"].description}: {sizes["validation"]:,} validation images are not the same share of each '
+            f'class; the nearest possible number is {len(validation):,}. Change the protocol.')
     return Data(train, validation, splits['test'], config)

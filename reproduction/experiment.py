@@ -1,5 +1,4 @@
 """Execution of one run of the study: train, evaluate, and write the result to a JSON file."""
-import json
 import platform
 import subprocess
 import time
@@ -15,14 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spikformer import SpikformerMAE
-from timm_spikformer.arguments import check_number
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
-from timm_spikformer.images import make_loader
+from timm_spikformer.images import Images, make_loader
 from timm_spikformer.pretrained import WEIGHTS_FOLDER, check_shipped_weights, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
-from timm_spikformer.temporaries import replace_file
+from timm_spikformer.temporaries import create_temporary, replace_file
 from timm_spikformer.training import (
     Callback,
     Recipe,
@@ -35,21 +33,17 @@ from timm_spikformer.training import (
     train,
 )
 
-from .data import Data, read_data
-from .models import SoftmaxAttention, create, create_autoencoder
+from .data import IMAGE_DATASETS, Data, read_data
+from .models import create, create_autoencoder
 from .protocol import Cell, Protocol, Run
+from .results import read_result, write_json
 
-__all__ = ['PROFILED_IMAGES', 'Study', 'write_json']
+__all__ = ['PROFILED_IMAGES', 'Study']
 
 _KIND = 'reproduction'
-_CHECKPOINT, _FINISHED = 'last.pth.tar', 'finished'
+_CHECKPOINT, _FINISHED, _IMAGES = 'last.pth.tar', 'finished', 'images.sha256'
 _BATCH_SIZE = 250  # for evaluation and profiling; divides the numbers of images
 PROFILED_IMAGES = 500  # validation images from which operations and energy are measured
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file completely or not at all."""
-    replace_file(path, (json.dumps(values, indent=1) + '\n').encode())
 
 
 def _git_commit() -> str:
@@ -94,25 +88,6 @@ class _EpochLogger(Callback):
         print(f'{self.name}: epoch {epoch + 1}/{self.epochs}, loss {record["loss"]:.4f}{accuracy}', flush=True)
 
 
-def _check_result(result: Dict[str, Any], run: Run) -> None:
-    """Raise a KeyError, TypeError or ValueError if the report cannot be made from a result."""
-    is_reconstruction = run.cell.objective == 'reconstruct'
-    metric = 'loss' if is_reconstruction else 'accuracy'
-    numbers = {'cpu_seconds': result['cpu_seconds'], 'validation': result['validation'][metric]}
-    if run.is_final:
-        operations = result['operations']
-        numbers['test'] = result['test'][metric]
-        for key in ('parameters', 'total_macs') if is_reconstruction else ('parameters', 'dense_macs', 'energy_uj'):
-            numbers[key] = operations[key]
-    for name, value in numbers.items():
-        check_number(name, value)
-    for record in result['history']:
-        check_number('seconds', record['seconds'])
-    for key in ('cpu', 'python', 'torch', 'timm'):
-        result['machine'][key]
-    Recipe(**result['config']['recipe'])
-
-
 class Study(NamedTuple):
     """A protocol, and the folders that the study reads and writes.
 
@@ -138,22 +113,9 @@ class Study(NamedTuple):
         Raises:
             ValueError: The file is damaged or is not the result of such a run.
         """
-        path = self.result_path(run)
-        if not path.is_file():
-            return None
-        expected = dict(
+        return read_result(self.result_path(run), run, dict(
             training=self.protocol.digest(run), initial=self._initial_digest(run),
-            images=self.protocol.sizes[run.cell.dataset])
-        try:
-            result = json.loads(path.read_text(encoding='utf-8'))
-            if any(result[key] != value for key, value in expected.items()):
-                return None
-            _check_result(result, run)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(
-                f'{path} is damaged or is not the result of this run: {e!r}. Restore it, or remove it to execute the '
-                f'run again.') from e
-        return result
+            images=self.protocol.sizes[run.cell.dataset]))
 
     def tries(self, cell: Cell) -> List[Run]:
         """Return the runs that select the settings of a cell; empty if the cell has only one try."""
@@ -198,9 +160,9 @@ class Study(NamedTuple):
 
     def has_weights(self, run: Run) -> bool:
         """Return whether the weights of a run exist. Results in git come without them, except those that ship."""
-        return self._is_trained(run) or self._shipped_file(run) is not None
+        return self.is_trained(run) or self._shipped_file(run) is not None
 
-    def _is_trained(self, run: Run) -> bool:
+    def is_trained(self, run: Run) -> bool:
         """Return whether the training of a run has finished."""
         return all((self.checkpoint_folder(run) / name).is_file() for name in (_CHECKPOINT, _FINISHED))
 
@@ -235,9 +197,9 @@ class Study(NamedTuple):
             ValueError: The settings do not fit the model or the data, see `create` and `training.train`.
         """
         cell, config = run.cell, run.config()
-        model = create(config, len(data.train.classes), data.config['input_size'][-1])
+        model = create(config, data.num_classes, data.config['input_size'][-1])
         initial = self.initial_run(run)
-        if initial is not None:
+        if initial is not None and not self.is_trained(run):
             try:
                 model.load_state_dict(self._weights(initial, data))
             except RuntimeError as e:
@@ -253,7 +215,11 @@ class Study(NamedTuple):
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
         # no lock for finished weights: several runs may read them at the same time
-        with nullcontext() if self._is_trained(run) else lock_folder_for_run(folder):
+        with nullcontext() if self.is_trained(run) else lock_folder_for_run(folder):
+            if not self.is_trained(run):  # also if the checkpoint of a finished training was moved away
+                (folder / _FINISHED).unlink(missing_ok=True)
+            if run.cell.dataset in IMAGE_DATASETS:
+                _check_content(folder / _IMAGES, images)
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
@@ -263,7 +229,10 @@ class Study(NamedTuple):
 
     def execute(self, run: Run) -> Dict[str, Any]:
         """Train and evaluate a run, write its result to a JSON file, and return it."""
-        self.result_path(run).parent.mkdir(parents=True, exist_ok=True)  # fail early if this is impossible
+        path = self.result_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with create_temporary(path, path.parent):  # fails before the training if the result cannot be written
+            pass
         data = self.read_data(run)
         commit = _git_commit()
         trained = self.train(run, data)
@@ -274,6 +243,15 @@ class Study(NamedTuple):
             initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
             commit=commit, machine=_machine(),
             cpu_seconds=sum(record.get('cpu_seconds', 0.) for record in trained.history), history=trained.history)
+        result.update(self.evaluate(run, model, data))
+        if run.is_final:
+            result['operations'] = _operations(model, data)
+        write_json(path, result)
+        return result
+
+    def evaluate(self, run: Run, model: nn.Module, data: Data) -> Dict[str, Any]:
+        """Return the metrics of a model on the validation images and, for a final run, on the test images."""
+        result: Dict[str, Any] = {}
         loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}
         if run.is_final:
             loaders['test'] = make_loader(data.test, data.config, _BATCH_SIZE)
@@ -286,10 +264,21 @@ class Study(NamedTuple):
                 result[split] = dict(accuracy=round(accuracy, 4))  # floating-point errors are smaller
                 if split == 'test':
                     result['firing_rates'] = rates
-        if run.is_final:
-            result['operations'] = _operations(model, data)
-        write_json(self.result_path(run), result)
         return result
+
+
+def _check_content(path: Path, images: Images) -> None:
+    """Compare the digest of the training images with that in a file, which is written if it does not exist.
+
+    `train` compares the sizes of image files, but not their content.
+    """
+    digest = images.digest()
+    if not path.is_file():
+        replace_file(path, digest.encode())
+    elif path.read_text(encoding='utf-8') != digest:
+        raise ValueError(
+            f'The training in {path.parent} has used other images. Remove this folder to train again, or use the '
+            f'images that it was started with.')
 
 
 @torch.no_grad()
@@ -324,14 +313,7 @@ def _operations(model: nn.Module, data: Data) -> Dict[str, Any]:
     operations, totals = {}, result.totals
     if isinstance(model, SpikformerMAE):
         operations['total_macs'] = totals.dense_macs + _count_macs(model, data, 'SpikformerMAE.decoder')
-    macs, acs, energy = totals.macs, totals.acs, totals.energy_mj
-    for name, module in model.named_modules():
-        if isinstance(module, SoftmaxAttention):  # the input of `proj` is real-valued, so it costs MACs
-            layer = result.layer(f'{name}.proj')
-            dense = layer.dense_macs * result.time_steps
-            macs, acs = macs + dense, acs - sum(layer.acs)
-            energy += result.cost.energy_mj(dense, 0., 0.) - layer.energy_mj
     return dict(
         **operations, parameters=parameters, encoder_parameters=totals.parameters, dense_macs=totals.dense_macs,
-        macs=macs, acs=acs, energy_uj=energy * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3,
+        macs=totals.macs, acs=totals.acs, energy_uj=totals.energy_mj * 1e3, ann_energy_uj=totals.ann_energy_mj * 1e3,
         firing_rate=result.firing_rate, silent_layers=result.silent_layers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.layers import SpikingSelfAttention
 from timm_spikformer.spikformer import Spikformer
+from timm_spikformer.state_dicts import PARSING_ERRORS
 from timm_spikformer.training import init_bn_bias
 
 __all__ = ['AUTOENCODER', 'NoAttention', 'SoftmaxAttention', 'create', 'create_autoencoder']
@@ -26,7 +27,12 @@ class SoftmaxAttention(SpikingSelfAttention):
     this variant, so one detail is this project's choice: the real-valued result goes to `proj` without a neuron. The
     result is a mean of spikes, so it is at most 1, and a neuron with tau = 2 and threshold 0.5 would fire in the first
     time step only if it were exactly 1. This choice favors softmax, because its output is not quantized to spikes.
+    A profile counts the operations of `proj` as dense multiply-accumulates.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.proj.has_real_input = True
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(3, (3, self.num_heads, x.shape[3] // self.num_heads))
@@ -60,8 +66,8 @@ def create(config: Dict[str, Any], num_classes: int, size: int) -> nn.Module:
         kwargs['img_size'] = size
     try:
         model = timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as e:
-        raise ValueError(f'The model {name} cannot be created with {config["model_kwargs"]}: {e}') from e
+    except PARSING_ERRORS as e:
+        raise ValueError(f'The model {name} cannot be created with {config["model_kwargs"]}: {e!r}') from e
     if not isinstance(model, Spikformer) and (config['attention'], config['objective']) != ('ssa', 'classify'):
         raise ValueError(
             f'{name} is not a Spikformer, so attention {config["attention"]!r} and objective {config["objective"]!r} '

@@ -13,15 +13,17 @@ from timm_spikformer.training import Recipe, check_recipe
 
 from .data import DATASETS, SPLITS
 
-__all__ = ['PROTOCOL', 'Cell', 'Protocol', 'Run', 'read_protocol']
+__all__ = ['PROTOCOL', 'SPIKFORMERS', 'Cell', 'Protocol', 'Run', 'read_protocol']
 
 PROTOCOL = Path(__file__).with_name('protocol.yaml')
 _REQUIRED = {'seeds', 'datasets', 'defaults', 'cells'}
 _CELL_KEYS = {
     'title', 'dataset', 'model', 'model_kwargs', 'attention', 'objective', 'labels', 'init', 'recipe', 'tries', 'seeds',
     'ships'}
+_RESERVED = {'img_size', 'num_classes', 'pretrained'}  # arguments of models that follow from the dataset
 _RECIPE_KEYS = {*Recipe._fields} - {'seed'}  # the seed is that of the run
 _RECIPE_REQUIRED = {*Recipe._fields} - {*Recipe._field_defaults}
+SPIKFORMERS = frozenset(timm.list_models(module='spikformer'))  # names of models
 _ATTENTIONS = ('ssa', 'softmax', 'none')
 _OBJECTIVES = ('classify', 'classify_steps', 'reconstruct')
 
@@ -162,7 +164,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> Protocol:
-    content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    except (TypeError, LookupError, AttributeError, RecursionError) as e:  # of PyYAML, for wrong tags
+        raise ValueError(f'it contains YAML that cannot be read: {e!r}.') from e
     _check_keys('the file', content, _REQUIRED, _REQUIRED | {'recipes', 'tries', 'questions', 'label_curves'})
     for key in ('datasets', 'cells', 'questions', 'label_curves'):
         _check_mapping(key, content.get(key, {}))
@@ -217,11 +222,12 @@ def _check_names(cell: Cell, before: Dict[str, Cell]) -> None:
     for key, value in (('the name', cell.name), ('ships', cell.ships)):  # both are used as file names
         if value is not None and not (isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value)):
             raise ValueError(f'{key} must consist of letters, digits, ".", "_" and "-", got {value!r}.')
+    if cell.ships is not None and (not cell.ships.startswith(f'{cell.model}.') or cell.model not in SPIKFORMERS):
+        raise ValueError(f'ships must be MODEL.TAG with the model of the cell, a Spikformer, got {cell.ships!r}.')
     for other in before.values():
         if cell.ships is not None and cell.ships == other.ships:
             raise ValueError(f'ships is {cell.ships!r}, which cell {other.name} uses already.')
-    if not isinstance(cell.title, str):
-        raise ValueError(f'title must be a string, got {cell.title!r}.')
+    _check_text('title', cell.title)
 
 
 def _check_model_and_data(cell: Cell, datasets: Collection[str]) -> None:
@@ -234,6 +240,8 @@ def _check_model_and_data(cell: Cell, datasets: Collection[str]) -> None:
     if not isinstance(cell.model, str) or not timm.is_model(cell.model):
         raise ValueError(f'model must be the name of a timm model, got {cell.model!r}.')
     _check_json('model_kwargs', cell.model_kwargs)
+    for key in _RESERVED & {*cell.model_kwargs}:
+        raise ValueError(f'model_kwargs must not contain {key}, which the study sets.')
     if cell.labels is not None:
         check_integer('labels', cell.labels, 1)
 
@@ -277,6 +285,12 @@ def _is_cell(value: Any, cells: Dict[str, Cell]) -> bool:
     return isinstance(value, str) and value in cells
 
 
+def _check_text(name: str, value: Any) -> None:
+    """Check a text that the report shows in a table."""
+    if not isinstance(value, str) or not value or '|' in value or '\n' in value:
+        raise ValueError(f'{name} must be a string of one line without "|", got {value!r}.')
+
+
 def _check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError(f'{name} must be a mapping, got {value!r}.')
@@ -296,7 +310,8 @@ def _check_seeds(seeds: Any) -> None:
     """Check that seeds differ, because results of equal seeds would be counted as independent."""
     is_list = isinstance(seeds, list)
     for seed in seeds if is_list else ():
-        check_integer('each seed', seed, 0)
+        if check_integer('each seed', seed, 0) >= 2 ** 32:
+            raise ValueError(f'each seed must be less than 2 ** 32, got {seed}.')
     if not is_list or len({*seeds}) < len(seeds):
         raise ValueError(f'seeds must be a list of distinct integers, got {seeds!r}.')
 
@@ -330,8 +345,7 @@ def _check_question(name: str, question: Any, cells: Dict[str, Cell]) -> None:
         if unknown:
             raise ValueError(f'{name} uses cells that do not exist: {", ".join(unknown)}.')
     for claim, compared in question['claims'].items():
-        if not isinstance(claim, str) or not claim:
-            raise ValueError(f'{name}: each claim must be a string, got {claim!r}.')
+        _check_text(f'{name}: each claim', claim)
         if len(compared) not in (2, 4) or len({*compared}) < len(compared):
             raise ValueError(
                 f'{name}: the claim {claim!r} must compare 2 different cells, or 2 differences of 4 cells, got '

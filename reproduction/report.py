@@ -21,7 +21,7 @@ __all__ = ['write_report']
 FOLDER = Path(__file__).parent
 TEMPLATE = 'report.md.jinja'
 # Fixed ids, so that the same results give the same bytes; text is not converted to outlines of the installed fonts
-_SVG = {'svg.hashsalt': 'reproduction', 'svg.fonttype': 'none', 'font.size': 9}
+_STYLE = {'svg.hashsalt': 'reproduction', 'svg.fonttype': 'none', 'font.size': 9}
 
 
 class Row(NamedTuple):
@@ -138,8 +138,9 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
     trainings = _trainings(study)
     return environment.get_template(TEMPLATE).render(
         questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(trainings),
-        gpu_minutes=_gpu_minutes(trainings), machines=_machines(rows),
-        seeds=len(study.protocol.seeds), sizes=study.protocol.sizes['fashion_mnist'], profiled_images=PROFILED_IMAGES)
+        gpu_minutes=_gpu_minutes(trainings), machines=_machines(rows), seeds=len(study.protocol.seeds),
+        has_label_curves=bool(study.protocol.label_curves), sizes=study.protocol.sizes['fashion_mnist'],
+        profiled_images=PROFILED_IMAGES)
 
 
 def _label_figure(rows: Dict[str, Row], panels: Dict[str, Dict[str, Dict[int, str]]]) -> Figure:
@@ -193,7 +194,7 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
     return figure
 
 
-def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
+def write_report(protocol: Protocol, runs: Path, output: Path) -> None:
     """Write README.md and figures/ to a folder.
 
     Raises:
@@ -204,7 +205,7 @@ def write_report(protocol: Protocol, runs: Path, output: Path = FOLDER) -> None:
     study = Study(protocol, runs, checkpoints=runs, data=runs)  # only the results are read
     rows = _rows(study)
     files = {'README.md': _render(study, rows).encode()}
-    with matplotlib.rc_context(_SVG):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):  # without the user's matplotlibrc
         figures = {'energy': _energy_figure(rows)}
         if protocol.label_curves:
             figures['labels'] = _label_figure(rows, protocol.label_curves)

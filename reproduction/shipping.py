@@ -1,6 +1,7 @@
 """Export of trained weights from the study to the package."""
 import hashlib
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Dict
@@ -20,6 +21,7 @@ from .protocol import Cell, Run
 
 __all__ = ['ship']
 
+_TOLERANCE = 1e-3  # relative difference of test metrics, because CPUs round differently
 _LOSSES = dict(
     classify='cross-entropy with label smoothing 0.1',
     classify_steps='TET with label smoothing 0.1',
@@ -29,13 +31,14 @@ _LOSSES = dict(
 def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
     """Write `MODEL.TAG.safetensors` and `MODEL.TAG.yaml` for each cell whose `ships` is set, and update SHA256SUMS.
 
-    The weights are from the final run with seed 0. Missing weights are trained. The YAML file contains the training
-    settings, which model cards include. The package verifies the weights against SHA256SUMS when it loads them.
+    The weights are from the final run with seed 0. They are evaluated again and compared with its result. The YAML file
+    contains the training settings, which model cards include. The package verifies the weights against SHA256SUMS when
+    it loads them. An interrupted export is completed by repeating it.
 
     Raises:
-        ValueError: The result of one of these runs is missing.
+        ValueError: The result or the weights of one of these runs are missing, or do not belong together.
     """
-    files: Dict[str, bytes] = {}  # written after all trainings, so that no weights are left without a digest
+    files: Dict[str, bytes] = {}  # written at the end, so that an error leaves the folder unchanged
     digests = read_digests(folder)
     for cell in study.protocol.cells.values():
         if cell.ships is None:
@@ -43,6 +46,11 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
         finals = [run for run in study.final_runs(cell) if run.seed == 0]
         if not finals or study.result(finals[0]) is None:
             raise ValueError(f'The result of {cell.name} is missing. Run `python -m reproduction run` first.')
+        if not study.is_trained(finals[0]):
+            raise ValueError(
+                f'The weights of {cell.name} are not in {study.checkpoint_folder(finals[0])}. Weights from another '
+                f'training would differ from the result. Remove {study.result_path(finals[0])} and execute the run '
+                f'again.')
         weights = _serialize_weights(study, finals[0])
         digests[f'{cell.ships}.safetensors'] = hashlib.sha256(weights).hexdigest()
         files[f'{cell.ships}.safetensors'] = weights
@@ -53,7 +61,14 @@ def ship(study: Study, folder: Path = WEIGHTS_FOLDER) -> None:
 
 
 def _serialize_weights(study: Study, run: Run) -> bytes:
-    model = study.train(run, study.read_data(run)).model.cpu()
+    data = study.read_data(run)
+    model = study.train(run, data).model.cpu()
+    found, expected = study.evaluate(run, model, data)['test'], study.result(run)['test']
+    for key, value in found.items():
+        if not math.isclose(value, expected[key], rel_tol=_TOLERANCE):
+            raise ValueError(
+                f'{run.name}: the weights in {study.checkpoint_folder(run)} have a test {key} of {value}, but the '
+                f'result says {expected[key]}. Weights, images or result have been replaced.')
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     model_args = {**run.cell.model_kwargs, 'time_steps': _time_steps(run.cell)}
     metadata = {

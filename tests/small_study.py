@@ -4,8 +4,9 @@ from typing import Any
 
 import yaml
 
-from reproduction.experiment import Study, write_json
+from reproduction.experiment import Study
 from reproduction.protocol import Run, read_protocol
+from reproduction.results import write_json
 from timm_spikformer.images import FASHION_MNIST
 
 TINY = dict(
@@ -36,7 +37,8 @@ def create_study(folder: Path) -> Study:
 def pretend(study: Study, run: Run, **values) -> None:
     """Write a result without training."""
     result = dict(
-        config=run.config(), training=study.protocol.digest(run), initial=study._initial_digest(run),
+        cell=run.cell.name, seed=run.seed, config=run.config(),
+        training=study.protocol.digest(run), initial=study._initial_digest(run),
         images=study.protocol.sizes[run.cell.dataset], attempt=run.attempt, cpu_seconds=0., history=[],
         machine=dict.fromkeys(('cpu', 'python', 'torch', 'timm'), 'x'),
         validation=dict(accuracy=50., loss=0.5), test=dict(accuracy=50., loss=0.5),

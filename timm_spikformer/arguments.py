@@ -27,7 +27,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
 
 
 def check_finite(name: str, value: Any) -> None:
@@ -97,7 +100,7 @@ def check_number(
         below: Exclusive upper bound; by default the number must be finite.
         maximum: Inclusive upper bound, used instead of `below`.
     """
-    if _is_number(value) and (value >= 0 if above is None else value > above) and (
+    if _is_finite(value) and (value >= 0 if above is None else value > above) and (
             value < below if maximum is None else value <= maximum):
         return
     lower = 'at least 0' if above is None else f'greater than {above:g}'

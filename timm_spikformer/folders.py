@@ -391,7 +391,7 @@ def _read_manifest(folder: Path) -> _Manifest:
                     _is_path_inside_folder(name) and all(isinstance(d, str) for d in digests)
                     for name, digests in files.items()):
                 return _Manifest(kind, files)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f'{path} is not a manifest of timm-spikformer, or is damaged. {_ADVICE}')
 

@@ -147,5 +147,5 @@ def _class_names(schema: pa.Schema) -> Optional[List[str]]:
     try:
         feature = json.loads(schema.metadata[b'huggingface'])['info']['features']['label']
         return [str(name) for name in feature['names']] if feature['_type'] == 'ClassLabel' else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None

@@ -62,9 +62,15 @@ def shipped_weights(name: str) -> Optional[str]:
 
 
 def read_digests(folder: Path) -> Dict[str, str]:
-    """Return the digests in the SHA256SUMS file of a folder by file name; empty if there is no such file."""
+    """Return the digests in the SHA256SUMS file of a folder by file name; empty if there is no such file.
+
+    Raises:
+        RuntimeError: The file is damaged.
+    """
     path = folder / SHA256_FILE
     lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    if not all(re.fullmatch('[0-9a-f]{64}  .+', line) for line in lines):
+        raise RuntimeError(f'{path} is damaged: expected lines with a sha256 and a file name. Reinstall the package.')
     return {name: digest for digest, name in (line.split('  ', 1) for line in lines)}
 
 
@@ -96,7 +102,7 @@ def read_model_args(file: Union[str, Path]) -> Dict[str, Any]:
     text = read_metadata(file).get(MODEL_ARGS_KEY, '{}')
     try:
         args = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         args = None
     if not isinstance(args, dict):
         raise ValueError(f'{file} contains {MODEL_ARGS_KEY}={text!r} in its metadata, expected a JSON object.')

@@ -37,6 +37,10 @@ __all__ = [
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
 
 _tet_loss = TETLoss(label_smoothing=0.1)
+# arguments of timm's `create_loader` that augment images, and leave the format of batches unchanged
+_AUGMENTATIONS = (
+    'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
+    'auto_augment', 're_prob', 're_mode', 're_count', 'interpolation', 'train_crop_mode')
 _BN_BIAS = 0.7
 _BN_IMAGES = 10_000  # images from which BN statistics are recomputed after training
 
@@ -56,7 +60,8 @@ class Recipe(NamedTuple):
         ema_decay: Decay of the moving average of the weights; training returns the averaged weights.
         bf16: Use bfloat16 autocast on a CPU, which is faster on CPUs with bfloat16 instructions. CUDA always uses it.
         hflip: Probability of a horizontal flip.
-        augmentation: Further arguments of timm's `create_loader` for training, such as `scale` or `auto_augment`.
+        augmentation: Further arguments of timm's `create_loader` for training: `scale`, `ratio`, `vflip`,
+            `color_jitter`, `auto_augment`, `re_prob`, and others that change single images.
         num_workers: Number of processes that load the training images. Random augmentation depends on it.
         seed: Random seed.
 
@@ -386,13 +391,20 @@ def check_recipe(recipe: Recipe) -> None:
         check_integer(name, getattr(recipe, name), 1)
     check_integer('num_workers', recipe.num_workers, 0)
     for name in ('lr', 'weight_decay'):
-        check_number(name, getattr(recipe, name))
+        check_number(name, getattr(recipe, name), maximum=1000)
     check_number('warmup_epochs', recipe.warmup_epochs, below=recipe.epochs)
     for name in ('fixed_bn', 'ema_decay', 'hflip'):
         check_number(name, getattr(recipe, name), maximum=1)
     check_number('beta2', recipe.beta2, below=1)
     if recipe.layer_decay is not None:
         check_number('layer_decay', recipe.layer_decay, above=0, maximum=1)
+    if check_integer('seed', recipe.seed, 0) >= 2 ** 32:
+        raise ValueError(f'seed must be less than 2 ** 32, got {recipe.seed}.')
+    if not isinstance(recipe.bf16, bool):
+        raise ValueError(f'bf16 must be True or False, got {recipe.bf16!r}.')
+    if not isinstance(recipe.augmentation, Mapping) or not {*recipe.augmentation} <= {*_AUGMENTATIONS}:
+        raise ValueError(
+            f'augmentation must be a mapping with keys among {", ".join(_AUGMENTATIONS)}, got {recipe.augmentation!r}.')
 
 
 def _check_settings(images: Images, recipe: Recipe, title: str) -> None:

@@ -1,4 +1,5 @@
 """`python -m reproduction`: options, errors and interruption."""
+import errno
 import math
 import os
 import runpy
@@ -9,8 +10,9 @@ import sys
 import pytest
 from small_study import pretend
 
-from reproduction import report, schedule
+from reproduction import experiment, schedule
 from reproduction.__main__ import main
+from timm_spikformer import training
 from timm_spikformer.images import FASHION_MNIST
 
 
@@ -38,7 +40,6 @@ def command_line(study, monkeypatch, command, *options):
         folders.update(checkpoints=study.checkpoints, data=study.data)
     defaults = [f'--{name}={path}' for name, path in folders.items()]
     monkeypatch.setattr(sys, 'argv', ['reproduction', command, *defaults, *options])
-    monkeypatch.setattr(report, 'write', lambda path, content: pytest.fail('the committed report would be replaced'))
     before = signal.getsignal(signal.SIGTERM)
     try:
         main()
@@ -84,7 +85,8 @@ def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch)
     ('run-one', ['mae/seed-0', '--runs', __file__], f'error: {__file__}/mae: Not a directory'),
     ('run-one', ['mae/seed-0', '--checkpoints', __file__], f'error: {__file__}/.*: Not a directory'),
     ('status', ['--protocol', 'nothing'], 'nothing cannot be read: No such file'),
-    ('report', ['--runs', 'nothing'], 'nothing is not a folder with results'),
+    ('report', [], 'A report of another protocol or other results requires --output'),
+    ('report', ['--runs', 'nothing', '--output', 'x'], 'nothing is not a folder with results'),
 ], ids=str)
 def test_wrong_options(command, options, message, study, monkeypatch):
     with pytest.raises(SystemExit, match=message):
@@ -101,10 +103,16 @@ def test_closed_pipe():
 
 @pytest.mark.parametrize('change, message', [
     ('{"a": 1', 'JSONDecodeError'), ('{"a": 1}', "KeyError.'training'"), ('[1]', 'TypeError'),
-    (dict(test={}), "KeyError.'loss'"),
-    (dict(validation={'loss': math.nan}), 'validation must be at least 0 and finite, got nan'),
-    (dict(operations=3), 'TypeError'), (dict(machine={}), "KeyError.'cpu'"), (dict(config={'recipe': {}}), 'TypeError'),
-], ids=str)
+    ('{"a": 1, "a": 2}', 'a key appears twice among a, a'), ('[' * 10 ** 5, 'RecursionError'),
+    (dict(cell='tuned'), "cell is 'tuned', expected 'mae'"), (dict(seed=7), 'seed is 7, expected 0'),
+    (dict(test={}), "KeyError.'loss'"), (dict(cpu_seconds=10 ** 400), 'cpu_seconds must be at least 0 and finite'),
+    (dict(validation={'loss': math.nan}), 'validation: loss must be at least 0 and finite, got nan'),
+    (dict(operations=3), 'TypeError'), (dict(machine={}), "KeyError.'cpu'"), (dict(config={'recipe': {}}), 'config is'),
+    (dict(operations=dict(parameters=1, total_macs=2)), "KeyError.'firing_rate'"),
+    (dict(operations=dict(parameters=1, total_macs=2, firing_rate='x')), "firing_rate must be .*, got 'x'"),
+    (dict(history=[dict(loss=1, seconds=1, gpu=5)]), 'gpu must be a string, got 5'),
+    (dict(history=[5]), 'TypeError'),
+], ids=lambda value: str(value)[:40])
 def test_damaged_results(change, message, study, monkeypatch):
     run = study.final_runs(study.protocol.cells['mae'])[0]
     if isinstance(change, dict):
@@ -112,9 +120,28 @@ def test_damaged_results(change, message, study, monkeypatch):
     else:
         study.result_path(run).parent.mkdir(parents=True)
         study.result_path(run).write_text(change)
-    for command in ('status', 'run', 'report'):
+    for command, *options in ('status',), ('run',), ('report', '--output', str(study.runs.parent)):
         with pytest.raises(SystemExit, match=f'error: .*seed-0.json is damaged or is not the result .*{message}'):
-            command_line(study, monkeypatch, command)
+            command_line(study, monkeypatch, command, *options)
+
+
+def test_accuracy_above_100_percent_is_rejected(study, monkeypatch):
+    pretend(study, study.tries(study.protocol.cells['scratch'])[0], validation=dict(accuracy=101.))
+    with pytest.raises(SystemExit, match='validation: accuracy must be at least 0 and at most 100, got 101.0'):
+        command_line(study, monkeypatch, 'status')
+
+
+def test_result_that_cannot_be_written_is_noticed_before_training(study, monkeypatch):
+    def no_space(path, parent):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(training, 'save_checkpoint', lambda *args, **kwargs: pytest.fail('trained'))
+    monkeypatch.setattr(experiment, 'create_temporary', no_space)
+    with pytest.raises(SystemExit, match='error: .*mae/seed-1.json: No space left on device'):
+        command_line(study, monkeypatch, 'run-one', 'mae/seed-1')
+    study.result_path(study.final_runs(study.protocol.cells['mae'])[0]).mkdir()
+    with pytest.raises(SystemExit, match='seed-0.json is a folder. Remove it'):
+        command_line(study, monkeypatch, 'run', '--only', 'mae')
 
 
 @pytest.mark.parametrize('options, message', [

@@ -1,4 +1,5 @@
 """Runs of the study: training, resuming and measuring."""
+import io
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from reproduction.experiment import Study
 from reproduction.protocol import Run, read_protocol
 from reproduction.report import FOLDER
 from timm_spikformer import training
+from timm_spikformer.event_data.names import read_event_splits
 from timm_spikformer.folders import lock_folder_for_run
 from timm_spikformer.images import make_loader, read_splits, training_data_config
 from timm_spikformer.profiling import profile
@@ -99,6 +101,23 @@ def test_settings_that_do_not_fit(change, message, study, monkeypatch):
     assert not study.checkpoints.exists()
 
 
+@pytest.mark.parametrize('attention', ['ssa', 'softmax', 'none'])
+def test_operations_of_attention(attention):
+    """The input of the projection after softmax attention is real-valued, so its products are multiply-accumulates."""
+    cell = read_protocol().cells['ssa']._replace(attention=attention)
+    model = models.create(Run(cell, 0, 0, True).config(), 10, 28)
+    images = read_splits()['test'].sample_evenly(32)
+    data = Data(images, images, images, training_data_config())
+    calibrate(model, next(iter(make_loader(images, data.config, 32)))[0])
+    operations = experiment._operations(model, data)
+    C, tokens, depth = 64, 7 * 7, 2
+    first_conv = operations['macs'] - (depth * tokens * C ** 2 if attention == 'softmax' else 0)
+    head = C * 10
+    assert operations['macs'] > 0 and 0 < operations['firing_rate'] < 1 and operations['silent_layers'] == []
+    stem = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    assert first_conv == 28 * 28 * stem.weight.numel() + head
+
+
 def test_part_of_a_dataset_raises(study):
     """The subset in the package has the file names and classes of the whole dataset."""
     with pytest.raises(ValueError, match='6,000 images of fashion_mnist, train split: the protocol requires 60,000'):
@@ -149,3 +168,71 @@ def test_result_from_other_initial_weights_is_ignored(study):
     assert study.result(run) is None
     study.result_path(study.tries(cells['scratch'])[0]).unlink()
     assert study.result(run) is None
+
+
+def test_images_with_other_content_are_rejected(study):
+    """`train` itself compares the names, the sizes and the labels of images."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    data = study.read_data(run)
+    study.train(run, data)
+    study.train(run, data)  # the same images
+    images = data.train.source
+    data.train.source = type('Inverted', (), dict(
+        __len__=lambda self: len(images), files=images.files,
+        open=lambda self, i: io.BytesIO(images.open(i).read()[::-1])))()
+    with pytest.raises(ValueError, match='has used other images. Remove this folder'):
+        study.train(run, data)
+
+
+def test_moved_checkpoint_starts_an_unfinished_training(study, monkeypatch):
+    """Otherwise, two processes could train in one folder without a lock."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    data = study.read_data(run)
+    study.train(run, data)
+    (study.checkpoint_folder(run) / 'last.pth.tar').unlink()
+    save = training.save_checkpoint
+
+    def save_and_stop(path, kind, **state):
+        save(path, kind, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, 'save_checkpoint', save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        study.train(run, data)
+    assert not study.has_weights(run)
+
+
+@pytest.mark.parametrize('validation, message', [
+    (4, '4 validation images are not the same share of each class; the nearest possible number is 10'),
+    (5699, 'the nearest possible number is')])
+def test_sizes_that_are_not_possible(validation, message, study):
+    sizes = dict(train=6000 - validation, validation=validation, test=1000)
+    with pytest.raises(ValueError, match=message):
+        study._replace(protocol=study.protocol._replace(sizes={'fashion_mnist': sizes})).read_data(
+            study.final_runs(study.protocol.cells['mae'])[0])
+
+
+def test_classes_without_names(study):
+    data = study.read_data(study.final_runs(study.protocol.cells['mae'])[0])
+    data.train.classes = None
+    assert data.num_classes == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', read_protocol().cells)
+def test_results_of_all_cells_can_be_computed(name):
+    """Otherwise an error would appear only after the training."""
+    cell = read_protocol().cells[name]
+    splits, config = read_splits(), training_data_config()
+    if cell.dataset == 'simulated_events':
+        splits = read_event_splits('events/simulated_fashion_mnist?time_steps=4&split_by=time')
+        config.update(input_size=(2, 28, 28), mean=(0., 0.), std=(1., 1.))
+    images = splits['test'].sample_evenly(16)
+    data = Data(images, images, images, config)
+    run = Run(cell, 0, 0, True)
+    model = models.create(run.config(), 10, 28)
+    if cell.objective == 'reconstruct':
+        model = models.create_autoencoder(model)
+    model.train()(next(iter(make_loader(images, data.config, 16)))[0])
+    operations = experiment._operations(model.eval(), data)
+    assert operations['parameters'] > 0 and operations['dense_macs'] > 0 and operations['energy_uj'] > 0

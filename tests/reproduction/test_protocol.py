@@ -22,7 +22,7 @@ from reproduction.protocol import Run, read_protocol
     ({'datasets': {'fashion_mnist': {'train': 5700, 'validation': 0, 'test': 1}}}, 'integer of at least 1, got 0'),
     ({'datasets': {'mnist': {}}}, "unknown dataset 'mnist', expected one of fashion_mnist, "),
     ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults: unknown keys: attnetion'),
-    ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and finite, got '1e-2'"),
+    ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and at most 1000, got '1e-2'"),
     ({'cells': {'a': {'title': 'x', 'tries': [{'lrr': 1}]}}}, 'cell a: the recipe: unknown keys: lrr'),
     ({'cells': {'a': {'title': 'x', 'tries': [{'epochs': '1.5x'}]}}}, 'or a factor such as 2x, got .1.5x'),
     ({'cells': {'a': {'title': 'x', 'tries': [{'epochs': '2x', 'warmup_epochs': 1}]}}}, 'multiplies warmup_epochs'),
@@ -38,10 +38,17 @@ from reproduction.protocol import Run, read_protocol
     ({'cells': {'a': {}}}, 'cell a: the entry: missing keys: title'),
     ({'cells': [1]}, r'cells must be a mapping, got \[1\]'),
     ({'questions': {'Q': {**TINY['questions']['Q'], 'conclusion': None}}}, 'Q: conclusion must be a string, got None'),
-    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {5: ['mae', 'tuned']}}}}, 'must be a string, got 5'),
-    ({'cells': {'a': {'title': 5}}}, 'title must be a string, got 5'),
+    ({'questions': {'Q': {**TINY['questions']['Q'], 'claims': {5: ['mae', 'tuned']}}}}, 'must be a string .*, got 5'),
+    ({'cells': {'a': {'title': 5}}}, 'title must be a string of one line .*, got 5'),
     ({'cells': {'a': {'title': 'x', 'model_kwargs': {1: 2}}}}, r'must consist of JSON values, got \{1: 2\}'),
     ({'cells': {'a': {'title': 'x', 'model_kwargs': {'a': datetime.date(2026, 1, 1)}}}}, 'model_kwargs must'),
+    ({'cells': {'a': {'title': 'x', 'model_kwargs': {'img_size': 32}}}}, 'must not contain img_size, which the study'),
+    ({'cells': {'a': {'title': 'x|y'}}}, r'title must be a string of one line without "\|", got .x|y'),
+    ({'cells': {'a': {'title': 'x', 'ships': 'spikformer_v2_2_128_patch4_32.a'}}}, 'ships must be MODEL.TAG with the'),
+    ({'cells': {'a': {'title': 'x', 'model': 'vit_tiny_patch16_224', 'ships': 'vit_tiny_patch16_224.a'}}},
+     'ships must be MODEL.TAG with the model of the cell, a Spikformer'),
+    ({'cells': {'a': {'title': 'x', 'seeds': [0, 2 ** 32]}}}, 'each seed must be less than 2 [*][*] 32'),
+    ({'cells': {'a': {'title': 'x', 'recipe': {'bf16': 'no'}}}}, "bf16 must be True or False, got 'no'"),
     ({'questions': {'Q': {}}}, 'Q: missing keys: claims, rows, text, title'),
     ({'label_curves': {'a': {'b': {50: 'scratch'}}}}, 'scratch is not a cell with 50 labels'),
     ({'lable_curves': {}}, 'the file: unknown keys: lable_curves'),
@@ -58,7 +65,9 @@ def test_bad_protocols(change, message, tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     ('a: [1', 'x.yaml is not a YAML file: .*expected'), ('', 'the file must be a mapping, got None'),
-    ('a: 1\nb: 2\na: 3', "the key 'a' appears twice"), (None, 'x.yaml cannot be read: No such file')], ids=repr)
+    ('a: 1\nb: 2\na: 3', "the key 'a' appears twice"), ('!!map [1]', 'x.yaml: it contains YAML that cannot be read'),
+    ('[' * 10 ** 4, 'x.yaml: it contains YAML that cannot be read: RecursionError'),
+    (None, 'x.yaml cannot be read: No such file')], ids=lambda value: repr(value)[:40])
 def test_files_that_are_not_protocols(content, message, tmp_path):
     if content is not None:
         (tmp_path / 'x.yaml').write_text(content)

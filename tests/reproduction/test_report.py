@@ -15,7 +15,8 @@ from reproduction.statistics import paired_difference, summarize
 
 
 def test_committed_report_matches_committed_runs(tmp_path):
-    write_report(read_protocol(), FOLDER / 'runs', tmp_path)
+    with matplotlib.rc_context({'lines.linewidth': 4}):  # the settings of the user have no effect
+        write_report(read_protocol(), FOLDER / 'runs', tmp_path)
     assert (tmp_path / 'README.md').read_bytes() == (FOLDER / 'README.md').read_bytes()
     for path in (tmp_path / 'figures').iterdir():
         committed = (FOLDER / 'figures' / path.name).read_bytes()
@@ -72,7 +73,8 @@ def test_report_of_incomplete_study(study, tmp_path):
 def test_time_on_gpus_is_reported_separately(study, tmp_path):
     """The last two of the three epochs of a run were trained on a GPU."""
     run = study.tries(study.protocol.cells['scratch'])[0]
-    epochs = [dict(seconds=1800., cpu_seconds=1800.)] + [dict(seconds=s, gpu='NVIDIA X') for s in (90., 60.)]
+    epochs = [dict(loss=1., seconds=1800., cpu_seconds=1800.)]
+    epochs += [dict(loss=1., seconds=s, gpu='NVIDIA X') for s in (90., 60.)]
     pretend(study, run, cpu_seconds=1800., history=epochs)
     write_report(study.protocol, study.runs, tmp_path)
     text = (tmp_path / 'README.md').read_text()

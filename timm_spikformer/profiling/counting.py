@@ -69,7 +69,8 @@ class LayerProfile:
     Args:
         name: Module name in the timm model.
         group: 'stem', 'attention', 'mlp' or 'head'.
-        input: Type of the input: 'image', 'spikes', 'sums' (of spikes), or 'features' (averaged over time steps).
+        input: Type of the input: 'image', 'spikes', 'sums' (of spikes), 'features' (mean over time steps), or 'real'
+            for a layer whose attribute `has_real_input` is true.
         parameters: Number of parameters, including those of BN.
         dense_macs: Multiply-accumulates per image and time step without sparsity.
         input_rate: Mean of the input; None unless it consists of spikes or sums of spikes.

@@ -68,7 +68,7 @@ def _count_product(counts: LayerCounts, conventions: Conventions, time_steps: in
         return _count_dense_macs(counts, _only(-1, time_steps))  # once, for the mean over time
     if counts.input == 'image' and not is_sequence:
         return _count_first_conv(counts, conventions, all_steps)
-    if counts.input == 'image' and not counts.is_integer:
+    if counts.input == 'real' or counts.input == 'image' and not counts.is_integer:
         return _count_dense_macs(counts, all_steps)
     # spikes, sums of spikes, or event counts, which are counted as sums
     if counts.input != 'spikes' and conventions.residual == 'mac':

@@ -124,7 +124,7 @@ class LayerCounts:
     """
     name: str
     group: str  # stem, attention, mlp or head
-    input: str  # image, spikes, sums or features
+    input: str  # image, spikes, sums, real or features
     parameters: int
     has_bn: bool
     has_bias: bool  # whether the product has a bias
@@ -323,7 +323,7 @@ def _find_product(name: str, layer: nn.Module) -> nn.Module:
     return product
 
 
-def _layer_kind(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str]:
+def _layer_kind(encoder: Spikformer, name: str, layer: nn.Module, is_first: bool) -> Dict[str, str]:
     if is_first:
         return dict(group='stem', input='image')
     if name == 'head.fc':
@@ -332,6 +332,8 @@ def _layer_kind(encoder: Spikformer, name: str, is_first: bool) -> Dict[str, str
         is_sum = isinstance(encoder.stem, SpikingConvStem) and name.endswith('.down')
         return dict(group='stem', input='sums' if is_sum else 'spikes')
     group = 'attention' if '.attn' in name else 'mlp'
+    if getattr(layer, 'has_real_input', False):
+        return dict(group=group, input='real')
     return dict(group=group, input='sums' if name.endswith(('.qkv', '.fc1')) else 'spikes')
 
 
@@ -363,7 +365,7 @@ class Recorder:
                 weight_bytes=next(m.parameters()).element_size(),
                 neuron_spikes=None if by_channel else SpikeCounts(),
                 attention={} if is_attention else None,
-                **_layer_kind(encoder, name, i == 0),
+                **_layer_kind(encoder, name, m, i == 0),
             )
 
     def _hooks(self) -> Iterator[RemovableHandle]:
