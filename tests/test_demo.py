@@ -423,7 +423,7 @@ def test_fewer_images_than_a_batch(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('encoding', ['ascii', 'utf-8'])
+@pytest.mark.parametrize('encoding', ['ascii', pytest.param('utf-8', marks=pytest.mark.slow)])
 def test_output_encodings(encoding, tmp_path):
     env = dict(os.environ, PYTHONIOENCODING=encoding, OMP_NUM_THREADS='1')
     done = subprocess.run(

@@ -320,7 +320,7 @@ def test_mask_raises_in_models_without_masking(cls, images):
 # -- Auto classes
 
 @pytest.mark.parametrize('order', [
-    'import timm_spikformer, transformers',
+    pytest.param('import timm_spikformer, transformers', marks=pytest.mark.slow),
     pytest.param('import transformers, timm_spikformer', marks=pytest.mark.slow),
     'from transformers import AutoConfig, AutoModel, AutoImageProcessor; import timm_spikformer',
 ])

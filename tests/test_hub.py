@@ -368,6 +368,7 @@ def test_repository_with_unknown_content_is_unchanged(hub, client, shipped):
     assert public.startswith('ValueError The repository me/theirs is public. Make it private in its settings')
 
 
+@pytest.mark.slow
 def test_thousand_named_classes(hub, client, images):
     """The order is kept by the pipeline, by timm, and after transformers has saved the model again."""
     torch.manual_seed(0)

@@ -195,7 +195,7 @@ def check(*args):
     compare_with(*expected, *args)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(**cases)
 def test_any_surgeries(stem, mode, surgeries, seed, sequence):
     check(stem, mode, surgeries, seed, sequence)

@@ -131,10 +131,12 @@ def test_a_fork_while_another_thread_compiles(tmp_path):
     assert out.stdout == '0\n', out.stderr
 
 
+IS_RIGHT = "result = product(); print(result != 'dense' and abs(float(result) - layer(x).sum().item()) < 0.1)"
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'full disk'])
 def test_a_cache_that_is_damaged(damage, tmp_path):
     env = dict(NUMBA_CACHE_DIR=str(tmp_path))
-    expected = run_script('print(product())').stdout
     if damage == 'truncated':
         run_script('product()', **env)
         for path in tmp_path.rglob('*.nb?'):
@@ -144,9 +146,8 @@ def test_a_cache_that_is_damaged(damage, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         """ if damage == 'full disk' else ''
-    out = run_script(limit + '\n' + 'print(product())', **env) if not limit else run_script(
-        textwrap.dedent(limit) + 'print(product())', **env)
-    assert out.stdout == expected, out.stderr
+    out = run_script(textwrap.dedent(limit) + IS_RIGHT, **env)
+    assert out.stdout == 'True\n', out.stderr
     assert 'Traceback' not in out.stderr
 
 

@@ -39,7 +39,6 @@ def test_tries_do_not_use_test_images_and_share_weights_with_final_runs(study, m
 
 @pytest.mark.parametrize('name, recipe', [
     ('mae', {}),
-    ('tuned', {}),
     ('tuned', dict(fixed_bn=0.5)),
     ('tuned', dict(num_workers=2, augmentation=dict(auto_augment='rand-m7-n1', scale=[0.5, 1.]))),
 ], ids=str)
