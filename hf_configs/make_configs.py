@@ -31,7 +31,7 @@ def main() -> None:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in timm.list_models(module='spikformer'):
         write(name, root / name)
-    # the paper fine-tunes a model trained with one time step at four time steps
+    # for time_steps_1_to_4_imagenet.json: four time steps after training with one, as in related work
     write('spikformer_v2_16_768', root / 'spikformer_v2_16_768_4_time_steps', time_steps=4)
 
 
