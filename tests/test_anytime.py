@@ -317,3 +317,35 @@ def test_sum_of_many_steps_in_bfloat16():
         stateful.mean_over_time(x[None])
         stateful._next_index = 0
     torch.testing.assert_close(stateful.mean_over_time(x[None]), x)
+
+
+def test_failed_call_does_not_change_the_state(model, sequences):
+    """A call that fails in the last block, for example because memory runs out, can be repeated."""
+    expected = model(sequences)
+    stateful = StatefulInference(model)
+    stateful(sequences[:, :2])
+    handle = model.blocks[-1].register_forward_pre_hook(lambda m, args: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        stateful(sequences[:, 2:])
+    handle.remove()
+    torch.testing.assert_close(stateful(sequences[:, 2:]), expected)
+
+
+@pytest.mark.parametrize('depths', [(2, 1), (1, 2)])
+def test_calls_that_run_other_layers_raise(depths, images):
+    model = calibrate(timm.create_model('test_spikformer_v2', depth=2), images)
+    blocks = list(model.blocks)
+    stateful = StatefulInference(model, time_steps=2)
+    model.blocks = nn.Sequential(*blocks[:depths[0]])
+    stateful(images)
+    model.blocks = nn.Sequential(*blocks[:depths[1]])
+    with pytest.raises(ValueError, match='Expected each call to run the same layers'):
+        stateful(images)
+
+
+def test_recorded_layers_are_unique(model, images):
+    name = 'blocks.0.attn.attn_lif'
+    for layers in (name, [name, name]):
+        with record_membrane_potentials(model, layers) as membranes:
+            model(images)
+        assert [len(calls) for calls in membranes.values()] == [1]

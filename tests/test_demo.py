@@ -62,6 +62,13 @@ def test_linear_classifier_matches_scikit_learn():
     assert accuracy == pytest.approx(83.6, abs=0.3)
 
 
+def test_linear_classifier_with_color_images_in_one_split():
+    train, test = (images.sample_evenly(50) for images in select_train_test(read_splits()))
+    decode = test._decode
+    test._decode = lambda i: Image.merge('RGB', (decode(i).convert('L'), *2 * [Image.new('L', (28, 28))]))
+    assert 0 <= fit_linear(train, test, training_data_config(), torch.device('cpu')) <= 100
+
+
 def test_results_and_saved_model(finished, folder):
     results = json.loads((finished / 'results.json').read_text())
     assert results['accuracy'] >= 75 and results['linear_accuracy'] >= 75

@@ -163,6 +163,12 @@ def test_given_masks(mae, images, noise, dtype):
     assert torch.equal(given.mask, expected.mask) and torch.equal(given.reconstruction, expected.reconstruction)
 
 
+@pytest.mark.parametrize('ratio, visible', [(0.75, 25), (0.9, 10), (0.7, 30), (0.99, 1)])
+def test_number_of_visible_patches(ratio, visible):
+    mask, _ = make_mae(mask_ratio=ratio).make_mask(torch.rand(1, 3, 160, 160))
+    assert (~mask).sum() == visible
+
+
 def test_masks_of_larger_units(images):
     mae = make_mae('scs', images, mask_unit=32, mask_ratio=0.5)
     mask, ids = mae.make_mask(images)

@@ -183,6 +183,9 @@ def test_infinite_constants_and_tensors_are_accepted():
     spikes = lif(x, tau=tau)
     spikes.sum().backward()
     assert torch.equal(spikes.detach(), lif(x)) and tau.grad != 0
+    assert LIF(tau=torch.tensor(3.)).tau == 3.
+    with pytest.raises(ValueError, match='tau must be greater than 1 and at most inf, got 0.5'):
+        LIF(tau=torch.tensor(0.5))
 
 
 @pytest.mark.parametrize('shape', [(), (0, 3)])

@@ -44,7 +44,7 @@ def run(tmp_path, **recipe):
     (dict(augmentation=dict(collate_fn=None)), 'augmentation must be a mapping with keys among'),
     (dict(augmentation=5), 'augmentation must be a mapping with keys among .*, got 5'),
     (dict(bf16='no'), "bf16 must be True or False, got 'no'"),
-    (dict(seed=2 ** 32), 'seed must be less than 2 [*][*] 32, got 4294967296'),
+    (dict(seed=2 ** 32), 'seed [+] epochs must be at most 2 [*][*] 32, got 4294967296 [+] 1'),
     (dict(lr=1e308), 'lr must be at least 0 and at most 1000, got 1e[+]308'),
     (dict(lr=10 ** 400), 'lr must be at least 0 and at most 1000'),
     (dict(augmentation=dict(scale='x')), "Run: the augmentation {'scale': 'x'} is not possible"),
@@ -61,6 +61,17 @@ def test_bad_settings(recipe, message, tmp_path):
             timm.create_model('spikformer_v2_2_64_patch4_32', num_classes=10, img_size=28, embed_dim=16), classify,
             images, training_data_config(), recipe, tmp_path / 'new' / 'x.pth.tar', 'Run', 'test', {})
     assert not (tmp_path / 'new').exists()
+
+
+def test_other_files_are_noticed_before_training(tmp_path):
+    (tmp_path / 'x.pth.tar').write_text('mine')
+    callback = Callback()
+    callback.on_step = lambda *args: pytest.fail('trained')
+    with pytest.raises(ValueError, match='x.pth.tar'):
+        train(
+            timm.create_model('spikformer_v2_2_64_patch4_32', img_size=28, embed_dim=16), classify,
+            read_splits()['train'].sample_stratified(32, seed=0), training_data_config(), Recipe(1, 1e-2, 32),
+            tmp_path / 'x.pth.tar', 'Test', 'test', {}, callback=callback)
 
 
 def test_evaluation_of_diverged_model_raises():

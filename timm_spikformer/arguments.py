@@ -98,9 +98,10 @@ def check_number(
         value: Its value.
         above: Exclusive lower bound; by default the number must be at least 0.
         below: Exclusive upper bound; by default the number must be finite.
-        maximum: Inclusive upper bound, used instead of `below`.
+        maximum: Inclusive upper bound, used instead of `below`; infinity allows an infinite number.
     """
-    if _is_finite(value) and (value >= 0 if above is None else value > above) and (
+    is_allowed = _is_finite(value) or maximum == math.inf and _is_number(value) and value == math.inf
+    if is_allowed and (value >= 0 if above is None else value > above) and (
             value < below if maximum is None else value <= maximum):
         return
     lower = 'at least 0' if above is None else f'greater than {above:g}'

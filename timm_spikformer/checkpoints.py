@@ -167,7 +167,8 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Converte
         if origin is _SPIKINGJELLY and key.endswith('linear.bias') and key not in out:
             out[key] = torch.zeros(expected.shape, dtype=expected.dtype)  # spikingjelly's layers have no bias
             sources[key] = []
-        if key in out and out[key].shape != expected.shape and not key.startswith(('head.', 'stem.stages.0.')):
+        if key in out and out[key].shape != expected.shape and not key.startswith(
+                ('head.', 'stem.stages.0.down.conv.', 'stem.stages.0.proj.conv.')):
             raise ValueError(
                 f'The checkpoint does not fit the model: the shape of {key} is {tuple(out[key].shape)} in the '
                 f'checkpoint and {tuple(expected.shape)} in the model (embed_dim={model.embed_dim}). Create the model '

@@ -176,7 +176,10 @@ class Images(Dataset):
         return self.source.name(int(self._indices[i]))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the names and sizes of the source files, and of the labels and indices of images."""
+        """Return the SHA-256 of the names and sizes of the source files, and of the labels and indices of images.
+
+        No image is read, so a changed file of the same size is not detected; see `digest`.
+        """
         digest = hashlib.sha256()
         self._identify_source(digest)
         for values in (self._indices, self.labels):
@@ -226,14 +229,15 @@ class Images(Dataset):
 
         Args:
             seed: Random seed for choosing the images.
-            fraction: Fraction of each class to hold out, greater than 0 and less than 1, but at least one image.
+            fraction: Fraction of each class to hold out, greater than 0 and less than 1; rounded, so that at least one
+                image of each class is held out and one is not.
 
         Raises:
             ValueError: Every class has only one image, there are no labels, or an argument is out of its range.
         """
         check_number('fraction', fraction, above=0, below=1)
         order, rank, sizes = self._rank_within_class(seed)
-        held_out = np.where(sizes < 2, 0, np.maximum(1, np.floor(fraction * sizes + 0.5)))
+        held_out = np.where(sizes < 2, 0, np.clip(np.floor(fraction * sizes + 0.5), 1, np.maximum(1, sizes - 1)))
         is_test = rank < held_out[self.labels[order]]
         if not is_test.any():
             raise ValueError(f'{self.description}: no class has 2 images, so no test images can be held out.')
@@ -242,7 +246,7 @@ class Images(Dataset):
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the encoded images and their labels, in order.
+        """Return the SHA-256 of the encoded images and their labels, in order; reads all files.
 
         Raises:
             ValueError: There are no labels.
@@ -267,7 +271,7 @@ class Images(Dataset):
         if channels not in modes:
             raise ValueError(f'The model has {channels} input channels, but images have 1 or 3.')
         self.mode = modes[channels]
-        return create_loader(self, batch_size=batch_size, use_prefetcher=use_prefetcher, **config, **options)
+        return create_loader(self, batch_size=batch_size, use_prefetcher=use_prefetcher, **{**config, **options})
 
     def _check_labels(self) -> None:
         if self.labels is None:
@@ -366,7 +370,7 @@ def read_splits(folder: Optional[PathLike] = None, labels: bool = True) -> Dict[
         for split, images in splits.items():
             if images.labels is not None:
                 try:
-                    splits[split] = match_classes(images, train.classes, len(train.classes))
+                    splits[split] = match_classes(images, train.classes, len(train.classes), 'the training split')
                 except ValueError as e:
                     raise ValueError(f'{root}: the splits train and {split} have different classes. {e}') from e
     return splits
@@ -470,7 +474,12 @@ def _check_range(images: Images, num_classes: int) -> None:
             f'{images.description}: there is a label {images.labels.max()}, expected 0 to {num_classes - 1}.')
 
 
-def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: int) -> Images:
+def match_classes(
+        images: Images,
+        names: Optional[Sequence[str]],
+        num_classes: int,
+        owner: str = 'the model',
+) -> Images:
     """Map the labels of images to the class indices of a model, by class name.
 
     If the model or the dataset has no class names, the classes are assumed to be in the same order. Then only the
@@ -480,6 +489,7 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
         images: Images with labels.
         names: Class names of the model in order, or None if it has none.
         num_classes: Number of classes of the model.
+        owner: What has these classes, for messages.
 
     Raises:
         ValueError: The images have no labels, or have classes that the model does not have.
@@ -498,7 +508,7 @@ def match_classes(images: Images, names: Optional[Sequence[str]], num_classes: i
     unknown = [name for name in images.classes if name not in index]
     if unknown:
         raise ValueError(
-            f'{images.description}: {unknown[0]!r} is not a class of the model, whose classes are {_shorten(names)}.')
+            f'{images.description}: {unknown[0]!r} is not a class of {owner}, whose classes are {_shorten(names)}.')
     matched = copy.copy(images)
     matched.labels = np.array([index[name] for name in images.classes])[images.labels]
     matched.classes = list(names)
@@ -529,23 +539,25 @@ def make_loader(
         images: Images or event sequences to load.
         config: timm's data config, see `data_config`.
         batch_size: Number of images per batch.
-        device: Device of the model; for CUDA, timm's prefetcher moves batches with labels there.
+        device: Device of the model. Batches with labels are moved to it.
         augment: Load for training: shuffle, flip at random, and drop the last batch if it is incomplete.
         hflip: Probability of a horizontal flip if `augment` is True.
         num_workers: Number of processes that load images; with 0, the calling process loads them.
-        augmentation: Further arguments of timm's `create_loader`; by default images are neither cropped nor jittered.
+        augmentation: Further arguments of timm's `create_loader`; by default images are not
+            jittered, and are cropped to the central square if they are not square.
 
     Returns:
-        A loader of pairs (images `[B, C, H, W]`, labels `[B]`), or of images only if there are no labels.
+        A loader of pairs (images `[B, C, H, W]` or sequences `[B, T, 2, H, W]`, labels `[B]`), or of images only if
+        there are no labels.
 
     Raises:
-        ValueError: The number of input channels in `config` is not 1 or 3.
+        ValueError: The number of input channels in `config` is not 1 or 3, or not 2 for event sequences.
     """
     device = torch.device(device)
     return copy.copy(images)._create_loader(
         config,
         batch_size,
-        use_prefetcher=device.type == 'cuda' and images.labels is not None,
+        use_prefetcher=device.type != 'cpu' and images.labels is not None,
         device=device,
         is_training=augment,
         hflip=hflip,
@@ -556,6 +568,6 @@ def make_loader(
 
 
 def to_pixels(x: Tensor, config: Dict[str, Any]) -> Tensor:
-    """Undo the normalization of images `[B, C, H, W]`, and return pixels in the range 0 to 1."""
+    """Undo the normalization of images `[..., C, H, W]`, and return pixels in the range 0 to 1."""
     mean, std = (torch.tensor(config[key], device=x.device).view(-1, 1, 1) for key in ('mean', 'std'))
     return x * std + mean

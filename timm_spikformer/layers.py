@@ -28,7 +28,13 @@ from .kernels.events import (
 )
 from .kernels.lif import norm_lif, norm_lif_fallback_reason
 from .kernels.products import product, product_fallback_reason
-from .kernels.rules import context_fallback_reason, module_fallback_reason, record_original_methods, runs_in_kernel
+from .kernels.rules import (
+    back_end,
+    context_fallback_reason,
+    module_fallback_reason,
+    record_original_methods,
+    runs_in_kernel,
+)
 from .masking import VisibleTokens, apply_to_patches
 from .neurons import LIF, get_stateful_inference, lif_plain
 from .recompute import checkpoint_with_bn
@@ -122,6 +128,8 @@ class SpikingSelfAttention(nn.Module):
             reason = f'attn_lif is a {type(self.attn_lif).__name__}'
         elif not self.attn_lif.constants.are_numbers:
             reason = 'the constants of attn_lif are not numbers'
+        elif not back_end(self.qkv.linear.weight):
+            reason = f'there is no kernel for {self.qkv.linear.weight.device}'
         return [('attn_lif', reason or context_fallback_reason())]
 
 
@@ -341,8 +349,8 @@ class ConvBNLIF(_Unit):
     """Convolution - BN - LIF, `[T or 1, B, C, H, W] -> [T, B, C', H', W']`.
 
     An input with a single step is repeated T times, but convolved and normalized only once. Outputs and batch
-    statistics equal those of T steps, except that the factor n / (n - 1) of the running variance counts each image
-    once.
+    statistics equal those of T steps, except in the unbiased running variance: its factor n / (n - 1) has n =
+    B * H' * W' instead of T * B * H' * W'.
 
     With `visible`, the input consists of visible patches, `[T or 1, B * N', C, p, p]`. Masked neighbors are 0 in the
     convolution, and BN statistics cover only visible positions, as in SparK, https://arxiv.org/abs/2301.03580, so

@@ -18,7 +18,10 @@ class TETLoss(nn.Module):
     Args:
         weight: Weight of the second term, at least 0 and less than 1.
         constant: Target value of all logits in the second term.
-        label_smoothing: Label smoothing of the cross-entropy.
+        label_smoothing: Label smoothing of the cross-entropy, at least 0 and less than 1.
+
+    Raises:
+        ValueError: An argument is out of its range.
 
     >>> import timm
     >>> model = timm.create_model('test_spikformer_v2', num_classes=10, time_steps=2)

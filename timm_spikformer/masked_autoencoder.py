@@ -247,7 +247,7 @@ class SpikformerMAE(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of the encoder, which uses most of the activation memory."""
+        """Enable or disable gradient checkpointing of the encoder, whose activations use most of the memory."""
         self.encoder.set_grad_checkpointing(enable)
 
     def _mask_from_noise(self, noise: Optional[Tensor], x: Tensor) -> Tuple[Tensor, int]:
@@ -256,7 +256,7 @@ class SpikformerMAE(nn.Module):
         if H % self.mask_unit != 0 or W % self.mask_unit != 0:
             raise ValueError(f'Height and width must be multiples of mask_unit={self.mask_unit}, got {H}x{W}.')
         num_units = (H // self.mask_unit) * (W // self.mask_unit)
-        num_visible = int(num_units * (1. - self.mask_ratio))
+        num_visible = int(num_units * (1. - self.mask_ratio) + 1e-6)  # 1 - 0.9 is slightly less than 0.1
         if not 0 < num_visible < num_units:
             raise ValueError(
                 f'mask_ratio={self.mask_ratio} leaves {num_visible} of {num_units} units of '

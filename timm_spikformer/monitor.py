@@ -55,7 +55,8 @@ class FiringRateMonitor:
         @torch.no_grad()
         def record(module: nn.Module, args: Any, spikes: Tensor) -> None:
             if self.enabled:
-                count = spikes.float().sum().double()
+                count = spikes.float().sum()
+                count = count if count.device.type == 'mps' else count.double()  # MPS has no float64
                 self._totals[name] = self._totals[name] + count if self._numels[name] else count
                 self._numels[name] += spikes.numel()
         return record

@@ -203,6 +203,7 @@ class LIF(nn.Module):
 
     def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.0):
         super().__init__()
+        tau, v_threshold, alpha = (c.item() if isinstance(c, Tensor) else c for c in (tau, v_threshold, alpha))
         _check_constants(tau, v_threshold, alpha)
         self.tau = float(tau)
         self.v_threshold = float(v_threshold)
@@ -276,7 +277,8 @@ def record_membrane_potentials(
         before_reset: Record h, the potential before the reset, instead of v; see `lif`.
 
     Yields:
-        A dict with a list for each layer, which gets one detached tensor `[T, B, ...]` per call of the layer.
+        A dict with a list for each layer, which gets one detached tensor `[T, B, ...]` per call of the layer, float32
+        (float64 for float64 input).
 
     Raises:
         ValueError: The model has no neuron layer with a given name, or a `StatefulInference` runs the model.
@@ -289,7 +291,8 @@ def record_membrane_potentials(
     torch.Size([4, 2, 16, 64])
     """
     neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF)}
-    layers = list(neurons) if layers is None else list(layers)
+    layers = neurons if layers is None else [layers] if isinstance(layers, str) else layers
+    layers = list(dict.fromkeys(layers))
     for name in layers:
         if name not in neurons:
             raise ValueError(f'The model has no neuron layer {name!r}. It has {", ".join(neurons) or "none"}.')
@@ -309,11 +312,14 @@ def record_membrane_potentials(
         yield records
 
 
+_OTHER_LAYERS = (
+    'Expected each call to run the same layers in the same order as the first call. Create a new StatefulInference '
+    'after changing the model.')
 _stateful_inference: ContextVar[Optional['StatefulInference']] = ContextVar('stateful', default=None)
 
 
 def get_stateful_inference() -> Optional['StatefulInference']:
-    """Return the active `StatefulInference`, or None if there is none."""
+    """Return the active `StatefulInference`; None if there is none, or if a call is being compiled."""
     return None if torch.compiler.is_compiling() else _stateful_inference.get()
 
 
@@ -346,13 +352,25 @@ class StatefulInference:
         self.model = model
         self.time_steps = check_integer('time_steps', time_steps, 1)
         _check_supports_stateful(model)
+        # ('membrane', v) or ('mean', total, count), in the order of the calls; new ones replace them after the run
         self._states: List[Tuple[Any, ...]] = []
-        self._next_index = 0
+        self._new_states: List[Tuple[Any, ...]] = []
         self._input_steps: Optional[int] = None  # T of the sequence passed in, None for images
 
     def __call__(self, x: Tensor, **kwargs: Any) -> Any:
-        """Run the model on the next part: images `[B, C, H, W]` or sequences `[B, t, C, H, W]`."""
-        self._next_index = 0
+        """Run the model on the next part, and return its output for the whole sequence so far.
+
+        If the run fails, the state remains that of the previous call.
+
+        Args:
+            x: Images `[B, C, H, W]`, or the next t time steps of sequences `[B, t, C, H, W]`.
+            kwargs: Further arguments of the model.
+
+        Raises:
+            ValueError: The batch shape or the layers that run differ from the first call, or the model does not support
+                this.
+        """
+        self._new_states = []
         self._input_steps = x.shape[1] if x.ndim == 5 else None
         token = _stateful_inference.set(self)
         try:
@@ -360,9 +378,12 @@ class StatefulInference:
                 output = self.model(x, **kwargs)
         finally:
             _stateful_inference.reset(token)
-        if self._next_index == 0:
+        if not self._new_states:
             raise ValueError(
                 f'The model ({type(self.model).__name__}) has not called any LIF neurons, so it has no state to carry.')
+        if self._states and len(self._new_states) != len(self._states):
+            raise ValueError(_OTHER_LAYERS)
+        self._states = self._new_states
         return output
 
     def select_samples(self, samples: Tensor) -> None:
@@ -373,14 +394,12 @@ class StatefulInference:
     @contextlib.contextmanager
     def _next_state(self, kind: str) -> Iterator[List[Any]]:
         """Yield the state of the current neuron or mean as a mutable list, empty at the first call."""
-        i, self._next_index = self._next_index, self._next_index + 1
-        if i < len(self._states) and self._states[i][0] != kind:
-            raise ValueError(
-                'Expected each call to run the same layers in the same order as the first call. Create a new '
-                'StatefulInference after changing the model.')
-        state = list(self._states[i][1:]) if i < len(self._states) else []
+        i = len(self._new_states)
+        if self._states and (i >= len(self._states) or self._states[i][0] != kind):
+            raise ValueError(_OTHER_LAYERS)
+        state = list(self._states[i][1:]) if self._states else []
         yield state
-        self._states[i:i + 1] = [(kind, *state)]
+        self._new_states.append((kind, *state))
 
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError if the number of time steps differs between the inputs of `__call__` and the network."""
@@ -424,7 +443,7 @@ class StatefulInference:
     def mean_over_time(self, x: Tensor) -> Tensor:
         """Add features `[T, B, ...]` and return the running mean over all time steps so far, `[B, ...]`."""
         with self._next_state('mean') as state:
-            # with fewer bits than those of float32, a large sum would not change any more
+            # half precision would round small additions to a large sum away
             total = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
             count = len(x)
             if state:

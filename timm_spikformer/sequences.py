@@ -27,7 +27,7 @@ def to_time_major(x: Tensor, time_steps: int, in_chans: int, patch_size: int) ->
         `[1, B, C, H, W]` and `time_steps` for images, or `[T, B, C, H, W]` and T for sequences.
 
     Raises:
-        ValueError: The number of dimensions, channels or time steps, or the image size, is invalid.
+        ValueError: The dtype, the number of dimensions, channels or time steps, or the image size is invalid.
     """
     if x.ndim != 4 and x.ndim != 5:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Training with timm's data loader, optimizer, scheduler and EMA; resumable, and deterministic for a given seed.
+"""Training with timm's data loader, optimizer, scheduler and EMA; resumable and, on a CPU, deterministic.
 
 The demo and the study in `reproduction/` use this loop. Unlike timm's train.py, it is called as a function, a resumed
-run equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe` are
-named like the options of train.py.
+run on a CPU equals an uninterrupted one bit for bit, and it can also train a masked autoencoder. The fields of `Recipe`
+are named like the options of train.py.
 """
 import contextlib
 import io
@@ -36,7 +36,8 @@ __all__ = [
 # Function of (model, images, labels) that returns the loss and the logits, or None without logits
 Objective = Callable[[nn.Module, Tensor, Tensor], Tuple[Tensor, Optional[Tensor]]]
 
-_tet_loss = TETLoss(label_smoothing=0.1)
+_LABEL_SMOOTHING = 0.1
+_tet_loss = TETLoss(label_smoothing=_LABEL_SMOOTHING)
 # arguments of timm's `create_loader` that augment images, and leave the format of batches unchanged
 _AUGMENTATIONS = (
     'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
@@ -57,7 +58,8 @@ class Recipe(NamedTuple):
         layer_decay: Factor of the learning rate from each layer to the preceding one; None for no layer decay.
         warmup_epochs: Epochs during which the learning rate rises from a hundredth of its peak; fewer than `epochs`.
         fixed_bn: Fraction of the updates, at the end, that use fixed BN statistics: see `train`.
-        ema_decay: Decay of the moving average of the weights; training returns the averaged weights.
+        ema_decay: Final decay of the moving average of the weights, which training returns. timm's warmup raises the
+            decay from 0; it reaches 0.99 after about 1,000 updates.
         bf16: Use bfloat16 autocast on a CPU, which is faster on CPUs with bfloat16 instructions. CUDA always uses it.
         hflip: Probability of a horizontal flip.
         augmentation: Further arguments of timm's `create_loader` for training: `scale`, `ratio`, `vflip`,
@@ -99,7 +101,7 @@ class Callback:
         """Called before the first epoch that runs; `epoch` is greater than 0 for a resumed run."""
 
     def on_step(self, epoch: int, num_images: int, loss: float) -> None:
-        """Called after each update, with the mean loss of the epoch so far."""
+        """Called after each update of `num_images` images, with the mean loss of the epoch so far."""
 
     def on_epoch(self, epoch: int, model: nn.Module, record: Dict[str, Any]) -> None:
         """Called after each epoch, before its checkpoint is written; may add entries to the record of the epoch."""
@@ -110,8 +112,8 @@ class TrainingResult(NamedTuple):
 
     Args:
         model: The moving average of the model, in eval mode, with the BN statistics that `train` describes.
-        history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the layers),
-            `seconds`, and entries added by the callback.
+        history: For each epoch `loss`, `accuracy` in percent (None without logits), `firing_rate` (mean of the
+            layers in the last measured batch, in train mode), `seconds`, and entries added by the callback.
         seconds: Training time in seconds, including the time before an interruption.
 
     >>> import tempfile, timm
@@ -131,19 +133,19 @@ class TrainingResult(NamedTuple):
 
 
 def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
-    """Return the cross-entropy with label smoothing of 0.1, and the logits."""
+    """Objective of `train`: return the cross-entropy with label smoothing of 0.1, and the logits."""
     logits = model(x)
-    return F.cross_entropy(logits.float(), y, label_smoothing=0.1), logits
+    return F.cross_entropy(logits.float(), y, label_smoothing=_LABEL_SMOOTHING), logits
 
 
 def classify_steps(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
-    """Return the TET loss with label smoothing of 0.1, see `TETLoss`, and the logits."""
+    """Objective of `train`: return the TET loss with label smoothing of 0.1, see `TETLoss`, and the mean logits."""
     logits = model.forward_steps(x, cumulative=False)
     return _tet_loss(logits, y), logits.mean(0)
 
 
 def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tuple[Tensor, None]:
-    """Return the loss of a masked autoencoder."""
+    """Objective of `train` for a masked autoencoder: return its loss, and None."""
     return model(x).loss, None
 
 
@@ -189,7 +191,7 @@ def _check_count(meter: AverageMeter) -> None:
 
 
 def masking_noise(mae: SpikformerMAE, x: Tensor, seed: int) -> Tensor:
-    """Return reproducible `noise` for masking images `[B, C, H, W]`, see `SpikformerMAE.forward`."""
+    """Return reproducible `noise` for masking images `[B, C, H, W]`, see `SpikformerMAE.make_mask`."""
     num_units = (x.shape[-2] // mae.mask_unit) * (x.shape[-1] // mae.mask_unit)
     return torch.rand(len(x), num_units, generator=torch.Generator().manual_seed(seed)).to(x.device)
 
@@ -300,7 +302,10 @@ def train(
         kind: Name of the command that trains, such as 'demo'. Files of other commands are not replaced or read.
         run_config: Arguments and data of the run by display name; stored in the checkpoint and compared on resuming.
         resume: Continue from the checkpoint if there is one; a finished run is loaded without training.
-        callback: Its methods are called during training.
+        callback: Receives the progress; by default none.
+
+    Returns:
+        The result, whose model is a copy with averaged weights. `model` itself has the weights of the last update.
 
     Raises:
         ValueError: A setting is out of its range, the augmentation is not possible, there are no labels or fewer images
@@ -321,8 +326,8 @@ def train(
         optimizer, 'cosine', num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.lr / 100,
         step_on_epochs=False, updates_per_epoch=len(loader))
     start_epoch, history, seconds_before = 0, [], 0.
+    check_output_file(checkpoint, kind)  # compares the digest; torch.load does not detect all kinds of damage
     if resume and checkpoint.is_file():
-        check_output_file(checkpoint, kind)  # torch.load does not detect all kinds of damage
         start_epoch, history, seconds_before = load_checkpoint(
             checkpoint, device, dict(state_dict=model, state_dict_ema=ema.module, optimizer=optimizer), recipe.epochs,
             run_config)
@@ -330,7 +335,8 @@ def train(
     num_updates = recipe.epochs * len(loader)
     first_fixed = num_updates - round(recipe.fixed_bn * num_updates)  # first update with fixed BN statistics
 
-    with contextlib.closing(FiringRateMonitor(model)) as monitor:  # a compiled model may stay compiled
+    # not `with FiringRateMonitor(...)`, which would run a compiled model in eager mode
+    with contextlib.closing(FiringRateMonitor(model)) as monitor:
         monitor.enabled = False
         for epoch in range(start_epoch, recipe.epochs):
             epoch_start = time.time()
@@ -391,15 +397,15 @@ def check_recipe(recipe: Recipe) -> None:
         check_integer(name, getattr(recipe, name), 1)
     check_integer('num_workers', recipe.num_workers, 0)
     for name in ('lr', 'weight_decay'):
-        check_number(name, getattr(recipe, name), maximum=1000)
+        check_number(name, getattr(recipe, name), maximum=1000)  # far above useful values
     check_number('warmup_epochs', recipe.warmup_epochs, below=recipe.epochs)
     for name in ('fixed_bn', 'ema_decay', 'hflip'):
         check_number(name, getattr(recipe, name), maximum=1)
     check_number('beta2', recipe.beta2, below=1)
     if recipe.layer_decay is not None:
         check_number('layer_decay', recipe.layer_decay, above=0, maximum=1)
-    if check_integer('seed', recipe.seed, 0) >= 2 ** 32:
-        raise ValueError(f'seed must be less than 2 ** 32, got {recipe.seed}.')
+    if check_integer('seed', recipe.seed, 0) + recipe.epochs > 2 ** 32:  # epoch i is seeded with seed + i
+        raise ValueError(f'seed + epochs must be at most 2 ** 32, got {recipe.seed} + {recipe.epochs}.')
     if not isinstance(recipe.bf16, bool):
         raise ValueError(f'bf16 must be True or False, got {recipe.bf16!r}.')
     if not isinstance(recipe.augmentation, Mapping) or not {*recipe.augmentation} <= {*_AUGMENTATIONS}:

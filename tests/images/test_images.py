@@ -365,6 +365,23 @@ def test_bad_samples_raise(sample, message):
         sample(read_splits()['test'])
 
 
+@pytest.mark.parametrize('fraction, expected', [
+    (0.1, [1, 1, 0]), (0.5, [5, 1, 0]), (0.75, [8, 1, 0]), (0.99, [9, 1, 0])])
+def test_held_out_images_of_each_class(fraction, expected):
+    """Classes of 10, 2 and 1 images: at least one image of each class is used for training."""
+    images = read_splits()['test'].select(range(13))
+    images.labels = np.array([0] * 10 + [1] * 2 + [2])
+    train, test = images.hold_out(0, fraction)
+    assert np.bincount(test.labels, minlength=3).tolist() == expected
+    assert np.bincount(train.labels, minlength=3).min() >= 1 and len(train) + len(test) == 13
+
+
+def test_interpolation_can_be_augmented():
+    images = read_splits()['test'].sample_evenly(4)
+    loader = make_loader(images, CONFIG, 4, augment=True, interpolation='random')
+    assert 'random' in str(loader.dataset.transform) or len(next(iter(loader))[0]) == 4
+
+
 def test_images_without_labels_cannot_be_sampled_by_class():
     images = read_splits()['test']
     images.labels = None

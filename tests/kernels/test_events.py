@@ -311,6 +311,14 @@ def test_readme_example_of_explain_kernels():
     assert any(group.density is not None for group in report)
 
 
+@pytest.mark.parametrize('change, reason', [
+    (lambda model: model.double(), 'the layer is torch.float64 on cpu'),
+    (lambda model: model.to('meta'), 'the layer is torch.float32 on meta')], ids=['float64', 'meta'])
+def test_explanation_without_an_input(change, reason):
+    report = str(explain_kernels(change(timm.create_model('test_spikformer_v2'))))
+    assert reason in report and 'event-driven: kernel' not in report
+
+
 def test_the_reference_of_a_product_is_the_layer():
     layer, x = make('3x3', 64, 32)
     assert torch.allclose(event_driven(layer, x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5)

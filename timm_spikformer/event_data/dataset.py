@@ -187,7 +187,7 @@ class EventSequences(Images):
     def _create_loader(self, config: Dict[str, Any], batch_size: int, use_prefetcher: bool, **options: Any):
         """Create a loader of batches (frames `[B, T, 2, H, W]`, labels `[B]`) with the function `create_loader`."""
         # without timm's prefetcher, which supports only 8-bit images
-        loader = create_loader(self, batch_size=batch_size, use_prefetcher=False, **config, **options)
+        loader = create_loader(self, batch_size=batch_size, use_prefetcher=False, **{**config, **options})
         return _DeviceLoader(loader, options['device'])
 
 
