@@ -55,7 +55,8 @@ def predict_anytime(model: nn.Module, x: Tensor, confidence: float = 0.9) -> Any
 
     Args:
         model: A Spikformer with a classifier, or a module that contains one, in eval mode.
-        x: Images `[B, C, H, W]`, presented for at most `model.time_steps` steps, or sequences `[B, T, C, H, W]`.
+        x: Images `[B, C, H, W]`, presented for at most `time_steps` steps of the Spikformer, or sequences
+            `[B, T, C, H, W]`.
         confidence: Probability after softmax, in (0, 1]. 1 is reached only by rounding.
 
     Raises:

@@ -41,7 +41,8 @@ class ConvertedStateDict(NamedTuple):
 
     Attributes:
         state_dict: Tensors keyed by this package's names
-        sources: For each name in this package, the names in the checkpoint; empty if filled with zeros
+        sources: For each name in this package, the names in the checkpoint without a shared prefix; empty if filled
+            with zeros. A classifier that is kept from the model is listed under its own name
         unused: Names of tensors that V1's code declares but never uses
         decoder: Names of the tensors of the decoder of a masked autoencoder, which are not converted
     """

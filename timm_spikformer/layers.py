@@ -55,8 +55,9 @@ __all__ = [
 def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention without softmax, `q k^T v`, `[..., N, d]`; for binary spikes the values are integers.
 
-    Without softmax the product is associative, for integers exactly, so the cheaper order is computed. Its cost per
-    head is `2 N d min(N, d)` multiply-accumulates.
+    Without softmax the product is associative, exactly so for integers that the dtype represents (up to 2^24 in
+    float32, 256 in bfloat16), so the cheaper order is computed. Its cost per head is `2 N d min(N, d)`
+    multiply-accumulates.
 
     Args:
         q: Spikes, `[..., N, d]`.
@@ -71,9 +72,9 @@ def spiking_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SpikingSelfAttention(nn.Module):
     """Spiking self-attention (SSA), `[T, B, N, C] -> [T, B, N, C]`.
 
-    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))`, with spikes q, k and v of each head, and a threshold of 0.5 in
-    LIF_0.5. One fused qkv layer is equivalent to three layers with separate BN. As in V1, the scale does not depend on
-    the head dimension.
+    `LIF(BN(proj(LIF_0.5(q k^T v * attn_scale))))`, where q, k and v are the spikes of each head, and LIF_0.5
+    has a threshold of 0.5. One fused qkv layer is equivalent to three layers with separate BN. As in V1, the scale does
+    not depend on the head dimension.
 
     Args:
         dim: C.
@@ -189,7 +190,8 @@ class TimeSharedDropPath(nn.Module):
 class SpikingBlock(nn.Module):
     """Encoder block, `[T, B, N, C] -> [T, B, N, C]`: `x + SSA(x)`, then `x + MLP(x)`.
 
-    Each branch ends with neurons, so x is a sum of spikes: its values are small integers.
+    Each branch ends with neurons, so x is a sum of spikes: its values are small integers, except in train mode with
+    dropout or stochastic depth, which rescale spikes.
 
     Args:
         dim: C.
@@ -484,7 +486,8 @@ def run_pair_event_driven(
 ) -> Optional[Tensor]:
     """Return the spikes of `second(first(x))`, passing bytes between the units, or None if this is impossible.
 
-    Used for inference, if both units are event-driven and nothing observes the spikes between them.
+    Used for inference, if `first` is event-driven and nothing observes the spikes between the units. If `second` is not
+    event-driven, it is called with the spikes as floats.
 
     Args:
         first: A unit of this module, or a module that replaces one.

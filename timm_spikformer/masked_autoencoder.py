@@ -42,7 +42,8 @@ def unpatchify(x: Tensor, patch_size: int, grid: Tuple[int, int]) -> Tensor:
 def _mean_and_std(patches: Tensor) -> Tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each patch, `[B, N, 1]`.
 
-    The standard deviation is biased, so that predicting the mean gives a loss of 1; MAE's unbiased one gives 1 - 1/n.
+    The standard deviation is biased, so that predicting the mean gives a loss of 1; with MAE's unbiased one, it would
+    be 1 - 1/n for n values per patch. The epsilon is MAE's.
     """
     var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
     return mean, (var + 1e-6).sqrt()
@@ -112,7 +113,8 @@ class MAEDecoder(nn.Module):
             nn.init.zeros_(m.bias)
 
     def forward(self, features: Tensor, ids: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """
+        """Predict all patches from the features of the visible ones.
+
         Args:
             features: Features of the visible patches, `[B, N', D]`.
             ids: Indices of these patches in row-major order, `[B, N']`.
@@ -180,6 +182,7 @@ class SpikformerMAE(nn.Module):
                 reports a model with one time step.
             mask_ratio: Fraction of the units that are masked, in (0, 1).
             mask_unit: Side of the masked squares in pixels, a multiple of the patch size; by default the patch size.
+                Not used for given masks.
             decoder_embed_dim: Width of the decoder.
             decoder_depth: Number of decoder blocks.
             decoder_num_heads: Number of attention heads of the decoder.
@@ -369,6 +372,8 @@ class SpikformerMAE(nn.Module):
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """Return images for display: the input, the masked input, and the input with reconstructed masked patches.
 
+        For sequences, the input is its mean over time.
+
         If the target is normalized, reconstructed patches get the mean and standard deviation of the true patches,
         because the model does not predict them. Call `eval()` first: in train mode, the BN statistics are updated.
 
@@ -379,6 +384,9 @@ class SpikformerMAE(nn.Module):
 
         Returns:
             Three tensors `[B, C, H, W]` on the scale of the input. Masked pixels are 0.
+
+        Raises:
+            ValueError: See `forward`.
         """
         _, reconstruction, mask, _ = self(x, bool_masked_pos, noise)
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)

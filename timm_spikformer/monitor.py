@@ -16,8 +16,9 @@ __all__ = ['FiringRateMonitor']
 class FiringRateMonitor:
     """Record the firing rate (spikes per neuron and time step) of every LIF layer of a model.
 
-    It uses forward hooks and does not modify the model. Within a `with` block, compiled models run in eager mode,
-    because PyTorch does not call hooks that are added to a model after it was compiled.
+    It adds forward hooks, which leave the outputs unchanged, but prevent consecutive event-driven layers from passing
+    spikes as bytes. Outside of a `with` block, call `close` to remove them. Within a `with` block, compiled models run
+    in eager mode, because PyTorch does not call hooks that are added to a model after it was compiled.
 
     Example:
 
@@ -73,7 +74,7 @@ class FiringRateMonitor:
 
     @property
     def mean(self) -> float:
-        """Mean of the layers' firing rates; NaN if nothing was recorded."""
+        """Mean of the layers' firing rates, not weighted by their numbers of neurons; NaN if nothing was recorded."""
         rates = self.rates
         return sum(rates.values()) / len(rates) if rates else float('nan')
 

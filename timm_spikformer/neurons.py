@@ -163,10 +163,11 @@ def lif(x: Tensor, tau: float = 2.0, v_threshold: float = 1.0, alpha: float = 4.
         alpha: Steepness of the surrogate gradient, > 0.
 
     Returns:
-        Binary spikes, 0 or 1, of the shape and dtype of `x`.
+        Spikes, 0 or 1, of the shape and dtype of `x`; NaN for neurons with a non-finite current.
 
     Raises:
-        ValueError: `x` has no time dimension or zero time steps, or a constant is out of its range.
+        ValueError: `x` has no time dimension or zero time steps, or a constant is out of its range. Constants that are
+            tensors are not checked.
 
     >>> lif(torch.tensor([[2.0, 1.0], [2.0, 1.5]]))
     tensor([[1., 0.],

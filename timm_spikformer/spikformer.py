@@ -5,8 +5,8 @@ Spiking vision transformers: activations between layers are binary spikes, or su
 `Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket` - https://arxiv.org/abs/2401.02020
 `Spikformer: When Spiking Neural Network Meets Transformer` - https://arxiv.org/abs/2209.15425
 
-The authors have released code only for V1, https://github.com/ZK-Zhou/spikformer. V1 follows this code. V2 follows the
-paper and its published parameter counts; docstrings state which choices are this project's own.
+The authors have released code only for V1, https://github.com/ZK-Zhou/spikformer. The V1 models follow it. The
+V2 models follow the paper and its published parameter counts; docstrings state which choices are this project's own.
 """
 from typing import Any, Dict
 
@@ -188,7 +188,8 @@ def spikformer_v2_8_768(pretrained: bool = False, **kwargs) -> Spikformer:
 def spikformer_v2_16_768(pretrained: bool = False, **kwargs) -> Spikformer:
     """Spikformer V2-16-768, 172.28 M parameters, which the paper trains with one time step.
 
-    Some sources state 172.70 M, but no structure has both this count and those of the two 8-layer models.
+    Some sources state 172.70 M; none of the structures that were tried has both this count and those of the two 8-layer
+    models.
     """
     model_args = dict(embed_dim=768, depth=16, num_heads=12, time_steps=1)
     return _create_spikformer('spikformer_v2_16_768', pretrained, model_args, kwargs)
@@ -213,7 +214,7 @@ def spikformer_v2_2_64_patch4_32(pretrained: bool = False, **kwargs) -> Spikform
     """Spikformer V2-2-64 for 32x32 images, the model of the demo, which trains in minutes on a CPU.
 
     The first stage, which converts the image to spikes, keeps the resolution, and the next two halve it. On the demo's
-    data, accuracy was 82.1%, compared with 79.0% for strides (2, 2, 1, 1), at 1.4 times the time.
+    data, strides (2, 2, 1, 1) were 1.4 times as fast, but the accuracy was 79.0% instead of 82.1%.
     """
     model_args = dict(patch_size=4, stem_strides=(1, 2, 2, 1), embed_dim=64, depth=2, num_heads=2, time_steps=1)
     return _create_spikformer('spikformer_v2_2_64_patch4_32', pretrained, model_args, kwargs)

@@ -82,7 +82,12 @@ def _check_crc(path: Path) -> None:
 
 
 def find_state_dict(path: Path, content: Dict[str, Any], ema: bool = False) -> Dict[str, Tensor]:
-    """Return the state dict of a checkpoint, which is `content` or its `state_dict`, `model` or `state_dict_ema`.
+    """Return the state dict of a checkpoint: `state_dict`, or else `model`, or else `content` itself.
+
+    Args:
+        path: Path of the checkpoint, for messages.
+        content: Content of the checkpoint.
+        ema: Return `state_dict_ema` instead.
 
     Raises:
         ValueError: There is no state dict, or a value in it is not a tensor.
@@ -146,6 +151,7 @@ def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, A
 
     width, in_chans = get_number('embed_dim', 8.), get_number('in_chans', 1.)
     hidden = max(width * get_number('mlp_ratio', 0.) - 1., 0.)
+    # per block: q, k, v and proj, and the two layers of the MLP
     min_values = get_number('depth', 0.) * width * (4. * width + 2. * hidden) + get_number('num_classes', 0.) * width
     if not decoder:
         min_values += 9. * width * width + in_chans * width / 2.  # the last and the first convolution

@@ -1,7 +1,7 @@
 """The two stems: the Spiking Convolutional Stem of Spikformer V2 and Spiking Patch Splitting of Spikformer (V1).
 
 Both turn images `[T or 1, B, in_chans, H, W]` into feature maps `[T, B, embed_dim, H / patch_size, W / patch_size]` in
-four stages of widths D/8, D/4, D/2 and D. `stem_strides` sets which stages halve the resolution.
+four stages of widths D/8, D/4, D/2 and D = embed_dim. `stem_strides` sets which stages halve the resolution.
 """
 import math
 from typing import Iterable, List, Optional, Sequence
@@ -103,9 +103,7 @@ class SpikingPatchStage(_Stage):
     def forward_patches(self, x: Tensor, time_steps: int, visible: Optional[VisibleTokens] = None) -> Tensor:
         x = self.proj(x, time_steps, visible)
         T = x.shape[0]
-        if torch.jit.is_scripting():
-            x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
-        elif visible is None:
+        if torch.jit.is_scripting() or visible is None:
             x = self.pool(x.flatten(0, 1)).unflatten(0, (T, -1))
         else:
             x = apply_to_patches(self.pool, x, visible)
@@ -153,8 +151,9 @@ class _Stem(nn.Module):
 class SpikingConvStem(_Stem):
     """Spiking Convolutional Stem (SCS) of V2, `[T or 1, B, in_chans, H, W] -> [T, B, embed_dim, H / p, W / p]`.
 
-    Each stage has one residual block of ratio 4; there is no pooling and no position embedding. This is inferred from
-    the published parameter counts. Adding spikes in the residual and the order conv - BN - LIF follow V1.
+    Each stage has one residual block, whose hidden width is 4 times that of the stage; there is no pooling and no
+    position embedding. This is inferred from the published parameter counts. Adding spikes in the residual and the
+    order conv - BN - LIF follow V1.
 
     >>> stem = SpikingConvStem(in_chans=3, embed_dim=64, patch_size=4)
     >>> stem.strides, stem(torch.rand(1, 2, 3, 32, 32), time_steps=4).shape
