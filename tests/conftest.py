@@ -101,3 +101,36 @@ def study(tmp_path: Path) -> 'Study':  # noqa: F821
     """A study that runs in seconds."""
     from small_study import create_study  # imports reproduction/, which most tests do not need
     return create_study(tmp_path)
+
+
+# Fixtures of tests/hub, which import what most tests do not need
+
+@pytest.fixture
+def hub() -> 'LoopbackHub':  # noqa: F821
+    """A local Hub server that is not running yet."""
+    from hub_client import create_hub
+    return create_hub()
+
+
+@pytest.fixture
+def client(hub: 'LoopbackHub', tmp_path: Path) -> Iterator['Client']:  # noqa: F821
+    """A client of the running server `hub`."""
+    from hub_client import Client
+    with hub.serve() as url:
+        yield Client(url, tmp_path)
+
+
+@pytest.fixture(scope='session')
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the included weights in `model`, and images and their logits and features in `expected.pt`."""
+    from hub_client import save_shipped
+    folder = tmp_path_factory.mktemp('shipped')
+    save_shipped(folder)
+    return folder
+
+
+@pytest.fixture
+def published(hub: 'LoopbackHub', shipped: Path) -> Dict[str, 'File']:  # noqa: F821
+    """The files of a repository on the server with the included weights."""
+    from hub_client import REPO, put
+    return put(hub, REPO, shipped / 'model')

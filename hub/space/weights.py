@@ -35,8 +35,9 @@ def classifiers() -> List[str]:
 
 
 def default_classifier() -> str:
-    """Return the name of the classifier that was trained with the most time steps, for a prediction at each step."""
-    return max(classifiers(), key=lambda name: metadata(name).get('time_steps', 1))
+    """Return the classifier of the example images, Fashion-MNIST, that was trained with the most time steps."""
+    names = [name for name in classifiers() if metadata(name).get('dataset') == 'Fashion-MNIST']
+    return max(names, key=lambda name: metadata(name).get('time_steps', 1))
 
 
 def find_autoencoder() -> Optional[str]:
