@@ -243,28 +243,22 @@ class Study(NamedTuple):
             initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
             commit=commit, machine=_machine(),
             cpu_seconds=sum(record.get('cpu_seconds', 0.) for record in trained.history), history=trained.history)
-        result.update(self.evaluate(run, model, data))
+        for split in ('validation', 'test') if run.is_final else ('validation',):
+            result.update(self.evaluate(run, model, data, split))
         if run.is_final:
             result['operations'] = _operations(model, data)
         write_json(path, result)
         return result
 
-    def evaluate(self, run: Run, model: nn.Module, data: Data) -> Dict[str, Any]:
-        """Return the metrics of a model on the validation images and, for a final run, on the test images."""
-        result: Dict[str, Any] = {}
-        loaders = {'validation': make_loader(data.validation, data.config, _BATCH_SIZE)}
-        if run.is_final:
-            loaders['test'] = make_loader(data.test, data.config, _BATCH_SIZE)
-        for split, loader in loaders.items():
-            if run.cell.objective == 'reconstruct':
-                loss, of_mean = reconstruction_loss(model, loader, seed=0)
-                result[split] = dict(loss=loss, loss_of_mean=of_mean)
-            else:
-                accuracy, rates = evaluate(model, loader)
-                result[split] = dict(accuracy=round(accuracy, 4))  # floating-point errors are smaller
-                if split == 'test':
-                    result['firing_rates'] = rates
-        return result
+    def evaluate(self, run: Run, model: nn.Module, data: Data, split: str) -> Dict[str, Any]:
+        """Return the entries of the result with the metrics of a model on the 'validation' or 'test' images."""
+        loader = make_loader(data.test if split == 'test' else data.validation, data.config, _BATCH_SIZE)
+        if run.cell.objective == 'reconstruct':
+            loss, of_mean = reconstruction_loss(model, loader, seed=0)
+            return {split: dict(loss=loss, loss_of_mean=of_mean)}
+        accuracy, rates = evaluate(model, loader)
+        metrics = {split: dict(accuracy=round(accuracy, 4))}  # floating-point errors are smaller
+        return {**metrics, 'firing_rates': rates} if split == 'test' else metrics
 
 
 def _check_content(path: Path, images: Images) -> None:

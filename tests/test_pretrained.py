@@ -16,17 +16,20 @@ import torch
 from conftest import SHIPPED_WEIGHTS, calibrate
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from transformers import AutoModelForMaskedImageModeling
+from transformers import AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
 import timm_spikformer
+from benchmarks.images import crop_photographs
 from timm_spikformer import SpikformerMAE, pretrained
 from timm_spikformer.hf.configuration_spikformer import SpikformerConfig
 from timm_spikformer.images import FASHION_MNIST, data_config, make_loader, read_splits
+from timm_spikformer.publishing import save_folder
 from timm_spikformer.training import evaluate, init_bn_bias, reconstruction_loss
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = 'spikformer_v2_2_64_patch4_32.fashion_mnist'
 SHIPPED_T4 = 'spikformer_v2_2_64_patch4_32.fashion_mnist_t4'
+SHIPPED_CIFAR10 = 'spikformer_v2_2_128_patch4_32.cifar10'
 SHIPPED_MAE = 'spikformer_v2_2_64_patch4_32.mae_fashion_mnist'
 
 
@@ -58,6 +61,22 @@ def test_shipped_weights_for_four_time_steps():
             correct += (model.forward_steps(x).argmax(-1) == y).sum(1)
     accuracies = 100 * correct / len(test)
     assert accuracies.min() > 90 and (accuracies.diff() > -0.5).all()
+
+
+def test_shipped_weights_for_cifar10(tmp_path):
+    """The images of CIFAR-10 are not in the package, so crops of two photographs are classified."""
+    model = timm.create_model(SHIPPED_CIFAR10.split('.')[0], pretrained=True)
+    assert model.time_steps == 6 and model.pretrained_cfg['label_names'][5] == 'dog'
+    x = crop_photographs(16, 32)
+    _, rates = evaluate(model, [(x, torch.zeros(16, dtype=torch.long))])
+    assert min(rates.values()) > 0
+    with torch.no_grad():
+        expected = model(x)
+    assert len(expected.argmax(1).unique()) > 2
+    save_folder(model, tmp_path / 'model')
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / 'model').eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, expected) and loaded.config.time_steps == 6
 
 
 def test_damaged_weights_raise(monkeypatch, tmp_path):

@@ -41,6 +41,11 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
         assert json.loads(f.metadata()['autoencoder'])['decoder_embed_dim'] == 64
         assert json.loads(f.metadata()['model_args'])['time_steps'] == 1
 
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for _ in range(3):  # safetensors writes the metadata in random order
+        shipping.ship(study, folder)
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
     shutil.rmtree(study.checkpoints)
     assert not study.has_weights(run)
     monkeypatch.setattr(experiment, 'WEIGHTS_FOLDER', folder)
