@@ -22,10 +22,10 @@ from timm_spikformer.images import FASHION_MNIST
 from timm_spikformer.monitor import FiringRateMonitor
 
 SHIPPED_WEIGHTS = [  # in the package
-    'spikformer_v2_2_128_patch4_32.cifar10',
     'spikformer_v2_2_64_patch4_32.fashion_mnist',
     'spikformer_v2_2_64_patch4_32.fashion_mnist_t4',
     'spikformer_v2_2_64_patch4_32.mae_fashion_mnist',
+    'spikformer_v2_2_128_patch4_32.cifar10',
 ]
 
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import SHIPPED_WEIGHTS, calibrate
 from hub_client import LOADERS, REPO, put
+from timm.utils import natural_key
 
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.publishing import save_folder
@@ -108,7 +109,7 @@ def test_namespace(hub, client, shipped):
     cifar = 'spikformer_v2_2_64_patch4_32.cifar10'
     out = client.run(code, shipped / 'expected.pt', 'org').stdout.splitlines()
     assert out[0] == str(SHIPPED_WEIGHTS)
-    assert out[1] == str(sorted([*SHIPPED_WEIGHTS, cifar, 'spikformer_v2_8_384.in1k']))
+    assert out[1] == str(sorted([*SHIPPED_WEIGHTS, cifar, 'spikformer_v2_8_384.in1k'], key=natural_key))
     assert out[3] == f'org/{cifar}'
     assert out[4] == (
         'error The repository org/spikformer_v2_8_384.in1k contains the model spikformer_v2_2_64_patch4_32, expected '
@@ -116,7 +117,7 @@ def test_namespace(hub, client, shipped):
     requests = len(hub.requests)
     offline = client.run(code, shipped / 'expected.pt', 'org', HF_HUB_OFFLINE='1', TIMM_SPIKFORMER_HUB='org')
     assert len(hub.requests) == requests
-    assert offline.stdout.splitlines()[0] == str(sorted([*SHIPPED_WEIGHTS, cifar]))
+    assert offline.stdout.splitlines()[0] == str(sorted([*SHIPPED_WEIGHTS, cifar], key=natural_key))
     assert offline.stdout.splitlines()[2:] == out[2:]
     pinned = client.run(code, shipped / 'expected.pt', 'org@stable').stdout.splitlines()
     assert pinned[3] == f'org/{cifar}@stable'
