@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import timm
-from timm.models import get_arch_pretrained_cfgs
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -14,6 +13,7 @@ from transformers import (
 
 from hf_configs import make_configs
 from timm_spikformer.hf.processing import read_data_config
+from timm_spikformer.pretrained import get_training_cfg
 
 ROOT = Path(__file__).parents[1] / 'hf_configs'
 ARGS = sorted((ROOT / 'args').glob('*.json'))
@@ -41,7 +41,7 @@ def test_config_creates_registered_model(name):
     model = AutoModelForImageClassification.from_config(config).timm_model
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
     assert model.time_steps == timm.create_model(name, device='meta').time_steps
-    cfg = next(cfg for cfg in get_arch_pretrained_cfgs(name).values() if not cfg.file)
+    cfg = get_training_cfg(name)
     processor = json.loads((ROOT / name / 'preprocessor_config.json').read_text())
     if config.num_channels == 2:
         assert AutoFeatureExtractor.from_pretrained(ROOT / name).time_steps == model.time_steps
