@@ -198,8 +198,8 @@ class Study(NamedTuple):
         """
         cell, config = run.cell, run.config()
         model = create(config, data.num_classes, data.config['input_size'][-1])
-        initial = self.initial_run(run)
-        if initial is not None and not self.is_trained(run):
+        initial, is_trained = self.initial_run(run), self.is_trained(run)
+        if initial is not None and not is_trained:
             try:
                 model.load_state_dict(self._weights(initial, data))
             except RuntimeError as e:
@@ -215,8 +215,8 @@ class Study(NamedTuple):
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(**config['recipe'])
         # no lock for finished weights: several runs may read them at the same time
-        with nullcontext() if self.is_trained(run) else lock_folder_for_run(folder):
-            if not self.is_trained(run):  # also if the checkpoint of a finished training was moved away
+        with nullcontext() if is_trained else lock_folder_for_run(folder):
+            if not is_trained:  # also if the checkpoint of a finished training was moved away
                 (folder / _FINISHED).unlink(missing_ok=True)
             if run.cell.dataset in IMAGE_DATASETS:
                 _check_content(folder / _IMAGES, images)
@@ -243,7 +243,7 @@ class Study(NamedTuple):
             initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
             commit=commit, machine=_machine(),
             cpu_seconds=sum(record.get('cpu_seconds', 0.) for record in trained.history), history=trained.history)
-        for split in ('validation', 'test') if run.is_final else ('validation',):
+        for split in run.splits:
             result.update(self.evaluate(run, model, data, split))
         if run.is_final:
             result['operations'] = _operations(model, data)

@@ -3,7 +3,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Collection, Dict, List, NamedTuple, Optional
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import yaml
@@ -90,6 +90,11 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         return f'{self.cell.name}/' + (f'seed-{self.seed}' if self.is_final else f'try-{self.attempt}')
+
+    @property
+    def splits(self) -> Tuple[str, ...]:
+        """Splits on which the run is evaluated."""
+        return ('validation', 'test') if self.is_final else ('validation',)
 
     def config(self) -> Dict[str, Any]:
         """Return the settings of the run, as stored in its result."""

@@ -59,7 +59,7 @@ def _check(result: Dict[str, Any], run: Run) -> None:
             raise ValueError(f'{key} is {result[key]!r}, expected {value!r}')
     check_number('cpu_seconds', result['cpu_seconds'])
     is_reconstruction = run.cell.objective == 'reconstruct'
-    for split in ('validation', 'test') if run.is_final else ('validation',):
+    for split in run.splits:
         if is_reconstruction:
             check_number(f'{split}: loss', result[split]['loss'])
         else:

@@ -27,8 +27,7 @@ def fit_linear(train: Images, test: Images, config: Dict[str, Any], device: torc
 
     def pixels(images: Images) -> Tuple[Tensor, Tensor]:
         batches = [(to_pixels(x, config), y) for x, y in make_loader(images, config, 500, device)]
-        x, y = (torch.cat(parts) for parts in zip(*batches))
-        return x, y
+        return tuple(torch.cat(parts) for parts in zip(*batches))
 
     (x, y), (x_test, y_test) = pixels(train), pixels(test)
     if x.ndim == 4 and all(torch.equal(images, images[:, :1].expand_as(images)) for images in (x, x_test)):

@@ -16,7 +16,8 @@ from ..training import masking_noise
 from .command import KIND
 
 _TILE = 84  # maximum width in pixels to which small images are enlarged, by an integer factor
-_MARGIN, _CAPTION, _COLUMNS = 18, 24, 5  # pixels beside an image, and of the height of its caption; images per row
+_BESIDE, _ABOVE, _BELOW = 18, 4, 20  # pixels around an image, with its caption below
+_COLUMNS = 5  # images per row
 
 
 def _enlarge(images: Tensor) -> Tensor:
@@ -26,13 +27,13 @@ def _enlarge(images: Tensor) -> Tensor:
 def save_predictions(x: Tensor, captions: Sequence[str], config: Dict[str, Any], path: Path) -> None:
     """Write a PNG of images `[B, C, H, W]` in rows, each above its caption."""
     tiles = [to_pil_image(image) for image in _enlarge(to_pixels(x, config))]
-    width, height = tiles[0].width + 2 * _MARGIN, tiles[0].height + _CAPTION
+    width, height = tiles[0].width + 2 * _BESIDE, tiles[0].height + _ABOVE + _BELOW
     picture = Image.new('RGB', (width * min(_COLUMNS, len(tiles)), height * -(-len(tiles) // _COLUMNS)), 'white')
     draw = ImageDraw.Draw(picture)
     for i, (tile, caption) in enumerate(zip(tiles, captions)):
         left, top = i % _COLUMNS * width, i // _COLUMNS * height
-        picture.paste(tile, (left + _MARGIN, top + _CAPTION // 6))
-        draw.text((left + width // 2, top + tile.height + 14), caption, fill='black', anchor='mm')
+        picture.paste(tile, (left + _BESIDE, top + _ABOVE))
+        draw.text((left + width // 2, top + height - _BELOW // 2), caption, fill='black', anchor='mm')
     with write_file(path, KIND) as partial:
         picture.save(partial)
 

@@ -192,9 +192,9 @@ def event_fallback_reason(layer: nn.Module, x: Optional[Tensor] = None, is_bytes
     reason = fallback_reason((layer,), (_LAYER_TYPES,), None if is_bytes else x)
     if reason is not None:
         return reason
-    weight = layer.weight
-    if weight.dtype != DTYPE or back_end(weight if x is None else x) != 'cpu':
-        return f'the layer is {weight.dtype} on {weight.device}: event-driven products require {DTYPE} on a CPU'
+    located = layer.weight if x is None else x
+    if layer.weight.dtype != DTYPE or back_end(located) != 'cpu':
+        return f'the layer is {layer.weight.dtype} on {located.device}: event-driven products require {DTYPE} on a CPU'
     if x is not None:
         shape = _shape(layer, x)
         reason = _shape_fallback_reason(shape) or _parameters_fallback_reason(layer, x.shape[1], shape)
