@@ -19,7 +19,7 @@ PROTOCOL = Path(__file__).with_name('protocol.yaml')
 _REQUIRED = {'seeds', 'datasets', 'defaults', 'cells'}
 _CELL_KEYS = {
     'title', 'dataset', 'model', 'model_kwargs', 'attention', 'objective', 'labels', 'init', 'recipe', 'tries', 'seeds',
-    'ships'}
+    'ships', 'note'}
 _RESERVED = {'img_size', 'num_classes', 'pretrained'}  # arguments of models that follow from the dataset
 _RECIPE_KEYS = {*Recipe._fields} - {'seed'}  # the seed is that of the run
 _RECIPE_REQUIRED = {*Recipe._fields} - {*Recipe._field_defaults}
@@ -47,6 +47,7 @@ class Cell(NamedTuple):
             all seeds.
         seeds: Seeds of the final runs.
         ships: `MODEL.TAG` of the weights that the package includes from the final run with seed 0; None for most cells.
+        note: One line that the model card of these weights shows; None for no line.
     """
     name: str
     title: str
@@ -61,6 +62,7 @@ class Cell(NamedTuple):
     tries: List[Dict[str, Any]]
     seeds: List[int]
     ships: Optional[str] = None
+    note: Optional[str] = None
 
     def recipe_of(self, attempt: int) -> Dict[str, Any]:
         """Return the fields of the recipe of a try. `epochs: 2x` doubles the number of epochs and of warmup epochs."""
@@ -233,6 +235,8 @@ def _check_names(cell: Cell, before: Dict[str, Cell]) -> None:
         if cell.ships is not None and cell.ships == other.ships:
             raise ValueError(f'ships is {cell.ships!r}, which cell {other.name} uses already.')
     _check_text('title', cell.title)
+    if cell.note is not None:
+        _check_text('note', cell.note)
 
 
 def _check_model_and_data(cell: Cell, datasets: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """Results of runs: JSON files, checked when they are read, because the report uses nothing else."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm_spikformer.arguments import check_finite, check_number
 from timm_spikformer.state_dicts import PARSING_ERRORS
@@ -17,16 +17,16 @@ def write_json(path: Path, values: Any) -> None:
     replace_file(path, (json.dumps(values, indent=1) + '\n').encode())
 
 
-def read_result(path: Path, run: Run, expected: Dict[str, Any]) -> Any:
-    """Read and check the result of a run; return None if it is missing or has other than the expected values.
+def read_result(path: Path, run: Run, expected: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """Read and check the result of a run. Return None if there is no file, or if its values differ from `expected`.
 
     Args:
         path: The JSON file.
         run: The run.
-        expected: Values of the result by key that depend on settings, images and initial weights.
+        expected: Values by key that change with the settings, the images and the initial weights, such as digests.
 
     Raises:
-        ValueError: The file is damaged or is not the result of such a run.
+        ValueError: The file is damaged, or it is the result of another run.
     """
     if path.is_dir():
         raise ValueError(f'{path} is a folder. Remove it; the result of {run.name} is written to a file of that name.')
@@ -45,9 +45,11 @@ def read_result(path: Path, run: Run, expected: Dict[str, Any]) -> Any:
 
 
 def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError(f'a key appears twice among {", ".join(key for key, _ in pairs)}')
+    result: Dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f'the key {key!r} appears twice')
+        result[key] = value
     return result
 
 
@@ -76,6 +78,7 @@ def _check(result: Dict[str, Any], run: Run) -> None:
         operations = result['operations']
         for key in ('parameters', 'total_macs') if is_reconstruction else ('parameters', 'dense_macs', 'energy_uj'):
             check_number(key, operations[key])
-        if ('firing_rate' in operations) != (run.cell.model in SPIKFORMERS):
-            raise KeyError('firing_rate')
-        check_number('firing_rate', operations.get('firing_rate', 0), maximum=1)
+        if run.cell.model in SPIKFORMERS:
+            check_number('firing_rate', operations['firing_rate'], maximum=1)
+        elif 'firing_rate' in operations:
+            raise ValueError(f'{run.cell.model} has no spiking neurons, but the result has a firing_rate')

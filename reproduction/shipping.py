@@ -101,6 +101,8 @@ def _format_training_args(study: Study, run: Run) -> str:
         loss=_LOSSES[cell.objective])
     if 'accuracy' in result['test']:
         values['test_accuracy'] = round(result['test']['accuracy'], 2)
+    if cell.note is not None:
+        values['note'] = cell.note
     if cell.init is not None:
         values['initialized_from'] = f'{cell.init} ({study.protocol.cells[cell.init].title})'
     # nested values are stored as text, because the model card shows a table

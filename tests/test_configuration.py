@@ -19,7 +19,7 @@ from timm_spikformer import (
     SpikformerModel,
 )
 
-# values of each argument that no registered model has; ALSO: other arguments that such a value requires
+# Values of each argument that differ from its default. ALSO: further arguments that a value requires.
 VALUES = {
     'img_size': [(48, 32), 48],
     'patch_size': [8],
@@ -31,7 +31,7 @@ VALUES = {
     'embed_dim': [48],
     'depth': [3, 0],
     'num_heads': [4],
-    'mlp_ratio': [1.1, 3.3, 1],  # at width 56, 1.1 gives 61 features, and 61 / 56 gives 60
+    'mlp_ratio': [1.1, 3.3, 1],  # int(56 * 1.1) is 61, but int(56 * (61 / 56)) is 60
     'attn_scale': [0.25, 1],
     'time_steps': [1, np.int64(3)],
     'drop_rate': [0.1],
@@ -114,7 +114,7 @@ def test_round_trip_with_folder_of_timm(arg, value, images, tmp_path):
     if isinstance(value, np.int64):
         pytest.skip('timm cannot serialize numpy integers')
     model, x = make(arg, value, images)
-    model_args = {arg: value} if arg.endswith('drop_rate') or arg.endswith('path_rate') else None
+    model_args = {arg: value} if arg.endswith('_rate') else None
     save_for_hf(model, str(tmp_path / 'a'), safe_serialization=True, model_args=model_args)
     hf = hf_class(model).from_pretrained(tmp_path / 'a')
     assert_same(model, hf.timm_model, x, arg, value)

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from timm_spikformer import use_kernels
-from timm_spikformer.masking import add_halo, apply_to_patches, conv3x3_of_patches, patches_to_maps, visible_patches
+from timm_spikformer.masking import (
+    VisibleTokens,
+    add_halo,
+    apply_to_patches,
+    conv3x3_of_patches,
+    patches_to_maps,
+    visible_patches,
+)
 
 
 @pytest.mark.parametrize('p', [1, 2, 4, 8])
@@ -12,8 +19,8 @@ def test_convolution_of_patches_matches_masked_maps(p, n):
     """Compare outputs and gradients, with a non-square grid and a different mask for each image."""
     torch.manual_seed(0)
     B, C, h, w = 2, 5, 3, 4
-    visible = (torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
-    is_visible = torch.zeros(B, h * w).scatter(1, visible[0], 1.).view(B, 1, h, w)
+    visible = VisibleTokens(torch.stack([torch.randperm(h * w)[:5].sort().values for _ in range(B)]), h, w)
+    is_visible = torch.zeros(B, h * w).scatter(1, visible.ids, 1.).view(B, 1, h, w)
     is_visible = is_visible.repeat_interleave(p, 2).repeat_interleave(p, 3).double()
     maps = torch.randn(n, B, C, h * p, w * p, dtype=torch.double, requires_grad=True)
     weight = torch.randn(7, C, 3, 3, dtype=torch.double, requires_grad=True)
@@ -36,7 +43,7 @@ def test_convolution_of_patches_matches_masked_maps(p, n):
 
 def test_masked_pixels_are_not_read():
     """NaN outside the visible patches does not reach the output."""
-    visible = (torch.tensor([[1, 2, 7]]), 4, 4)
+    visible = VisibleTokens(torch.tensor([[1, 2, 7]]), 4, 4)
     maps = torch.full((1, 1, 2, 8, 8), float('nan'))
     maps[..., 0:2, 2:6] = 1.
     maps[..., 2:4, 6:8] = 1.
@@ -49,7 +56,7 @@ def test_masked_pixels_are_not_read():
 def test_pooling_of_spike_patches_matches_masked_maps(p):
     """Compare outputs and gradients. In windows without spikes, the first pixel gets the gradient, never padding."""
     torch.manual_seed(0)
-    visible = (torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]), 3, 4)
+    visible = VisibleTokens(torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]), 3, 4)
     spikes = (torch.rand(3, 2 * 7, 5, p, p) > 0.8).double()
     grad = torch.randn(3, 2 * 7, 5, p // 2, p // 2).double()
 

@@ -43,7 +43,7 @@ def test_disabled_monitor_records_nothing_and_hooks_are_removed(model, images):
 
 
 def test_model_that_was_compiled_before(model, images):
-    """PyTorch would not call the hooks, so that no layer would be recorded."""
+    """All layers are recorded, although a compiled model does not call hooks that are added later."""
     with FiringRateMonitor(model) as monitor, torch.no_grad():
         model(images[:2])
     for compiled in (torch.compile(model, backend='eager'), model):

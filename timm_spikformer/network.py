@@ -363,7 +363,7 @@ class Spikformer(nn.Module):
         grid: Optional[VisibleTokens] = None
         x, time_steps = self._prepare_input(x)
         if visible is not None:
-            grid = (visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+            grid = VisibleTokens(visible, x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         x = self.stem(x, time_steps, grid)
         x = x.flatten(3).transpose(2, 3)  # [T, B, N, C]
         if visible is not None:

@@ -11,6 +11,7 @@ from reproduction.protocol import Run, read_protocol
 @pytest.mark.parametrize('change, message', [
     ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: the entry: unknown keys: labelled'),
     ({'cells': {'a': {'title': 'x', 'init': 'b'}, 'b': {'title': 'y'}}}, "init must be a cell .* earlier .*, got 'b'"),
+    ({'cells': {'a': {'title': 'x', 'note': 'a | b'}}}, 'note must be a string of one line without "|"'),
     ({'cells': {'a': {'title': 'x', 'attention': 'linear'}}}, "attention must be one of .*got 'linear'"),
     ({'cells': {'a': {'title': 'x', 'dataset': 'mnist'}}}, "dataset must be one of fashion_mnist, got 'mnist'"),
     ({'cells': {**TINY['cells'], 'scratch': {'title': 'x', 'tries': [{}]}}}, 'must have the same number of tries'),

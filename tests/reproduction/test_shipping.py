@@ -10,7 +10,9 @@ from small_study import TINY, pretend
 
 from reproduction import experiment, shipping
 from reproduction.protocol import Run, read_protocol
+from reproduction.report import FOLDER
 from reproduction.results import write_json
+from timm_spikformer.pretrained import WEIGHTS_FOLDER
 
 MODEL = TINY['defaults']['model']
 
@@ -65,6 +67,16 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
     file.write_bytes(content)
     cell.recipe['lr'] = 0.5
     assert not study.has_weights(run)
+
+
+def test_training_args_match_committed_runs(study):
+    """The protocol and the results give the files with training arguments that are in the package."""
+    study = study._replace(protocol=read_protocol(), runs=FOLDER / 'runs')
+    cells = [cell for cell in study.protocol.cells.values() if cell.ships is not None]
+    assert len(cells) == 4
+    for cell in cells:
+        packaged = (WEIGHTS_FOLDER / f'{cell.ships}.yaml').read_text()
+        assert packaged == shipping._format_training_args(study, study.final_runs(cell)[0])
 
 
 def test_failed_export_changes_nothing(study, tmp_path):
