@@ -8,6 +8,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError('the path is empty')
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m reproduction', description='Run the study, or report its results.')
@@ -24,19 +30,19 @@ def _parser() -> argparse.ArgumentParser:
     ship = commands.add_parser('ship', help='write the weights that are included in the package')
     report = commands.add_parser('report', help='write README.md and the figures')
     report.add_argument(
-        '--output', type=Path, metavar='DIR',
+        '--output', type=_path, metavar='DIR',
         help='folder for README.md and figures/ (default: reproduction/, if --protocol and --runs have their defaults)')
     for command in (run, status, one, ship, report):
-        command.add_argument('--protocol', type=Path, default=FOLDER / 'protocol.yaml', metavar='YAML')
-        command.add_argument('--runs', type=Path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
+        command.add_argument('--protocol', type=_path, default=FOLDER / 'protocol.yaml', metavar='YAML')
+        command.add_argument('--runs', type=_path, default=FOLDER / 'runs', metavar='DIR', help='folder with results')
     for command in (run, one, ship):
         command.add_argument('--device', default='cpu', help='PyTorch device for training (default: cpu)')
     for command in (run, status, one, ship):
         command.add_argument(
-            '--checkpoints', type=Path, default=FOLDER / 'checkpoints', metavar='DIR',
+            '--checkpoints', type=_path, default=FOLDER / 'checkpoints', metavar='DIR',
             help='folder with checkpoints')
         command.add_argument(
-            '--data', type=Path, default=FOLDER / 'data', metavar='DIR', help='folder with datasets')
+            '--data', type=_path, default=FOLDER / 'data', metavar='DIR', help='folder with datasets')
     return parser
 
 
@@ -107,6 +113,8 @@ def _run_one(study, name: str, weights_only: bool) -> None:
 
 
 def _print_status(study) -> None:
+    if not study.runs.is_dir():
+        raise ValueError(f'{study.runs} is not a folder with results.')
     for cell in study.protocol.cells.values():
         tries = study.tries(cell)
         done = [study.result(run) is not None for run in tries]

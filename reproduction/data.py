@@ -41,7 +41,7 @@ class Data(NamedTuple):
         return int(self.train.labels.max()) + 1 if classes is None else len(classes)
 
 
-def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
+def read_data(folder: Path, dataset: str, expected: Mapping[str, Any]) -> Data:
     """Read a dataset, and hold out validation images from the training images, the same share of each class.
 
     Args:
@@ -49,10 +49,11 @@ def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
             `timm_spikformer.images.read_splits`.
         dataset: 'fashion_mnist', 'cifar10', or 'simulated_events', which needs no files: its events are simulated from
             the images in the package, with four time steps.
-        sizes: Numbers of images by split. The selection of the validation images is the same in every call.
+        expected: Numbers of images by split and, if they are read from files, the digests of the splits train and
+            test: see `Protocol`. The selection of the validation images is the same in every call.
 
     Raises:
-        ValueError: The dataset is missing, or has other numbers of images.
+        ValueError: The dataset is missing, or has other images.
     """
     if dataset == 'simulated_events':
         splits, config = read_event_splits(_EVENTS), _EVENT_CONFIG
@@ -65,15 +66,22 @@ def read_data(folder: Path, dataset: str, sizes: Mapping[str, int]) -> Data:
             raise ValueError(f'{root} must contain the splits train and test, got {", ".join(splits)}.')
         cfg = timm.get_pretrained_cfg(_CONFIGS[dataset])
         config = {key: getattr(cfg, key) for key in DATA_KEYS}
-    count = sizes['train'] + sizes['validation']
-    for split, size in (('train', count), ('test', sizes['test'])):
+    count = expected['train'] + expected['validation']
+    for split, size in (('train', count), ('test', expected['test'])):
         if len(splits[split]) != size:
             raise ValueError(f'{splits[split].description}: the protocol requires {size:,} images.')
         if splits[split].labels is None:
             raise ValueError(f'{splits[split].description}: the study requires labels.')
-    train, validation = splits['train'].hold_out(seed=0, fraction=sizes['validation'] / count)
-    if len(validation) != sizes['validation']:
+    for split, digest in expected.get('sha256', {}).items():
+        found = splits[split].digest()
+        if found != digest:
+            raise ValueError(
+                f'{splits[split].description}: the images or labels are not those of the protocol: their sha256 is '
+                f'{found}, expected {digest}. To use them, set this sha256 in a copy of the protocol, and use other '
+                f'folders for --runs and --checkpoints.')
+    train, validation = splits['train'].hold_out(seed=0, fraction=expected['validation'] / count)
+    if len(validation) != expected['validation']:
         raise ValueError(
-            f'{splits["train"].description}: {sizes["validation"]:,} validation images are not the same share of each '
-            f'class; the nearest possible number is {len(validation):,}. Change the protocol.')
+            f'{splits["train"].description}: {expected["validation"]:,} validation images are not the same share of '
+            f'each class; the nearest possible number is {len(validation):,}. Change the protocol.')
     return Data(train, validation, splits['test'], config)

@@ -115,7 +115,7 @@ class Study(NamedTuple):
         """
         return read_result(self.result_path(run), run, dict(
             training=self.protocol.digest(run), initial=self._initial_digest(run),
-            images=self.protocol.sizes[run.cell.dataset]))
+            images=self.protocol.images[run.cell.dataset]))
 
     def tries(self, cell: Cell) -> List[Run]:
         """Return the runs that select the settings of a cell; empty if the cell has only one try."""
@@ -188,7 +188,7 @@ class Study(NamedTuple):
 
     def read_data(self, run: Run) -> Data:
         dataset = run.cell.dataset
-        return read_data(self.data, dataset, self.protocol.sizes[dataset])
+        return read_data(self.data, dataset, self.protocol.images[dataset])
 
     def train(self, run: Run, data: Data) -> TrainingResult:
         """Train the weights of a run, or load them if they exist already. Missing initial weights are trained first.
@@ -240,7 +240,7 @@ class Study(NamedTuple):
         result: Dict[str, Any] = dict(
             cell=run.cell.name, seed=run.seed, attempt=run.attempt, config=run.config(),
             training=self.protocol.digest(run),
-            initial=self._initial_digest(run), images=self.protocol.sizes[run.cell.dataset],
+            initial=self._initial_digest(run), images=self.protocol.images[run.cell.dataset],
             commit=commit, machine=_machine(),
             cpu_seconds=sum(record.get('cpu_seconds', 0.) for record in trained.history), history=trained.history)
         for split in run.splits:

@@ -11,7 +11,7 @@ import yaml
 from timm_spikformer.arguments import check_integer
 from timm_spikformer.training import Recipe, check_recipe
 
-from .data import DATASETS, SPLITS
+from .data import DATASETS, IMAGE_DATASETS, SPLITS
 
 __all__ = ['PROTOCOL', 'SPIKFORMERS', 'Cell', 'Protocol', 'Run', 'read_protocol']
 
@@ -112,15 +112,16 @@ class Protocol(NamedTuple):
 
     Args:
         cells: Cells by name, in the order in which they are run.
-        sizes: For each dataset, the numbers of images by split: 'train', 'validation' (held out from the training
-            images) and 'test'.
+        images: For each dataset, the numbers of images by split: 'train', 'validation' (held out from the training
+            images) and 'test'; and, for datasets in files, `sha256`: the results of `Images.digest` for the splits
+            'train' (before the validation images are held out) and 'test'.
         seeds: Default seeds of the final runs.
         questions: For each question, its title, text, `rows` (names of cells), `claims` (names of the two or four
             cells whose test accuracies are compared, by claim) and, once there are results, `conclusion`.
         label_curves: Curves of accuracy against the number of labels: panel, curve, number of labels, name of the cell.
     """
     cells: Dict[str, Cell]
-    sizes: Dict[str, Dict[str, int]]
+    images: Dict[str, Dict[str, Any]]
     seeds: List[int]
     questions: Dict[str, Dict[str, Any]]
     label_curves: Dict[str, Dict[str, Dict[int, str]]]
@@ -130,8 +131,8 @@ class Protocol(NamedTuple):
 
         A try and a final run may have the same digest. Changes to the code are not detected.
         """
-        sizes = self.sizes[run.cell.dataset]
-        held_out = sizes['validation'] / (sizes['train'] + sizes['validation'])
+        images = self.images[run.cell.dataset]
+        held_out = images['validation'] / (images['train'] + images['validation'])
         config = {**run.config(), 'held_out': held_out}
         if run.cell.init is not None:
             config['initial'] = self._settings(self.cells[run.cell.init])
@@ -178,12 +179,8 @@ def _read(path: Path) -> Protocol:
     _check_keys('the file', content, _REQUIRED, _REQUIRED | {'recipes', 'tries', 'questions', 'label_curves'})
     for key in ('datasets', 'cells', 'questions', 'label_curves'):
         _check_mapping(key, content.get(key, {}))
-    for name, sizes in content['datasets'].items():
-        if name not in DATASETS:
-            raise ValueError(f'unknown dataset {name!r}, expected one of {", ".join(DATASETS)}.')
-        _check_keys(f'dataset {name}', sizes, SPLITS, SPLITS)
-        for split in SPLITS:
-            check_integer(f'dataset {name}: {split}', sizes[split], 1)
+    for name, images in content['datasets'].items():
+        _check_dataset(name, images)
     _check_keys('defaults', content['defaults'], {'recipe'}, _CELL_KEYS)
     cells: Dict[str, Cell] = {}
     for name, entry in content['cells'].items():
@@ -196,6 +193,23 @@ def _read(path: Path) -> Protocol:
         _check_question(name, question, cells)
     _check_label_curves(curves, cells)
     return Protocol(cells, content['datasets'], content['seeds'], questions, curves)
+
+
+def _check_dataset(name: Any, images: Any) -> None:
+    if name not in DATASETS:
+        raise ValueError(f'unknown dataset {name!r}, expected one of {", ".join(DATASETS)}.')
+    keys = {*SPLITS, 'sha256'} if name in IMAGE_DATASETS else {*SPLITS}
+    _check_keys(f'dataset {name}', images, keys, keys)
+    for split in SPLITS:
+        check_integer(f'dataset {name}: {split}', images[split], 1)
+    digests = images.get('sha256', {})
+    if 'sha256' in keys:
+        _check_keys(f'dataset {name}: sha256', digests, {'train', 'test'}, {'train', 'test'})
+    for split, digest in digests.items():
+        if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
+            raise ValueError(
+                f'dataset {name}: the sha256 of {split} must have 64 hexadecimal digits, got {digest!r}. The error '
+                f'message of `run` contains that of the files.')
 
 
 def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str, Cell]) -> Cell:

@@ -3,7 +3,7 @@ import io
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
 import jinja2
 import matplotlib
@@ -20,6 +20,7 @@ __all__ = ['write_report']
 
 FOLDER = Path(__file__).parent
 TEMPLATE = 'report.md.jinja'
+_MARK = b'<!-- Written by `python -m reproduction report`'  # in README.md
 # Fixed ids, so that the same results give the same bytes; text is not converted to outlines of the installed fonts
 _STYLE = {'svg.hashsalt': 'reproduction', 'svg.fonttype': 'none', 'font.size': 9}
 
@@ -139,7 +140,7 @@ def _render(study: Study, rows: Dict[str, Row]) -> str:
     return environment.get_template(TEMPLATE).render(
         questions=questions, rows=rows, missing=missing, cpu_hours=_cpu_hours(trainings),
         gpu_minutes=_gpu_minutes(trainings), machines=_machines(rows), seeds=len(study.protocol.seeds),
-        has_label_curves=bool(study.protocol.label_curves), sizes=study.protocol.sizes['fashion_mnist'],
+        has_label_curves=bool(study.protocol.label_curves), images=study.protocol.images['fashion_mnist'],
         profiled_images=PROFILED_IMAGES)
 
 
@@ -194,11 +195,24 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
     return figure
 
 
+def _check_output(output: Path, names: Iterable[str]) -> None:
+    """Check that existing files of a folder are those of an earlier report, which its README.md states."""
+    readme = output / 'README.md'
+    if readme.is_file() and _MARK in readme.read_bytes():
+        return
+    for name in names:
+        if (output / name).exists():
+            raise ValueError(
+                f'{output / name} was not written by `python -m reproduction report`. Choose another folder, or move '
+                f'the file.')
+
+
 def write_report(protocol: Protocol, runs: Path, output: Path) -> None:
     """Write README.md and figures/ to a folder.
 
     Raises:
-        ValueError: There is no folder `runs`, or a result in it is damaged. Nothing is written.
+        ValueError: There is no folder `runs`, a result in it is damaged, or a file would be overwritten that is not
+            part of an earlier report. Nothing is written.
     """
     if not runs.is_dir():
         raise ValueError(f'{runs} is not a folder with results.')
@@ -213,5 +227,6 @@ def write_report(protocol: Protocol, runs: Path, output: Path) -> None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format='svg', metadata={'Date': None})
             files[f'figures/{name}.svg'] = buffer.getvalue()
+    _check_output(output, files)
     for name, content in files.items():
         replace_file(output / name, content)

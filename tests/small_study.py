@@ -11,7 +11,12 @@ from timm_spikformer.images import FASHION_MNIST
 
 TINY = dict(
     seeds=[0, 1],
-    datasets={'fashion_mnist': {'train': 5700, 'validation': 300, 'test': 1000}},
+    datasets={'fashion_mnist': {
+        'train': 5700, 'validation': 300, 'test': 1000,
+        'sha256': {
+            'train': '88ed683dcc967f7b28f42ff5e80bea5e9006282dadb745aa0a12901aa78988e3',
+            'test': '7092207ee39fb5bf64bebe8328f42a408c41902c1066de2cf1e7121e25f26e62',
+        }}},
     defaults=dict(
         dataset='fashion_mnist', model='spikformer_v2_2_64_patch4_32', model_kwargs={'embed_dim': 16}, labels=96,
         recipe=dict(epochs=3, lr=1e-2, batch_size=32, weight_decay=0.05, warmup_epochs=0.25),
@@ -39,7 +44,7 @@ def pretend(study: Study, run: Run, **values) -> None:
     result = dict(
         cell=run.cell.name, seed=run.seed, config=run.config(),
         training=study.protocol.digest(run), initial=study._initial_digest(run),
-        images=study.protocol.sizes[run.cell.dataset], attempt=run.attempt, cpu_seconds=0., history=[],
+        images=study.protocol.images[run.cell.dataset], attempt=run.attempt, cpu_seconds=0., history=[],
         machine=dict.fromkeys(('cpu', 'python', 'torch', 'timm'), 'x'),
         validation=dict(accuracy=50., loss=0.5), test=dict(accuracy=50., loss=0.5),
         operations=dict(parameters=1e6, dense_macs=2e6, total_macs=2e6, energy_uj=3., firing_rate=0.2))

@@ -122,6 +122,14 @@ def test_round_trip_with_folder_of_timm(arg, value, images, tmp_path):
     assert_same(model, timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True).eval(), x, arg, value)
 
 
+def test_class_names_of_a_replaced_classifier():
+    """They are unknown, even if the number of classes is the same."""
+    model = timm.create_model('spikformer_v2_2_64_patch4_32')
+    assert SpikformerConfig.from_timm(model).id2label[0] == 'T-shirt/top'
+    model.reset_classifier(10)
+    assert SpikformerConfig.from_timm(model).id2label[0] == 'LABEL_0'
+
+
 def test_model_not_created_by_create_model(images, tmp_path):
     model = calibrate(Spikformer(img_size=32, embed_dim=64, depth=1, num_heads=2, num_classes=3), images)
     hf = SpikformerForImageClassification(SpikformerConfig.from_timm(model)).eval()

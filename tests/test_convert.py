@@ -1,5 +1,6 @@
 """Conversion of checkpoints of the authors' V1 code and of spikingjelly to folders; every tensor is accounted for."""
 import argparse
+import json
 
 import pytest
 import timm
@@ -142,6 +143,16 @@ def test_masked_autoencoder(tmp_path, capsys):
     assert f': {len(dropped)} tensors were not mapped (unused or dropped), all others were; written' in last
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert loaded.num_classes == 0 and loaded.state_dict().keys() == encoder.state_dict().keys()
+
+
+def test_size_of_images_in_model_kwargs(tmp_path):
+    name = 'spikformer_v2_2_64_patch4_32'
+    file = timm.get_pretrained_cfg(f'{name}.fashion_mnist').file
+    for kwargs, size in (None, 28), (dict(img_size=32), 32):
+        folder = tmp_path / str(size)
+        convert(file, folder, model=name, model_kwargs=kwargs)
+        assert timm.create_model(f'local-dir:{folder}').pretrained_cfg['input_size'] == (3, size, size)
+        assert json.loads((folder / 'config.json').read_text())['image_size'] == size
 
 
 def test_time_steps_in_the_metadata_of_a_file(tmp_path):

@@ -70,6 +70,8 @@ def test_folder_has_default_permissions(tmp_path):
     ('link', 'link is a symbolic link. Use the folder that it points to, .*foreign'),
     ('link/', 'is a symbolic link'),
     ('dangling', 'dangling is a symbolic link'),
+    ('loop', 'loop is a symbolic link'),
+    ('loop/out', 'cannot be created: .*loop is not a folder'),
     ('foreign', "contains files that timm-spikformer did not write, such as 'thesis.tex'"),
     ('checkpoint', 'is or contains .*model.safetensors, which is an input'),
     ('above', 'is or contains .*model.safetensors, which is an input'),
@@ -83,6 +85,7 @@ def test_rejected_folders(name, message, tmp_path, monkeypatch):
     Path('foreign', 'thesis.tex').write_text('years of work')
     Path('link').symlink_to('foreign')
     Path('dangling').symlink_to('nowhere')
+    Path('loop').symlink_to('loop')
     source = Path('above' if name == 'above' else '.', 'checkpoint', 'model.safetensors')
     source.parent.mkdir(parents=True)
     source.write_text('weights')

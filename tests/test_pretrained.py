@@ -62,6 +62,15 @@ def test_shipped_weights_for_four_time_steps():
     assert accuracies.min() > 90 and (accuracies.diff() > -0.5).all()
 
 
+@pytest.mark.parametrize('name, expected', [(SHIPPED_T4, 4), (SHIPPED, 1), (SHIPPED_CIFAR10, 6)])
+def test_tag_selects_the_time_steps(name, expected, tmp_path):
+    """Also without `pretrained=True`, so that the checkpoint of a fine-tuned model gets the T of its training."""
+    assert timm.create_model(name).time_steps == expected and timm.create_model(name, time_steps=2).time_steps == 2
+    assert SpikformerConfig.from_timm(name).time_steps == expected
+    torch.save(timm.create_model(name).state_dict(), tmp_path / 'x.pth')
+    assert timm.create_model(name, checkpoint_path=str(tmp_path / 'x.pth')).time_steps == expected
+
+
 def test_shipped_weights_for_cifar10(tmp_path):
     """CIFAR-10's images are not in the package, so those of Fashion-MNIST are classified."""
     model = timm.create_model(SHIPPED_CIFAR10.split('.')[0], pretrained=True)

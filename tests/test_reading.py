@@ -9,10 +9,18 @@ import timm
 import torch
 from conftest import calibrate
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models import get_model_input_config, save_for_hf
 from timm.utils import ModelEmaV3
 
-from timm_spikformer import Spikformer, SpikformerConfig, SpikformerForImageClassification, cli, publishing, use_kernels
+from timm_spikformer import (
+    Spikformer,
+    SpikformerConfig,
+    SpikformerForImageClassification,
+    SpikformerMAE,
+    cli,
+    publishing,
+    use_kernels,
+)
 from timm_spikformer.hf.processing import create_processor
 from timm_spikformer.publishing import convert, publish
 from timm_spikformer.reading import checkpoint_from_model, read_checkpoint
@@ -383,6 +391,61 @@ def test_data_config_is_that_of_the_tag(has_args, tmp_path):
     assert checkpoint.name == name
     with pytest.raises(ValueError, match=f"There are no weights named '{SHIPPED}.x', expected {SHIPPED} or one of"):
         read_checkpoint(tmp_path / 'x.pth.tar', f'{SHIPPED}.x')
+
+
+@pytest.mark.parametrize('args, expected', [
+    (dict(model=f'{SHIPPED}.fashion_mnist_t4', pretrained=True), 4),
+    (dict(model=f'{SHIPPED}.fashion_mnist_t4'), 4),
+    (dict(model=SHIPPED, pretrained=True), 1),
+    (dict(model='spikformer_v2_2_128_patch4_32', pretrained=True), 6),
+    (dict(model='spikformer_v2_2_128_patch4_32'), 4),
+    (dict(model=f'{SHIPPED}.fashion_mnist_t4', pretrained=True, model_kwargs=dict(time_steps=2)), 2),
+    (dict(model=f'{SHIPPED}.cifar10', pretrained=True), None),
+    (dict(model=SHIPPED, pretrained=True, pretrained_path='weights.pth'), None),
+    (dict(model='hf-hub:a/b'), None),
+], ids=str)
+def test_time_steps_of_fine_tuned_weights(args, expected, tmp_path):
+    """train.py stores only its arguments; the number of time steps is that of the weights that it started from."""
+    name = 'spikformer_v2_2_128_patch4_32' if '128' in args['model'] else SHIPPED
+    content = dict(state_dict=timm.create_model(name).state_dict(), args=argparse.Namespace(**args))
+    torch.save(content, tmp_path / 'x.pth.tar')
+    for override in (name, f'{name}.{timm.get_pretrained_cfg(name).tag}'):
+        if expected is None:
+            with pytest.raises(ValueError, match='from the weights of .* Specify it with --model-kwargs time_steps=T'):
+                read_checkpoint(tmp_path / 'x.pth.tar', override)
+        else:
+            assert read_checkpoint(tmp_path / 'x.pth.tar', override).encoder.time_steps == expected
+    kwargs = dict(time_steps=3)
+    assert read_checkpoint(tmp_path / 'x.pth.tar', name, model_kwargs=kwargs).encoder.time_steps == 3
+
+
+@pytest.mark.parametrize('has_args', [True, False])
+def test_size_of_images_in_model_kwargs(has_args, tmp_path):
+    content = dict(state_dict=timm.create_model(SHIPPED).state_dict())
+    if has_args:
+        content['args'] = argparse.Namespace(model=SHIPPED, img_size=28)
+    torch.save(content, tmp_path / 'x.pth.tar')
+    for kwargs, size in (None, 28), (dict(img_size=32), 32):
+        checkpoint = read_checkpoint(tmp_path / 'x.pth.tar', SHIPPED, model_kwargs=kwargs)
+        assert checkpoint.data_config['input_size'] == (3, size, size)
+        assert get_model_input_config(checkpoint.model)['input_size'] == (3, size, size)
+
+
+def test_masked_autoencoder_in_a_file(tmp_path):
+    """It is read with its decoder, whose arguments are in the metadata of weights in the package."""
+    name = f'{SHIPPED}.mae_fashion_mnist'
+    file = timm.get_pretrained_cfg(name).file
+    expected = SpikformerMAE.from_pretrained(name)
+    mae = read_checkpoint(file, SHIPPED).model
+    assert mae.state_dict().keys() == expected.state_dict().keys() and mae.mask_ratio == expected.mask_ratio
+    assert all(torch.equal(value, mae.state_dict()[key]) for key, value in expected.state_dict().items())
+    save_file(load_file(file), tmp_path / 'x.safetensors')
+    with pytest.raises(ValueError, match='contains a masked autoencoder, but not the arguments of its decoder. Save'):
+        read_checkpoint(tmp_path / 'x.safetensors', SHIPPED)
+    for args in ('{"decoder_depth": 1}', '[1]', '{'):
+        save_file(load_file(file), tmp_path / 'x.safetensors', {'autoencoder': args})
+        with pytest.raises(ValueError, match='x.safetensors does not fit autoencoder='):
+            read_checkpoint(tmp_path / 'x.safetensors', SHIPPED)
 
 
 def test_time_steps_of_weights_in_the_package(tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 __all__ = [
     'DIGEST_ARG', 'TRAINING_FILE', 'ConvertedStateDict', 'check_keys', 'checkpoint_filter_fn', 'convert_state_dict',
+    'strip_prefix',
 ]
 
 TRAINING_FILE = 'training_args.yaml'  # stored next to the weights; contains the training arguments
@@ -103,7 +104,7 @@ def _check_strides(origin: _Origin, model: nn.Module) -> None:
             f'patch_size={math.prod(origin.strides)} and stem_strides={origin.strides}.', stacklevel=2)
 
 
-def _strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def strip_prefix(state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """Remove a prefix shared by all keys, such as `module.` of DDP or `net.` of a Lightning module."""
     found = next((match[1] for match in map(_FIRST_KEY.match, state_dict) if match), '')
     for prefix in (found, found.removesuffix('encoder.')):  # keys of an autoencoder's decoder lack `encoder.`
@@ -140,7 +141,7 @@ def convert_state_dict(state_dict: Dict[str, Any], model: nn.Module) -> Converte
     for key in ('state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    state_dict = _strip_prefix(state_dict)
+    state_dict = strip_prefix(state_dict)
     model_state = model.state_dict()
     decoder = [key for key in state_dict if key.startswith('decoder.')]
     if decoder:  # a masked autoencoder, which has no classifier

@@ -29,7 +29,7 @@ from .temporaries import (
 
 __all__ = [
     'MANIFEST', 'check_output_file', 'check_output_folder', 'check_writable', 'lock_folder_for_run', 'manifest_files',
-    'remove_files', 'write_file', 'write_folder', 'write_manifest', 'write_new_file',
+    'remove_files', 'resolve', 'write_file', 'write_folder', 'write_manifest', 'write_new_file',
 ]
 
 PathLike = Union[str, 'os.PathLike[str]']
@@ -44,6 +44,11 @@ class _Manifest(NamedTuple):
     """Files that this package wrote to a folder, and the command that wrote them: see `check_output_folder`."""
     kind: str
     files: Digests
+
+
+def resolve(path: PathLike) -> Path:
+    """Return the absolute path without symbolic links; a loop of links remains, where `Path.resolve` may raise."""
+    return Path(os.path.realpath(path))
 
 
 def check_output_folder(
@@ -80,8 +85,8 @@ def check_output_folder(
         raise ValueError(f'{os.fspath(folder)!r} is not a valid folder name.')
     path = Path(os.path.abspath(folder))
     if path.is_symlink():
-        raise ValueError(f'{folder} is a symbolic link. Use the folder that it points to, {path.resolve()}.')
-    path = path.parent.resolve() / path.name
+        raise ValueError(f'{folder} is a symbolic link. Use the folder that it points to, {os.path.realpath(path)}.')
+    path = resolve(path.parent) / path.name
     current = Path.cwd()
     if path == current or path in current.parents:
         raise ValueError(f'{folder} is the current folder or one of its parents. Choose another folder.')
@@ -90,8 +95,8 @@ def check_output_folder(
     parent = next(parent for parent in path.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise ValueError(f'{folder} cannot be created: {parent} is not a folder.')
-    data = [Path(source).resolve() for source in data]
-    for source in (*data, *(Path(source).resolve() for source in inputs)):
+    data = [resolve(source) for source in data]
+    for source in (*data, *map(resolve, inputs)):
         if source == path or path in source.parents:
             raise ValueError(f'{folder} is or contains {source}, which is an input. Choose another folder.')
     for source in data:

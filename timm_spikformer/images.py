@@ -246,16 +246,17 @@ class Images(Dataset):
         return self.select(np.sort(order[~is_test])), self.select(np.sort(order[is_test]), split)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the encoded images and their labels, in order; reads all files.
+        """Return the SHA-256 of the pixels and labels of the images, in order. All images are decoded.
 
         Raises:
-            ValueError: There are no labels.
+            ValueError: There are no labels, or an image is damaged.
         """
         self._check_labels()
         total = hashlib.sha256()
         for i, label in zip(self._indices, self.labels):
             with self.source.open(int(i)) as stream:
-                total.update(hashlib.sha256(stream.read()).digest() + int(label).to_bytes(8, 'big'))
+                pixels = np.asarray(decode(stream, 'RGB'))
+            total.update(f'{pixels.shape} {label} '.encode() + pixels.tobytes())
         return total.hexdigest()
 
     def _create_loader(

@@ -280,6 +280,8 @@ class Spikformer(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
+        if getattr(self, 'pretrained_cfg', {}).get('label_names'):  # names of the classes of the former classifier
+            self.pretrained_cfg = self.default_cfg = {**self.pretrained_cfg, 'label_names': None}
 
     def _prepare_input(self, x: Tensor) -> Tuple[Tensor, int]:
         """Check the input, put time first and return the number of time steps: see `to_time_major`."""

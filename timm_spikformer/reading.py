@@ -6,6 +6,7 @@ returns. Pickles are opened only with `weights_only=True`.
 import argparse
 import copy
 import inspect
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -20,12 +21,20 @@ from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .checkpoints import TRAINING_FILE, convert_state_dict
+from .checkpoints import TRAINING_FILE, convert_state_dict, strip_prefix
 from .class_names import check_class_names
 from .errors import first_line
 from .images import DATA_KEYS, data_config
-from .masked_autoencoder import SpikformerMAE
-from .pretrained import WEIGHTS_FILE, download, download_if_exists, read_model_args, split_revision
+from .masked_autoencoder import AUTOENCODER_KEY, SpikformerMAE
+from .pretrained import (
+    WEIGHTS_FILE,
+    download,
+    download_if_exists,
+    read_metadata,
+    read_model_args,
+    shipped_weights,
+    split_revision,
+)
 from .spikformer import Spikformer, check_model_name, check_model_tag
 from .state_dicts import (
     PARSING_ERRORS,
@@ -377,10 +386,16 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
         raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
     saved_kwargs = {**read_model_args(path), 'global_pool': args.get('gp'), **saved_kwargs}
     saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
-    model = create_from_state_dict(name, state_dict, {**saved_kwargs, **(model_kwargs or {})}, path)
-    checkpoint = Checkpoint(model, {}, source=path, name=name)
+    model_kwargs = {**saved_kwargs, **(model_kwargs or {})}
+    if 'model' in args and 'time_steps' not in model_kwargs:
+        model_kwargs['time_steps'] = _trained_time_steps(path, args)
+    model = create_from_state_dict(name, state_dict, model_kwargs, path)
+    checkpoint = Checkpoint(_with_decoder(path, model, state_dict), {}, source=path, name=name)
     try:
         sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
+        if not args or model_kwargs.get('img_size') != saved_kwargs.get('img_size'):
+            # train.py takes the size of the images from its own arguments; otherwise it is the model's
+            sizes['input_size'] = get_model_input_config(model)['input_size']
         checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
@@ -389,6 +404,50 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     if args:
         checkpoint.training = record_of_train_script(args)
     return checkpoint
+
+
+def _trained_time_steps(path: Path, args: Dict[str, Any]) -> int:
+    """Return the number of time steps of the model that train.py has trained if its model_kwargs do not contain it.
+
+    If the training started from pretrained weights, it is that of these weights.
+
+    Raises:
+        ValueError: The number is unknown, because the weights are not in the package.
+    """
+    name, file = str(args['model']), args.get('pretrained_path')
+    model, _, tag = name.partition('.')
+    is_registered = model in timm.list_models(module='spikformer')
+    if not args.get('pretrained') and is_registered:
+        return create_registered_model(name, {}, device='meta').time_steps
+    if is_registered and not file:
+        tag = tag or timm.get_pretrained_cfg(model).tag
+        if shipped_weights(f'{model}.{tag}'):
+            return create_registered_model(f'{model}.{tag}', {}, device='meta').time_steps
+    raise ValueError(
+        f'{path} was trained from the weights of {file or name}, and does not contain their number of time steps. '
+        f'Specify it with --model-kwargs time_steps=T.')
+
+
+def _with_decoder(path: Path, encoder: Spikformer, state_dict: Dict[str, Any]) -> Union[Spikformer, SpikformerMAE]:
+    """Return the autoencoder if the tensors of a file include a decoder, or else the encoder.
+
+    Raises:
+        ValueError: The file does not contain the arguments of the decoder, or they are invalid.
+    """
+    state_dict = strip_prefix(state_dict)
+    if not any(key.startswith('decoder.') for key in state_dict):
+        return encoder
+    args = read_metadata(path).get(AUTOENCODER_KEY) if path.suffix == '.safetensors' else None
+    if args is None:
+        raise ValueError(
+            f'{path} contains a masked autoencoder, but not the arguments of its decoder. Save the autoencoder with '
+            f'timm_spikformer.publishing.save_folder, or extract its encoder with `timm-spikformer convert`.')
+    try:
+        mae = SpikformerMAE(encoder, **json.loads(args))
+        mae.load_state_dict(state_dict)
+    except PARSING_ERRORS as e:
+        raise ValueError(f'{path} does not fit {AUTOENCODER_KEY}={args} in its metadata: {first_line(e)}.') from e
+    return mae.eval()
 
 
 def _read_folder(path: Path) -> Checkpoint:

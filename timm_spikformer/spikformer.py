@@ -23,7 +23,7 @@ from torch import Tensor
 from ._timm import FeatureGetterNet
 from .checkpoints import check_keys, checkpoint_filter_fn
 from .network import Spikformer, find_spikformer
-from .pretrained import locate_weights, shipped_weights
+from .pretrained import locate_weights, read_model_args, shipped_weights
 
 __all__ = ['Spikformer', 'check_model_name', 'check_model_tag', 'find_spikformer']
 
@@ -151,6 +151,9 @@ def _create_spikformer(
     kwargs = _check_feature_args(model_args, kwargs)
     if pretrained:
         model_args, kwargs = locate_weights(variant, model_args, kwargs)
+    elif isinstance(kwargs.get('pretrained_cfg'), str):  # a tag: use the arguments, such as time_steps, of its weights
+        file = shipped_weights(f'{variant}.{kwargs["pretrained_cfg"]}')
+        model_args = {**model_args, **(read_model_args(file) if file else {})}
     kwargs = {**model_args, **kwargs}
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
     return build_model_with_cfg(

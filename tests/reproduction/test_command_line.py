@@ -85,6 +85,8 @@ def test_terminated_study_ends_its_processes(study, fake_processes, monkeypatch)
     ('run-one', ['mae/seed-0', '--runs', __file__], f'error: {__file__}/mae: Not a directory'),
     ('run-one', ['mae/seed-0', '--checkpoints', __file__], f'error: {__file__}/.*: Not a directory'),
     ('status', ['--protocol', 'nothing'], 'nothing cannot be read: No such file'),
+    ('status', ['--runs', 'nothing'], 'nothing is not a folder with results'),
+    ('status', ['--runs', __file__], 'is not a folder with results'),
     ('report', [], 'A report of another protocol or other results requires --output'),
     ('report', ['--runs', 'nothing', '--output', 'x'], 'nothing is not a folder with results'),
 ], ids=str)

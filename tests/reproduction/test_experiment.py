@@ -3,10 +3,12 @@ import io
 import json
 import shutil
 
+import datasets
 import pytest
 import timm
 import torch
 from conftest import calibrate
+from PIL import Image, ImageOps
 from small_study import pretend, without_times
 
 from reproduction import experiment, models
@@ -169,6 +171,30 @@ def test_result_from_other_initial_weights_is_ignored(study):
     assert study.result(run) is None
 
 
+@pytest.mark.parametrize('split, change', [
+    ('test', lambda row: {**row, 'image': ImageOps.invert(row['image'])}),
+    ('train', lambda row: {**row, 'label': 0})], ids=['images', 'labels'])
+def test_images_are_those_of_the_protocol(split, change, study):
+    """Only the content of one split differs, not the number of images. Other compression is accepted."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
+    folder = study.data / 'fashion_mnist'
+    originals = {path.stem: datasets.Dataset.from_parquet(str(path)) for path in folder.glob('*.parquet')}
+    folder.unlink()
+    folder.mkdir()
+
+    def compress(row):
+        stream = io.BytesIO()
+        row['image'].save(stream, 'png', compress_level=1)
+        return {**row, 'image': {'bytes': stream.getvalue()}}
+
+    for name, rows in originals.items():
+        rows.map(compress).to_parquet(folder / f'{name}.parquet')
+    study.read_data(run)
+    originals[split].map(change).to_parquet(folder / f'{split}.parquet')
+    with pytest.raises(ValueError, match=f'{split} split: the images or labels are not .* sha256 is [0-9a-f]{{64}}, exp'):
+        study.read_data(run)
+
+
 def test_images_with_other_content_are_rejected(study):
     """`train` itself compares the names, the sizes and the labels of images."""
     run = study.final_runs(study.protocol.cells['mae'])[0]
@@ -176,9 +202,15 @@ def test_images_with_other_content_are_rejected(study):
     study.train(run, data)
     study.train(run, data)  # the same images
     images = data.train.source
+
+    def invert(self, i):
+        stream = io.BytesIO()
+        with Image.open(images.open(i)) as image:
+            ImageOps.invert(image).save(stream, 'png')
+        return io.BytesIO(stream.getvalue())
+
     data.train.source = type('Inverted', (), dict(
-        __len__=lambda self: len(images), files=images.files,
-        open=lambda self, i: io.BytesIO(images.open(i).read()[::-1])))()
+        __len__=lambda self: len(images), files=images.files, open=invert))()
     with pytest.raises(ValueError, match='has used other images. Remove this folder'):
         study.train(run, data)
 
@@ -207,7 +239,7 @@ def test_moved_checkpoint_starts_an_unfinished_training(study, monkeypatch):
 def test_sizes_that_are_not_possible(validation, message, study):
     sizes = dict(train=6000 - validation, validation=validation, test=1000)
     with pytest.raises(ValueError, match=message):
-        study._replace(protocol=study.protocol._replace(sizes={'fashion_mnist': sizes})).read_data(
+        study._replace(protocol=study.protocol._replace(images={'fashion_mnist': sizes})).read_data(
             study.final_runs(study.protocol.cells['mae'])[0])
 
 

@@ -7,6 +7,8 @@ from small_study import TINY
 
 from reproduction.protocol import Run, read_protocol
 
+IMAGES = TINY['datasets']['fashion_mnist']
+
 
 @pytest.mark.parametrize('change, message', [
     ({'cells': {'a': {'title': 'x', 'labelled': 3}}}, 'cell a: the entry: unknown keys: labelled'),
@@ -20,7 +22,7 @@ from reproduction.protocol import Run, read_protocol
     ({'seeds': [0, 0, 1]}, r'cell mae: seeds must be a list of distinct integers, got \[0, 0, 1\]'),
     ({'seeds': [0]}, 'Q: tuned cannot be compared: it has only one seed'),
     ({'seeds': None}, 'cell mae: seeds must be a list'),
-    ({'datasets': {'fashion_mnist': {'train': 5700, 'validation': 0, 'test': 1}}}, 'integer of at least 1, got 0'),
+    ({'datasets': {'fashion_mnist': {**IMAGES, 'validation': 0}}}, 'integer of at least 1, got 0'),
     ({'datasets': {'mnist': {}}}, "unknown dataset 'mnist', expected one of fashion_mnist, "),
     ({'defaults': {'recipe': {}, 'attnetion': 'none'}}, 'defaults: unknown keys: attnetion'),
     ({'cells': {'a': {'title': 'x', 'recipe': {'lr': '1e-2'}}}}, "lr must be at least 0 and at most 1000, got '1e-2'"),
@@ -34,6 +36,10 @@ from reproduction.protocol import Run, read_protocol
      r'seeds must be among those of a \(\[0\]\), got \[0, 1\]'),
     ({'cells': {'a': {'title': 'x', 'labels': 0}}}, 'cell a: labels must be an integer of at least 1, got 0'),
     ({'cells': {'a': {'title': 'x', 'model': 'nothing'}}}, "model must be the name of a timm model, got 'nothing'"),
+    ({'datasets': {'fashion_mnist': {**IMAGES, 'sha256': {**IMAGES['sha256'], 'test': 'a1'}}}},
+     "sha256 of test must have 64 hexadecimal digits, got 'a1'. The error message of `run`"),
+    ({'datasets': {'fashion_mnist': {key: IMAGES[key] for key in ('train', 'validation', 'test')}}},
+     'dataset fashion_mnist: missing keys: sha256'),
     ({'cells': {'../a': {'title': 'x'}}}, 'the name must consist of letters, digits, .*, got ....a'),
     ({'cells': {'a': {'title': 'x', 'objective': 'reconstruct'}}}, "'reconstruct' allows one try only"),
     ({'cells': {'a': {}}}, 'cell a: the entry: missing keys: title'),

@@ -51,6 +51,18 @@ def pretend_final_runs(study: Study, **accuracies) -> None:
             pretend(study, run, cpu_seconds=1800., test=dict(accuracy=accuracy))
 
 
+@pytest.mark.parametrize('name', ['README.md', 'figures/energy.svg'])
+def test_report_does_not_replace_other_files(name, study, tmp_path):
+    folder = tmp_path / 'project'
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text('mine')
+    with pytest.raises(ValueError, match=f'{name} was not written by `python -m reproduction report`'):
+        write_report(study.protocol, FOLDER / 'runs', folder)
+    assert [path.read_text() for path in folder.rglob('*.*')] == ['mine']
+    write_report(study.protocol, FOLDER / 'runs', tmp_path / 'report')
+    write_report(study.protocol, FOLDER / 'runs', tmp_path / 'report')
+
+
 def test_report_of_incomplete_study(study, tmp_path):
     pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
     old = Run(study.protocol.cells['mae']._replace(labels=5), 0, 0, True)  # a result of settings that have been changed
@@ -123,6 +135,6 @@ def test_settings_after_a_change_of_the_order_of_tries(study, tmp_path):
 def test_results_of_other_images_are_ignored(study, tmp_path):
     """The digest of the settings contains the fraction of validation images only."""
     pretend_final_runs(study, tuned=(80., 81.), scratch=(79., 79.5))
-    study.protocol.sizes['fashion_mnist'].update(train=570, validation=30)
+    study.protocol.images['fashion_mnist'].update(train=570, validation=30)
     write_report(study.protocol, study.runs, tmp_path)
     assert '80.50' not in (text := (tmp_path / 'README.md').read_text()) and 'scratch 0/2' in text

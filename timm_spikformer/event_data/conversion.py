@@ -17,6 +17,7 @@ from typing import Dict, Iterable, List, NamedTuple, Tuple, Union
 import numpy as np
 from tqdm import tqdm
 
+from ..folders import resolve
 from ..temporaries import create_folders, create_temporary, lock, remove_stale, reraise_with_path
 from .catalog import DATASETS
 from .formats import check_file, read_labels
@@ -69,7 +70,7 @@ def cache_folder(folder: PathLike) -> Path:
     It is inside the dataset folder if that is writable, otherwise in `$XDG_CACHE_HOME/timm_spikformer`, by
     default `~/.cache/timm_spikformer`.
     """
-    folder = Path(folder).resolve()
+    folder = resolve(folder)
     if os.access(folder, os.W_OK):
         return folder / CACHE
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
@@ -190,7 +191,7 @@ def _convert(name: str, folder: Path) -> Path:
             f'{folder} contains no files of {DATASETS[name].title}{_found_instead(name, folder)}. {_hint(name)}')
     parts = _gesture_parts(files) if name == 'dvs128_gesture' else _class_parts(name, folder, files)
     cache = cache_folder(folder)
-    target = (folder if cache.parent == folder.resolve() else cache) / EVENTS
+    target = (folder if cache.parent == resolve(folder) else cache) / EVENTS
     lock_folder = cache / 'conversion'  # not `target.parent`, which is locked while a temporary folder is created
     with create_folders(lock_folder), lock(lock_folder):  # a second process waits here, then finds the result
         if target.is_dir():
@@ -267,7 +268,7 @@ def _convert_part(name: str, part: _Part, work: Path, result: Path) -> None:
     raw.mkdir(parents=True)
     for key, path in part.files.items():
         (archive / key).parent.mkdir(parents=True, exist_ok=True)
-        (archive / key).symlink_to(path.resolve())
+        (archive / key).symlink_to(resolve(path))
     for key, text in part.texts.items():
         (archive / key).write_text(text, encoding='utf-8')
     module, class_name = spec.converter

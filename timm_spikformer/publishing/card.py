@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
+from ..folders import resolve
 from ..masked_autoencoder import SpikformerMAE
 from ..profiling import Profile
 from ..profiling.conventions import describe_assumptions
@@ -156,7 +157,7 @@ def _is_row_of(row: Dict[str, Any], checkpoint: Checkpoint) -> bool:
     file = row.get('checkpoint') or (name.removeprefix('local-dir:') if name.startswith('local-dir:') else None)
     if file:
         try:
-            return source is not None and Path(str(file)).resolve() == source.resolve()
+            return source is not None and resolve(str(file)) == resolve(source)
         except (OSError, ValueError):  # not a valid path
             return False
     return name in (checkpoint.name, checkpoint.encoder.pretrained_cfg['architecture'])

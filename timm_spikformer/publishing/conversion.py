@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import timm
+from timm.models import get_model_input_config
 
 from ..checkpoints import ConvertedStateDict, convert_state_dict
 from ..errors import first_line
@@ -124,7 +125,8 @@ def convert(
     model = model or _find_model(path, state_dict, model_kwargs)
     conversion = _convert(path, state_dict, model, model_kwargs)
     converted = create_from_state_dict(model, state_dict, model_kwargs=model_kwargs)
-    checkpoint = Checkpoint(converted, data_config(converted), source=path)
+    input_size = get_model_input_config(converted)['input_size']
+    checkpoint = Checkpoint(converted, data_config(converted, input_size=input_size), source=path)
     check_data_config(path, checkpoint)
     if labels is not None:
         set_labels(checkpoint, labels)
