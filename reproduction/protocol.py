@@ -198,18 +198,18 @@ def _read(path: Path) -> Protocol:
 def _check_dataset(name: Any, images: Any) -> None:
     if name not in DATASETS:
         raise ValueError(f'unknown dataset {name!r}, expected one of {", ".join(DATASETS)}.')
-    keys = {*SPLITS, 'sha256'} if name in IMAGE_DATASETS else {*SPLITS}
+    has_files = name in IMAGE_DATASETS
+    keys = {*SPLITS, 'sha256'} if has_files else {*SPLITS}
     _check_keys(f'dataset {name}', images, keys, keys)
     for split in SPLITS:
         check_integer(f'dataset {name}: {split}', images[split], 1)
-    digests = images.get('sha256', {})
-    if 'sha256' in keys:
-        _check_keys(f'dataset {name}: sha256', digests, {'train', 'test'}, {'train', 'test'})
-    for split, digest in digests.items():
-        if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
-            raise ValueError(
-                f'dataset {name}: the sha256 of {split} must have 64 hexadecimal digits, got {digest!r}. The error '
-                f'message of `run` contains that of the files.')
+    if has_files:
+        _check_keys(f'dataset {name}: sha256', images['sha256'], {'train', 'test'}, {'train', 'test'})
+        for split, digest in images['sha256'].items():
+            if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
+                raise ValueError(
+                    f'dataset {name}: the sha256 of {split} must be a string of 64 hexadecimal digits, got {digest!r}. '
+                    f'If it is unknown, enter 64 zeros in quotes: `run` will report the actual one.')
 
 
 def _read_cell(name: Any, entry: Any, content: Dict[str, Any], before: Dict[str, Cell]) -> Cell:

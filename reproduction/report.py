@@ -196,7 +196,7 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
 
 
 def _check_output(output: Path, names: Iterable[str]) -> None:
-    """Check that existing files of a folder are those of an earlier report, which its README.md states."""
+    """Raise a ValueError if files would be overwritten, unless README.md shows that they are an earlier report."""
     readme = output / 'README.md'
     if readme.is_file() and _MARK in readme.read_bytes():
         return

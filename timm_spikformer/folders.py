@@ -85,7 +85,7 @@ def check_output_folder(
         raise ValueError(f'{os.fspath(folder)!r} is not a valid folder name.')
     path = Path(os.path.abspath(folder))
     if path.is_symlink():
-        raise ValueError(f'{folder} is a symbolic link. Use the folder that it points to, {os.path.realpath(path)}.')
+        raise ValueError(f'{folder} is a symbolic link. Use the folder that it points to, {resolve(path)}.')
     path = resolve(path.parent) / path.name
     current = Path.cwd()
     if path == current or path in current.parents:

@@ -6,8 +6,8 @@ number of time steps, or 1 if all are the same; M = B * N' is the number of visi
 that of each image; and p is the side of a patch at the resolution of the map.
 
 `apply_to_patches` calls any module on the masked maps, `[n * B, C, H, W]`. For the layers of the stems, it computes the
-same output from the visible patches only, which is cheaper: convolutions with kernel 3, stride 1 and padding 1 (3x3) or
-whose stride equals the kernel, without padding (1x1, 2x2, ...), and max pooling with kernel 3, stride 2 and padding 1.
+same output from the visible patches only, which is cheaper: 3x3 convolutions with stride 1 and padding 1, convolutions
+without padding whose stride equals the kernel size, and 3x3 max pooling with stride 2 and padding 1.
 """
 import copy
 from typing import NamedTuple, Optional

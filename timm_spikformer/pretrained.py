@@ -86,7 +86,9 @@ def check_shipped_weights(file: str) -> None:
 
 
 def read_metadata(file: Union[str, Path]) -> Dict[str, str]:
-    """Return the metadata of a safetensors file; empty if it has none."""
+    """Return the metadata of a safetensors file; empty if it has none, or for other files."""
+    if not str(file).endswith('.safetensors'):
+        return {}
     with safetensors.safe_open(file, 'pt') as f:
         return f.metadata() or {}
 
@@ -97,8 +99,6 @@ def read_model_args(file: Union[str, Path]) -> Dict[str, Any]:
     Raises:
         ValueError: The metadata is invalid.
     """
-    if not str(file).endswith('.safetensors'):
-        return {}
     text = read_metadata(file).get(MODEL_ARGS_KEY, '{}')
     try:
         args = json.loads(text)

@@ -386,33 +386,34 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
         raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
     saved_kwargs = {**read_model_args(path), 'global_pool': args.get('gp'), **saved_kwargs}
     saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
-    model_kwargs = {**saved_kwargs, **(model_kwargs or {})}
+    given_kwargs = model_kwargs or {}
+    model_kwargs = {**saved_kwargs, **given_kwargs}
     if 'model' in args and 'time_steps' not in model_kwargs:
         model_kwargs['time_steps'] = _trained_time_steps(path, args)
     model = create_from_state_dict(name, state_dict, model_kwargs, path)
     checkpoint = Checkpoint(_with_decoder(path, model, state_dict), {}, source=path, name=name)
     try:
-        sizes = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
-        if not args or model_kwargs.get('img_size') != saved_kwargs.get('img_size'):
-            # train.py takes the size of the images from its own arguments; otherwise it is the model's
-            sizes['input_size'] = get_model_input_config(model)['input_size']
-        checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **sizes})
+        overrides = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
+        # train.py takes the size of the images from its own arguments, not from its model_kwargs
+        if not args or 'img_size' in given_kwargs:
+            overrides['input_size'] = get_model_input_config(model)['input_size']
+        checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **overrides})
         if args:
             model.set_input_size(checkpoint.data_config['input_size'][1:])
     except PARSING_ERRORS as e:
-        raise ValueError(f'{path} has an invalid data config {sizes} for {name}: {first_line(e)}.') from e
+        raise ValueError(f'{path} has an invalid data config {overrides} for {name}: {first_line(e)}.') from e
     if args:
         checkpoint.training = record_of_train_script(args)
     return checkpoint
 
 
 def _trained_time_steps(path: Path, args: Dict[str, Any]) -> int:
-    """Return the number of time steps of the model that train.py has trained if its model_kwargs do not contain it.
+    """Return the number of time steps that train.py has used if its model_kwargs do not contain it.
 
-    If the training started from pretrained weights, it is that of these weights.
+    If it has loaded pretrained weights, it has used their number.
 
     Raises:
-        ValueError: The number is unknown, because the weights are not in the package.
+        ValueError: The number is unknown, because these weights are not in the package.
     """
     name, file = str(args['model']), args.get('pretrained_path')
     model, _, tag = name.partition('.')
@@ -424,8 +425,8 @@ def _trained_time_steps(path: Path, args: Dict[str, Any]) -> int:
         if shipped_weights(f'{model}.{tag}'):
             return create_registered_model(f'{model}.{tag}', {}, device='meta').time_steps
     raise ValueError(
-        f'{path} was trained from the weights of {file or name}, and does not contain their number of time steps. '
-        f'Specify it with --model-kwargs time_steps=T.')
+        f'{path} does not contain the number of time steps, which train.py has taken from {file or name}. Specify it: '
+        f'--model-kwargs time_steps=T, or --time-steps T for `timm-spikformer profile`.')
 
 
 def _with_decoder(path: Path, encoder: Spikformer, state_dict: Dict[str, Any]) -> Union[Spikformer, SpikformerMAE]:
@@ -437,7 +438,7 @@ def _with_decoder(path: Path, encoder: Spikformer, state_dict: Dict[str, Any]) -
     state_dict = strip_prefix(state_dict)
     if not any(key.startswith('decoder.') for key in state_dict):
         return encoder
-    args = read_metadata(path).get(AUTOENCODER_KEY) if path.suffix == '.safetensors' else None
+    args = read_metadata(path).get(AUTOENCODER_KEY)
     if args is None:
         raise ValueError(
             f'{path} contains a masked autoencoder, but not the arguments of its decoder. Save the autoencoder with '

@@ -151,7 +151,8 @@ def _create_spikformer(
     kwargs = _check_feature_args(model_args, kwargs)
     if pretrained:
         model_args, kwargs = locate_weights(variant, model_args, kwargs)
-    elif isinstance(kwargs.get('pretrained_cfg'), str):  # a tag: use the arguments, such as time_steps, of its weights
+    elif isinstance(kwargs.get('pretrained_cfg'), str):
+        # a tag: use the arguments of its weights, such as time_steps, so that checkpoints of the fine-tuned weights fit
         file = shipped_weights(f'{variant}.{kwargs["pretrained_cfg"]}')
         model_args = {**model_args, **(read_model_args(file) if file else {})}
     kwargs = {**model_args, **kwargs}

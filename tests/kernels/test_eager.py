@@ -21,7 +21,7 @@ def test_last_block_restores_the_stance():
     assert stance() == 'default'
 
 
-def test_measurements_use_the_same_count(model):
+def test_measurement_context_shares_force_eager(model):
     """With a stance of its own, `measurement_context` would restore the one that it found, which is out of date."""
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(force_eager())

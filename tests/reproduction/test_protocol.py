@@ -37,7 +37,7 @@ IMAGES = TINY['datasets']['fashion_mnist']
     ({'cells': {'a': {'title': 'x', 'labels': 0}}}, 'cell a: labels must be an integer of at least 1, got 0'),
     ({'cells': {'a': {'title': 'x', 'model': 'nothing'}}}, "model must be the name of a timm model, got 'nothing'"),
     ({'datasets': {'fashion_mnist': {**IMAGES, 'sha256': {**IMAGES['sha256'], 'test': 'a1'}}}},
-     "sha256 of test must have 64 hexadecimal digits, got 'a1'. The error message of `run`"),
+     "sha256 of test must be a string of 64 hexadecimal digits, got 'a1'. If it is unknown"),
     ({'datasets': {'fashion_mnist': {key: IMAGES[key] for key in ('train', 'validation', 'test')}}},
      'dataset fashion_mnist: missing keys: sha256'),
     ({'cells': {'../a': {'title': 'x'}}}, 'the name must consist of letters, digits, .*, got ....a'),

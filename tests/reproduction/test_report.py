@@ -59,8 +59,14 @@ def test_report_does_not_replace_other_files(name, study, tmp_path):
     with pytest.raises(ValueError, match=f'{name} was not written by `python -m reproduction report`'):
         write_report(study.protocol, FOLDER / 'runs', folder)
     assert [path.read_text() for path in folder.rglob('*.*')] == ['mine']
-    write_report(study.protocol, FOLDER / 'runs', tmp_path / 'report')
-    write_report(study.protocol, FOLDER / 'runs', tmp_path / 'report')
+
+
+def test_report_replaces_an_earlier_report(study, tmp_path):
+    write_report(study.protocol, FOLDER / 'runs', tmp_path)
+    before = (tmp_path / 'README.md').read_bytes()
+    pretend_final_runs(study, scratch=(79., 79.5))
+    write_report(study.protocol, study.runs, tmp_path)
+    assert (tmp_path / 'README.md').read_bytes() != before
 
 
 def test_report_of_incomplete_study(study, tmp_path):

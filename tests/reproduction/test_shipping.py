@@ -70,7 +70,7 @@ def test_shipped_weights(study, tmp_path, monkeypatch):
 
 
 def test_training_args_match_committed_runs(study):
-    """The protocol and the results give the files with training arguments that are in the package."""
+    """The training arguments in the package match the protocol and the committed results."""
     study = study._replace(protocol=read_protocol(), runs=FOLDER / 'runs')
     cells = [cell for cell in study.protocol.cells.values() if cell.ships is not None]
     assert len(cells) == 4

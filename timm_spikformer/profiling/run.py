@@ -172,7 +172,7 @@ def _load(args: argparse.Namespace) -> _LoadedModel:
     if is_registered:
         check_model_tag(name)
     if args.checkpoint is not None:
-        return _from_checkpoint(_read_checkpoint_of_model(args.checkpoint, name))
+        return _from_checkpoint(_read_checkpoint_of_model(args.checkpoint, name, args.time_steps))
     try:
         if not is_registered:
             return _from_checkpoint(read_checkpoint_source(name))
@@ -187,9 +187,13 @@ def _load(args: argparse.Namespace) -> _LoadedModel:
     return _LoadedModel(model.eval(), data_config(model), model.pretrained_cfg.get('label_names'))
 
 
-def _read_checkpoint_of_model(path: str, name: str) -> Checkpoint:
-    """Read a checkpoint, and check that its architecture is that of the model name."""
-    checkpoint = read_checkpoint(path, name)
+def _read_checkpoint_of_model(path: str, name: str, time_steps: Optional[List[int]]) -> Checkpoint:
+    """Read a checkpoint, and check that its architecture is that of the model name.
+
+    If `time_steps` are given, a file need not contain how many time steps it was trained with.
+    """
+    kwargs = dict(time_steps=time_steps[0]) if time_steps and not Path(path).is_dir() else None
+    checkpoint = read_checkpoint(path, name, model_kwargs=kwargs)
     found = checkpoint.encoder.pretrained_cfg['architecture']
     if found != name.split('.')[0]:
         raise ValueError(f'{path} contains a {found}, but the given model is {name}.')
