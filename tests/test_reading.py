@@ -419,6 +419,18 @@ def test_time_steps_of_fine_tuned_weights(args, expected, tmp_path):
     assert read_checkpoint(tmp_path / 'x.pth.tar', name, model_kwargs=kwargs).encoder.time_steps == 3
 
 
+def test_profile_with_unknown_time_steps_of_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(model='hf-hub:a/b', pretrained=True)
+    state_dict = timm.create_model(SHIPPED, pretrained=True).state_dict()
+    torch.save(dict(state_dict=state_dict, args=args), 'x.pth.tar')
+    command = ['profile', SHIPPED, '--checkpoint', 'x.pth.tar', '--images', '2']
+    with pytest.raises(SystemExit, match='or --time-steps T for `timm-spikformer profile`'):
+        cli.main(command)
+    cli.main([*command, '--time-steps', '3'])
+    assert 'T = 3' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('has_args', [True, False])
 def test_size_of_images_in_model_kwargs(has_args, tmp_path):
     content = dict(state_dict=timm.create_model(SHIPPED).state_dict())
