@@ -19,7 +19,9 @@ def write(name: str, folder: Path, **kwargs) -> None:
     cfg = get_training_cfg(name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        # the training scripts read the labels from the dataset
+        # the number of time steps is that of the model, not of weights; the training scripts read the labels from the
+        # dataset
+        kwargs = {'time_steps': timm.create_model(name, device='meta').time_steps, **kwargs}
         config = SpikformerConfig.from_timm(f'{name}.{cfg.tag}', num_labels=2, **kwargs)
         config.save_pretrained(temporary)
         create_processor(cfg.to_dict(), config.time_steps).save_pretrained(temporary)

@@ -1,6 +1,7 @@
 """Writer of README.md and the figures of the study, from the protocol and the results in runs/."""
 import io
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional
@@ -197,14 +198,16 @@ def _energy_figure(rows: Dict[str, Row]) -> Figure:
 
 def _check_output(output: Path, names: Iterable[str]) -> None:
     """Raise a ValueError if files would be overwritten, unless README.md shows that they are an earlier report."""
-    readme = output / 'README.md'
-    if readme.is_file() and _MARK in readme.read_bytes():
+    readme, figures = output / 'README.md', output / 'figures'
+    if os.path.lexists(figures) and not figures.is_dir():
+        raise ValueError(f'{figures} is not a folder. Choose another output folder, or move it.')
+    if readme.is_file() and not readme.is_symlink() and _MARK in readme.read_bytes():
         return
     for name in names:
-        if (output / name).exists():
+        if os.path.lexists(output / name):
             raise ValueError(
-                f'{output / name} was not written by `python -m reproduction report`. Choose another folder, or move '
-                f'the file.')
+                f'{output / name} was not written by `python -m reproduction report`. Choose another output folder, or '
+                f'move the file.')
 
 
 def write_report(protocol: Protocol, runs: Path, output: Path) -> None:

@@ -145,6 +145,17 @@ def test_masked_autoencoder(tmp_path, capsys):
     assert loaded.num_classes == 0 and loaded.state_dict().keys() == encoder.state_dict().keys()
 
 
+def test_checkpoint_of_train_py(tmp_path):
+    """The model has the arguments of the training, which the checkpoint contains."""
+    name = 'spikformer_v2_2_64_patch4_32'
+    state_dict = timm.create_model(f'{name}.fashion_mnist_t4', pretrained=True).state_dict()
+    for args, expected in (dict(model_kwargs=dict(time_steps=3)), 3), (dict(pretrained=True), 4):
+        args = argparse.Namespace(model=f'{name}.fashion_mnist_t4', **args)
+        torch.save(dict(state_dict=state_dict, args=args), tmp_path / 'x.pth.tar')
+        convert(tmp_path / 'x.pth.tar', tmp_path / str(expected), model=name)
+        assert timm.create_model(f'local-dir:{tmp_path / str(expected)}').time_steps == expected
+
+
 def test_size_of_images_in_model_kwargs(tmp_path):
     name = 'spikformer_v2_2_64_patch4_32'
     file = timm.get_pretrained_cfg(f'{name}.fashion_mnist').file

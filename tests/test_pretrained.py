@@ -69,6 +69,11 @@ def test_tag_selects_the_time_steps(name, expected, tmp_path):
     assert SpikformerConfig.from_timm(name).time_steps == expected
     torch.save(timm.create_model(name).state_dict(), tmp_path / 'x.pth')
     assert timm.create_model(name, checkpoint_path=str(tmp_path / 'x.pth')).time_steps == expected
+    for load in (False, True):
+        overlay = dict(file=str(tmp_path / 'x.pth'))  # as train.py --pretrained-path
+        assert timm.create_model(name, load, pretrained_cfg_overlay=overlay).time_steps == expected
+        cfg = timm.get_pretrained_cfg(name)
+        assert timm.create_model(name.split('.')[0], load, pretrained_cfg=cfg).time_steps == expected
 
 
 def test_shipped_weights_for_cifar10(tmp_path):

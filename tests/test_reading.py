@@ -403,6 +403,8 @@ def test_data_config_is_that_of_the_tag(has_args, tmp_path):
     (dict(model=f'{SHIPPED}.cifar10', pretrained=True), None),
     (dict(model=SHIPPED, pretrained=True, pretrained_path='weights.pth'), None),
     (dict(model='hf-hub:a/b'), None),
+    (dict(model=f'{SHIPPED}.unknown'), None),
+    (dict(model='authors_spikformer', time_step=8), 1),
 ], ids=str)
 def test_time_steps_of_fine_tuned_weights(args, expected, tmp_path):
     """train.py stores only its arguments; the number of time steps is that of the weights that it started from."""
@@ -444,7 +446,7 @@ def test_size_of_images_in_model_kwargs(has_args, tmp_path):
 
 
 def test_masked_autoencoder_in_a_file(tmp_path):
-    """It is read with its decoder, whose arguments are in the metadata of weights in the package."""
+    """It is read with its decoder, whose arguments are in the metadata of the file."""
     name = f'{SHIPPED}.mae_fashion_mnist'
     file = timm.get_pretrained_cfg(name).file
     expected = SpikformerMAE.from_pretrained(name)
@@ -452,12 +454,15 @@ def test_masked_autoencoder_in_a_file(tmp_path):
     assert mae.state_dict().keys() == expected.state_dict().keys() and mae.mask_ratio == expected.mask_ratio
     assert all(torch.equal(value, mae.state_dict()[key]) for key, value in expected.state_dict().items())
     save_file(load_file(file), tmp_path / 'x.safetensors')
-    with pytest.raises(ValueError, match='contains a masked autoencoder, but not the arguments of its decoder. Save'):
+    with pytest.raises(ValueError, match='contains a masked autoencoder, but not the arguments of its decoder. If'):
         read_checkpoint(tmp_path / 'x.safetensors', SHIPPED)
     for args in ('{"decoder_depth": 1}', '[1]', '{'):
         save_file(load_file(file), tmp_path / 'x.safetensors', {'autoencoder': args})
         with pytest.raises(ValueError, match='x.safetensors does not fit autoencoder='):
             read_checkpoint(tmp_path / 'x.safetensors', SHIPPED)
+    save_file(load_file(file), tmp_path / 'x.safetensors', {'autoencoder': '{"decoder_embed_dim": 1048576}'})
+    with pytest.raises(ValueError, match='describes a model of at least .*embed_dim'):  # before allocating memory
+        read_checkpoint(tmp_path / 'x.safetensors', SHIPPED)
 
 
 def test_time_steps_of_weights_in_the_package(tmp_path):

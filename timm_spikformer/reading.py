@@ -17,7 +17,7 @@ import timm
 import torch
 from huggingface_hub import is_offline_mode
 from timm.data import str_to_pil_interp
-from timm.models import get_model_input_config
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ from .training_records import TrainingRecord, read_training_record, record_of_tr
 __all__ = [
     'Checkpoint', 'TrainingRecord', 'check_data_config', 'checkpoint_from_model', 'copy_checkpoint',
     'create_from_state_dict', 'create_registered_model', 'read_checkpoint', 'read_checkpoint_source', 'set_labels',
-    'unwrap_timm_model',
+    'trained_model_kwargs', 'unwrap_timm_model',
 ]
 
 # Arguments of the network that are read from the weights, and arguments that the user may set
@@ -374,28 +374,19 @@ def _make_checkpoint(model: nn.Module) -> Checkpoint:
 
 def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optional[Dict[str, Any]]) -> Checkpoint:
     content = read_tensors(path)
-    args = content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = _script_args(content)
     state_dict = find_state_dict(path, content, ema)
     check_tensors(path, state_dict)
     name = name or args.get('model')
     if not isinstance(name, str):
         raise ValueError(f'{path} does not contain the name of its model. Specify it with --model.')
-    saved_kwargs = args.get('model_kwargs') or {}
-    if not isinstance(saved_kwargs, dict):
-        raise ValueError(f'{path} contains model_kwargs={saved_kwargs!r}, expected a dictionary.')
-    saved_kwargs = {**read_model_args(path), 'global_pool': args.get('gp'), **saved_kwargs}
-    saved_kwargs = {k: v for k, v in saved_kwargs.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
-    given_kwargs = model_kwargs or {}
-    model_kwargs = {**saved_kwargs, **given_kwargs}
-    if 'model' in args and 'time_steps' not in model_kwargs:
-        model_kwargs['time_steps'] = _trained_time_steps(path, args)
-    model = create_from_state_dict(name, state_dict, model_kwargs, path)
+    check_model_tag(name)
+    model = create_from_state_dict(name, state_dict, trained_model_kwargs(path, content, model_kwargs), path)
     checkpoint = Checkpoint(_with_decoder(path, model, state_dict), {}, source=path, name=name)
     try:
         overrides = {k: v for k, v in args.items() if k in (*DATA_KEYS, 'img_size') and v is not None}
         # train.py takes the size of the images from its own arguments, not from its model_kwargs
-        if not args or 'img_size' in given_kwargs:
+        if not args or 'img_size' in (model_kwargs or {}):
             overrides['input_size'] = get_model_input_config(model)['input_size']
         checkpoint.data_config = data_config(model, **{'in_chans': model.in_chans, **overrides})
         if args:
@@ -407,25 +398,62 @@ def _read_file(path: Path, name: Optional[str], ema: bool, model_kwargs: Optiona
     return checkpoint
 
 
+def _script_args(content: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the arguments of train.py in a checkpoint; empty if there are none."""
+    args = content.get('args')
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+
+
+def trained_model_kwargs(
+        path: Path,
+        content: Dict[str, Any],
+        given: Optional[Dict[str, Any]] = None,
+) -> Dict[str, Any]:
+    """Return the arguments of the model in a file, as far as the file states them.
+
+    Args:
+        path: The file, which may contain arguments in its metadata.
+        content: Content of the file, which may contain the arguments of train.py.
+        given: Arguments of the user, which take precedence.
+
+    Raises:
+        ValueError: The arguments in the file are invalid, or train.py has used an unknown number of time steps.
+    """
+    args = _script_args(content)
+    saved = args.get('model_kwargs') or {}
+    if not isinstance(saved, dict):
+        raise ValueError(f'{path} contains model_kwargs={saved!r}, expected a dictionary.')
+    saved = {**read_model_args(path), 'global_pool': args.get('gp'), **saved}
+    kwargs = {k: v for k, v in saved.items() if k not in _ARGS_FROM_WEIGHTS and v is not None}
+    kwargs.update(given or {})
+    name = args.get('model')
+    model = name.partition('.')[0] if isinstance(name, str) else ''
+    # otherwise the file is from other code, such as the authors', and the default of the given model is used
+    is_from_timm = model in timm.list_models(module='spikformer') or model.startswith(('hf-hub:', 'local-dir:'))
+    if is_from_timm and 'time_steps' not in kwargs:
+        kwargs['time_steps'] = _trained_time_steps(path, args)
+    return kwargs
+
+
 def _trained_time_steps(path: Path, args: Dict[str, Any]) -> int:
     """Return the number of time steps that train.py has used if its model_kwargs do not contain it.
 
     If it has loaded pretrained weights, it has used their number.
 
     Raises:
-        ValueError: The number is unknown, because these weights are not in the package.
+        ValueError: The number is unknown, because the weights are not in the package.
     """
-    name, file = str(args['model']), args.get('pretrained_path')
+    name = args['model']
     model, _, tag = name.partition('.')
-    is_registered = model in timm.list_models(module='spikformer')
-    if not args.get('pretrained') and is_registered:
+    cfgs = get_arch_pretrained_cfgs(model)  # empty for a folder or a repository on the Hub
+    source = None if cfgs and (not tag or name in cfgs) else name  # weights that are not in the package
+    if source is None and args.get('pretrained'):
+        name = name if tag else f'{model}.{timm.get_pretrained_cfg(model).tag}'
+        source = args.get('pretrained_path') or (None if shipped_weights(name) else name)
+    if source is None:
         return create_registered_model(name, {}, device='meta').time_steps
-    if is_registered and not file:
-        tag = tag or timm.get_pretrained_cfg(model).tag
-        if shipped_weights(f'{model}.{tag}'):
-            return create_registered_model(f'{model}.{tag}', {}, device='meta').time_steps
     raise ValueError(
-        f'{path} does not contain the number of time steps, which train.py has taken from {file or name}. Specify it: '
+        f'{path} does not contain the number of time steps, which train.py has taken from {source}. Specify it: '
         f'--model-kwargs time_steps=T, or --time-steps T for `timm-spikformer profile`.')
 
 
@@ -441,10 +469,15 @@ def _with_decoder(path: Path, encoder: Spikformer, state_dict: Dict[str, Any]) -
     args = read_metadata(path).get(AUTOENCODER_KEY)
     if args is None:
         raise ValueError(
-            f'{path} contains a masked autoencoder, but not the arguments of its decoder. Save the autoencoder with '
+            f'{path} contains a masked autoencoder, but not the arguments of its decoder. If the file is in a folder '
+            f'with a config.json, use the folder. Otherwise save the autoencoder with '
             f'timm_spikformer.publishing.save_folder, or extract its encoder with `timm-spikformer convert`.')
     try:
-        mae = SpikformerMAE(encoder, **json.loads(args))
+        bound = inspect.signature(SpikformerMAE).bind(encoder, **json.loads(args))
+        bound.apply_defaults()
+        sizes = {name.removeprefix('decoder_'): value for name, value in bound.arguments.items() if 'decoder' in name}
+        check_size(path, state_dict, sizes, decoder=True)
+        mae = SpikformerMAE(*bound.args, **bound.kwargs)
         mae.load_state_dict(state_dict)
     except PARSING_ERRORS as e:
         raise ValueError(f'{path} does not fit {AUTOENCODER_KEY}={args} in its metadata: {first_line(e)}.') from e

@@ -149,12 +149,14 @@ def _create_spikformer(
         kwargs: Dict[str, Any],
 ) -> Spikformer:
     kwargs = _check_feature_args(model_args, kwargs)
+    # A tag gives the arguments of its weights, such as time_steps, even if they are not loaded: checkpoints of the
+    # fine-tuned weights were trained with them
+    cfg = kwargs.get('pretrained_cfg')
+    file = shipped_weights(f'{variant}.{cfg}') if isinstance(cfg, str) else getattr(cfg, 'file', None)
+    if file:
+        model_args = {**model_args, **read_model_args(file)}
     if pretrained:
         model_args, kwargs = locate_weights(variant, model_args, kwargs)
-    elif isinstance(kwargs.get('pretrained_cfg'), str):
-        # a tag: use the arguments of its weights, such as time_steps, so that checkpoints of the fine-tuned weights fit
-        file = shipped_weights(f'{variant}.{kwargs["pretrained_cfg"]}')
-        model_args = {**model_args, **(read_model_args(file) if file else {})}
     kwargs = {**model_args, **kwargs}
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
     return build_model_with_cfg(

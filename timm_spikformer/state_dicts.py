@@ -153,7 +153,9 @@ def check_size(path: object, tensors: Mapping[str, Tensor], args: Mapping[str, A
     hidden = max(width * get_number('mlp_ratio', 0.) - 1., 0.)
     # per block: q, k, v and proj, and the two layers of the MLP
     min_values = get_number('depth', 0.) * width * (4. * width + 2. * hidden) + get_number('num_classes', 0.) * width
-    if not decoder:
+    if decoder:
+        min_values += 8. * width  # the layer after the encoder, whose width is at least 8
+    else:
         min_values += 9. * width * width + in_chans * width / 2.  # the last and the first convolution
     num_values = sum(value.numel() for value in tensors.values())
     given = {key: value for key, value in args.items() if value is not None}

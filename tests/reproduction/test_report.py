@@ -61,6 +61,15 @@ def test_report_does_not_replace_other_files(name, study, tmp_path):
     assert [path.read_text() for path in folder.rglob('*.*')] == ['mine']
 
 
+@pytest.mark.parametrize('name, message', [
+    ('figures', 'figures is not a folder'), ('README.md', 'README.md was not written by')])
+def test_links_are_not_replaced(name, message, study, tmp_path):
+    (tmp_path / name).symlink_to('nowhere')
+    with pytest.raises(ValueError, match=message):
+        write_report(study.protocol, FOLDER / 'runs', tmp_path)
+    assert (tmp_path / name).is_symlink() and not (tmp_path / 'README.md').exists()
+
+
 def test_report_replaces_an_earlier_report(study, tmp_path):
     write_report(study.protocol, FOLDER / 'runs', tmp_path)
     before = (tmp_path / 'README.md').read_bytes()

@@ -8,8 +8,14 @@ from timm.models import get_model_input_config
 from ..checkpoints import ConvertedStateDict, convert_state_dict
 from ..errors import first_line
 from ..images import data_config
-from ..pretrained import read_model_args
-from ..reading import Checkpoint, check_data_config, create_from_state_dict, create_registered_model, set_labels
+from ..reading import (
+    Checkpoint,
+    check_data_config,
+    create_from_state_dict,
+    create_registered_model,
+    set_labels,
+    trained_model_kwargs,
+)
 from ..spikformer import check_model_name
 from ..state_dicts import check_size, check_tensors, find_state_dict, read_tensors
 from .folder import save_folder
@@ -119,9 +125,10 @@ def convert(
         raise ValueError(f'{path} does not exist, expected a checkpoint file.')
     if model_kwargs and model is None:
         raise ValueError('model_kwargs (--model-kwargs) requires model (--model), the name of the model to modify.')
-    state_dict = find_state_dict(path, read_tensors(path))
+    content = read_tensors(path)
+    state_dict = find_state_dict(path, content)
     check_tensors(path, state_dict)
-    model_kwargs = {**read_model_args(path), **(model_kwargs or {})}
+    model_kwargs = trained_model_kwargs(path, content, model_kwargs)
     model = model or _find_model(path, state_dict, model_kwargs)
     conversion = _convert(path, state_dict, model, model_kwargs)
     converted = create_from_state_dict(model, state_dict, model_kwargs=model_kwargs)
