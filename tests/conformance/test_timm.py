@@ -1,9 +1,9 @@
 """timm's model tests, unmodified, from timm's source archive, on the models of this package."""
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -27,8 +27,7 @@ def source(tmp_path_factory) -> Path:
          '-d', str(folder), f'timm=={timm.__version__}'],
         check=True)
     (archive,) = folder.glob('timm-*.tar.gz')
-    with tarfile.open(archive) as f:
-        f.extractall(folder, filter='data')
+    shutil.unpack_archive(archive, folder)
     return folder / f'timm-{timm.__version__}'
 
 

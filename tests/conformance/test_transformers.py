@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,7 @@ def source(tmp_path_factory) -> Path:
         [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '-d', str(folder),
          f'transformers=={transformers.__version__}'],
         check=True)
-    with tarfile.open(folder / f'{name}.tar.gz') as f:
-        f.extractall(folder, filter='data')
+    shutil.unpack_archive(folder / f'{name}.tar.gz', folder)
     tests = folder / name / 'tests'
     for path, mixin in (('exporters/test_export.py', 'ExportTesterMixin'),
                         ('generation/test_utils.py', 'GenerationTesterMixin')):
