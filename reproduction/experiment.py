@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_spikformer import SpikformerMAE
 from timm_spikformer.environment.command import cpu_name
 from timm_spikformer.folders import lock_folder_for_run
-from timm_spikformer.images import Images, make_loader
+from timm_spikformer.images import make_loader
 from timm_spikformer.pretrained import WEIGHTS_FOLDER, check_shipped_weights, read_metadata
 from timm_spikformer.profiling import COST_MODELS, profile
 from timm_spikformer.spikformer import Spikformer
@@ -33,7 +33,7 @@ from timm_spikformer.training import (
     train,
 )
 
-from .data import IMAGE_DATASETS, Data, read_data
+from .data import Data, read_data
 from .models import create, create_autoencoder
 from .protocol import Cell, Protocol, Run
 from .results import read_result, write_json
@@ -218,8 +218,7 @@ class Study(NamedTuple):
         with nullcontext() if is_trained else lock_folder_for_run(folder):
             if not is_trained:  # also if the checkpoint of a finished training was moved away
                 (folder / _FINISHED).unlink(missing_ok=True)
-            if run.cell.dataset in IMAGE_DATASETS:
-                _check_content(folder / _IMAGES, images)
+            _check_content(folder / _IMAGES, self.protocol.images[cell.dataset].get('sha256'))
             trained = train(
                 model, objective, images, data.config, recipe, folder / _CHECKPOINT, run.name, _KIND,
                 dict(training=self.protocol.digest(run), images=images.fingerprint()), resume=True,
@@ -261,15 +260,20 @@ class Study(NamedTuple):
         return {**metrics, 'firing_rates': rates} if split == 'test' else metrics
 
 
-def _check_content(path: Path, images: Images) -> None:
+def _check_content(path: Path, digests: Optional[Dict[str, str]]) -> None:
     """Compare the digest of the training images with that in a file, which is written if it does not exist.
 
     `train` compares the sizes of image files, but not their content.
+
+    Args:
+        path: The file.
+        digests: Digests in the protocol, with which `read_data` has compared the images; None if there are no files.
     """
-    digest = images.digest()
+    if digests is None:
+        return
     if not path.is_file():
-        replace_file(path, digest.encode())
-    elif path.read_text(encoding='utf-8') != digest:
+        replace_file(path, digests['train'].encode())
+    elif path.read_text(encoding='utf-8') != digests['train']:
         raise ValueError(
             f'The training in {path.parent} has used other images. Remove this folder to train again, or use the '
             f'images that it was started with.')

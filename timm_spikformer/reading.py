@@ -429,8 +429,8 @@ def trained_model_kwargs(
     name = args.get('model')
     model = name.partition('.')[0] if isinstance(name, str) else ''
     # otherwise the file is from other code, such as the authors', and the default of the given model is used
-    is_from_timm = model in timm.list_models(module='spikformer') or model.startswith(('hf-hub:', 'local-dir:'))
-    if is_from_timm and 'time_steps' not in kwargs:
+    is_of_package = model in timm.list_models(module='spikformer') or model.startswith(('hf-hub:', 'local-dir:'))
+    if is_of_package and 'time_steps' not in kwargs:
         kwargs['time_steps'] = _trained_time_steps(path, args)
     return kwargs
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import calibrate
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from small_study import pretend, without_times
 
 from reproduction import experiment, models
@@ -171,12 +171,9 @@ def test_result_from_other_initial_weights_is_ignored(study):
     assert study.result(run) is None
 
 
-@pytest.mark.parametrize('split, change', [
-    ('test', lambda row: {**row, 'image': ImageOps.invert(row['image'])}),
-    ('train', lambda row: {**row, 'label': 0})], ids=['images', 'labels'])
-def test_images_are_those_of_the_protocol(split, change, study):
-    """Only the content of one split differs, not the number of images. Other compression is accepted."""
-    run = study.final_runs(study.protocol.cells['mae'])[0]
+@pytest.fixture
+def change_images(study):
+    """A function that applies a function to all rows of a split of the dataset of the study."""
     folder = study.data / 'fashion_mnist'
     originals = {path.stem: datasets.Dataset.from_parquet(str(path)) for path in folder.glob('*.parquet')}
     folder.unlink()
@@ -189,30 +186,35 @@ def test_images_are_those_of_the_protocol(split, change, study):
 
     for name, rows in originals.items():
         rows.map(compress).to_parquet(folder / f'{name}.parquet')
+    return lambda split, change: originals[split].map(change).to_parquet(folder / f'{split}.parquet')
+
+
+def invert(row):
+    return {**row, 'image': ImageOps.invert(row['image'])}
+
+
+@pytest.mark.parametrize('split, change', [
+    ('test', invert), ('train', lambda row: {**row, 'label': 0})], ids=['images', 'labels'])
+def test_images_are_those_of_the_protocol(split, change, study, change_images):
+    """Only the content of one split differs, not the number of images. Other compression is accepted."""
+    run = study.final_runs(study.protocol.cells['mae'])[0]
     study.read_data(run)
-    originals[split].map(change).to_parquet(folder / f'{split}.parquet')
+    change_images(split, change)
     with pytest.raises(ValueError, match=f'{split} split: the images or labels are not .* sha256 is [0-9a-f]{{64}}'):
         study.read_data(run)
 
 
-def test_images_with_other_content_are_rejected(study):
-    """`train` itself compares the names, the sizes and the labels of images."""
+def test_images_with_other_content_are_rejected(study, change_images):
+    """The protocol has the digest of the new images. `train` itself compares names, sizes and labels of images."""
     run = study.final_runs(study.protocol.cells['mae'])[0]
     data = study.read_data(run)
     study.train(run, data)
     study.train(run, data)  # the same images
-    images = data.train.source
-
-    def invert(self, i):
-        stream = io.BytesIO()
-        with Image.open(images.open(i)) as image:
-            ImageOps.invert(image).save(stream, 'png')
-        return io.BytesIO(stream.getvalue())
-
-    data.train.source = type('Inverted', (), dict(
-        __len__=lambda self: len(images), files=images.files, open=invert))()
+    change_images('train', invert)
+    digests = study.protocol.images['fashion_mnist']['sha256']
+    digests['train'] = read_splits(study.data / 'fashion_mnist')['train'].digest()
     with pytest.raises(ValueError, match='has used other images. Remove this folder'):
-        study.train(run, data)
+        study.train(run, study.read_data(run))
 
 
 def test_moved_checkpoint_starts_an_unfinished_training(study, monkeypatch):
